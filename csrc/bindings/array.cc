@@ -1,0 +1,237 @@
+#include "bindings/array.h"
+
+#include <pybind11/numpy.h>
+
+#include "core/check.h"
+
+namespace pared {
+namespace {
+
+// Interned once: an attribute look-up with a ready string costs 40 ns, building the string as much again.
+struct Names {
+  py::object data_ptr = intern("data_ptr"), dtype = intern("dtype"), shape = intern("shape"),
+             stride = intern("stride"), is_cpu = intern("is_cpu"), device = intern("device"),
+             layout = intern("layout"), is_conj = intern("is_conj");
+  static py::object intern(const char* s) {
+    return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(s));
+  }
+};
+const Names& names() {
+  static const Names* n = new Names;  // leaked: outlives the interpreter's teardown order
+  return *n;
+}
+
+py::object attr(py::handle o, const py::object& name) {
+  PyObject* v = PyObject_GetAttr(o.ptr(), name.ptr());
+  if (!v) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(v);
+}
+
+py::object call(py::handle o, const py::object& name) {
+  PyObject* v = PyObject_CallMethodNoArgs(o.ptr(), name.ptr());
+  if (!v) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(v);
+}
+
+// torch's dtypes are singletons: looked up once, compared by identity.
+struct TorchTypes {
+  py::object tensor, strided;
+  std::pair<py::object, DType> dtypes[10];
+};
+const TorchTypes* torch_types() {
+  static const TorchTypes* types = nullptr;
+  if (types) return types;  // guarded by the GIL; on free-threaded builds two threads store equal tables
+  PyObject* modules = PyImport_GetModuleDict();
+  PyObject* torch = PyDict_GetItemString(modules, "torch");
+  if (!torch || !PyObject_HasAttrString(torch, "Tensor") || !PyObject_HasAttrString(torch, "strided"))
+    return nullptr;  // not imported, or still importing
+  auto get = [&](const char* n) { return py::getattr(py::handle(torch), n); };
+  auto* t = new TorchTypes{get("Tensor"),
+                           get("strided"),
+                           {{get("float32"), DType::f32},
+                            {get("bfloat16"), DType::bf16},
+                            {get("float16"), DType::f16},
+                            {get("uint8"), DType::u8},
+                            {get("bool"), DType::boolean},
+                            {get("int64"), DType::i64},
+                            {get("int32"), DType::i32},
+                            {get("int8"), DType::i8},
+                            {get("float64"), DType::f64},
+                            {get("int16"), DType::i16}}};
+  types = t;
+  return types;
+}
+
+int64_t as_int(PyObject* o) {
+  const long long v = PyLong_AsLongLong(o);
+  if (v == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return v;
+}
+
+void check_dims(Py_ssize_t n, const char* name) {
+  PARED_CHECK(n <= Array::kMaxDims, name, ": expected at most ", Array::kMaxDims, " dimensions, got ", n);
+}
+
+Array parse_torch(py::handle o, const char* name, const TorchTypes& torch) {
+  Array a;
+  a.name = name;
+  if (!attr(o, names().layout).is(torch.strided))
+    throw TypeError(str(name, ": expected a strided (dense) tensor, got layout ",
+                        std::string(py::str(attr(o, names().layout)))));
+  if (!attr(o, names().is_cpu).is(py::handle(Py_True)))
+    throw TypeError(str(name, ": expected a CPU tensor, got one on ",
+                        std::string(py::str(attr(o, names().device)))));
+  const py::object dtype = attr(o, names().dtype);
+  bool known = false;
+  for (const auto& [object, value] : torch.dtypes)
+    if (dtype.is(object)) {
+      a.dtype = value;
+      known = true;
+      break;
+    }
+  if (!known) throw TypeError(str(name, ": unsupported dtype ", std::string(py::str(dtype))));
+  const py::object shape = attr(o, names().shape), stride = call(o, names().stride);
+  const Py_ssize_t n = PyTuple_GET_SIZE(shape.ptr());
+  check_dims(n, name);
+  a.ndim = static_cast<int>(n);
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    a.shape[i] = as_int(PyTuple_GET_ITEM(shape.ptr(), i));
+    a.strides[i] = as_int(PyTuple_GET_ITEM(stride.ptr(), i));
+  }
+  a.data = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(call(o, names().data_ptr).ptr()));
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return a;
+}
+
+Array parse_numpy(py::handle o, const char* name) {
+  const auto array = py::reinterpret_borrow<py::array>(o);
+  Array a;
+  a.name = name;
+  const py::dtype dtype = array.dtype();
+  const char kind = dtype.kind();
+  const auto size = dtype.itemsize();
+  bool known = dtype.byteorder() == '=' || dtype.byteorder() == '|';
+  if (kind == 'f' && size == 4) a.dtype = DType::f32;
+  else if (kind == 'f' && size == 2) a.dtype = DType::f16;
+  else if (kind == 'f' && size == 8) a.dtype = DType::f64;
+  else if (kind == 'i' && size == 1) a.dtype = DType::i8;
+  else if (kind == 'u' && size == 1) a.dtype = DType::u8;
+  else if (kind == 'i' && size == 2) a.dtype = DType::i16;
+  else if (kind == 'i' && size == 4) a.dtype = DType::i32;
+  else if (kind == 'i' && size == 8) a.dtype = DType::i64;
+  else if (kind == 'b') a.dtype = DType::boolean;
+  else known = false;
+  if (!known)
+    throw TypeError(str(name, ": unsupported dtype ", std::string(py::str(py::object(dtype)))));
+  check_dims(array.ndim(), name);
+  a.ndim = static_cast<int>(array.ndim());
+  for (int i = 0; i < a.ndim; ++i) {
+    a.shape[i] = array.shape(i);
+    PARED_CHECK(array.strides(i) % size == 0, name, ": expected strides that are multiples of the item size");
+    a.strides[i] = array.strides(i) / size;
+  }
+  a.data = const_cast<void*>(array.data());
+  PARED_CHECK(reinterpret_cast<uintptr_t>(a.data) % size == 0, name, ": expected aligned memory");
+  a.writable = array.writeable();
+  return a;
+}
+
+}  // namespace
+
+int64_t Array::size() const {
+  int64_t n = 1;
+  for (int i = 0; i < ndim; ++i) n *= shape[i];
+  return n;
+}
+
+bool Array::contiguous() const {
+  if (size() == 0) return true;
+  int64_t expected = 1;
+  for (int i = ndim - 1; i >= 0; --i) {
+    if (shape[i] != 1 && strides[i] != expected) return false;
+    expected *= shape[i];
+  }
+  return true;
+}
+
+std::string Array::shape_text() const {
+  std::string s = "[";
+  for (int i = 0; i < ndim; ++i) s += str(i ? ", " : "", shape[i]);
+  return s + "]";
+}
+
+Array parse_array(py::handle object, const char* name) {
+  const TorchTypes* torch = torch_types();
+  if (torch && PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(torch->tensor.ptr())))
+    return parse_torch(object, name, *torch);
+  if (py::isinstance<py::array>(object)) return parse_numpy(object, name);
+  throw TypeError(str(name, ": expected a numpy array or a torch tensor, got ",
+                      std::string(py::str(py::type::handle_of(object).attr("__name__")))));
+}
+
+void require_dtype(const Array& a, std::initializer_list<DType> allowed) {
+  std::string list;
+  for (DType t : allowed) {
+    if (a.dtype == t) return;
+    list += str(list.empty() ? "" : " or ", dtype_name(t));
+  }
+  throw TypeError(str(a.name, ": expected dtype ", list, ", got ", dtype_name(a.dtype)));
+}
+
+void require_shape(const Array& a, std::initializer_list<int64_t> expected) {
+  bool ok = a.ndim == static_cast<int>(expected.size());
+  int i = 0;
+  std::string text = "[";
+  for (int64_t want : expected) {
+    ok = ok && (want < 0 || a.shape[i] == want);
+    text += str(i ? ", " : "", want < 0 ? std::string("any") : std::to_string(want));
+    ++i;
+  }
+  PARED_CHECK(ok, a.name, ": expected shape ", text, "], got ", a.shape_text());
+}
+
+void require_contiguous(const Array& a) {
+  PARED_CHECK(a.contiguous(), a.name, ": expected contiguous memory, got strides that are not; call .contiguous()");
+}
+
+void require_writable(const Array& a) { PARED_CHECK(a.writable, a.name, ": expected writable memory"); }
+
+namespace {
+std::pair<uintptr_t, uintptr_t> extent(const Array& a) {
+  int64_t lo = 0, hi = 0;
+  for (int i = 0; i < a.ndim; ++i) (a.strides[i] < 0 ? lo : hi) += (a.shape[i] - 1) * a.strides[i];
+  const auto base = reinterpret_cast<uintptr_t>(a.data);
+  const int64_t item = dtype_size(a.dtype);
+  return {base + lo * item, base + (hi + 1) * item};
+}
+}  // namespace
+
+void require_disjoint(const Array& a, const Array& b) {
+  if (a.size() == 0 || b.size() == 0) return;
+  const auto [a0, a1] = extent(a);
+  const auto [b0, b1] = extent(b);
+  PARED_CHECK(a1 <= b0 || b1 <= a0, a.name, ": expected memory that does not overlap ", b.name);
+}
+
+Rows fold_rows(const Array& a) {
+  PARED_CHECK(a.ndim >= 1, a.name, ": expected at least one dimension, got a scalar");
+  Rows r{1, a.shape[a.ndim - 1], 0};
+  const bool empty = a.size() == 0;
+  PARED_CHECK(empty || r.cols == 1 || a.strides[a.ndim - 1] == 1, a.name,
+              ": expected the last dimension contiguous, got stride ", a.strides[a.ndim - 1],
+              "; call .contiguous()");
+  r.stride = r.cols;
+  bool first = true;
+  for (int i = a.ndim - 2; i >= 0; --i) {
+    if (!empty && a.shape[i] != 1) {
+      PARED_CHECK(first || a.strides[i] == r.stride * r.rows, a.name,
+                  ": expected leading dimensions that fold into one, got strides that do not; call .contiguous()");
+      if (first) r.stride = a.strides[i];
+      first = false;
+    }
+    r.rows *= a.shape[i];
+  }
+  return r;
+}
+
+}  // namespace pared

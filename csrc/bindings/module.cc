@@ -1,0 +1,23 @@
+// pared._core: the list of what is bound. Each register_*.cc binds one family of operations.
+#include "bindings/register.h"
+
+#include "core/check.h"
+#include "core/isa.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  m.doc() = "pared's kernels: instruction-set dispatch, sparse formats and operations";
+  py::register_local_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const pared::TypeError& e) {
+      PyErr_SetString(PyExc_TypeError, e.what());
+    } catch (const pared::ValueError& e) {
+      PyErr_SetString(PyExc_ValueError, e.what());
+    }
+  });
+  pared::active_isa();  // an unusable PARED_ISA fails at import, not in the first forward
+  pared::register_info(m);
+  pared::register_csr(m);
+}

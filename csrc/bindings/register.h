@@ -1,0 +1,12 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pared {
+
+namespace py = pybind11;
+
+void register_info(py::module_& m);
+void register_csr(py::module_& m);
+
+}  // namespace pared

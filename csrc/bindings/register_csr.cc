@@ -1,0 +1,203 @@
+// CSR weights: pack, unpack, validate, and the linear operation on them.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+
+#include "bindings/array.h"
+#include "bindings/register.h"
+#include "core/check.h"
+#include "formats/csr.h"
+#include "ops/linear.h"
+
+namespace pared {
+namespace {
+
+constexpr std::initializer_list<DType> kFloats = {DType::f32, DType::f16, DType::bf16};
+
+// A numpy uint8 array whose data is 64-byte aligned, as packed weights are.
+py::array_t<uint8_t> aligned_bytes(int64_t bytes) {
+  void* p = std::aligned_alloc(64, bytes);
+  if (!p) throw std::bad_alloc();
+  py::capsule owner(p, [](void* q) { std::free(q); });
+  return py::array_t<uint8_t>(bytes, static_cast<uint8_t*>(p), owner);
+}
+
+template <class View>
+py::array_t<uint8_t> pack(const View& w, const ConvShape& conv) {
+  CsrPlan plan;
+  {
+    // Everything is validated and owned by the caller from here on; other Python threads may run.
+    py::gil_scoped_release unlocked;
+    plan = plan_csr(w, conv);
+  }
+  auto out = aligned_bytes(static_cast<int64_t>(plan.header.bytes));
+  uint8_t* data = out.mutable_data();
+  {
+    py::gil_scoped_release unlocked;
+    pack_csr(w, plan, data);
+  }
+  return out;
+}
+
+CsrPacked packed_view(const Array& a) {
+  require_dtype(a, {DType::u8});
+  require_shape(a, {-1});
+  require_contiguous(a);
+  return view_csr(static_cast<const uint8_t*>(a.data), a.size());
+}
+
+Activation parse_activation(const std::string& name) {
+  if (name.empty() || name == "none") return Activation::none;
+  if (name == "relu") return Activation::relu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "silu") return Activation::silu;
+  throw ValueError(str("activation: expected one of relu, gelu, gelu_tanh, silu or None, got '", name, "'"));
+}
+
+// A [rows, cols] view of a linear weight, or of a convolution weight with the trailing axes flattened.
+DenseView dense_view(const Array& a, ConvShape& conv, int64_t groups) {
+  require_dtype(a, kFloats);
+  PARED_CHECK(a.ndim == 2 || a.ndim == 4, a.name, ": expected [out, in] or [out, in/groups, kh, kw], got ",
+              a.shape_text());
+  if (a.ndim == 2) return {a.data, a.dtype, a.shape[0], a.shape[1], a.strides[0], a.strides[1]};
+  require_contiguous(a);
+  PARED_CHECK(groups >= 1 && a.shape[0] % groups == 0, "groups: expected a positive divisor of ", a.shape[0],
+              " output channels, got ", groups);
+  for (int i = 1; i < 4; ++i)
+    PARED_CHECK(a.shape[i] < (int64_t{1} << 31), a.name, ": expected sizes below 2^31, got ", a.shape_text());
+  conv = {static_cast<int32_t>(a.shape[1]), static_cast<int32_t>(a.shape[2]), static_cast<int32_t>(a.shape[3]),
+          static_cast<int32_t>(groups)};
+  const int64_t cols = a.shape[1] * a.shape[2] * a.shape[3];
+  return {a.data, a.dtype, a.shape[0], cols, cols, 1};
+}
+
+}  // namespace
+
+void register_csr(py::module_& m) {
+  m.def(
+      "csr_pack_dense",
+      [](py::handle weight, int64_t groups) {
+        const Array a = parse_array(weight, "weight");
+        ConvShape conv;
+        const DenseView view = dense_view(a, conv, groups);
+        return pack(view, conv);
+      },
+      py::arg("weight"), py::arg("groups") = 1);
+
+  m.def(
+      "csr_pack_csr",
+      [](py::handle row_ptr, py::handle columns, py::handle values, int64_t rows, int64_t cols) {
+        const Array p = parse_array(row_ptr, "crow_indices"), c = parse_array(columns, "col_indices"),
+                    v = parse_array(values, "values");
+        require_dtype(p, {DType::i32, DType::i64});
+        require_dtype(c, {p.dtype});
+        require_dtype(v, kFloats);
+        PARED_CHECK(rows >= 0 && cols >= 0, "shape: expected non-negative sizes, got [", rows, ", ", cols, "]");
+        require_shape(p, {rows + 1});
+        require_shape(c, {-1});
+        require_shape(v, {c.shape[0]});
+        for (const Array* a : {&p, &c, &v}) require_contiguous(*a);
+        const int64_t last = p.dtype == DType::i32 ? static_cast<const int32_t*>(p.data)[rows]
+                                                   : static_cast<const int64_t*>(p.data)[rows];
+        PARED_CHECK(last == c.shape[0], "crow_indices: expected the last entry to be ", c.shape[0],
+                    " (the number of values), got ", last);
+        return pack(CsrView{rows, cols, p.data, c.data, p.dtype, v.data, v.dtype}, ConvShape{});
+      },
+      py::arg("crow_indices"), py::arg("col_indices"), py::arg("values"), py::arg("rows"), py::arg("cols"));
+
+  m.def(
+      "csr_info",
+      [](py::handle packed) {
+        const Array a = parse_array(packed, "packed");
+        const PackedHeader& h = *packed_view(a).header;
+        py::dict d;
+        d["rows"] = h.rows;
+        d["cols"] = h.cols;
+        d["nnz"] = h.nnz;
+        d["dtype"] = dtype_name(h.dtype);
+        d["channels"] = h.channels;
+        d["kh"] = h.kh;
+        d["kw"] = h.kw;
+        d["groups"] = h.groups;
+        d["tile"] = h.tile;
+        d["block_k"] = h.block_k;
+        return d;
+      },
+      py::arg("packed"));
+
+  m.def(
+      "csr_validate",
+      [](py::handle packed) {
+        const Array a = parse_array(packed, "packed");
+        const CsrPacked w = packed_view(a);
+        py::gil_scoped_release unlocked;
+        validate_csr(w);
+      },
+      py::arg("packed"));
+
+  m.def(
+      "csr_unpack",
+      [](py::handle packed) {
+        const Array a = parse_array(packed, "packed");
+        const CsrPacked w = packed_view(a);
+        py::array_t<int64_t> row_ptr(w.header->rows + 1), columns(w.header->nnz);
+        py::array_t<float> values(w.header->nnz);
+        auto *p = row_ptr.mutable_data(), *c = columns.mutable_data();
+        auto* v = values.mutable_data();
+        {
+          py::gil_scoped_release unlocked;
+          unpack_csr(w, p, c, v);
+        }
+        return py::make_tuple(row_ptr, columns, values);
+      },
+      py::arg("packed"));
+
+  m.def(
+      "csr_unpack_dense",
+      [](py::handle packed, py::handle out) {
+        const Array a = parse_array(packed, "packed"), o = parse_array(out, "out");
+        const CsrPacked w = packed_view(a);
+        require_dtype(o, kFloats);
+        require_contiguous(o);
+        require_writable(o);
+        PARED_CHECK(o.size() == w.header->rows * w.header->cols, "out: expected ",
+                    w.header->rows * w.header->cols, " elements, got ", o.shape_text());
+        py::gil_scoped_release unlocked;
+        unpack_csr_dense(w, o.dtype, o.data);
+      },
+      py::arg("packed"), py::arg("out"));
+
+  m.def(
+      "linear_csr",
+      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const std::string& activation) {
+        const Array ax = parse_array(x, "x"), ap = parse_array(packed, "packed"), ay = parse_array(out, "out");
+        const CsrPacked w = packed_view(ap);
+        require_dtype(ax, kFloats);
+        require_dtype(ay, {ax.dtype});
+        require_writable(ay);
+        const Rows rx = fold_rows(ax), ry = fold_rows(ay);
+        PARED_CHECK(rx.cols == w.header->cols, "x: expected a last dimension of ", w.header->cols,
+                    " (the weight's inputs), got ", ax.shape_text());
+        PARED_CHECK(ry.rows == rx.rows && ry.cols == w.header->rows, "out: expected shape [..., ",
+                    w.header->rows, "] with the leading dimensions of x, got ", ay.shape_text());
+        require_disjoint(ay, ax);
+        require_disjoint(ay, ap);
+        LinearArgs args{ax.data, rx.stride, rx.rows, ax.dtype, nullptr, parse_activation(activation),
+                        ay.data, ry.stride};
+        if (!bias.is_none()) {
+          const Array ab = parse_array(bias, "bias");
+          require_dtype(ab, {DType::f32});
+          require_shape(ab, {w.header->rows});
+          require_contiguous(ab);
+          require_disjoint(ay, ab);
+          args.bias = static_cast<const float*>(ab.data);
+        }
+        py::gil_scoped_release unlocked;
+        linear_csr(args, w);
+      },
+      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation") = "");
+}
+
+}  // namespace pared

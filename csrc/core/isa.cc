@@ -1,0 +1,118 @@
+#include "core/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "core/check.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace pared {
+namespace {
+
+constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512vnni", "avx512vbmi2"};
+
+#if defined(__x86_64__)
+
+// XCR0: which register files the operating system saves on a context switch. Without the bit the
+// instruction faults, whatever CPUID says of the processor. Inline assembly, so that this file needs no flags.
+uint64_t read_xcr0() {
+  uint32_t lo, hi;
+  __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+  return (static_cast<uint64_t>(hi) << 32) | lo;
+}
+
+Isa detect() {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return Isa::scalar;
+  const bool osxsave = c & bit_OSXSAVE, avx = c & bit_AVX, fma = c & bit_FMA, f16c = c & bit_F16C,
+             popcnt = c & bit_POPCNT;
+  if (!(osxsave && avx && fma && f16c && popcnt)) return Isa::scalar;
+  const uint64_t xcr0 = read_xcr0();
+  constexpr uint64_t kYmm = 0x6;    // XMM, upper YMM
+  constexpr uint64_t kZmm = 0xe6;   // and opmask, upper ZMM, ZMM16-31
+  if ((xcr0 & kYmm) != kYmm) return Isa::scalar;
+  uint32_t a80, b80, c80 = 0, d80;
+  const bool lzcnt = __get_cpuid(0x80000001u, &a80, &b80, &c80, &d80) && (c80 & (1u << 5));
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Isa::scalar;
+  const bool avx2 = b & bit_AVX2, bmi = b & bit_BMI, bmi2 = b & bit_BMI2;
+  if (!(avx2 && bmi && bmi2 && lzcnt)) return Isa::scalar;
+  constexpr uint32_t kAvx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL | bit_AVX512CD;
+  if ((xcr0 & kZmm) != kZmm || (b & kAvx512) != kAvx512) return Isa::avx2;
+  if (!(c & bit_AVX512VNNI)) return Isa::avx512;
+  if (!((c & bit_AVX512VBMI) && (c & bit_AVX512VBMI2))) return Isa::avx512vnni;
+  return Isa::avx512vbmi2;
+}
+
+#else
+
+Isa detect() { return Isa::scalar; }
+
+#endif
+
+Isa detected() {
+  static const Isa isa = detect();
+  return isa;
+}
+
+Isa parse(const std::string& name, const char* what) {
+  for (Isa isa : supported_isas())
+    if (name == isa_name(isa)) return isa;
+  std::string choices;
+  for (Isa isa : supported_isas()) choices += str(choices.empty() ? "" : ", ", isa_name(isa));
+  bool known = false;
+  for (const char* n : kNames) known = known || name == n;
+  throw ValueError(str(what, ": expected one of ", choices, " on this machine, got '", name, "'",
+                       known ? " (not supported by this processor or operating system)" : ""));
+}
+
+constexpr int kUnset = -1;
+std::atomic<int> g_active{kUnset};
+
+}  // namespace
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+bool isa_supported(Isa isa) { return isa <= detected(); }
+
+std::vector<Isa> supported_isas() {
+  std::vector<Isa> out;
+  for (int i = 0; i < kIsaCount; ++i)
+    if (isa_supported(static_cast<Isa>(i))) out.push_back(static_cast<Isa>(i));
+  return out;
+}
+
+Isa active_isa() {
+  int v = g_active.load(std::memory_order_relaxed);
+  if (v == kUnset) {
+    const char* env = std::getenv("PARED_ISA");
+    v = static_cast<int>(env && *env ? parse(env, "PARED_ISA") : detected());
+    g_active.store(v, std::memory_order_relaxed);
+  }
+  return static_cast<Isa>(v);
+}
+
+void set_active_isa(const std::string& name) {
+  g_active.store(static_cast<int>(parse(name, "isa")), std::memory_order_relaxed);
+}
+
+std::string cpu_brand() {
+#if defined(__x86_64__)
+  uint32_t r[12];
+  for (uint32_t i = 0; i < 3; ++i)
+    if (!__get_cpuid(0x80000002u + i, &r[4 * i], &r[4 * i + 1], &r[4 * i + 2], &r[4 * i + 3])) return "x86-64";
+  char text[49] = {};
+  std::memcpy(text, r, 48);
+  std::string s(text);
+  const auto first = s.find_first_not_of(' ');
+  const auto last = s.find_last_not_of(" ");
+  return first == std::string::npos ? "x86-64" : s.substr(first, last - first + 1);
+#else
+  return "unknown";
+#endif
+}
+
+}  // namespace pared

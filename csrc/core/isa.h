@@ -1,0 +1,30 @@
+// Instruction-set levels, what this machine supports, and which one is in force.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace pared {
+
+// Ordered: a level contains every level before it on the same architecture.
+enum class Isa : uint8_t { scalar, avx2, avx512, avx512vnni, avx512vbmi2 };
+inline constexpr int kIsaCount = 5;
+
+const char* isa_name(Isa isa);
+
+// True when the processor has the instructions and the operating system saves the registers they use.
+bool isa_supported(Isa isa);
+std::vector<Isa> supported_isas();
+
+// The level that dispatch uses: PARED_ISA if set, else the highest supported one.
+// Throws ValueError when PARED_ISA names a level that is unknown or unsupported here.
+Isa active_isa();
+
+// Forces a level for the whole process from now on (tests, benches). Throws ValueError as above.
+void set_active_isa(const std::string& name);
+
+// The processor's brand string, for reports.
+std::string cpu_brand();
+
+}  // namespace pared

@@ -1,0 +1,311 @@
+#include "formats/csr.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+#include "core/aligned.h"
+#include "core/check.h"
+#include "core/parallel.h"
+#include "kernels/generic/half.h"
+
+namespace pared {
+namespace {
+
+constexpr int64_t kGroupsPerTask = 8;
+
+float value_at(const void* data, int64_t i, DType t) {
+  switch (t) {
+    case DType::f32: return static_cast<const float*>(data)[i];
+    case DType::bf16: return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
+    default: return f16_to_float(static_cast<const uint16_t*>(data)[i]);
+  }
+}
+
+// Zeros and denormals are not stored: a denormal operand slows a multiply-add a hundredfold on some
+// processors and moves no result by more than 1e-38 of an input.
+bool is_stored(float v) { return std::fabs(v) >= FLT_MIN; }
+
+// Calls fn(column, value) for each element of a row that may be stored. One loop for every source.
+template <class F>
+void for_row(const DenseView& w, int64_t row, F fn) {
+  const int64_t base = row * w.row_stride;
+  for (int64_t c = 0; c < w.cols; ++c) {
+    const float v = value_at(w.data, base + c * w.col_stride, w.dtype);
+    if (v != 0.0f) fn(c, v);
+  }
+}
+
+int64_t index_at(const void* p, int64_t i, DType t) {
+  return t == DType::i32 ? static_cast<const int32_t*>(p)[i] : static_cast<const int64_t*>(p)[i];
+}
+
+template <class F>
+void for_row(const CsrView& w, int64_t row, F fn) {
+  const int64_t end = index_at(w.row_ptr, row + 1, w.index_type);
+  for (int64_t i = index_at(w.row_ptr, row, w.index_type); i < end; ++i)
+    fn(index_at(w.columns, i, w.index_type), value_at(w.values, i, w.dtype));
+}
+
+void check_structure(const DenseView&) {}
+
+void check_structure(const CsrView& w) {
+  PARED_CHECK(index_at(w.row_ptr, 0, w.index_type) == 0, "crow_indices: expected to start at 0");
+  for (int64_t r = 0; r < w.rows; ++r) {
+    const int64_t b = index_at(w.row_ptr, r, w.index_type), e = index_at(w.row_ptr, r + 1, w.index_type);
+    PARED_CHECK(b <= e, "crow_indices: expected a non-decreasing sequence, got ", b, " then ", e, " at row ", r);
+    int64_t previous = -1;
+    for (int64_t i = b; i < e; ++i) {
+      const int64_t c = index_at(w.columns, i, w.index_type);
+      PARED_CHECK(c > previous && c < w.cols, "col_indices: expected ascending unique columns below ", w.cols,
+                  " in each row, got ", c, " after ", previous, " in row ", r);
+      previous = c;
+    }
+  }
+}
+
+// Tile and K block by density. A dense-ish row wants few, long register tiles; below about eight non-zeros a
+// row and block the accumulator traffic and the loop exit dominate, so the panel gets narrower and deeper.
+// Bound: block_k * tile * 4 <= 65536, the reach of a 16-bit offset.
+struct Tiling {
+  uint32_t tile, block_k;
+};
+Tiling choose_tiling(int64_t rows, int64_t cols, int64_t nnz) {
+  const double cells = static_cast<double>(rows) * static_cast<double>(cols);
+  const double density = cells > 0 ? static_cast<double>(nnz) / cells : 1.0;
+  if (density >= 0.07) return {96, 96};
+  if (density >= 0.03) return {64, 160};
+  return {64, 240};
+}
+
+template <class View>
+CsrPlan make_plan(const View& w, const ConvShape& conv) {
+  PARED_CHECK(w.rows >= 0 && w.cols >= 0, "weight: expected a shape of non-negative sizes");
+  check_structure(w);
+  std::atomic<int64_t> nnz{0}, bad_row{-1};
+  parallel_for(0, w.rows, 32, [&](int64_t r0, int64_t r1) {
+    int64_t n = 0;
+    for (int64_t r = r0; r < r1; ++r)
+      for_row(w, r, [&](int64_t, float v) {
+        n += is_stored(v);
+        if (!std::isfinite(v)) bad_row.store(r, std::memory_order_relaxed);
+      });
+    nnz.fetch_add(n, std::memory_order_relaxed);
+  });
+  PARED_CHECK(bad_row.load() < 0, "weight: expected finite values, got NaN or infinity in row ", bad_row.load());
+  PARED_CHECK(nnz.load() < (int64_t{1} << 32), "weight: expected fewer than 2^32 non-zeros, got ", nnz.load());
+
+  const Tiling tiling = choose_tiling(w.rows, w.cols, nnz.load());
+  CsrPlan plan{};
+  PackedHeader& h = plan.header;
+  std::memcpy(h.magic, kPackedMagic, sizeof(h.magic));
+  h.kind = PackedKind::csr_panel;
+  h.version = kPackedVersion;
+  h.dtype = w.dtype;
+  h.rows = w.rows;
+  h.cols = w.cols;
+  h.nnz = nnz.load();
+  h.channels = conv.channels;
+  h.kh = conv.kh;
+  h.kw = conv.kw;
+  h.groups = conv.groups;
+  h.tile = tiling.tile;
+  h.block_k = tiling.block_k;
+
+  const int64_t groups = (w.rows + kCsrGroup - 1) / kCsrGroup;
+  const int64_t blocks = (w.cols + h.block_k - 1) / h.block_k;
+  plan.counts.assign(groups * blocks * kCsrGroup, 0);
+  plan.starts.assign(groups * (blocks + 1), 0);
+  parallel_for(0, groups, kGroupsPerTask, [&](int64_t g0, int64_t g1) {
+    for (int64_t r = g0 * kCsrGroup; r < std::min(w.rows, g1 * kCsrGroup); ++r) {
+      uint8_t* counts = &plan.counts[(r / kCsrGroup) * blocks * kCsrGroup + r % kCsrGroup];
+      for_row(w, r, [&](int64_t c, float v) { counts[c / h.block_k * kCsrGroup] += is_stored(v); });
+    }
+  });
+  uint32_t at = 0;
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t b = 0; b <= blocks; ++b) {
+      plan.starts[g * (blocks + 1) + b] = at;
+      if (b < blocks)
+        for (int r = 0; r < kCsrGroup; ++r) at += plan.counts[(g * blocks + b) * kCsrGroup + r];
+    }
+
+  size_t end = sizeof(PackedHeader);
+  const auto section = [&end](size_t bytes) {
+    const size_t begin = round_up(end, kCacheLine);
+    end = begin + bytes;
+    return begin;
+  };
+  h.starts_at = section(plan.starts.size() * sizeof(uint32_t));
+  h.counts_at = section(plan.counts.size());
+  h.values_at = section(h.nnz * sizeof(float));
+  h.offsets_at = section(h.nnz * sizeof(uint16_t));
+  h.bytes = round_up(end, kCacheLine);
+  return plan;
+}
+
+// FNV-1a over 8-byte words: fast enough to run at load, and any flipped bit changes it.
+uint64_t checksum(const uint8_t* data, size_t bytes) {
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (size_t i = 0; i + 8 <= bytes; i += 8) {
+    uint64_t word;
+    std::memcpy(&word, data + i, 8);
+    hash = (hash ^ word) * 0x100000001b3u;
+    hash ^= hash >> 29;
+  }
+  return hash;
+}
+
+template <class View>
+void write(const View& w, const CsrPlan& plan, uint8_t* out) {
+  const PackedHeader& h = plan.header;
+  std::memset(out, 0, h.values_at);
+  std::memcpy(out + h.starts_at, plan.starts.data(), plan.starts.size() * sizeof(uint32_t));
+  std::memcpy(out + h.counts_at, plan.counts.data(), plan.counts.size());
+  float* values = reinterpret_cast<float*>(out + h.values_at);
+  uint16_t* offsets = reinterpret_cast<uint16_t*>(out + h.offsets_at);
+  // Padding between and behind the sections is part of the checksum.
+  std::memset(values + h.nnz, 0, h.offsets_at - (h.values_at + h.nnz * sizeof(float)));
+  std::memset(offsets + h.nnz, 0, h.bytes - (h.offsets_at + h.nnz * sizeof(uint16_t)));
+
+  const int64_t groups = (w.rows + kCsrGroup - 1) / kCsrGroup;
+  const int64_t blocks = (w.cols + h.block_k - 1) / h.block_k;
+  parallel_for(0, groups, kGroupsPerTask, [&](int64_t g0, int64_t g1) {
+    std::vector<uint32_t> at(blocks);
+    for (int64_t g = g0; g < g1; ++g) {
+      std::copy_n(&plan.starts[g * (blocks + 1)], blocks, at.begin());
+      for (int64_t r = g * kCsrGroup; r < std::min(w.rows, (g + 1) * kCsrGroup); ++r)
+        for_row(w, r, [&](int64_t c, float v) {
+          if (!is_stored(v)) return;
+          const int64_t b = c / h.block_k;
+          values[at[b]] = v;
+          offsets[at[b]] = static_cast<uint16_t>((c - b * h.block_k) * h.tile * sizeof(float));
+          ++at[b];
+        });
+    }
+  });
+  PackedHeader header = h;
+  header.checksum = checksum(out + sizeof(PackedHeader), h.bytes - sizeof(PackedHeader));
+  std::memcpy(out, &header, sizeof(header));
+}
+
+}  // namespace
+
+CsrPlan plan_csr(const DenseView& w, const ConvShape& conv) { return make_plan(w, conv); }
+CsrPlan plan_csr(const CsrView& w, const ConvShape& conv) { return make_plan(w, conv); }
+void pack_csr(const DenseView& w, const CsrPlan& plan, uint8_t* out) { write(w, plan, out); }
+void pack_csr(const CsrView& w, const CsrPlan& plan, uint8_t* out) { write(w, plan, out); }
+
+CsrPacked view_csr(const uint8_t* data, int64_t bytes) {
+  PARED_CHECK(bytes >= static_cast<int64_t>(sizeof(PackedHeader)), "packed weight: expected at least ",
+              sizeof(PackedHeader), " bytes, got ", bytes);
+  PARED_CHECK(reinterpret_cast<uintptr_t>(data) % kCacheLine == 0,
+              "packed weight: expected 64-byte aligned memory");
+  const auto* h = reinterpret_cast<const PackedHeader*>(data);
+  PARED_CHECK(std::memcmp(h->magic, kPackedMagic, sizeof(h->magic)) == 0,
+              "packed weight: expected a buffer that pared packed, got other data");
+  PARED_CHECK(h->version == kPackedVersion, "packed weight: expected version ", kPackedVersion, ", got ",
+              h->version);
+  PARED_CHECK(h->kind == PackedKind::csr_panel, "packed weight: expected CSR, got kind ",
+              static_cast<int>(h->kind));
+  PARED_CHECK(h->bytes == static_cast<uint64_t>(bytes), "packed weight: expected ", h->bytes, " bytes, got ",
+              bytes);
+  PARED_CHECK(h->rows >= 0 && h->cols >= 0 && h->nnz >= 0 && h->block_k > 0 && h->block_k <= 255 &&
+                  (h->tile == 64 || h->tile == 96) && h->block_k * h->tile * 4 <= kMaxOffset + 1,
+              "packed weight: expected a valid header, got a corrupt one");
+  CsrPacked w;
+  w.header = h;
+  const int64_t groups = w.groups(), blocks = w.blocks();
+  const auto inside = [&](uint64_t at, uint64_t size) {
+    return at % kCacheLine == 0 && at <= h->bytes && size <= h->bytes - at;
+  };
+  PARED_CHECK(inside(h->starts_at, groups * (blocks + 1) * sizeof(uint32_t)) &&
+                  inside(h->counts_at, groups * blocks * kCsrGroup) &&
+                  inside(h->values_at, h->nnz * sizeof(float)) &&
+                  inside(h->offsets_at, h->nnz * sizeof(uint16_t)),
+              "packed weight: expected sections inside the buffer, got a corrupt header");
+  w.starts = reinterpret_cast<const uint32_t*>(data + h->starts_at);
+  w.counts = data + h->counts_at;
+  w.values = reinterpret_cast<const float*>(data + h->values_at);
+  w.offsets = reinterpret_cast<const uint16_t*>(data + h->offsets_at);
+  return w;
+}
+
+void validate_csr(const CsrPacked& w) {
+  const PackedHeader& h = *w.header;
+  const auto* bytes = reinterpret_cast<const uint8_t*>(w.header);
+  PARED_CHECK(checksum(bytes + sizeof(PackedHeader), h.bytes - sizeof(PackedHeader)) == h.checksum,
+              "packed weight: expected checksum ", h.checksum, ", the contents give another");
+  const int64_t groups = w.groups(), blocks = w.blocks();
+  uint64_t at = 0;
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t b = 0; b <= blocks; ++b) {
+      PARED_CHECK(w.starts[g * (blocks + 1) + b] == at, "packed weight: row group ", g, " block ", b,
+                  ": expected start ", at, ", got ", w.starts[g * (blocks + 1) + b]);
+      if (b == blocks) break;
+      for (int r = 0; r < kCsrGroup; ++r) {
+        const int count = w.counts[(g * blocks + b) * kCsrGroup + r];
+        PARED_CHECK(at + count <= static_cast<uint64_t>(h.nnz) &&
+                        (count == 0 || g * kCsrGroup + r < h.rows),
+                    "packed weight: row group ", g, ": counts exceed the matrix");
+        int64_t previous = -1;
+        for (int i = 0; i < count; ++i, ++at) {
+          const int64_t unit = w.offsets[at] / (h.tile * sizeof(float));
+          PARED_CHECK(w.offsets[at] % (h.tile * sizeof(float)) == 0 && unit > previous &&
+                          b * h.block_k + unit < h.cols,
+                      "packed weight: row ", g * kCsrGroup + r, ": invalid column offset ", w.offsets[at]);
+          PARED_CHECK(is_stored(w.values[at]) && std::isfinite(w.values[at]), "packed weight: row ",
+                      g * kCsrGroup + r, ": invalid value ", w.values[at]);
+          previous = unit;
+        }
+      }
+    }
+  PARED_CHECK(at == static_cast<uint64_t>(h.nnz), "packed weight: expected ", h.nnz, " non-zeros, got ", at);
+}
+
+namespace {
+
+// Calls fn(row, column, value) in order of rows within each group, blocks ascending.
+template <class F>
+void for_each(const CsrPacked& w, F fn) {
+  const PackedHeader& h = *w.header;
+  const int64_t groups = w.groups(), blocks = w.blocks();
+  std::vector<uint64_t> at(blocks);
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t b = 0; b < blocks; ++b) at[b] = w.starts[g * (blocks + 1) + b];
+    for (int64_t r = 0; r < std::min<int64_t>(kCsrGroup, h.rows - g * kCsrGroup); ++r)
+      for (int64_t b = 0; b < blocks; ++b)
+        for (int i = w.counts[(g * blocks + b) * kCsrGroup + r]; i > 0; --i, ++at[b])
+          fn(g * kCsrGroup + r, b * h.block_k + w.offsets[at[b]] / (h.tile * sizeof(float)), w.values[at[b]]);
+  }
+}
+
+}  // namespace
+
+void unpack_csr(const CsrPacked& w, int64_t* row_ptr, int64_t* columns, float* values) {
+  int64_t n = 0, row = 0;
+  row_ptr[0] = 0;
+  for_each(w, [&](int64_t r, int64_t c, float v) {
+    while (row < r) row_ptr[++row] = n;
+    columns[n] = c;
+    values[n++] = v;
+  });
+  while (row < w.header->rows) row_ptr[++row] = n;
+}
+
+void unpack_csr_dense(const CsrPacked& w, DType dtype, void* out) {
+  const int64_t cols = w.header->cols;
+  std::memset(out, 0, w.header->rows * cols * dtype_size(dtype));
+  for_each(w, [&](int64_t r, int64_t c, float v) {
+    const int64_t i = r * cols + c;
+    if (dtype == DType::f32) {
+      static_cast<float*>(out)[i] = v;
+    } else {
+      static_cast<uint16_t*>(out)[i] = dtype == DType::bf16 ? float_to_bf16(v) : float_to_f16(v);
+    }
+  });
+}
+
+}  // namespace pared

@@ -1,0 +1,10 @@
+#include "kernels/generic/csr_panel.h"
+
+namespace pared {
+
+extern const csr_panel_f32::Table csr_panel_f32_m96__avx2;
+const csr_panel_f32::Table csr_panel_f32_m96__avx2 = {
+    csr_panel_rows<Avx2F32, 1, 4>, csr_panel_rows<Avx2F32, 2, 2>, csr_panel_rows<Avx2F32, 3, 2>,
+    csr_panel_rows<Avx2F32, 4, 1>, csr_panel_rows<Avx2F32, 5, 1>, csr_panel_rows<Avx2F32, 6, 1>};
+
+}  // namespace pared

@@ -1,0 +1,10 @@
+#include "kernels/generic/csr_panel.h"
+
+namespace pared {
+
+extern const csr_panel_f32::Table csr_panel_f32_m96__avx512;
+const csr_panel_f32::Table csr_panel_f32_m96__avx512 = {
+    csr_panel_rows<Avx512F32, 1, 8>, csr_panel_rows<Avx512F32, 2, 4>, csr_panel_rows<Avx512F32, 3, 3>,
+    csr_panel_rows<Avx512F32, 4, 2>, csr_panel_rows<Avx512F32, 5, 2>, csr_panel_rows<Avx512F32, 6, 1>};
+
+}  // namespace pared

@@ -1,0 +1,74 @@
+// The signature of every kernel, by op. A kernel translation unit includes this and the generic template it
+// instantiates, and no standard header that defines functions: what is inlined under AVX-512 flags must not
+// be emitted as a weak symbol that the linker could pick for the scalar path.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+
+#include "core/dtype.h"
+
+namespace pared {
+
+// Activation fused into an epilogue. gelu is the erf form, gelu_tanh the tanh approximation.
+enum class Activation : uint8_t { none, relu, gelu, gelu_tanh, silu };
+
+// A panel is activations with the reduction axis outermost: panel[u * stride + m], u a unit of the
+// reduction, m an output position (token or pixel). A kernel works on `vectors` groups of 16 positions.
+inline constexpr int kPanelGroup = 16;   // positions a group; one AVX-512 register of float32
+inline constexpr int kPanelMaxGroups = 6;  // 6 accumulators, and 36 KB of L1 for a 96-deep panel
+
+// Rows of a sparse weight against one K block of the panel: acc[r][m] (+)= sum_i values[i] * panel at
+// offsets[i]. One call covers a few rows (a row group) so that it stays in the instruction stream; the
+// epilogue runs between calls while acc is in L1.
+struct CsrPanelArgs {
+  const uint8_t* counts;    // non-zeros of each row in this K block
+  const float* values;      // rows back to back
+  const uint16_t* offsets;  // byte offset of the unit's first position in the panel
+  const float* panel;       // 64-byte aligned
+  float* acc;               // [rows][vectors * 16], 64-byte aligned
+  int32_t rows;
+  bool accumulate;          // false: acc is written, not read
+};
+struct csr_panel_f32 {
+  // One function for each number of vectors, 1..kPanelMaxGroups, at index vectors - 1.
+  using Fn = void(const CsrPanelArgs&);
+  using Table = Fn* const[kPanelMaxGroups];
+  static constexpr const char* doc = "sparse rows times an activation panel, float32";
+};
+
+// Transposes x[positions][units] (row-major, any of the float types) into panel[units][stride].
+struct PanelPackArgs {
+  const void* x;      // first position, first unit
+  int64_t x_stride;   // elements between positions
+  DType dtype;        // f32, f16 or bf16: widened to float32
+  int32_t positions;  // real positions; the rest up to vectors * 16 are written as zero
+  int32_t vectors;
+  int32_t units;
+  int32_t stride;     // floats between units of the panel
+  float* panel;
+};
+struct panel_pack {
+  using Fn = void(const PanelPackArgs&);
+  static constexpr const char* doc = "transpose and widen activations into a panel";
+};
+
+// Epilogue: y[position][row] = activation(acc[row][position] + bias[row]), at most 16 rows a call.
+struct PanelStoreArgs {
+  const float* acc;    // [rows][acc_stride]
+  int32_t acc_stride;
+  int32_t rows;        // 1..16
+  int32_t positions;
+  const float* bias;   // [rows], or null
+  Activation activation;
+  void* y;             // first position, first row
+  int64_t y_stride;    // elements between positions
+  DType dtype;         // f32, f16 or bf16: rounded to nearest even
+};
+struct panel_store {
+  using Fn = void(const PanelStoreArgs&);
+  static constexpr const char* doc = "bias, activation, transpose and narrow into the output";
+};
+
+}  // namespace pared

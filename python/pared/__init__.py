@@ -1,0 +1,37 @@
+"""pared: makes pruned and quantized PyTorch models really faster, on CPU and GPU.
+
+Importing this package does not import torch: `pared.ops` works on numpy arrays alone, and what needs torch
+loads it on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pared._info import isa, kernels
+
+if TYPE_CHECKING:
+    from pared import ops
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it. Resolved on first access, so that `import pared` stays cheap.
+_LAZY: dict[str, str] = {}
+_SUBMODULES = ("ops",)
+
+__all__ = ["isa", "kernels", "ops"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"pared.{name}")
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'pared' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_SUBMODULES})

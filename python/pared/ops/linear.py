@@ -1,0 +1,38 @@
+"""The linear operation on packed weights."""
+
+from __future__ import annotations
+
+from pared import _core
+from pared._types import Array
+from pared.ops._arrays import empty_like_kind, refuse_grad, require_array
+from pared.ops.csr import CSR
+
+
+def linear(x: Array, w: CSR, bias: Array | None = None, activation: str | None = None) -> Array:
+    """``activation(x @ w.T + bias)`` with a packed weight.
+
+    Parameters
+    ----------
+    x : [..., in], float32, bfloat16 or float16, last axis contiguous; upcast inside, never copied.
+    w : packed weight, [out, in].
+    bias : [out], float32, or None.
+    activation : None, "relu", "gelu" (erf), "gelu_tanh" or "silu".
+
+    Returns
+    -------
+    [..., out], of `x`'s kind and dtype. The sum is in float32; a term with a stored zero is skipped, so
+    ``0 * inf`` contributes nothing where a dense product gives NaN.
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument, what was expected and what came.
+    """
+    require_array(x, "x")
+    if not isinstance(w, CSR):
+        raise TypeError(f"w: expected a packed weight (CSR), got {type(w).__name__}")
+    if len(w.shape) != 2:
+        raise ValueError(f"w: expected a linear weight [out, in], got shape {list(w.shape)}; use conv2d")
+    refuse_grad(x, "x")
+    out = empty_like_kind(x, (*x.shape[:-1], w.shape[0]))
+    _core.linear_csr(x, w.packed, bias, out, activation or "")
+    return out
