@@ -66,11 +66,12 @@ DenseView dense_view(const Array& a, ConvShape& conv, int64_t groups) {
   PARED_CHECK(groups >= 1 && a.shape[0] % groups == 0, "groups: expected a positive divisor of ", a.shape[0],
               " output channels, got ", groups);
   for (int i = 1; i < 4; ++i)
-    PARED_CHECK(a.shape[i] < (int64_t{1} << 31), a.name, ": expected sizes below 2^31, got ", a.shape_text());
+    PARED_CHECK(a.shape[i] > 0 && a.shape[i] < (int64_t{1} << 31), a.name,
+                ": expected channels and kernel sizes of at least 1, got ", a.shape_text());
   conv = {static_cast<int32_t>(a.shape[1]), static_cast<int32_t>(a.shape[2]), static_cast<int32_t>(a.shape[3]),
           static_cast<int32_t>(groups)};
   const int64_t cols = a.shape[1] * a.shape[2] * a.shape[3];
-  return {a.data, a.dtype, a.shape[0], cols, cols, 1};
+  return {a.data, a.dtype, a.shape[0], cols, cols, 1, groups};
 }
 
 }  // namespace
@@ -162,8 +163,8 @@ void register_csr(py::module_& m) {
         require_dtype(o, kFloats);
         require_contiguous(o);
         require_writable(o);
-        PARED_CHECK(o.size() == w.header->rows * w.header->cols, "out: expected ",
-                    w.header->rows * w.header->cols, " elements, got ", o.shape_text());
+        const int64_t size = w.header->rows * dense_cols(*w.header);
+        PARED_CHECK(o.size() == size, "out: expected ", size, " elements, got ", o.shape_text());
         py::gil_scoped_release unlocked;
         unpack_csr_dense(w, o.dtype, o.data);
       },

@@ -32,9 +32,10 @@ bool is_stored(float v) { return std::fabs(v) >= FLT_MIN; }
 template <class F>
 void for_row(const DenseView& w, int64_t row, F fn) {
   const int64_t base = row * w.row_stride;
+  const int64_t first = row / (w.rows / w.groups) * w.cols;  // of the row's diagonal block
   for (int64_t c = 0; c < w.cols; ++c) {
     const float v = value_at(w.data, base + c * w.col_stride, w.dtype);
-    if (v != 0.0f) fn(c, v);
+    if (v != 0.0f) fn(first + c, v);
   }
 }
 
@@ -48,6 +49,9 @@ void for_row(const CsrView& w, int64_t row, F fn) {
   for (int64_t i = index_at(w.row_ptr, row, w.index_type); i < end; ++i)
     fn(index_at(w.columns, i, w.index_type), value_at(w.values, i, w.dtype));
 }
+
+int64_t matrix_cols(const DenseView& w) { return w.cols * w.groups; }
+int64_t matrix_cols(const CsrView& w) { return w.cols; }
 
 void check_structure(const DenseView&) {}
 
@@ -97,7 +101,8 @@ CsrPlan make_plan(const View& w, const ConvShape& conv) {
   PARED_CHECK(bad_row.load() < 0, "weight: expected finite values, got NaN or infinity in row ", bad_row.load());
   PARED_CHECK(nnz.load() < (int64_t{1} << 32), "weight: expected fewer than 2^32 non-zeros, got ", nnz.load());
 
-  const Tiling tiling = choose_tiling(w.rows, w.cols, nnz.load());
+  const int64_t cols = matrix_cols(w);
+  const Tiling tiling = choose_tiling(w.rows, cols, nnz.load());
   CsrPlan plan{};
   PackedHeader& h = plan.header;
   std::memcpy(h.magic, kPackedMagic, sizeof(h.magic));
@@ -105,7 +110,7 @@ CsrPlan make_plan(const View& w, const ConvShape& conv) {
   h.version = kPackedVersion;
   h.dtype = w.dtype;
   h.rows = w.rows;
-  h.cols = w.cols;
+  h.cols = cols;
   h.nnz = nnz.load();
   h.channels = conv.channels;
   h.kh = conv.kh;
@@ -115,7 +120,7 @@ CsrPlan make_plan(const View& w, const ConvShape& conv) {
   h.block_k = tiling.block_k;
 
   const int64_t groups = (w.rows + kCsrGroup - 1) / kCsrGroup;
-  const int64_t blocks = (w.cols + h.block_k - 1) / h.block_k;
+  const int64_t blocks = (cols + h.block_k - 1) / h.block_k;
   plan.counts.assign(groups * blocks * kCsrGroup, 0);
   plan.starts.assign(groups * (blocks + 1), 0);
   parallel_for(0, groups, kGroupsPerTask, [&](int64_t g0, int64_t g1) {
@@ -171,7 +176,7 @@ void write(const View& w, const CsrPlan& plan, uint8_t* out) {
   std::memset(offsets + h.nnz, 0, h.bytes - (h.offsets_at + h.nnz * sizeof(uint16_t)));
 
   const int64_t groups = (w.rows + kCsrGroup - 1) / kCsrGroup;
-  const int64_t blocks = (w.cols + h.block_k - 1) / h.block_k;
+  const int64_t blocks = (h.cols + h.block_k - 1) / h.block_k;
   parallel_for(0, groups, kGroupsPerTask, [&](int64_t g0, int64_t g1) {
     std::vector<uint32_t> at(blocks);
     for (int64_t g = g0; g < g1; ++g) {
@@ -198,6 +203,10 @@ CsrPlan plan_csr(const CsrView& w, const ConvShape& conv) { return make_plan(w, 
 void pack_csr(const DenseView& w, const CsrPlan& plan, uint8_t* out) { write(w, plan, out); }
 void pack_csr(const CsrView& w, const CsrPlan& plan, uint8_t* out) { write(w, plan, out); }
 
+int64_t dense_cols(const PackedHeader& h) {
+  return h.kh ? static_cast<int64_t>(h.channels) * h.kh * h.kw : h.cols;
+}
+
 CsrPacked view_csr(const uint8_t* data, int64_t bytes) {
   PARED_CHECK(bytes >= static_cast<int64_t>(sizeof(PackedHeader)), "packed weight: expected at least ",
               sizeof(PackedHeader), " bytes, got ", bytes);
@@ -215,6 +224,10 @@ CsrPacked view_csr(const uint8_t* data, int64_t bytes) {
   PARED_CHECK(h->rows >= 0 && h->cols >= 0 && h->nnz >= 0 && h->block_k > 0 && h->block_k <= 255 &&
                   (h->tile == 64 || h->tile == 96) && h->block_k * h->tile * 4 <= kMaxOffset + 1,
               "packed weight: expected a valid header, got a corrupt one");
+  const bool linear = h->channels == 0 && h->kh == 0 && h->kw == 0 && h->groups == 0;
+  PARED_CHECK(linear || (h->channels > 0 && h->kh > 0 && h->kw > 0 && h->groups > 0 &&
+                         h->rows % h->groups == 0 && dense_cols(*h) * h->groups == h->cols),
+              "packed weight: expected a consistent convolution shape, got a corrupt header");
   CsrPacked w;
   w.header = h;
   const int64_t groups = w.groups(), blocks = w.blocks();
@@ -296,10 +309,10 @@ void unpack_csr(const CsrPacked& w, int64_t* row_ptr, int64_t* columns, float* v
 }
 
 void unpack_csr_dense(const CsrPacked& w, DType dtype, void* out) {
-  const int64_t cols = w.header->cols;
+  const int64_t cols = dense_cols(*w.header);
   std::memset(out, 0, w.header->rows * cols * dtype_size(dtype));
   for_each(w, [&](int64_t r, int64_t c, float v) {
-    const int64_t i = r * cols + c;
+    const int64_t i = r * cols + c % cols;
     if (dtype == DType::f32) {
       static_cast<float*>(out)[i] = v;
     } else {

@@ -31,17 +31,21 @@ struct CsrPacked {
   int64_t blocks() const { return (header->cols + header->block_k - 1) / header->block_k; }
 };
 
-// The shape of a convolution weight behind the matrix; all zero for a linear one.
+// The shape of a convolution weight behind the matrix; all zero for a linear one. A grouped convolution is a
+// block-diagonal matrix: the rows of group g have non-zeros in columns [g, g + 1) * channels * kh * kw alone,
+// so the kernels need to know nothing of groups.
 struct ConvShape {
-  int32_t channels = 0, kh = 0, kw = 0, groups = 0;
+  int32_t channels = 0;  // of the input, in one group
+  int32_t kh = 0, kw = 0, groups = 0;
 };
 
 // A dense weight [rows, cols] as the user holds it. Strides in elements. A convolution weight is given with
-// its trailing axes flattened, which the binding does for contiguous memory.
+// its trailing axes flattened, which the binding does for contiguous memory; cols is then one group's.
 struct DenseView {
   const void* data;
   DType dtype;  // f32, f16, bf16
   int64_t rows, cols, row_stride, col_stride;
+  int64_t groups = 1;
 };
 
 // A CSR matrix in the interchange form (scipy, torch.sparse_csr): columns ascending and unique in each row.
@@ -72,6 +76,9 @@ CsrPacked view_csr(const uint8_t* data, int64_t bytes);
 void validate_csr(const CsrPacked& w);
 
 void unpack_csr(const CsrPacked& w, int64_t* row_ptr, int64_t* columns, float* values);
-void unpack_csr_dense(const CsrPacked& w, DType dtype, void* out);  // [rows, cols] contiguous
+// [rows, cols] contiguous; for a convolution [rows, channels * kh * kw], the block diagonal folded back.
+void unpack_csr_dense(const CsrPacked& w, DType dtype, void* out);
+// Columns of the weight as the user knows it.
+int64_t dense_cols(const PackedHeader& h);
 
 }  // namespace pared

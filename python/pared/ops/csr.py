@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ class CSR:
     @property
     def sparsity(self) -> float:
         """Share of zeros, 0 to 1."""
-        total = self._info["rows"] * self._info["cols"]
+        total = math.prod(self.shape)
         return 1.0 - self.nnz / total if total else 0.0
 
     def to_dense(self) -> Array:
@@ -103,7 +104,8 @@ class CSR:
         return out
 
     def to_csr_arrays(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-        """``(row pointers, columns, values)`` of the matrix ``[out, in * kh * kw]``."""
+        """``(row pointers, columns, values)`` of the matrix ``[out, in]``; for a convolution
+        ``[out, in * kh * kw]``, block-diagonal over groups."""
         return _core.csr_unpack(self.packed)
 
     def to_scipy(self) -> Any:

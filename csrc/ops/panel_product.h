@@ -1,0 +1,149 @@
+// The loop nest around the sparse panel micro-kernel, shared by every operation that is "sparse rows times a
+// panel": only how a panel block is filled and where a finished tile goes differ, and they are arguments.
+//
+//   for each thread's share of (tile of positions, row group):
+//     for each pass of row groups whose accumulators fit L2:
+//       for each K block that has non-zeros:  pack the block into L1, multiply every row group of the pass
+//         (after the last block: store the row group's tile while it is in L1)
+//
+// Packing inside the row pass, not once ahead: a packed block is used at once from L1 and never written to
+// memory; a second pass over the same tile packs again, which costs two operations a vector against the
+// hundreds of rows' multiply-adds of a pass.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "core/aligned.h"
+#include "core/parallel.h"
+#include "formats/csr.h"
+#include "kernels/registry.h"
+
+namespace pared {
+
+// Consecutive output positions that are computed together.
+struct PanelTile {
+  int64_t first;
+  int32_t positions;  // real ones; vectors * kPanelGroup with the padding
+  int32_t vectors;
+};
+
+namespace panel_product_detail {
+
+// Accumulators of one pass: 256 KB suits second-level caches of 512 KB and more.
+inline constexpr int64_t kAccFloats = 64 * 1024;
+// A panel, and the reach of any 16-bit offset plus one tile: no offset can leave the buffer.
+inline constexpr size_t kPanelFloats = (kMaxOffset + 1) / sizeof(float) + kPanelMaxGroups * kPanelGroup;
+// Below this many multiply-adds a second thread (about 10 us to wake) does not pay.
+inline constexpr int64_t kMinWorkPerThread = 1 << 19;
+
+// Positions cut into tiles of nearly equal numbers of vectors: 128 positions are 64 + 64, not 96 + 32,
+// because a short tile pays the same loads of weights for less work.
+std::vector<PanelTile> cut_tiles(int64_t positions, int max_vectors);
+
+// Row groups weighed by their non-zeros, with a constant a row for its epilogue and loop ends.
+class GroupWeights {
+ public:
+  explicit GroupWeights(const CsrPacked& w) : w_(w), groups_(w.groups()), stride_(w.blocks() + 1) {}
+  // Weight of the groups before g.
+  int64_t before(int64_t g) const {
+    const int64_t nnz = g < groups_ ? static_cast<int64_t>(w_.starts[g * stride_]) : w_.header->nnz;
+    return nnz + (3 + stride_) * kCsrGroup * g;
+  }
+  int64_t total() const { return before(groups_); }
+  // The first group whose weight before it reaches `weight`.
+  int64_t at(int64_t weight) const {
+    int64_t lo = 0, hi = groups_;
+    while (lo < hi) {
+      const int64_t mid = (lo + hi) / 2;
+      if (before(mid) < weight) lo = mid + 1;
+      else hi = mid;
+    }
+    return lo;
+  }
+
+ private:
+  const CsrPacked& w_;
+  int64_t groups_, stride_;
+};
+
+template <class Pack, class Store>
+void run_tile(const CsrPacked& w, csr_panel_f32::Fn* const* micro, const PanelTile& t, int64_t g0, int64_t g1,
+              const Pack& pack, const Store& store, float* panel, float* acc) {
+  const PackedHeader& h = *w.header;
+  const int64_t blocks = w.blocks(), last = std::max<int64_t>(blocks, 1) - 1;
+  const int32_t acc_stride = t.vectors * kPanelGroup;
+  const int64_t groups_per_pass = std::max<int64_t>(1, kAccFloats / (acc_stride * kCsrGroup));
+  for (int64_t p0 = g0; p0 < g1; p0 += groups_per_pass) {
+    const int64_t p1 = std::min(g1, p0 + groups_per_pass);
+    for (int64_t b = 0; b <= last; ++b) {
+      bool packed = false;
+      for (int64_t g = p0; g < p1; ++g) {
+        float* group_acc = acc + (g - p0) * kCsrGroup * acc_stride;
+        const int32_t rows = static_cast<int32_t>(std::min<int64_t>(kCsrGroup, h.rows - g * kCsrGroup));
+        const uint32_t* starts = w.starts + g * (blocks + 1);
+        const bool touched = starts[b] > starts[0];
+        if (b < blocks && starts[b + 1] > starts[b]) {
+          if (!packed) {
+            const int64_t k0 = b * h.block_k;
+            pack(t, k0, static_cast<int32_t>(std::min<int64_t>(h.block_k, h.cols - k0)),
+                 static_cast<int32_t>(h.tile), panel);
+            packed = true;
+          }
+          micro[t.vectors - 1]({w.counts + (g * blocks + b) * kCsrGroup, w.values + starts[b],
+                                w.offsets + starts[b], panel, group_acc, rows, touched});
+        } else if (b == last && !touched) {
+          std::fill_n(group_acc, static_cast<int64_t>(rows) * acc_stride, 0.0f);  // rows without non-zeros
+        }
+        if (b == last) store(t, g * kCsrGroup, rows, group_acc, acc_stride);
+      }
+    }
+  }
+}
+
+}  // namespace panel_product_detail
+
+// Runs the product of `w` with `positions` panel columns on the active instruction set and the calling
+// thread's pool.
+//   pack(tile, k0, units, stride, panel): write units [k0, k0 + units) of the reduction for the tile's
+//     positions to panel[(k - k0) * stride + position], and zero up to tile.vectors * kPanelGroup;
+//   store(tile, row0, rows, acc, acc_stride): take the finished acc[rows][tile.positions]. Called once for
+//     each tile and row group (at most kCsrGroup rows), from several threads at once.
+template <class Pack, class Store>
+void csr_panel_product(const CsrPacked& w, int64_t positions, const Pack& pack, const Store& store) {
+  namespace detail = panel_product_detail;
+  if (positions == 0 || w.header->rows == 0) return;
+  const auto micro = kernel_for<csr_panel_f32>(active_isa()).fn;
+  const std::vector<PanelTile> tiles =
+      detail::cut_tiles(positions, static_cast<int>(w.header->tile) / kPanelGroup);
+  const int64_t groups = w.groups();
+
+  // All (tile, row group) pairs in one line, cut into equal shares of weight: a thread's share is a run of
+  // whole tiles with a partial one at each end. Balanced for any number of tiles, even for one.
+  const detail::GroupWeights weights(w);
+  int64_t total_vectors = 0;
+  for (const PanelTile& t : tiles) total_vectors += t.vectors;
+  const int64_t total = weights.total() * total_vectors;
+  const int64_t useful_threads = std::max<int64_t>(1, total * kPanelGroup / detail::kMinWorkPerThread);
+  const int64_t parts = std::min<int64_t>(num_threads(), useful_threads);
+
+  parallel_for(0, parts, 1, [&](int64_t part0, int64_t part1) {
+    thread_local Scratch panel_memory, acc_memory;
+    float* panel = panel_memory.get<float>(detail::kPanelFloats);
+    float* acc = acc_memory.get<float>(detail::kAccFloats + kPanelMaxGroups * kPanelGroup * kCsrGroup);
+    const int64_t from = total * part0 / parts, to = total * part1 / parts;
+    int64_t before = 0;
+    for (const PanelTile& t : tiles) {
+      const int64_t cost = weights.total() * t.vectors;
+      const int64_t begin = std::max<int64_t>(from - before, 0), end = std::min(to - before, cost);
+      before += cost;
+      if (begin >= end) continue;
+      const int64_t g0 = weights.at(begin / t.vectors);
+      const int64_t g1 = end == cost ? groups : weights.at(end / t.vectors);
+      if (g0 < g1) detail::run_tile(w, micro, t, g0, g1, pack, store, panel, acc);
+    }
+  });
+}
+
+}  // namespace pared
