@@ -2,6 +2,6 @@
 
 namespace pared {
 
-void panel_store_16x16__avx2(const PanelStoreArgs& a) { store_elements(a, 0, a.positions, 0, a.rows); }
+void panel_store_16x16__avx2(const PanelStoreArgs& a) { store_panel<Avx2Io>(a); }
 
 }  // namespace pared

@@ -2,6 +2,6 @@
 
 namespace pared {
 
-void panel_store_16x16__avx512(const PanelStoreArgs& a) { store_elements(a, 0, a.positions, 0, a.rows); }
+void panel_store_16x16__avx512(const PanelStoreArgs& a) { store_panel<Avx512Io>(a); }
 
 }  // namespace pared

@@ -20,5 +20,14 @@ PARED_INLINE float activate_scalar(float x, Activation a) {
   return x;
 }
 
+template <class S>
+PARED_INLINE typename S::V activate(typename S::V v, Activation a) {
+  if (a == Activation::none) return v;
+  alignas(64) float lanes[S::width];
+  S::store(lanes, v);
+  for (int i = 0; i < S::width; ++i) lanes[i] = activate_scalar(lanes[i], a);
+  return S::load(lanes);
+}
+
 }  // namespace
 }  // namespace pared

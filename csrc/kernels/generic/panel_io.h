@@ -1,5 +1,7 @@
-// Panel packing and the epilogue that stores a tile: both are transposes, in registers, of 16x16 (AVX-512),
-// 8x8 (AVX2) or single elements. S is the vector type; T16 its transposer.
+// Panel packing and the epilogue that stores a tile. Both are transposes, done in registers by blocks of
+// 4 columns: a vector is loaded as 128-bit lanes from different rows (lane l of vector j holds row 4l + j),
+// which costs loads instead of cross-lane shuffles; then a 4x4 transpose within each lane, 8 shuffles for 4
+// vectors, gives whole columns in row order. IO is one level's set of operations (Avx512Io, ...).
 #pragma once
 
 #include "kernels/generic/activation.h"
@@ -9,34 +11,195 @@
 namespace pared {
 namespace {
 
-PARED_INLINE float widen(const void* p, int64_t i, DType t) {
-  if (t == DType::f32) return static_cast<const float*>(p)[i];
-  const uint16_t h = static_cast<const uint16_t*>(p)[i];
-  return t == DType::bf16 ? bf16_to_float(h) : f16_to_float(h);
-}
+struct ScalarIo {
+  using S = ScalarF32;
+  static PARED_INLINE void columns(const float* p, int64_t stride, S::V out[4]) {
+    for (int c = 0; c < 4; ++c) out[c] = p[c];
+  }
+  static PARED_INLINE S::V widen(const uint16_t* p, bool bf16) {
+    return bf16 ? bf16_to_float(*p) : f16_to_float(*p);
+  }
+  static PARED_INLINE void store_first(float* p, S::V v, int n) { *p = v; }
+  static PARED_INLINE void store_first(uint16_t* p, S::V v, int n, bool bf16) {
+    *p = bf16 ? float_to_bf16(v) : float_to_f16(v);
+  }
+};
 
-PARED_INLINE void narrow(void* p, int64_t i, DType t, float f) {
-  if (t == DType::f32) {
-    static_cast<float*>(p)[i] = f;
-  } else {
-    static_cast<uint16_t*>(p)[i] = t == DType::bf16 ? float_to_bf16(f) : float_to_f16(f);
+#if defined(__AVX2__)
+struct Avx2Io {
+  using S = Avx2F32;
+  static PARED_INLINE __m256 two_rows(const float* p, int64_t stride) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
+  }
+  // out[c][r] = p[r * stride + c], r < 8, c < 4.
+  static PARED_INLINE void columns(const float* p, int64_t stride, S::V out[4]) {
+    const __m256 r0 = two_rows(p, stride), r1 = two_rows(p + stride, stride),
+                 r2 = two_rows(p + 2 * stride, stride), r3 = two_rows(p + 3 * stride, stride);
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(r0, r1)), b = _mm256_castps_pd(_mm256_unpacklo_ps(r2, r3)),
+                  c = _mm256_castps_pd(_mm256_unpackhi_ps(r0, r1)), d = _mm256_castps_pd(_mm256_unpackhi_ps(r2, r3));
+    out[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+    out[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    out[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(c, d));
+    out[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(c, d));
+  }
+  static PARED_INLINE S::V widen(const uint16_t* p, bool bf16) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return bf16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)) : _mm256_cvtph_ps(h);
+  }
+  // Lanes below n; n = 8 stores all.
+  static PARED_INLINE void store_first(float* p, S::V v, int n) {
+    if (n == 8) return _mm256_storeu_ps(p, v);
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane), v);
+  }
+  static PARED_INLINE __m128i to_bf16(S::V v) {
+    const __m256i u = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+    const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i h = _mm256_blendv_epi8(rounded, quiet, nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  }
+  static PARED_INLINE void store_first(uint16_t* p, S::V v, int n, bool bf16) {
+    const __m128i h = bf16 ? to_bf16(v) : _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    if (n == 8) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h);
+    alignas(16) uint16_t lanes[8];
+    _mm_store_si128(reinterpret_cast<__m128i*>(lanes), h);
+    for (int i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+};
+#endif
+
+#if defined(__AVX512F__)
+struct Avx512Io {
+  using S = Avx512F32;
+  // Masked broadcasts with a memory operand run on a load port and any vector port; an insert would take the
+  // one shuffle port of Intel's cores, which the in-lane transpose needs.
+  static PARED_INLINE __m512 four_rows(const float* p, int64_t stride) {
+    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_loadu_ps(p + 4 * stride));
+    v = _mm512_mask_broadcast_f32x4(v, 0x0f00, _mm_loadu_ps(p + 8 * stride));
+    return _mm512_mask_broadcast_f32x4(v, 0xf000, _mm_loadu_ps(p + 12 * stride));
+  }
+  // out[c][r] = p[r * stride + c], r < 16, c < 4.
+  static PARED_INLINE void columns(const float* p, int64_t stride, S::V out[4]) {
+    const __m512 r0 = four_rows(p, stride), r1 = four_rows(p + stride, stride),
+                 r2 = four_rows(p + 2 * stride, stride), r3 = four_rows(p + 3 * stride, stride);
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r0, r1)), b = _mm512_castps_pd(_mm512_unpacklo_ps(r2, r3)),
+                  c = _mm512_castps_pd(_mm512_unpackhi_ps(r0, r1)), d = _mm512_castps_pd(_mm512_unpackhi_ps(r2, r3));
+    out[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+    out[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+    out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+  }
+  static PARED_INLINE S::V widen(const uint16_t* p, bool bf16) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return bf16 ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)) : _mm512_cvtph_ps(h);
+  }
+  static PARED_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static PARED_INLINE void store_first(float* p, S::V v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
+  static PARED_INLINE __m256i to_bf16(S::V v) {
+    const __m512i u = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i h = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+    h = _mm512_mask_or_epi32(h, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_srli_epi32(u, 16),
+                             _mm512_set1_epi32(0x40));
+    return _mm512_cvtepi32_epi16(h);
+  }
+  static PARED_INLINE void store_first(uint16_t* p, S::V v, int n, bool bf16) {
+    const __m256i h = bf16 ? to_bf16(v) : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_mask_storeu_epi16(p, first(n), h);
+  }
+};
+#endif
+
+// Deepest K block of any tiling, rounded up to a whole vector.
+constexpr int kMaxUnits = 256;
+
+// One group of W = width positions, `units` deep (a multiple of 4), from float32 rows.
+template <class IO>
+PARED_INLINE void pack_columns(const float* x, int64_t x_stride, int units, float* panel, int64_t stride) {
+  typename IO::S::V column[4];
+  for (int u = 0; u < units; u += 4, panel += 4 * stride) {
+    IO::columns(x + u, x_stride, column);
+    for (int c = 0; c < 4; ++c) IO::S::store(panel + c * stride, column[c]);
   }
 }
 
-// Element by element: the tails of the vector kernels, and all of the scalar one.
-void pack_elements(const PanelPackArgs& a, int m0, int m1, int u0, int u1) {
-  for (int u = u0; u < u1; ++u)
-    for (int m = m0; m < m1; ++m)
-      a.panel[static_cast<int64_t>(u) * a.stride + m] =
-          m < a.positions ? widen(a.x, m * a.x_stride + u, a.dtype) : 0.0f;
+template <class IO>
+void pack_panel(const PanelPackArgs& a) {
+  constexpr int W = IO::S::width;
+  const int whole = a.units & ~3;
+  // What the fast path cannot read in place (16-bit rows, missing rows, the last 1 to 3 units) goes through
+  // here as float32, in strips short enough to stay in L1 beside the panel.
+  alignas(64) float staged[W][kMaxUnits];
+  for (int m = 0; m < a.vectors * kPanelGroup; m += W) {
+    const int rows = a.positions - m < W ? (a.positions > m ? a.positions - m : 0) : W;
+    float* panel = a.panel + m;
+    int done = 0;
+    if (a.dtype == DType::f32 && rows == W) {
+      pack_columns<IO>(static_cast<const float*>(a.x) + m * a.x_stride, a.x_stride, whole, panel, a.stride);
+      done = whole;
+    }
+    if (done == a.units) continue;
+    const int left = a.units - done;
+    for (int r = 0; r < W; ++r) {
+      float* to = staged[r];
+      int u = 0;
+      if (r >= rows) {
+        for (; u < left; ++u) to[u] = 0.0f;
+      } else if (a.dtype == DType::f32) {
+        const float* from = static_cast<const float*>(a.x) + (m + r) * a.x_stride + done;
+        for (; u < left; ++u) to[u] = from[u];
+      } else {
+        const bool bf16 = a.dtype == DType::bf16;
+        const uint16_t* from = static_cast<const uint16_t*>(a.x) + (m + r) * a.x_stride + done;
+        for (; u + W <= left; u += W) IO::S::store(to + u, IO::widen(from + u, bf16));
+        for (; u < left; ++u) to[u] = bf16 ? bf16_to_float(from[u]) : f16_to_float(from[u]);
+      }
+      for (; u & 3; ++u) to[u] = 0.0f;
+    }
+    panel += static_cast<int64_t>(done) * a.stride;
+    const int staged_whole = left & ~3;
+    pack_columns<IO>(staged[0], kMaxUnits, staged_whole, panel, a.stride);
+    if (left & 3) {
+      typename IO::S::V column[4];
+      IO::columns(staged[0] + staged_whole, kMaxUnits, column);
+      for (int c = 0; c < (left & 3); ++c)
+        IO::S::store(panel + static_cast<int64_t>(staged_whole + c) * a.stride, column[c]);
+    }
+  }
 }
 
-void store_elements(const PanelStoreArgs& a, int m0, int m1, int r0, int r1) {
-  for (int m = m0; m < m1; ++m)
-    for (int r = r0; r < r1; ++r) {
-      const float sum = a.acc[static_cast<int64_t>(r) * a.acc_stride + m] + (a.bias ? a.bias[r] : 0.0f);
-      narrow(a.y, m * a.y_stride + r, a.dtype, activate_scalar(sum, a.activation));
+template <class IO>
+void store_panel(const PanelStoreArgs& a) {
+  using S = typename IO::S;
+  constexpr int W = S::width;
+  for (int r = 0; r < a.rows; r += W) {
+    const int rows = a.rows - r < W ? a.rows - r : W;
+    alignas(64) float bias[W];
+    for (int i = 0; i < W; ++i) bias[i] = a.bias && i < rows ? a.bias[r + i] : 0.0f;
+    const typename S::V b = S::load(bias);
+    const float* acc = a.acc + static_cast<int64_t>(r) * a.acc_stride;
+    for (int m = 0; m < a.positions; m += 4) {
+      // Positions come in whole groups of 16 and rows in whole groups of kCsrGroup in the accumulator, so the
+      // block may be read to its end; what is not real is not stored.
+      typename S::V y[4];
+      IO::columns(acc + m, a.acc_stride, y);
+      const int n = a.positions - m < 4 ? a.positions - m : 4;
+      for (int c = 0; c < n; ++c) {
+        const typename S::V v = activate<S>(S::add(y[c], b), a.activation);
+        const int64_t at = (m + c) * a.y_stride + r;
+        if (a.dtype == DType::f32) {
+          IO::store_first(static_cast<float*>(a.y) + at, v, rows);
+        } else {
+          IO::store_first(static_cast<uint16_t*>(a.y) + at, v, rows, a.dtype == DType::bf16);
+        }
+      }
     }
+  }
 }
 
 }  // namespace

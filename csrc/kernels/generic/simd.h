@@ -27,6 +27,7 @@ struct ScalarF32 {
   static PARED_INLINE V loadu(const float* p) { return *p; }
   static PARED_INLINE void store(float* p, V v) { *p = v; }
   static PARED_INLINE void storeu(float* p, V v) { *p = v; }
+  static PARED_INLINE V add(V a, V b) { return a + b; }
   // Rounded twice, as portable C++ is without a fused instruction.
   static PARED_INLINE V fma(V a, V b, V c) { return a * b + c; }
 };
@@ -41,6 +42,7 @@ struct Avx2F32 {
   static PARED_INLINE V loadu(const float* p) { return _mm256_loadu_ps(p); }
   static PARED_INLINE void store(float* p, V v) { _mm256_store_ps(p, v); }
   static PARED_INLINE void storeu(float* p, V v) { _mm256_storeu_ps(p, v); }
+  static PARED_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
   static PARED_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 };
 #endif
@@ -55,6 +57,7 @@ struct Avx512F32 {
   static PARED_INLINE V loadu(const float* p) { return _mm512_loadu_ps(p); }
   static PARED_INLINE void store(float* p, V v) { _mm512_store_ps(p, v); }
   static PARED_INLINE void storeu(float* p, V v) { _mm512_storeu_ps(p, v); }
+  static PARED_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
   static PARED_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 };
 #endif

@@ -2,8 +2,6 @@
 
 namespace pared {
 
-void panel_pack_16x16__scalar(const PanelPackArgs& a) {
-  pack_elements(a, 0, a.vectors * kPanelGroup, 0, a.units);
-}
+void panel_pack_16x16__scalar(const PanelPackArgs& a) { pack_panel<ScalarIo>(a); }
 
 }  // namespace pared
