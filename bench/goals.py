@@ -1,0 +1,19 @@
+"""The project's goals for its kernels, as numbers the tables compare with. Source: project goals.
+
+A goal is a speed-up over the best of torch's dense float32 engines in the same run, warm unless it says
+otherwise; the figure is the geometric mean over the shapes of a suite. A cell counts as reached at `ENOUGH`
+of its ratio, or where the kernel attains `ENOUGH` of the limit that the roofline model gives for it.
+"""
+
+from __future__ import annotations
+
+SOURCE = "project goals"
+ENOUGH = 0.85
+
+# suite -> cell (a column of the suite's table) -> speed-up.
+GOALS: dict[str, dict[str, float]] = {
+    "linear CSR float32, >= 128 tokens": {"50 %": 1.7, "70 %": 2.5, "80 %": 3.4, "90 %": 5.2, "95 %": 7.5},
+    "conv2d CSR float32, ResNet-50": {"80 %": 3.0, "90 %": 5.0},
+    "selection, against torch.kthvalue": {"10^8 keys": 35.0},
+    "selection, against numpy.partition": {"10^8 keys": 5.0},
+}

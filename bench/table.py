@@ -1,0 +1,122 @@
+"""Prints benchmark results against the project's goals: ``python -m bench.table results.json``.
+
+For each suite, thread count and cache state one table: a line a case, a column a cell, the entry the speed-up
+over the fastest rival. Below: geometric means, also against each baseline alone, the share of the roofline
+limit, the goal, and whether it is reached.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.goals import ENOUGH, GOALS, SOURCE
+
+Row = dict[str, Any]
+
+# (key of a row, label of the table's line, factor)
+_RATES = (
+    ("gflops", "  GFLOP/s", 1.0),
+    ("gbytes_s", "  GB/s", 1.0),
+    ("limit_share", "  % of the limit", 100.0),
+)
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def ratio_to_best(row: Row) -> float:
+    return float(row["speedup"][row["best_rival"]]["value"])
+
+
+def verdict(suite: str, cell: str, rows: Sequence[Row]) -> tuple[float | None, bool]:
+    """The goal of a cell, if there is one, and whether its rows reach it."""
+    goal = GOALS.get(suite, {}).get(cell)
+    if goal is None:
+        return None, False
+    shares = [r["limit_share"] for r in rows if r["limit_share"] is not None]
+    return goal, (
+        geometric_mean(map(ratio_to_best, rows)) >= ENOUGH * goal
+        or (len(shares) == len(rows) and geometric_mean(shares) >= ENOUGH)
+    )
+
+
+def _ordered(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def _table(suite: str, rows: Sequence[Row]) -> Table:
+    cells = _ordered(r["cell"] for r in rows)
+    by_cell = {c: [r for r in rows if r["cell"] == c] for c in cells}
+    table = Table()
+    table.add_column("times faster than the best rival", no_wrap=True)
+    for c in cells:
+        table.add_column(c, justify="right", no_wrap=True)
+
+    def line(label: str, entries: Iterable[str], **style: Any) -> None:
+        table.add_row(label, *entries, **style)
+
+    for case in _ordered(r["case"] for r in rows):
+        found = {r["cell"]: r for r in rows if r["case"] == case}
+        line(case, (f"{ratio_to_best(found[c]):.2f}" if c in found else "" for c in cells))
+    table.add_section()
+    line(
+        "geometric mean",
+        (f"{geometric_mean(map(ratio_to_best, by_cell[c])):.2f}" for c in cells),
+        style="bold",
+    )
+    for baseline in _ordered(name for r in rows for name in r["speedup"]):
+        means = []
+        for c in cells:
+            having = [r["speedup"][baseline]["value"] for r in by_cell[c] if baseline in r["speedup"]]
+            means.append(f"{geometric_mean(having):.2f}" if having else "")
+        line(f"  over {baseline}", means, style="dim")
+    for key, label, scale in _RATES:
+        if any(r[key] is not None for r in rows):
+            means = [[r[key] * scale for r in by_cell[c] if r[key] is not None] for c in cells]
+            line(label, (f"{geometric_mean(m):.0f}" if m else "" for m in means), style="dim")
+    verdicts = [verdict(suite, c, by_cell[c]) for c in cells]
+    if any(goal is not None for goal, _ in verdicts):
+        line(f"goal ({SOURCE})", ("" if goal is None else f"{goal:.1f}" for goal, _ in verdicts))
+        line("reached", ("" if goal is None else "[green]yes" if ok else "[red]no" for goal, ok in verdicts))
+    return table
+
+
+def render(rows: Sequence[Row], console: Console) -> None:
+    """Print every table of the rows."""
+    if not rows:
+        return
+    machine = rows[0]
+    console.print(f"\n{machine['cpu']}, {machine['isa']}; medians of ratios within interleaved rounds")
+    for suite, threads, cold in _ordered((r["suite"], r["threads"], r["cold"]) for r in rows):
+        chosen = [r for r in rows if (r["suite"], r["threads"], r["cold"]) == (suite, threads, cold)]
+        plural = "s" if threads > 1 else ""
+        console.print(f"\n[bold]{suite}[/] - {threads} thread{plural}, {'cold' if cold else 'warm'}")
+        console.print(_table(suite, chosen))
+
+
+def load(path: str | Path) -> list[Row]:
+    """The rows of a ``--benchmark-json`` file."""
+    data = json.loads(Path(path).read_text())
+    return [b["extra_info"] for b in data["benchmarks"] if "suite" in b["extra_info"]]
+
+
+def main(argv: Sequence[str]) -> int:
+    if len(argv) != 1:
+        print("usage: python -m bench.table results.json", file=sys.stderr)
+        return 2
+    render(load(argv[0]), Console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
