@@ -79,8 +79,8 @@ Array parse_torch(py::handle o, const char* name, const TorchTypes& torch) {
     throw TypeError(str(name, ": expected a strided (dense) tensor, got layout ",
                         std::string(py::str(attr(o, names().layout)))));
   if (!attr(o, names().is_cpu).is(py::handle(Py_True)))
-    throw TypeError(str(name, ": expected a CPU tensor, got one on ",
-                        std::string(py::str(attr(o, names().device)))));
+    throw TypeError(
+        str(name, ": expected a CPU tensor, got one on ", std::string(py::str(attr(o, names().device)))));
   const py::object dtype = attr(o, names().dtype);
   bool known = false;
   for (const auto& [object, value] : torch.dtypes)
@@ -121,8 +121,7 @@ Array parse_numpy(py::handle o, const char* name) {
   else if (kind == 'i' && size == 8) a.dtype = DType::i64;
   else if (kind == 'b') a.dtype = DType::boolean;
   else known = false;
-  if (!known)
-    throw TypeError(str(name, ": unsupported dtype ", std::string(py::str(py::object(dtype)))));
+  if (!known) throw TypeError(str(name, ": unsupported dtype ", std::string(py::str(py::object(dtype)))));
   check_dims(array.ndim(), name);
   a.ndim = static_cast<int>(array.ndim());
   for (int i = 0; i < a.ndim; ++i) {
@@ -191,7 +190,8 @@ void require_shape(const Array& a, std::initializer_list<int64_t> expected) {
 }
 
 void require_contiguous(const Array& a) {
-  PARED_CHECK(a.contiguous(), a.name, ": expected contiguous memory, got strides that are not; call .contiguous()");
+  PARED_CHECK(a.contiguous(), a.name,
+              ": expected contiguous memory, got strides that are not; call .contiguous()");
 }
 
 void require_writable(const Array& a) { PARED_CHECK(a.writable, a.name, ": expected writable memory"); }
@@ -224,8 +224,9 @@ Rows fold_rows(const Array& a) {
   bool first = true;
   for (int i = a.ndim - 2; i >= 0; --i) {
     if (!empty && a.shape[i] != 1) {
-      PARED_CHECK(first || a.strides[i] == r.stride * r.rows, a.name,
-                  ": expected leading dimensions that fold into one, got strides that do not; call .contiguous()");
+      PARED_CHECK(
+          first || a.strides[i] == r.stride * r.rows, a.name,
+          ": expected leading dimensions that fold into one, got strides that do not; call .contiguous()");
       if (first) r.stride = a.strides[i];
       first = false;
     }

@@ -1,6 +1,5 @@
 // pared._core: the list of what is bound. Each register_*.cc binds one family of operations.
 #include "bindings/register.h"
-
 #include "core/check.h"
 #include "core/isa.h"
 

@@ -68,8 +68,8 @@ DenseView dense_view(const Array& a, ConvShape& conv, int64_t groups) {
   for (int i = 1; i < 4; ++i)
     PARED_CHECK(a.shape[i] > 0 && a.shape[i] < (int64_t{1} << 31), a.name,
                 ": expected channels and kernel sizes of at least 1, got ", a.shape_text());
-  conv = {static_cast<int32_t>(a.shape[1]), static_cast<int32_t>(a.shape[2]), static_cast<int32_t>(a.shape[3]),
-          static_cast<int32_t>(groups)};
+  conv = {static_cast<int32_t>(a.shape[1]), static_cast<int32_t>(a.shape[2]),
+          static_cast<int32_t>(a.shape[3]), static_cast<int32_t>(groups)};
   const int64_t cols = a.shape[1] * a.shape[2] * a.shape[3];
   return {a.data, a.dtype, a.shape[0], cols, cols, 1, groups};
 }
@@ -95,7 +95,8 @@ void register_csr(py::module_& m) {
         require_dtype(p, {DType::i32, DType::i64});
         require_dtype(c, {p.dtype});
         require_dtype(v, kFloats);
-        PARED_CHECK(rows >= 0 && cols >= 0, "shape: expected non-negative sizes, got [", rows, ", ", cols, "]");
+        PARED_CHECK(rows >= 0 && cols >= 0, "shape: expected non-negative sizes, got [", rows, ", ", cols,
+                    "]");
         require_shape(p, {rows + 1});
         require_shape(c, {-1});
         require_shape(v, {c.shape[0]});
@@ -173,7 +174,8 @@ void register_csr(py::module_& m) {
   m.def(
       "linear_csr",
       [](py::handle x, py::handle packed, py::handle bias, py::handle out, const std::string& activation) {
-        const Array ax = parse_array(x, "x"), ap = parse_array(packed, "packed"), ay = parse_array(out, "out");
+        const Array ax = parse_array(x, "x"), ap = parse_array(packed, "packed"),
+                    ay = parse_array(out, "out");
         const CsrPacked w = packed_view(ap);
         require_dtype(ax, kFloats);
         require_dtype(ay, {ax.dtype});

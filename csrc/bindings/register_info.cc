@@ -36,6 +36,7 @@ void register_info(py::module_& m) {
     }
     return out;
   });
+  m.def("take_dispatched", &take_dispatched);
   m.def("num_threads", &num_threads);
   m.def("parallel_backend", [] { return std::string(parallel_backend()); });
   m.def("cpu_brand", &cpu_brand);

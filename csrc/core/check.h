@@ -24,8 +24,8 @@ std::string str(const Args&... args) {
 }
 
 // States what a user can cause: throws ValueError with "argument: expected ..., got ...".
-#define PARED_CHECK(condition, ...)                                \
-  do {                                                             \
+#define PARED_CHECK(condition, ...)                                         \
+  do {                                                                      \
     if (!(condition)) throw ::pared::ValueError(::pared::str(__VA_ARGS__)); \
   } while (0)
 

@@ -10,17 +10,13 @@ enum class DType : uint8_t { f32, f16, bf16, f64, i8, u8, i16, i32, i64, boolean
 constexpr int64_t dtype_size(DType t) {
   switch (t) {
     case DType::f64:
-    case DType::i64:
-      return 8;
+    case DType::i64: return 8;
     case DType::f32:
-    case DType::i32:
-      return 4;
+    case DType::i32: return 4;
     case DType::f16:
     case DType::bf16:
-    case DType::i16:
-      return 2;
-    default:
-      return 1;
+    case DType::i16: return 2;
+    default: return 1;
   }
 }
 

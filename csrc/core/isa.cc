@@ -18,7 +18,8 @@ constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512vn
 #if defined(__x86_64__)
 
 // XCR0: which register files the operating system saves on a context switch. Without the bit the
-// instruction faults, whatever CPUID says of the processor. Inline assembly, so that this file needs no flags.
+// instruction faults, whatever CPUID says of the processor. Inline assembly, so that this file needs no
+// flags.
 uint64_t read_xcr0() {
   uint32_t lo, hi;
   __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
@@ -32,8 +33,8 @@ Isa detect() {
              popcnt = c & bit_POPCNT;
   if (!(osxsave && avx && fma && f16c && popcnt)) return Isa::scalar;
   const uint64_t xcr0 = read_xcr0();
-  constexpr uint64_t kYmm = 0x6;    // XMM, upper YMM
-  constexpr uint64_t kZmm = 0xe6;   // and opmask, upper ZMM, ZMM16-31
+  constexpr uint64_t kYmm = 0x6;   // XMM, upper YMM
+  constexpr uint64_t kZmm = 0xe6;  // and opmask, upper ZMM, ZMM16-31
   if ((xcr0 & kYmm) != kYmm) return Isa::scalar;
   uint32_t a80, b80, c80 = 0, d80;
   const bool lzcnt = __get_cpuid(0x80000001u, &a80, &b80, &c80, &d80) && (c80 & (1u << 5));
@@ -103,7 +104,8 @@ std::string cpu_brand() {
 #if defined(__x86_64__)
   uint32_t r[12];
   for (uint32_t i = 0; i < 3; ++i)
-    if (!__get_cpuid(0x80000002u + i, &r[4 * i], &r[4 * i + 1], &r[4 * i + 2], &r[4 * i + 3])) return "x86-64";
+    if (!__get_cpuid(0x80000002u + i, &r[4 * i], &r[4 * i + 1], &r[4 * i + 2], &r[4 * i + 3]))
+      return "x86-64";
   char text[49] = {};
   std::memcpy(text, r, 48);
   std::string s(text);

@@ -37,8 +37,7 @@ const TorchPool* torch_pool() {
   static TorchPool pool;
   static std::once_flag once;
   std::call_once(once, [&] {
-    pool.parallel_for =
-        reinterpret_cast<decltype(pool.parallel_for)>(dlsym(lib, "torch_parallel_for"));
+    pool.parallel_for = reinterpret_cast<decltype(pool.parallel_for)>(dlsym(lib, "torch_parallel_for"));
     pool.get_num_threads =
         reinterpret_cast<decltype(pool.get_num_threads)>(dlsym(lib, "torch_get_num_threads"));
     if (pool.parallel_for && pool.get_num_threads) found.store(&pool, std::memory_order_release);

@@ -59,7 +59,8 @@ void check_structure(const CsrView& w) {
   PARED_CHECK(index_at(w.row_ptr, 0, w.index_type) == 0, "crow_indices: expected to start at 0");
   for (int64_t r = 0; r < w.rows; ++r) {
     const int64_t b = index_at(w.row_ptr, r, w.index_type), e = index_at(w.row_ptr, r + 1, w.index_type);
-    PARED_CHECK(b <= e, "crow_indices: expected a non-decreasing sequence, got ", b, " then ", e, " at row ", r);
+    PARED_CHECK(b <= e, "crow_indices: expected a non-decreasing sequence, got ", b, " then ", e, " at row ",
+                r);
     int64_t previous = -1;
     for (int64_t i = b; i < e; ++i) {
       const int64_t c = index_at(w.columns, i, w.index_type);
@@ -98,8 +99,10 @@ CsrPlan make_plan(const View& w, const ConvShape& conv) {
       });
     nnz.fetch_add(n, std::memory_order_relaxed);
   });
-  PARED_CHECK(bad_row.load() < 0, "weight: expected finite values, got NaN or infinity in row ", bad_row.load());
-  PARED_CHECK(nnz.load() < (int64_t{1} << 32), "weight: expected fewer than 2^32 non-zeros, got ", nnz.load());
+  PARED_CHECK(bad_row.load() < 0, "weight: expected finite values, got NaN or infinity in row ",
+              bad_row.load());
+  PARED_CHECK(nnz.load() < (int64_t{1} << 32), "weight: expected fewer than 2^32 non-zeros, got ",
+              nnz.load());
 
   const int64_t cols = matrix_cols(w);
   const Tiling tiling = choose_tiling(w.rows, cols, nnz.load());
@@ -260,8 +263,7 @@ void validate_csr(const CsrPacked& w) {
       if (b == blocks) break;
       for (int r = 0; r < kCsrGroup; ++r) {
         const int count = w.counts[(g * blocks + b) * kCsrGroup + r];
-        PARED_CHECK(at + count <= static_cast<uint64_t>(h.nnz) &&
-                        (count == 0 || g * kCsrGroup + r < h.rows),
+        PARED_CHECK(at + count <= static_cast<uint64_t>(h.nnz) && (count == 0 || g * kCsrGroup + r < h.rows),
                     "packed weight: row group ", g, ": counts exceed the matrix");
         int64_t previous = -1;
         for (int i = 0; i < count; ++i, ++at) {

@@ -14,17 +14,17 @@ struct PackedHeader {
   char magic[8];  // kPackedMagic
   PackedKind kind;
   uint16_t version;
-  DType dtype;         // of the weight as the user gave it; values are stored as float32
+  DType dtype;  // of the weight as the user gave it; values are stored as float32
   uint8_t reserved[3];
   uint64_t bytes;      // of the whole buffer
   int64_t rows, cols;  // weight as a matrix: outputs by reduction
   int64_t nnz;
   // A convolution's reduction is (channel, kh, kw) flattened; a linear weight has kh = kw = 0.
   int32_t channels, kh, kw, groups;
-  uint32_t tile;     // floats between units of the panel
-  uint32_t block_k;  // units in a K block
+  uint32_t tile;                                         // floats between units of the panel
+  uint32_t block_k;                                      // units in a K block
   uint64_t starts_at, counts_at, values_at, offsets_at;  // bytes from the header
-  uint64_t checksum;  // of everything behind the header
+  uint64_t checksum;                                     // of everything behind the header
 };
 inline constexpr char kPackedMagic[8] = {'P', 'A', 'R', 'E', 'D', 'P', 'K', '1'};
 inline constexpr uint16_t kPackedVersion = 1;

@@ -35,9 +35,18 @@ struct Declared<Op, std::void_t<typename Op::Table>> {
 
 namespace {
 
+// One index for each kernel of this architecture.
+enum KernelId {
+#define PARED_KERNEL(op, variant, isa) PARED_IF_ISA_##isa(id_##op##_##variant##__##isa, )
+#include "kernels/kernels.def"
+#undef PARED_KERNEL
+  kKernelCount
+};
+std::atomic<bool> g_dispatched[kKernelCount];
+
 template <class Op, class Wanted, class Symbol>
-void add(std::vector<Kernel<Wanted>>& out, const char* name, Isa isa, Symbol& symbol) {
-  if constexpr (std::is_same_v<Op, Wanted>) out.push_back({name, isa, symbol});
+void add(std::vector<Kernel<Wanted>>& out, const char* name, Isa isa, Symbol& symbol, KernelId id) {
+  if constexpr (std::is_same_v<Op, Wanted>) out.push_back({name, isa, symbol, &g_dispatched[id]});
 }
 
 }  // namespace
@@ -46,8 +55,9 @@ template <class Op>
 const std::vector<Kernel<Op>>& kernels() {
   static const std::vector<Kernel<Op>> table = [] {
     std::vector<Kernel<Op>> t;
-#define PARED_KERNEL(op, variant, isa) \
-  PARED_IF_ISA_##isa(add<op>(t, #op "_" #variant "__" #isa, Isa::isa, op##_##variant##__##isa);)
+#define PARED_KERNEL(op, variant, isa)                                                         \
+  PARED_IF_ISA_##isa(add<op>(t, #op "_" #variant "__" #isa, Isa::isa, op##_##variant##__##isa, \
+                             id_##op##_##variant##__##isa);)
 #include "kernels/kernels.def"
 #undef PARED_KERNEL
     return t;
@@ -61,10 +71,10 @@ const Kernel<Op>& kernel_for(Isa isa) {
   for (const auto& k : kernels<Op>())
     if (k.isa <= isa && (!best || k.isa > best->isa)) best = &k;
   if (!best) throw std::logic_error("an op without a scalar kernel");
-  return *best;
+  return best->mark();
 }
 
-#define PARED_OP(op)                                      \
+#define PARED_OP(op)                                     \
   template const std::vector<Kernel<op>>& kernels<op>(); \
   template const Kernel<op>& kernel_for<op>(Isa);
 #include "kernels/ops.def"
@@ -75,6 +85,16 @@ std::vector<KernelInfo> all_kernels() {
 #define PARED_KERNEL(op, variant, isa) \
   PARED_IF_ISA_##isa(                  \
       out.push_back({#op "_" #variant "__" #isa, #op, #isa, op::doc, isa_supported(Isa::isa)});)
+#include "kernels/kernels.def"
+#undef PARED_KERNEL
+  return out;
+}
+
+std::vector<std::string> take_dispatched() {
+  std::vector<std::string> out;
+#define PARED_KERNEL(op, variant, isa)                                               \
+  PARED_IF_ISA_##isa(if (g_dispatched[id_##op##_##variant##__##isa].exchange(false)) \
+                         out.push_back(#op "_" #variant "__" #isa);)
 #include "kernels/kernels.def"
 #undef PARED_KERNEL
   return out;

@@ -1,6 +1,7 @@
 // What kernels.def becomes: a table of typed entries for each op, and the choice of one by level.
 #pragma once
 
+#include <atomic>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -26,6 +27,14 @@ struct Kernel {
   const char* name;  // <op>_<variant>__<isa>
   Isa isa;
   typename KernelSymbol<Op>::type fn;
+  std::atomic<bool>* dispatched;
+
+  // Notes that this kernel is about to run, for take_dispatched. kernel_for does it; code that picks another
+  // variant from kernels() does it too. The load first: the flag's cache line stays shared between threads.
+  const Kernel& mark() const {
+    if (!dispatched->load(std::memory_order_relaxed)) dispatched->store(true, std::memory_order_relaxed);
+    return *this;
+  }
 };
 
 // Every kernel of an op that this build contains, lowest level first.
@@ -41,5 +50,9 @@ struct KernelInfo {
   bool supported;  // by this machine
 };
 std::vector<KernelInfo> all_kernels();
+
+// Names of the kernels that dispatch has chosen since the last call. The tests prove with it that a forced
+// level really ran, and that no listed kernel goes untested.
+std::vector<std::string> take_dispatched();
 
 }  // namespace pared

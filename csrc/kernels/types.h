@@ -6,7 +6,6 @@
 #include <stddef.h>
 #include <stdint.h>
 
-
 #include "core/dtype.h"
 
 namespace pared {
@@ -16,7 +15,7 @@ enum class Activation : uint8_t { none, relu, gelu, gelu_tanh, silu };
 
 // A panel is activations with the reduction axis outermost: panel[u * stride + m], u a unit of the
 // reduction, m an output position (token or pixel). A kernel works on `vectors` groups of 16 positions.
-inline constexpr int kPanelGroup = 16;   // positions a group; one AVX-512 register of float32
+inline constexpr int kPanelGroup = 16;     // positions a group; one AVX-512 register of float32
 inline constexpr int kPanelMaxGroups = 6;  // 6 accumulators, and 36 KB of L1 for a 96-deep panel
 
 // Rows of a sparse weight against one K block of the panel: acc[r][m] (+)= sum_i values[i] * panel at
@@ -29,7 +28,7 @@ struct CsrPanelArgs {
   const float* panel;       // 64-byte aligned
   float* acc;               // [rows][vectors * 16], 64-byte aligned
   int32_t rows;
-  bool accumulate;          // false: acc is written, not read
+  bool accumulate;  // false: acc is written, not read
 };
 struct csr_panel_f32 {
   // One function for each number of vectors, 1..kPanelMaxGroups, at index vectors - 1.
@@ -46,7 +45,7 @@ struct PanelPackArgs {
   int32_t positions;  // real positions; the rest up to vectors * 16 are written as zero
   int32_t vectors;
   int32_t units;
-  int32_t stride;     // floats between units of the panel
+  int32_t stride;  // floats between units of the panel
   float* panel;
 };
 struct panel_pack {
@@ -56,15 +55,15 @@ struct panel_pack {
 
 // Epilogue: y[position][row] = activation(acc[row][position] + bias[row]), at most 16 rows a call.
 struct PanelStoreArgs {
-  const float* acc;    // [rows][acc_stride]
+  const float* acc;  // [rows][acc_stride]
   int32_t acc_stride;
-  int32_t rows;        // 1..16
+  int32_t rows;  // 1..16
   int32_t positions;
-  const float* bias;   // [rows], or null
+  const float* bias;  // [rows], or null
   Activation activation;
-  void* y;             // first position, first row
-  int64_t y_stride;    // elements between positions
-  DType dtype;         // f32, f16 or bf16: rounded to nearest even
+  void* y;           // first position, first row
+  int64_t y_stride;  // elements between positions
+  DType dtype;       // f32, f16 or bf16: rounded to nearest even
 };
 struct panel_store {
   using Fn = void(const PanelStoreArgs&);

@@ -12,7 +12,7 @@ struct LinearArgs {
   const void* x;  // [tokens, cols], unit stride along cols
   int64_t x_stride;
   int64_t tokens;
-  DType dtype;  // of x and y: f32, f16, bf16
+  DType dtype;        // of x and y: f32, f16, bf16
   const float* bias;  // [rows] or null
   Activation activation;
   void* y;  // [tokens, rows], unit stride along rows

@@ -18,7 +18,7 @@ class KernelInfo(NamedTuple):
 
 
 def isa() -> str:
-    """The instruction-set level in force: ``PARED_ISA`` if set, else the highest that this machine supports."""
+    """The instruction-set level in force: ``PARED_ISA`` if set, else the highest supported here."""
     return _core.isa()
 
 

@@ -35,8 +35,10 @@ struct Avx2Io {
   static PARED_INLINE void columns(const float* p, int64_t stride, S::V out[4]) {
     const __m256 r0 = two_rows(p, stride), r1 = two_rows(p + stride, stride),
                  r2 = two_rows(p + 2 * stride, stride), r3 = two_rows(p + 3 * stride, stride);
-    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(r0, r1)), b = _mm256_castps_pd(_mm256_unpacklo_ps(r2, r3)),
-                  c = _mm256_castps_pd(_mm256_unpackhi_ps(r0, r1)), d = _mm256_castps_pd(_mm256_unpackhi_ps(r2, r3));
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(r0, r1)),
+                  b = _mm256_castps_pd(_mm256_unpacklo_ps(r2, r3)),
+                  c = _mm256_castps_pd(_mm256_unpackhi_ps(r0, r1)),
+                  d = _mm256_castps_pd(_mm256_unpackhi_ps(r2, r3));
     out[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
     out[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
     out[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(c, d));
@@ -87,8 +89,10 @@ struct Avx512Io {
   static PARED_INLINE void columns(const float* p, int64_t stride, S::V out[4]) {
     const __m512 r0 = four_rows(p, stride), r1 = four_rows(p + stride, stride),
                  r2 = four_rows(p + 2 * stride, stride), r3 = four_rows(p + 3 * stride, stride);
-    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r0, r1)), b = _mm512_castps_pd(_mm512_unpacklo_ps(r2, r3)),
-                  c = _mm512_castps_pd(_mm512_unpackhi_ps(r0, r1)), d = _mm512_castps_pd(_mm512_unpackhi_ps(r2, r3));
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r0, r1)),
+                  b = _mm512_castps_pd(_mm512_unpacklo_ps(r2, r3)),
+                  c = _mm512_castps_pd(_mm512_unpackhi_ps(r0, r1)),
+                  d = _mm512_castps_pd(_mm512_unpackhi_ps(r2, r3));
     out[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
     out[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
     out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
 from pared._types import Array
 
+if TYPE_CHECKING:
+    import torch
 
-def is_torch(x: object) -> bool:
+
+def is_torch(x: object) -> TypeGuard[torch.Tensor]:
     """Whether `x` is a torch tensor. Never imports torch: who holds a tensor has imported it."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
@@ -38,6 +41,6 @@ def refuse_grad(x: Any, name: str) -> None:
 
         if torch.is_grad_enabled():
             raise RuntimeError(
-                f"{name}: expected a tensor that needs no gradient, got requires_grad=True; pared's operations are "
-                "for inference: call under torch.no_grad() or detach()"
+                f"{name}: expected a tensor that needs no gradient, got requires_grad=True; pared's "
+                "operations are for inference: call under torch.no_grad() or detach()"
             )

@@ -54,9 +54,8 @@ class CSR:
         import torch
 
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.sparse_csr or tensor.ndim != 2:
-            raise TypeError(
-                f"tensor: expected a two-dimensional torch.sparse_csr tensor, got {getattr(tensor, 'layout', type(tensor))}"
-            )
+            got = getattr(tensor, "layout", type(tensor).__name__)
+            raise TypeError(f"tensor: expected a two-dimensional torch.sparse_csr tensor, got {got}")
         t = tensor.detach()
         return cls(_core.csr_pack_csr(t.crow_indices(), t.col_indices(), t.values(), t.shape[0], t.shape[1]))
 
@@ -93,7 +92,7 @@ class CSR:
         return 1.0 - self.nnz / total if total else 0.0
 
     def to_dense(self) -> Array:
-        """The dense weight: a float32 array, or a tensor of the original dtype when the buffer is a tensor."""
+        """The dense weight: a float32 array, or a tensor of the original dtype when packed is one."""
         if is_torch(self.packed):
             import torch
 

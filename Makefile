@@ -1,0 +1,113 @@
+# Everything starts from a bare checkout: a target creates .venv, installs what it needs and runs. A second
+# call redoes only what changed: the stamps in .venv depend on the sources and on the pinned versions.
+#
+#   make demo      the whole way on real models: prune, fine-tune, accelerate, compare
+#   make test      the test suite, against the installed package
+#   make bench     the benchmarks
+#   make lint      ruff, clang-format, mypy --strict;  make format: apply the first two
+#   make sanitize  the kernel tests under the address and undefined-behaviour sanitizers
+#   make cuda      compile the CUDA part for sm_80 and sm_90a;  make cuda-all: for every architecture
+#   make dev       editable install that rebuilds the extension on import when a source changed
+#
+# PYTHON=python3.12 chooses the interpreter; ARGS="-k isa -x" goes to pytest or to the demo.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(CURDIR)/$(VENV)/bin
+# cmake and ninja come from the system, or from the environment when the system has none (see ready).
+export PATH := $(BIN):$(PATH)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DPARED_WERROR=ON
+
+# Folders are listed too: their time changes when a file is added or removed.
+SOURCES := CMakeLists.txt pyproject.toml constraints.txt README.md LICENSE $(shell find csrc python \
+  -name __pycache__ -prune -o \( -type d -o -name '*.cc' -o -name '*.h' -o -name '*.def' -o -name '*.cu' \
+  -o -name '*.cuh' -o -name '*.py' -o -name '*.pyi' -o -name py.typed \) -print)
+CXX_SOURCES = $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test bench lint format dev sanitize cuda cuda-all clean
+
+demo: $(VENV)/installed-demo
+	$(BIN)/pared demo $(ARGS)
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/installed-test
+	$(BIN)/python -m pytest bench -o python_files='bench_*.py' $(ARGS)
+
+lint: $(VENV)/installed-test $(VENV)/linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/mypy
+
+format: $(VENV)/linters
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# One build folder that outlives the install: an import of pared rebuilds what changed. That needs the build
+# tools in the environment, hence no build isolation.
+dev: $(VENV)/ready
+	$(PIP) --no-build-isolation -C build-dir=build/editable -C editable.rebuild=true \
+	  -C editable.verbose=false --editable '.[test]'
+	rm -f $(VENV)/installed-*
+
+# The sanitized extension and a copy of the Python files, apart from what is installed. The interpreter is
+# not sanitized, so the runtime is preloaded; libstdc++ with it, or the first C++ exception finds no
+# __cxa_throw to intercept and aborts. CPython frees little at exit: leak detection would report only that.
+SANITIZE := build/sanitize
+sanitize: $(VENV)/ready
+	$(PIP) numpy pytest hypothesis
+	$(CMAKE) -S . -B $(SANITIZE) -DPARED_SANITIZE=ON -DPARED_CUDA=off
+	cmake --build $(SANITIZE)
+	rm -rf $(SANITIZE)/package
+	mkdir $(SANITIZE)/package
+	cp -R python/pared $(SANITIZE)/package/
+	rm -f $(SANITIZE)/package/pared/*.so
+	cmake --install $(SANITIZE) --prefix $(SANITIZE)/package
+	export PYTHONPATH=$(SANITIZE)/package PYTHONDONTWRITEBYTECODE=1 \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)"; \
+	$(BIN)/python -c 'from pared import _core; assert "$(SANITIZE)" in _core.__file__, _core.__file__'; \
+	$(BIN)/python -m pytest tests/kernels -p no:cacheprovider $(ARGS)
+
+# Compiles without a GPU; warnings are errors.
+cuda: $(VENV)/ready
+	$(CMAKE) -S . -B build/cuda -DPARED_CUDA=on -DPARED_CUDA_ARCHITECTURES='80-real;90a-real'
+	cmake --build build/cuda --target _cuda
+cuda-all: $(VENV)/ready
+	$(CMAKE) -S . -B build/cuda-all -DPARED_CUDA=on
+	cmake --build build/cuda-all --target _cuda
+
+clean:
+	rm -rf build dist $(VENV)
+
+# ---- stamps
+
+# The environment and the build tools, so that the package builds in it without isolation: same versions
+# every time, and a build folder whose paths stay valid from one install to the next.
+$(VENV)/ready: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "pared needs Python 3.10 or newer; choose one with: make $(MAKECMDGOALS) PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) scikit-build-core pybind11
+	v=$$(cmake --version 2>/dev/null | sed -n '1s/[^0-9]*//p' || true); \
+	  [ "$$(printf '3.25\n%s\n' "$$v" | sort -V | head -n 1)" = 3.25 ] || $(PIP) cmake
+	ninja --version >/dev/null 2>&1 || $(PIP) ninja
+	touch $@
+
+$(VENV)/installed-%: $(SOURCES) | $(VENV)/ready
+	$(PIP) --no-build-isolation '.[$*]'
+	touch $@
+
+$(VENV)/linters: constraints.txt | $(VENV)/ready
+	$(PIP) ruff mypy clang-format
+	touch $@
