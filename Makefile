@@ -73,7 +73,7 @@ sanitize: $(VENV)/ready
 	cp -R python/pared $(SANITIZE)/package/
 	rm -f $(SANITIZE)/package/pared/*.so
 	cmake --install $(SANITIZE) --prefix $(SANITIZE)/package
-	export PYTHONPATH=$(SANITIZE)/package PYTHONDONTWRITEBYTECODE=1 \
+	export PYTHONPATH=$(CURDIR)/$(SANITIZE)/package PYTHONDONTWRITEBYTECODE=1 \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c 'from pared import _core; assert "$(SANITIZE)" in _core.__file__, _core.__file__'; \
