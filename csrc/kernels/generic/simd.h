@@ -28,6 +28,25 @@ struct ScalarF32 {
   static PARED_INLINE void store(float* p, V v) { *p = v; }
   static PARED_INLINE void storeu(float* p, V v) { *p = v; }
   static PARED_INLINE V add(V a, V b) { return a + b; }
+  static PARED_INLINE V sub(V a, V b) { return a - b; }
+  static PARED_INLINE V mul(V a, V b) { return a * b; }
+  static PARED_INLINE V div(V a, V b) { return a / b; }
+  // b where either is NaN, and of two zeros.
+  static PARED_INLINE V max(V a, V b) { return a > b ? a : b; }
+  static PARED_INLINE V minus_abs(V a) { return bits_float(float_bits(a) | 0x80000000u); }
+  static PARED_INLINE V select_negative(V x, V a, V b) { return float_bits(x) >> 31 ? a : b; }
+  // a * b - p, rounded once: what the rounded product p = a * b has lost.
+  static PARED_INLINE V product_error(V a, V b, V p) {
+    return static_cast<float>(static_cast<double>(a) * b - p);
+  }
+  // v * 2^n for an integer n in [-250, 250], rounded once where v 2^(n/2) is normal. In two factors, since
+  // 2^n alone may be a denormal; the integer by its bits, since converting a NaN is undefined.
+  static PARED_INLINE V scale2(V v, V n) {
+    const int32_t i = static_cast<int32_t>(float_bits(n + 12582912.0f) - 0x4b400000u), half = i >> 1;
+    const auto power = [](int32_t k) { return bits_float((static_cast<uint32_t>(k) + 127u) << 23); };
+    return v * power(half) *
+           power(static_cast<int32_t>(static_cast<uint32_t>(i) - static_cast<uint32_t>(half)));
+  }
   // Rounded twice, as portable C++ is without a fused instruction.
   static PARED_INLINE V fma(V a, V b, V c) { return a * b + c; }
 };
@@ -43,6 +62,19 @@ struct Avx2F32 {
   static PARED_INLINE void store(float* p, V v) { _mm256_store_ps(p, v); }
   static PARED_INLINE void storeu(float* p, V v) { _mm256_storeu_ps(p, v); }
   static PARED_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static PARED_INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+  static PARED_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+  static PARED_INLINE V div(V a, V b) { return _mm256_div_ps(a, b); }
+  static PARED_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
+  static PARED_INLINE V minus_abs(V a) { return _mm256_or_ps(a, _mm256_set1_ps(-0.0f)); }
+  static PARED_INLINE V select_negative(V x, V a, V b) { return _mm256_blendv_ps(b, a, x); }
+  static PARED_INLINE V product_error(V a, V b, V p) { return _mm256_fmsub_ps(a, b, p); }
+  static PARED_INLINE V scale2(V v, V n) {
+    const __m256i i = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(i, 1), bias = _mm256_set1_epi32(127);
+    const __m256i a = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+    const __m256i b = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(i, half), bias), 23);
+    return _mm256_mul_ps(_mm256_mul_ps(v, _mm256_castsi256_ps(a)), _mm256_castsi256_ps(b));
+  }
   static PARED_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 };
 #endif
@@ -58,6 +90,16 @@ struct Avx512F32 {
   static PARED_INLINE void store(float* p, V v) { _mm512_store_ps(p, v); }
   static PARED_INLINE void storeu(float* p, V v) { _mm512_storeu_ps(p, v); }
   static PARED_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static PARED_INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+  static PARED_INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+  static PARED_INLINE V div(V a, V b) { return _mm512_div_ps(a, b); }
+  static PARED_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }
+  static PARED_INLINE V minus_abs(V a) { return _mm512_or_ps(a, _mm512_set1_ps(-0.0f)); }
+  static PARED_INLINE V select_negative(V x, V a, V b) {
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), b, a);
+  }
+  static PARED_INLINE V product_error(V a, V b, V p) { return _mm512_fmsub_ps(a, b, p); }
+  static PARED_INLINE V scale2(V v, V n) { return _mm512_scalef_ps(v, n); }
   static PARED_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 };
 #endif
