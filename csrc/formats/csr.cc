@@ -18,9 +18,12 @@ constexpr int64_t kGroupsPerTask = 8;
 
 float value_at(const void* data, int64_t i, DType t) {
   switch (t) {
-    case DType::f32: return static_cast<const float*>(data)[i];
-    case DType::bf16: return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
-    default: return f16_to_float(static_cast<const uint16_t*>(data)[i]);
+    case DType::f32:
+      return static_cast<const float*>(data)[i];
+    case DType::bf16:
+      return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
+    default:
+      return f16_to_float(static_cast<const uint16_t*>(data)[i]);
   }
 }
 
@@ -71,17 +74,21 @@ void check_structure(const CsrView& w) {
   }
 }
 
-// Tile and K block by density. A dense-ish row wants few, long register tiles; below about eight non-zeros a
-// row and block the accumulator traffic and the loop exit dominate, so the panel gets narrower and deeper.
-// Bound: block_k * tile * 4 <= 65536, the reach of a 16-bit offset.
+// Tile and K block by density. The panel block (tile * block_k floats) should fit L1 beside the accumulators
+// and the stream of weights: 40 KB while rows are dense. Below about ten non-zeros a row and block the
+// accumulators' load and store and the mispredicted end of the inner loop cost more than a panel that comes
+// half from L2, so the block gets deeper; a very sparse weight also needs the depth for its size (one count
+// byte a row and block). Bound: tile * block_k * 4 <= 65536, the reach of a 16-bit offset; block_k <= 255.
+// Measured on Zen 5, 384 tokens, speed-up over dense at 50/80/90/95 %: {128, 80} 2.6/5.4/8.1/10.8,
+// {128, 128} 2.2/5.0/8.4/12.2, {64, 240} 2.2/5.0/8.5/12.8, {96, 96} 2.5/5.0/7.4/9.6.
 struct Tiling {
   uint32_t tile, block_k;
 };
 Tiling choose_tiling(int64_t rows, int64_t cols, int64_t nnz) {
   const double cells = static_cast<double>(rows) * static_cast<double>(cols);
   const double density = cells > 0 ? static_cast<double>(nnz) / cells : 1.0;
-  if (density >= 0.07) return {96, 96};
-  if (density >= 0.03) return {64, 160};
+  if (density >= 0.14) return {128, 80};
+  if (density >= 0.04) return {128, 128};
   return {64, 240};
 }
 
@@ -225,7 +232,7 @@ CsrPacked view_csr(const uint8_t* data, int64_t bytes) {
   PARED_CHECK(h->bytes == static_cast<uint64_t>(bytes), "packed weight: expected ", h->bytes, " bytes, got ",
               bytes);
   PARED_CHECK(h->rows >= 0 && h->cols >= 0 && h->nnz >= 0 && h->block_k > 0 && h->block_k <= 255 &&
-                  (h->tile == 64 || h->tile == 96) && h->block_k * h->tile * 4 <= kMaxOffset + 1,
+                  (h->tile == 64 || h->tile == 128) && h->block_k * h->tile * 4 <= kMaxOffset + 1,
               "packed weight: expected a valid header, got a corrupt one");
   const bool linear = h->channels == 0 && h->kh == 0 && h->kw == 0 && h->groups == 0;
   PARED_CHECK(linear || (h->channels > 0 && h->kh > 0 && h->kw > 0 && h->groups > 0 &&

@@ -16,7 +16,7 @@ enum class Activation : uint8_t { none, relu, gelu, gelu_tanh, silu };
 // A panel is activations with the reduction axis outermost: panel[u * stride + m], u a unit of the
 // reduction, m an output position (token or pixel). A kernel works on `vectors` groups of 16 positions.
 inline constexpr int kPanelGroup = 16;     // positions a group; one AVX-512 register of float32
-inline constexpr int kPanelMaxGroups = 6;  // 6 accumulators, and 36 KB of L1 for a 96-deep panel
+inline constexpr int kPanelMaxGroups = 8;  // 128 positions: 8 AVX-512 accumulators, 40 KB for 80 units
 
 // Rows of a sparse weight against one K block of the panel: acc[r][m] (+)= sum_i values[i] * panel at
 // offsets[i]. One call covers a few rows (a row group) so that it stays in the instruction stream; the

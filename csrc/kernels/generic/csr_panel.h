@@ -1,6 +1,6 @@
-// The sparse panel micro-kernel: a register tile of one output row by VECTORS * 16 positions. Each non-zero
-// is one broadcast and VECTORS * 16 / width multiply-adds with a memory operand. What limits it: loads (one
-// for every multiply-add plus the broadcast), then, below about ten non-zeros a row and block, the
+// The sparse panel micro-kernel: a register tile of one output row by a run of positions. Each non-zero is
+// one broadcast and one multiply-add with a memory operand for each vector of the run. What limits it: loads
+// (one for every multiply-add plus the broadcast), then, below about ten non-zeros a row and block, the
 // accumulator's load and store and the mispredicted end of the inner loop.
 #pragma once
 
@@ -10,16 +10,17 @@
 namespace pared {
 namespace {
 
-// UNROLL non-zeros with accumulators of their own: with few vectors the multiply-add's latency (4 cycles, two
-// a cycle) would otherwise leave most issue slots empty.
-template <class S, int VECTORS, int UNROLL>
-void csr_panel_rows(const CsrPanelArgs& args) {
-  constexpr int N = VECTORS * kPanelGroup / S::width;
+// Position groups [FIRST, FIRST + COUNT) of a tile of VECTORS groups. UNROLL non-zeros have accumulators of
+// their own: with few vectors the multiply-add's latency (4 cycles, two a cycle) would otherwise leave most
+// issue slots empty.
+template <class S, int VECTORS, int UNROLL, int FIRST = 0, int COUNT = VECTORS>
+PARED_INLINE void csr_panel_part(const CsrPanelArgs& args) {
+  constexpr int N = COUNT * kPanelGroup / S::width;
   using V = typename S::V;
   const float* values = args.values;
   const uint16_t* offsets = args.offsets;
-  const char* panel = reinterpret_cast<const char*>(args.panel);
-  float* acc = args.acc;
+  const char* panel = reinterpret_cast<const char*>(args.panel + FIRST * kPanelGroup);
+  float* acc = args.acc + FIRST * kPanelGroup;
   for (int r = 0; r < args.rows; ++r, acc += VECTORS * kPanelGroup) {
     int left = args.counts[r];
     V sum[UNROLL][N];
@@ -46,6 +47,18 @@ void csr_panel_rows(const CsrPanelArgs& args) {
       S::store(acc + v * S::width, total);
     }
   }
+}
+
+template <class S, int VECTORS, int UNROLL>
+void csr_panel_rows(const CsrPanelArgs& args) {
+  csr_panel_part<S, VECTORS, UNROLL>(args);
+}
+
+// Two halves, one after the other, where the whole would not fit the registers.
+template <class S, int VECTORS, int UNROLL>
+void csr_panel_halves(const CsrPanelArgs& args) {
+  csr_panel_part<S, VECTORS, UNROLL, 0, VECTORS / 2>(args);
+  csr_panel_part<S, VECTORS, UNROLL, VECTORS / 2, VECTORS - VECTORS / 2>(args);
 }
 
 }  // namespace
