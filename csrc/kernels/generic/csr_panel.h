@@ -35,11 +35,16 @@ PARED_INLINE void csr_panel_part(const CsrPanelArgs& args) {
       }
     }
     if constexpr (UNROLL > 1) {
-      for (; left > 0; --left, ++values, ++offsets) {
-        const float* x = reinterpret_cast<const float*>(panel + *offsets);
-        const V w = S::set1(*values);
-        for (int v = 0; v < N; ++v) sum[0][v] = S::fma(w, S::load(x + v * S::width), sum[0][v]);
+      // The rest, each on accumulators of its own: a single chain would wait out the latency for every one.
+#pragma GCC unroll 8
+      for (int u = 0; u < UNROLL - 1; ++u) {
+        if (u >= left) break;
+        const float* x = reinterpret_cast<const float*>(panel + offsets[u]);
+        const V w = S::set1(values[u]);
+        for (int v = 0; v < N; ++v) sum[u][v] = S::fma(w, S::load(x + v * S::width), sum[u][v]);
       }
+      values += left;
+      offsets += left;
     }
     for (int v = 0; v < N; ++v) {
       V total = sum[0][v];
