@@ -19,4 +19,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   pared::active_isa();  // an unusable PARED_ISA fails at import, not in the first forward
   pared::register_info(m);
   pared::register_csr(m);
+  pared::register_conv(m);
 }

@@ -6,14 +6,13 @@
 
 #include "bindings/array.h"
 #include "bindings/register.h"
+#include "bindings/weights.h"
 #include "core/check.h"
 #include "formats/csr.h"
 #include "ops/linear.h"
 
 namespace pared {
 namespace {
-
-constexpr std::initializer_list<DType> kFloats = {DType::f32, DType::f16, DType::bf16};
 
 // A numpy uint8 array whose data is 64-byte aligned, as packed weights are.
 py::array_t<uint8_t> aligned_bytes(int64_t bytes) {
@@ -40,25 +39,9 @@ py::array_t<uint8_t> pack(const View& w, const ConvShape& conv) {
   return out;
 }
 
-CsrPacked packed_view(const Array& a) {
-  require_dtype(a, {DType::u8});
-  require_shape(a, {-1});
-  require_contiguous(a);
-  return view_csr(static_cast<const uint8_t*>(a.data), a.size());
-}
-
-Activation parse_activation(const std::string& name) {
-  if (name.empty() || name == "none") return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "silu") return Activation::silu;
-  throw ValueError(str("activation: expected one of relu, gelu, gelu_tanh, silu or None, got '", name, "'"));
-}
-
 // A [rows, cols] view of a linear weight, or of a convolution weight with the trailing axes flattened.
 DenseView dense_view(const Array& a, ConvShape& conv, int64_t groups) {
-  require_dtype(a, kFloats);
+  require_dtype(a, kFloatTypes);
   PARED_CHECK(a.ndim == 2 || a.ndim == 4, a.name, ": expected [out, in] or [out, in/groups, kh, kw], got ",
               a.shape_text());
   if (a.ndim == 2) return {a.data, a.dtype, a.shape[0], a.shape[1], a.strides[0], a.strides[1]};
@@ -94,7 +77,7 @@ void register_csr(py::module_& m) {
                     v = parse_array(values, "values");
         require_dtype(p, {DType::i32, DType::i64});
         require_dtype(c, {p.dtype});
-        require_dtype(v, kFloats);
+        require_dtype(v, kFloatTypes);
         PARED_CHECK(rows >= 0 && cols >= 0, "shape: expected non-negative sizes, got [", rows, ", ", cols,
                     "]");
         require_shape(p, {rows + 1});
@@ -113,7 +96,7 @@ void register_csr(py::module_& m) {
       "csr_info",
       [](py::handle packed) {
         const Array a = parse_array(packed, "packed");
-        const PackedHeader& h = *packed_view(a).header;
+        const PackedHeader& h = *packed_csr(a).header;
         py::dict d;
         d["rows"] = h.rows;
         d["cols"] = h.cols;
@@ -133,7 +116,7 @@ void register_csr(py::module_& m) {
       "csr_validate",
       [](py::handle packed) {
         const Array a = parse_array(packed, "packed");
-        const CsrPacked w = packed_view(a);
+        const CsrPacked w = packed_csr(a);
         py::gil_scoped_release unlocked;
         validate_csr(w);
       },
@@ -143,7 +126,7 @@ void register_csr(py::module_& m) {
       "csr_unpack",
       [](py::handle packed) {
         const Array a = parse_array(packed, "packed");
-        const CsrPacked w = packed_view(a);
+        const CsrPacked w = packed_csr(a);
         py::array_t<int64_t> row_ptr(w.header->rows + 1), columns(w.header->nnz);
         py::array_t<float> values(w.header->nnz);
         auto *p = row_ptr.mutable_data(), *c = columns.mutable_data();
@@ -160,8 +143,8 @@ void register_csr(py::module_& m) {
       "csr_unpack_dense",
       [](py::handle packed, py::handle out) {
         const Array a = parse_array(packed, "packed"), o = parse_array(out, "out");
-        const CsrPacked w = packed_view(a);
-        require_dtype(o, kFloats);
+        const CsrPacked w = packed_csr(a);
+        require_dtype(o, kFloatTypes);
         require_contiguous(o);
         require_writable(o);
         const int64_t size = w.header->rows * dense_cols(*w.header);
@@ -176,8 +159,8 @@ void register_csr(py::module_& m) {
       [](py::handle x, py::handle packed, py::handle bias, py::handle out, const std::string& activation) {
         const Array ax = parse_array(x, "x"), ap = parse_array(packed, "packed"),
                     ay = parse_array(out, "out");
-        const CsrPacked w = packed_view(ap);
-        require_dtype(ax, kFloats);
+        const CsrPacked w = packed_csr(ap);
+        require_dtype(ax, kFloatTypes);
         require_dtype(ay, {ax.dtype});
         require_writable(ay);
         const Rows rx = fold_rows(ax), ry = fold_rows(ay);
@@ -187,16 +170,14 @@ void register_csr(py::module_& m) {
                     w.header->rows, "] with the leading dimensions of x, got ", ay.shape_text());
         require_disjoint(ay, ax);
         require_disjoint(ay, ap);
-        LinearArgs args{ax.data, rx.stride, rx.rows, ax.dtype, nullptr, parse_activation(activation),
-                        ay.data, ry.stride};
-        if (!bias.is_none()) {
-          const Array ab = parse_array(bias, "bias");
-          require_dtype(ab, {DType::f32});
-          require_shape(ab, {w.header->rows});
-          require_contiguous(ab);
-          require_disjoint(ay, ab);
-          args.bias = static_cast<const float*>(ab.data);
-        }
+        LinearArgs args{ax.data,
+                        rx.stride,
+                        rx.rows,
+                        ax.dtype,
+                        parse_bias(bias, w.header->rows, ay),
+                        parse_activation(activation),
+                        ay.data,
+                        ry.stride};
         py::gil_scoped_release unlocked;
         linear_csr(args, w);
       },

@@ -70,4 +70,58 @@ struct panel_store {
   static constexpr const char* doc = "bias, activation, transpose and narrow into the output";
 };
 
+// Lanes of one vector of a convolution's panel row that lie at even steps in the input: lane l reads element
+// `offset + l * step` of the tap's view of a channel plane. A vector whose positions cross an output row or an
+// image is several runs.
+struct ConvRun {
+  int64_t offset;   // elements; may point outside the plane for lanes that no tap reads
+  int32_t vector;
+};
+
+// Fills units [k0, k0 + units) of the reduction (channel, kernel row, kernel column) with the input elements
+// that the tile's output positions read: im2col, a tile at a time. Padding is a cleared lane bit.
+struct ConvPackArgs {
+  const void* x;               // first image, first channel
+  DType dtype;                 // f32, f16 or bf16: widened to float32
+  int64_t channel_stride;      // elements
+  int32_t taps;                // kernel rows * kernel columns
+  const int64_t* tap_offsets;  // [taps], elements
+  int32_t step;                // elements between neighbouring positions: the column stride
+  const ConvRun* runs;         // ascending by vector, every vector at least once
+  int32_t run_count;
+  const uint16_t* lanes;       // [taps][run_count]: bit l set when the run holds lane l and it is no padding
+  int64_t k0;
+  int32_t units, vectors;
+  int32_t stride;              // floats between units of the panel
+  float* panel;
+};
+struct conv_pack {
+  using Fn = void(const ConvPackArgs&);
+  static constexpr const char* doc = "gather and widen a convolution's input into a panel";
+};
+
+// Positions of a tile that are contiguous in the output: one image's share of it.
+struct ConvSpan {
+  int32_t first, count;  // position in the tile
+  int64_t offset;        // elements from y
+};
+
+// Epilogue of a convolution in NCHW: y[span.offset + row * row_stride + m] = activation(acc[row][span.first + m] +
+// bias[row]). The accumulator's order is the output's, so nothing is transposed.
+struct ConvStoreArgs {
+  const float* acc;  // [rows][acc_stride]
+  int32_t acc_stride, rows;
+  const ConvSpan* spans;
+  int32_t span_count;
+  const float* bias;  // [rows], or null
+  Activation activation;
+  void* y;             // first row
+  int64_t row_stride;  // elements between output channels
+  DType dtype;         // f32, f16 or bf16: rounded to nearest even
+};
+struct conv_store {
+  using Fn = void(const ConvStoreArgs&);
+  static constexpr const char* doc = "bias, activation and narrowing into an NCHW output";
+};
+
 }  // namespace pared

@@ -39,3 +39,32 @@ def csr_validate(packed: Any) -> None: ...
 def csr_unpack(packed: Any) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]: ...
 def csr_unpack_dense(packed: Any, out: Any) -> None: ...
 def linear_csr(x: Any, packed: Any, bias: Any, out: Any, activation: str = "") -> None: ...
+def conv2d_output_size(
+    height: int,
+    width: int,
+    kh: int,
+    kw: int,
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int]: ...
+def conv2d_csr(
+    x: Any,
+    packed: Any,
+    bias: Any,
+    out: Any,
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    activation: str = "",
+) -> None: ...
+def conv2d_reference(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    out: Any,
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    groups: int = 1,
+) -> None: ...

@@ -1,0 +1,187 @@
+// conv2d on packed weights, and its reference.
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "bindings/array.h"
+#include "bindings/register.h"
+#include "bindings/weights.h"
+#include "core/check.h"
+#include "ops/conv.h"
+#include "ref/conv.h"
+
+namespace pared {
+namespace {
+
+using Pair = std::array<int64_t, 2>;
+using Padding = std::array<int64_t, 4>;  // top, bottom, left, right
+
+struct Frame {
+  int64_t out_h, out_w;
+};
+
+// Validates stride, padding and dilation against the sizes; the output's height and width.
+Frame output_frame(int64_t height, int64_t width, int64_t kh, int64_t kw, const Pair& stride,
+                   const Padding& pad, const Pair& dilation) {
+  // Far beyond any image, and small enough that no sum below overflows.
+  constexpr int64_t kLimit = int64_t{1} << 31;
+  for (int64_t s : stride)
+    PARED_CHECK(s >= 1 && s < kLimit, "stride: expected positive values, got (", stride[0], ", ", stride[1],
+                ")");
+  for (int64_t d : dilation)
+    PARED_CHECK(d >= 1 && d < kLimit, "dilation: expected positive values, got (", dilation[0], ", ",
+                dilation[1], ")");
+  for (int64_t p : pad) PARED_CHECK(p >= 0 && p < kLimit, "padding: expected non-negative values, got ", p);
+  const int64_t span_h = dilation[0] * (kh - 1) + 1, span_w = dilation[1] * (kw - 1) + 1;
+  const int64_t padded_h = height + pad[0] + pad[1], padded_w = width + pad[2] + pad[3];
+  PARED_CHECK(height > 0 && width > 0 && padded_h >= span_h && padded_w >= span_w,
+              "x: expected a padded size of at least the dilated kernel's ", span_h, "x", span_w, ", got ",
+              padded_h, "x", padded_w);
+  return {(padded_h - span_h) / stride[0] + 1, (padded_w - span_w) / stride[1] + 1};
+}
+
+// Strides of size-1 axes say nothing.
+bool stride_is(const Array& a, int axis, int64_t want) {
+  return a.shape[axis] == 1 || a.strides[axis] == want;
+}
+
+bool is_nchw(const Array& a) { return stride_is(a, 3, 1) && stride_is(a, 2, a.shape[3]); }
+
+// The distance between pixels when channels are innermost and pixels evenly spaced, else 0.
+int64_t nhwc_pixel_stride(const Array& a) {
+  const int64_t c = a.shape[1], h = a.shape[2], w = a.shape[3];
+  if (!stride_is(a, 1, 1)) return 0;
+  const int64_t pixel = w > 1 ? a.strides[3] : h > 1 ? a.strides[2] : a.shape[0] > 1 ? a.strides[0] : c;
+  return pixel >= c && stride_is(a, 2, w * pixel) ? pixel : 0;
+}
+
+// Which layout the input is read in; an image of which both are true goes the output's way.
+ImageLayout layout_of(const Array& x, const Array& y) {
+  const bool y_nchw = y.contiguous();
+  const bool y_nhwc = stride_is(y, 1, 1) && nhwc_pixel_stride(y) == y.shape[1] &&
+                      stride_is(y, 0, y.shape[1] * y.shape[2] * y.shape[3]);
+  PARED_CHECK(y_nchw || y_nhwc, "out: expected contiguous or channels-last memory");
+  const bool x_nchw = is_nchw(x), x_nhwc = nhwc_pixel_stride(x) > 0;
+  PARED_CHECK(x_nchw || x_nhwc,
+              "x: expected contiguous planes or channels-last memory, got other strides; call .contiguous()");
+  // One pixel an image, in and out, is a row of tokens: the same memory, and the pixels' way is the faster.
+  const bool pixels = x.shape[2] * x.shape[3] == 1 && y.shape[2] * y.shape[3] == 1;
+  if (x_nhwc && y_nhwc && (pixels || !(x_nchw && y_nchw))) return ImageLayout::nhwc;
+  PARED_CHECK(x_nchw && y_nchw, "out: expected the memory layout of x");
+  return ImageLayout::nchw;
+}
+
+}  // namespace
+
+void register_conv(py::module_& m) {
+  m.def(
+      "conv2d_output_size",
+      [](int64_t height, int64_t width, int64_t kh, int64_t kw, const Pair& stride, const Padding& padding,
+         const Pair& dilation) {
+        const Frame frame = output_frame(height, width, kh, kw, stride, padding, dilation);
+        return py::make_tuple(frame.out_h, frame.out_w);
+      },
+      py::arg("height"), py::arg("width"), py::arg("kh"), py::arg("kw"), py::arg("stride"),
+      py::arg("padding"), py::arg("dilation"));
+
+  m.def(
+      "conv2d_csr",
+      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const Pair& stride,
+         const Padding& padding, const Pair& dilation, const std::string& activation) {
+        const Array ax = parse_array(x, "x"), ap = parse_array(packed, "packed"),
+                    ay = parse_array(out, "out");
+        const CsrPacked w = packed_csr(ap);
+        const PackedHeader& h = *w.header;
+        PARED_CHECK(h.kh > 0, "packed: expected a convolution weight, got a linear one");
+        require_dtype(ax, kFloatTypes);
+        require_dtype(ay, {ax.dtype});
+        require_writable(ay);
+        require_shape(ax, {-1, static_cast<int64_t>(h.channels) * h.groups, -1, -1});
+        const Frame frame = output_frame(ax.shape[2], ax.shape[3], h.kh, h.kw, stride, padding, dilation);
+        require_shape(ay, {ax.shape[0], h.rows, frame.out_h, frame.out_w});
+        require_disjoint(ay, ax);
+        require_disjoint(ay, ap);
+        ConvArgs args{};
+        args.x = ax.data;
+        args.dtype = ax.dtype;
+        args.images = ax.shape[0];
+        args.channels = ax.shape[1];
+        args.height = ax.shape[2];
+        args.width = ax.shape[3];
+        args.stride_h = stride[0];
+        args.stride_w = stride[1];
+        args.pad_top = padding[0];
+        args.pad_left = padding[2];
+        args.dilation_h = dilation[0];
+        args.dilation_w = dilation[1];
+        args.out_h = frame.out_h;
+        args.out_w = frame.out_w;
+        args.activation = parse_activation(activation);
+        args.y = ay.data;
+        args.bias = parse_bias(bias, h.rows, ay);
+        if (ay.size() == 0) return;
+        args.layout = layout_of(ax, ay);
+        args.image_stride = ax.strides[0];
+        args.channel_stride = ax.strides[1];
+        args.pixel_stride = nhwc_pixel_stride(ax);
+        // Everything is validated and owned by the caller from here on; other Python threads may run.
+        py::gil_scoped_release unlocked;
+        conv2d_csr(args, w);
+      },
+      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("stride"), py::arg("padding"),
+      py::arg("dilation"), py::arg("activation") = "");
+
+  m.def(
+      "conv2d_reference",
+      [](py::handle x, py::handle weight, py::handle bias, py::handle out, const Pair& stride,
+         const Padding& padding, const Pair& dilation, int64_t groups) {
+        const Array ax = parse_array(x, "x"), aw = parse_array(weight, "weight"),
+                    ay = parse_array(out, "out");
+        for (const Array* a : {&ax, &aw, &ay}) {
+          require_dtype(*a, {DType::f64});
+          require_contiguous(*a);
+        }
+        require_shape(aw, {-1, -1, -1, -1});
+        PARED_CHECK(groups >= 1 && aw.shape[0] % groups == 0, "groups: expected a positive divisor of ",
+                    aw.shape[0], " output channels, got ", groups);
+        require_shape(ax, {-1, aw.shape[1] * groups, -1, -1});
+        const Frame frame =
+            output_frame(ax.shape[2], ax.shape[3], aw.shape[2], aw.shape[3], stride, padding, dilation);
+        require_shape(ay, {ax.shape[0], aw.shape[0], frame.out_h, frame.out_w});
+        require_writable(ay);
+        const double* b = nullptr;
+        if (!bias.is_none()) {
+          const Array ab = parse_array(bias, "bias");
+          require_dtype(ab, {DType::f64});
+          require_shape(ab, {aw.shape[0]});
+          require_contiguous(ab);
+          b = static_cast<const double*>(ab.data);
+        }
+        const ConvReference args{static_cast<const double*>(ax.data),
+                                 static_cast<const double*>(aw.data),
+                                 b,
+                                 static_cast<double*>(ay.data),
+                                 ax.shape[0],
+                                 ax.shape[1],
+                                 ax.shape[2],
+                                 ax.shape[3],
+                                 aw.shape[0],
+                                 groups,
+                                 aw.shape[2],
+                                 aw.shape[3],
+                                 stride[0],
+                                 stride[1],
+                                 padding[0],
+                                 padding[2],
+                                 dilation[0],
+                                 dilation[1],
+                                 frame.out_h,
+                                 frame.out_w};
+        py::gil_scoped_release unlocked;
+        conv2d_reference(args);
+      },
+      py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"), py::arg("stride"), py::arg("padding"),
+      py::arg("dilation"), py::arg("groups") = 1);
+}
+
+}  // namespace pared

@@ -1,0 +1,303 @@
+// Three ways into the panel product, none of which materialises an im2col matrix:
+//   nchw: a tile of output positions is gathered into L1 for each K block (conv_pack), the product is already
+//     in the output's order (conv_store);
+//   nhwc, 1x1: pixels are tokens, so it is the linear operation; with a stride, or padding, on the pixels
+//   that
+//     the output uses, copied together first;
+//   nhwc, larger kernels: each pixel is read kh * kw times, so images are transposed to planes once, a few at
+//   a
+//     time, and gathered as in nchw; the epilogue transposes back.
+#include "ops/conv.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+#include "ops/linear.h"
+#include "ops/panel_product.h"
+
+namespace pared {
+namespace {
+
+// Transposed planes of a few images at a time: beyond the second-level cache, well inside the last.
+constexpr int64_t kPlaneFloats = int64_t{2} << 20;
+// Deepest transpose that panel_pack does in one call.
+constexpr int64_t kTransposeUnits = 256;
+
+// Planes as conv_pack reads them.
+struct Planes {
+  const void* x;
+  DType dtype;
+  int64_t image_stride, channel_stride;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+
+// Where output positions read: the same for every channel, so computed once a call, and for each tile once.
+class ConvGeometry {
+ public:
+  ConvGeometry(const ConvArgs& a, int kh, int kw, const Planes& planes)
+      : images_(a.images),
+        height_(a.height),
+        width_(a.width),
+        out_h_(a.out_h),
+        out_w_(a.out_w),
+        kh_(kh),
+        kw_(kw),
+        stride_h_(a.stride_h),
+        stride_w_(a.stride_w),
+        pad_top_(a.pad_top),
+        pad_left_(a.pad_left),
+        planes_(planes) {
+    if (kh == 1 && kw == 1 && stride_h_ == 1 && stride_w_ == 1 && out_h_ == height_ && out_w_ == width_) {
+      width_ *= height_;  // the plane is one row
+      out_w_ = width_;
+      height_ = out_h_ = 1;
+    }
+    flat_ = stride_h_ == 1 && stride_w_ == 1 && out_w_ == width_;
+    for (int i = 0; i < kh; ++i) {
+      rows_.push_back(valid(height_, out_h_, stride_h_, pad_top_ - i * a.dilation_h));
+      for (int j = 0; j < kw; ++j) tap_offsets_.push_back(i * a.dilation_h * width_ + j * a.dilation_w);
+    }
+    for (int j = 0; j < kw; ++j)
+      columns_.push_back(valid(width_, out_w_, stride_w_, pad_left_ - j * a.dilation_w));
+  }
+
+  int64_t plane_positions() const { return out_h_ * out_w_; }
+  int64_t positions() const { return images_ * plane_positions(); }
+
+  // What conv_pack needs for one tile.
+  struct Tile {
+    std::vector<ConvRun> runs;
+    std::vector<uint16_t> lanes;  // [taps][runs]
+    std::vector<uint16_t> run_lanes, row_lanes, column_lanes;
+  };
+
+  void describe(const PanelTile& t, Tile& out) const {
+    const int vectors = t.vectors;
+    out.runs.clear();
+    out.run_lanes.clear();
+    out.row_lanes.assign(static_cast<size_t>(kh_) * vectors, 0);
+    out.column_lanes.assign(static_cast<size_t>(kw_) * vectors, 0);
+    int32_t m = 0;
+    while (m < t.positions) {
+      const int64_t p = t.first + m, image = p / plane_positions(), in_plane = p % plane_positions();
+      const int64_t oy = in_plane / out_w_, ox = in_plane % out_w_;
+      const int32_t count = static_cast<int32_t>(std::min<int64_t>(out_w_ - ox, t.positions - m));
+      for (int i = 0; i < kh_; ++i)
+        if (rows_[i].begin <= oy && oy < rows_[i].end) set_lanes(&out.row_lanes[i * vectors], m, m + count);
+      for (int j = 0; j < kw_; ++j) {
+        const int64_t b = std::max(columns_[j].begin, ox), e = std::min(columns_[j].end, ox + count);
+        if (b < e)
+          set_lanes(&out.column_lanes[j * vectors], static_cast<int32_t>(m + b - ox),
+                    static_cast<int32_t>(m + e - ox));
+      }
+      // In flat planes the next output row continues where this one ends in the input too.
+      const bool continues = flat_ && m > 0 && in_plane > 0;
+      const int64_t source =
+          image * planes_.image_stride + (oy * stride_h_ - pad_top_) * width_ + ox * stride_w_ - pad_left_;
+      for (int32_t v = m / kPanelGroup; v * kPanelGroup < m + count; ++v) {
+        const int32_t b = std::max(m, v * kPanelGroup), e = std::min(m + count, (v + 1) * kPanelGroup);
+        const uint16_t bits = static_cast<uint16_t>(((1u << (e - b)) - 1u) << (b - v * kPanelGroup));
+        if (continues && out.runs.back().vector == v) {
+          out.run_lanes.back() |= bits;
+        } else {
+          out.runs.push_back({source + (static_cast<int64_t>(v) * kPanelGroup - m) * stride_w_, v});
+          out.run_lanes.push_back(bits);
+        }
+      }
+      m += count;
+    }
+    const size_t n = out.runs.size();
+    out.lanes.resize(static_cast<size_t>(kh_) * kw_ * n);
+    uint16_t* lanes = out.lanes.data();
+    for (int i = 0; i < kh_; ++i)
+      for (int j = 0; j < kw_; ++j)
+        for (size_t r = 0; r < n; ++r) {
+          const int32_t v = out.runs[r].vector;
+          *lanes++ = out.run_lanes[r] & out.row_lanes[i * vectors + v] & out.column_lanes[j * vectors + v];
+        }
+  }
+
+  ConvPackArgs pack_args(const PanelTile& t, const Tile& tile, int64_t k0, int32_t units, int32_t stride,
+                         float* panel) const {
+    return {planes_.x,
+            planes_.dtype,
+            planes_.channel_stride,
+            static_cast<int32_t>(tap_offsets_.size()),
+            tap_offsets_.data(),
+            static_cast<int32_t>(stride_w_),
+            tile.runs.data(),
+            static_cast<int32_t>(tile.runs.size()),
+            tile.lanes.data(),
+            k0,
+            units,
+            t.vectors,
+            stride,
+            panel};
+  }
+
+ private:
+  struct Range {
+    int64_t begin, end;
+  };
+  // Outputs o in [0, outputs) whose input o * stride - shift lies in [0, size).
+  static Range valid(int64_t size, int64_t outputs, int64_t stride, int64_t shift) {
+    return {std::clamp<int64_t>(ceil_div(shift, stride), 0, outputs),
+            std::clamp<int64_t>(ceil_div(size + shift, stride), 0, outputs)};
+  }
+  static void set_lanes(uint16_t* vectors, int32_t begin, int32_t end) {
+    for (int32_t v = begin / kPanelGroup; v * kPanelGroup < end; ++v) {
+      const int32_t b = std::max(begin - v * kPanelGroup, 0),
+                    e = std::min(end - v * kPanelGroup, kPanelGroup);
+      vectors[v] |= static_cast<uint16_t>(((1u << (e - b)) - 1u) << b);
+    }
+  }
+
+  int64_t images_, height_, width_, out_h_, out_w_;
+  int kh_, kw_;
+  int64_t stride_h_, stride_w_, pad_top_, pad_left_;
+  Planes planes_;
+  bool flat_;
+  std::vector<Range> rows_, columns_;  // by kernel row, by kernel column
+  std::vector<int64_t> tap_offsets_;
+};
+
+// The product over gathered planes; `store` takes finished tiles.
+template <class Store>
+void product(const ConvArgs& args, const CsrPacked& w, const Planes& planes, const Store& store) {
+  const ConvGeometry geometry(args, w.header->kh, w.header->kw, planes);
+  const auto pack = kernel_for<conv_pack>(active_isa()).fn;
+  // A thread keeps the description of the tile it works on: identified by the call, since threads outlive it.
+  static std::atomic<uint64_t> calls{0};
+  const uint64_t call = ++calls;
+  csr_panel_product(
+      w, geometry.positions(),
+      [&](const PanelTile& t, int64_t k0, int32_t units, int32_t stride, float* panel) {
+        thread_local ConvGeometry::Tile tile;
+        thread_local uint64_t tile_call = 0;
+        thread_local int64_t tile_first = 0;
+        if (tile_call != call || tile_first != t.first) {
+          geometry.describe(t, tile);
+          tile_call = call;
+          tile_first = t.first;
+        }
+        pack(geometry.pack_args(t, tile, k0, units, stride, panel));
+      },
+      store);
+}
+
+void conv_nchw(const ConvArgs& a, const CsrPacked& w) {
+  const auto store = kernel_for<conv_store>(active_isa()).fn;
+  const int64_t plane = a.out_h * a.out_w, element = dtype_size(a.dtype);
+  product(a, w, {a.x, a.dtype, a.image_stride, a.channel_stride},
+          [&](const PanelTile& t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
+            ConvSpan spans[kPanelMaxGroups * kPanelGroup];
+            int32_t n = 0;
+            for (int32_t m = 0; m < t.positions; ++n) {
+              const int64_t image = (t.first + m) / plane, at = (t.first + m) % plane;
+              const int32_t count = static_cast<int32_t>(std::min<int64_t>(plane - at, t.positions - m));
+              spans[n] = {m, count, image * w.header->rows * plane + at};
+              m += count;
+            }
+            store({acc, acc_stride, rows, spans, n, a.bias ? a.bias + row0 : nullptr, a.activation,
+                   static_cast<char*>(a.y) + row0 * plane * element, plane, a.dtype});
+          });
+}
+
+// 1x1 on pixels: tokens are pixels. `x` holds the pixels of the output, in order.
+void conv_pixels(const ConvArgs& a, const CsrPacked& w, const void* x, int64_t pixel_stride, int64_t images,
+                 void* y) {
+  linear_csr({x, pixel_stride, images * a.out_h * a.out_w, a.dtype, a.bias, a.activation, y, w.header->rows},
+             w);
+}
+
+// Copies the pixels that a strided or padded 1x1 kernel reads, images [n0, n1), to [.., channels] contiguous.
+void collect_pixels(const ConvArgs& a, int64_t n0, int64_t n1, char* to) {
+  const int64_t element = dtype_size(a.dtype), bytes = a.channels * element;
+  parallel_for(0, (n1 - n0) * a.out_h, std::max<int64_t>(1, (int64_t{1} << 16) / (a.out_w * bytes)),
+               [&](int64_t r0, int64_t r1) {
+                 for (int64_t r = r0; r < r1; ++r) {
+                   const int64_t n = n0 + r / a.out_h, iy = r % a.out_h * a.stride_h - a.pad_top;
+                   for (int64_t ox = 0; ox < a.out_w; ++ox) {
+                     const int64_t ix = ox * a.stride_w - a.pad_left;
+                     char* pixel = to + (r * a.out_w + ox) * bytes;
+                     if (iy < 0 || iy >= a.height || ix < 0 || ix >= a.width) {
+                       std::memset(pixel, 0, bytes);
+                     } else {
+                       const int64_t at = n * a.image_stride + (iy * a.width + ix) * a.pixel_stride;
+                       std::memcpy(pixel, static_cast<const char*>(a.x) + at * element, bytes);
+                     }
+                   }
+                 }
+               });
+}
+
+// Images [n0, n1) as float32 planes [channels][pitch], pitch a multiple of 16.
+void transpose_planes(const ConvArgs& a, int64_t n0, int64_t n1, int64_t pitch, float* to) {
+  const auto pack = kernel_for<panel_pack>(active_isa()).fn;
+  const int64_t element = dtype_size(a.dtype), pixels = a.height * a.width;
+  constexpr int64_t kPixels = kPanelMaxGroups * kPanelGroup;
+  const int64_t strips = (pixels + kPixels - 1) / kPixels;
+  parallel_for(0, (n1 - n0) * strips, std::max<int64_t>(1, (int64_t{1} << 15) / (kPixels * a.channels)),
+               [&](int64_t s0, int64_t s1) {
+                 for (int64_t s = s0; s < s1; ++s) {
+                   const int64_t n = s / strips, p = s % strips * kPixels;
+                   const int32_t count = static_cast<int32_t>(std::min(kPixels, pixels - p));
+                   for (int64_t c = 0; c < a.channels; c += kTransposeUnits)
+                     pack({static_cast<const char*>(a.x) +
+                               ((n0 + n) * a.image_stride + p * a.pixel_stride + c) * element,
+                           a.pixel_stride, a.dtype, count, (count + kPanelGroup - 1) / kPanelGroup,
+                           static_cast<int32_t>(std::min(kTransposeUnits, a.channels - c)),
+                           static_cast<int32_t>(pitch), to + (n * a.channels + c) * pitch + p});
+                 }
+               });
+}
+
+void conv_nhwc(const ConvArgs& a, const CsrPacked& w) {
+  const PackedHeader& h = *w.header;
+  const int64_t element = dtype_size(a.dtype), out_pixels = a.out_h * a.out_w;
+  const auto y_of = [&](int64_t n) { return static_cast<char*>(a.y) + n * out_pixels * h.rows * element; };
+  const bool one_by_one = h.kh == 1 && h.kw == 1;
+  if (one_by_one && a.stride_h == 1 && a.stride_w == 1 && a.out_h == a.height && a.out_w == a.width) {
+    if (a.images == 1 || a.image_stride == out_pixels * a.pixel_stride)
+      return conv_pixels(a, w, a.x, a.pixel_stride, a.images, a.y);
+    for (int64_t n = 0; n < a.images; ++n)
+      conv_pixels(a, w, static_cast<const char*>(a.x) + n * a.image_stride * element, a.pixel_stride, 1,
+                  y_of(n));
+    return;
+  }
+  thread_local Scratch memory;
+  const int64_t pitch = static_cast<int64_t>(round_up(a.height * a.width, kPanelGroup));
+  const int64_t image_floats = one_by_one ? (out_pixels * a.channels * element + 3) / 4 : a.channels * pitch;
+  const int64_t step = std::min(a.images, std::max<int64_t>(1, kPlaneFloats / image_floats));
+  float* scratch = memory.get<float>(step * image_floats);
+  const auto store = kernel_for<panel_store>(active_isa()).fn;
+  for (int64_t n0 = 0; n0 < a.images; n0 += step) {
+    const int64_t n1 = std::min(a.images, n0 + step);
+    if (one_by_one) {
+      collect_pixels(a, n0, n1, reinterpret_cast<char*>(scratch));
+      conv_pixels(a, w, scratch, a.channels, n1 - n0, y_of(n0));
+      continue;
+    }
+    transpose_planes(a, n0, n1, pitch, scratch);
+    ConvArgs some = a;
+    some.images = n1 - n0;
+    product(some, w, {scratch, DType::f32, a.channels * pitch, pitch},
+            [&](const PanelTile& t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
+              store({acc, acc_stride, rows, t.positions, a.bias ? a.bias + row0 : nullptr, a.activation,
+                     y_of(n0) + (t.first * h.rows + row0) * element, h.rows, a.dtype});
+            });
+  }
+}
+
+}  // namespace
+
+void conv2d_csr(const ConvArgs& args, const CsrPacked& w) {
+  if (args.images == 0 || w.header->rows == 0) return;
+  if (args.layout == ImageLayout::nchw) conv_nchw(args, w);
+  else conv_nhwc(args, w);
+}
+
+}  // namespace pared

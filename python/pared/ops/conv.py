@@ -1,0 +1,120 @@
+"""The two-dimensional convolution with packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pared import _core
+from pared._types import Array
+from pared.ops._arrays import is_torch, refuse_grad, require_array
+from pared.ops.csr import CSR
+
+IntPair = int | Sequence[int]
+
+
+def _pair(value: Any, name: str) -> tuple[int, int]:
+    """An int, or a pair of ints, as a pair (height, width)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value, value
+    if isinstance(value, Sequence) and len(value) == 2 and all(type(v) is int for v in value):
+        return value[0], value[1]
+    raise TypeError(f"{name}: expected an int or a pair of ints (height, width), got {value!r}")
+
+
+def resolve_padding(
+    padding: Any, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """`padding` as torch takes it, as (top, bottom, left, right).
+
+    ``"same"`` pads to the input's size, the odd row and column at the bottom and right; it needs stride 1.
+    """
+    if isinstance(padding, str):
+        if padding == "valid":
+            return 0, 0, 0, 0
+        if padding != "same":
+            raise ValueError(f"padding: expected 'same', 'valid', an int or a pair, got {padding!r}")
+        if stride != (1, 1):
+            raise ValueError(f"padding: expected stride 1 with 'same', got stride {stride}")
+        total_h, total_w = dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1)
+        return total_h // 2, total_h - total_h // 2, total_w // 2, total_w - total_w // 2
+    ph, pw = _pair(padding, "padding")
+    return ph, ph, pw, pw
+
+
+def _empty_images(x: Any, shape: tuple[int, int, int, int]) -> Array:
+    """An uninitialised [N, C, H, W] of `x`'s kind, dtype, device and memory layout."""
+    if is_torch(x):
+        import torch
+
+        strides = x.stride()
+        last = strides[1] == 1 and strides[3] != 1 and not x.is_contiguous()
+        layout = torch.channels_last if last else torch.contiguous_format
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    images: NDArray[Any]
+    if x.strides[1] == x.itemsize != x.strides[3] and not x.flags.c_contiguous:
+        n, c, h, w = shape
+        images = np.empty((n, h, w, c), dtype=x.dtype).transpose(0, 3, 1, 2)
+    else:
+        images = np.empty(shape, dtype=x.dtype)
+    return images
+
+
+def conv2d(
+    x: Array,
+    w: CSR,
+    bias: Array | None = None,
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    activation: str | None = None,
+) -> Array:
+    """``activation(conv2d(x, w) + bias)`` with a packed weight.
+
+    Parameters
+    ----------
+    x : [N, C, H, W] or [C, H, W], float32, bfloat16 or float16, contiguous or channels-last (planes, or
+        pixels, may lie further apart: a slice of channels needs no copy). Upcast inside, a part at a time.
+    w : packed weight, [out, C / groups, kh, kw].
+    bias : [out], float32, or None.
+    stride, dilation : int or pair (height, width).
+    padding : int or pair (height, width) of zeros on each side, "valid", or "same" (stride 1).
+    groups : as the weight was packed with.
+    activation : None, "relu", "gelu" (erf), "gelu_tanh" or "silu".
+
+    Returns
+    -------
+    [N, out, Ho, Wo], or [out, Ho, Wo], of `x`'s kind, dtype and memory layout. The sum is in float32; a term
+    with a zero weight is skipped, so ``0 * inf`` contributes nothing where a dense product gives NaN.
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument, what was expected and what came.
+    RuntimeError : when `x` needs a gradient; pared's operations are for inference.
+    """
+    require_array(x, "x")
+    if not isinstance(w, CSR):
+        raise TypeError(f"w: expected a packed weight (CSR), got {type(w).__name__}")
+    if len(w.shape) != 4:
+        raise ValueError(
+            f"w: expected a weight [out, in/groups, kh, kw], got shape {list(w.shape)}; use linear"
+        )
+    if groups != w.groups:
+        raise ValueError(f"groups: expected {w.groups}, as the weight was packed with, got {groups}")
+    if x.ndim not in (3, 4):
+        raise ValueError(f"x: expected [N, C, H, W] or [C, H, W], got shape {list(x.shape)}")
+    refuse_grad(x, "x")
+    out_channels, _, kh, kw = w.shape
+    strides, dilations = _pair(stride, "stride"), _pair(dilation, "dilation")
+    pads = resolve_padding(padding, (kh, kw), strides, dilations)
+    images: Any = x if x.ndim == 4 else x[None]
+    n, _, height, width = images.shape
+    out_h, out_w = _core.conv2d_output_size(height, width, kh, kw, strides, pads, dilations)
+    out: Any = _empty_images(images, (n, out_channels, out_h, out_w))
+    _core.conv2d_csr(images, w.packed, bias, out, strides, pads, dilations, activation or "")
+    result: Array = out if x.ndim == 4 else out[0]
+    return result
