@@ -71,10 +71,10 @@ struct panel_store {
 };
 
 // Lanes of one vector of a convolution's panel row that lie at even steps in the input: lane l reads element
-// `offset + l * step` of the tap's view of a channel plane. A vector whose positions cross an output row or an
-// image is several runs.
+// `offset + l * step` of the tap's view of a channel plane. A vector whose positions cross an output row or
+// an image is several runs.
 struct ConvRun {
-  int64_t offset;   // elements; may point outside the plane for lanes that no tap reads
+  int64_t offset;  // elements; may point outside the plane for lanes that no tap reads
   int32_t vector;
 };
 
@@ -89,10 +89,10 @@ struct ConvPackArgs {
   int32_t step;                // elements between neighbouring positions: the column stride
   const ConvRun* runs;         // ascending by vector, every vector at least once
   int32_t run_count;
-  const uint16_t* lanes;       // [taps][run_count]: bit l set when the run holds lane l and it is no padding
+  const uint16_t* lanes;  // [taps][run_count]: bit l set when the run holds lane l and it is no padding
   int64_t k0;
   int32_t units, vectors;
-  int32_t stride;              // floats between units of the panel
+  int32_t stride;  // floats between units of the panel
   float* panel;
 };
 struct conv_pack {
@@ -106,8 +106,8 @@ struct ConvSpan {
   int64_t offset;        // elements from y
 };
 
-// Epilogue of a convolution in NCHW: y[span.offset + row * row_stride + m] = activation(acc[row][span.first + m] +
-// bias[row]). The accumulator's order is the output's, so nothing is transposed.
+// Epilogue of a convolution in NCHW: y[span.offset + row * row_stride + m] = activation(acc[row][span.first +
+// m] + bias[row]). The accumulator's order is the output's, so nothing is transposed.
 struct ConvStoreArgs {
   const float* acc;  // [rows][acc_stride]
   int32_t acc_stride, rows;

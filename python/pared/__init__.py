@@ -13,14 +13,20 @@ from pared._info import isa, kernels
 
 if TYPE_CHECKING:
     from pared import ops
+    from pared._format import FormatError
+    from pared._io import load, save
 
 __version__ = "0.1.0"
 
 # Public name -> module that defines it. Resolved on first access, so that `import pared` stays cheap.
-_LAZY: dict[str, str] = {}
+_LAZY: dict[str, str] = {
+    "FormatError": "pared._format",
+    "load": "pared._io",
+    "save": "pared._io",
+}
 _SUBMODULES = ("ops",)
 
-__all__ = ["isa", "kernels", "ops"]
+__all__ = ["FormatError", "isa", "kernels", "load", "ops", "save"]
 
 
 def __getattr__(name: str) -> Any:

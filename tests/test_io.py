@@ -1,0 +1,850 @@
+"""Files: what `pared.save` writes `pared.load` gives back bit for bit, and nothing else is ever accepted."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import pickle
+import random
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import prune
+
+import pared
+from pared import _format
+
+DTYPES = [getattr(torch, name) for name in _format.DTYPES]
+
+
+# -- helpers ---------------------------------------------------------------------------------------
+
+
+class Bag(nn.Module):
+    """Buffers of the given tensors."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        super().__init__()
+        for i, t in enumerate(tensors):
+            self.register_buffer(f"t{i}", t)
+
+
+class Net(nn.Module):
+    """A bit of everything: convolution, norm, tied weights, a local buffer, a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 40)
+        self.out = nn.Linear(40, 8, bias=False)
+        self.back = nn.Linear(40, 8, bias=False)
+        self.back.weight = self.out.weight
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("shift", torch.arange(8.0), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.conv(x))).mean((2, 3)) + self.shift
+        h = torch.relu(self.fc(x))
+        return self.scale * (self.out(h) - 2 * self.back(h.flip(-1)))
+
+
+def pruned(model: nn.Module, sparsity: float = 0.9, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            with torch.no_grad():
+                module.weight[torch.rand(module.weight.shape, generator=generator) < sparsity] = 0
+    return model
+
+
+def saved(model: nn.Module) -> bytes:
+    file = io.BytesIO()
+    pared.save(model, file)
+    return file.getvalue()
+
+
+def loaded(data: bytes, model: Any) -> nn.Module:
+    return pared.load(io.BytesIO(data), model)
+
+
+def bits(t: torch.Tensor) -> bytes:
+    return t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def state(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    return {n: (str(t.dtype), tuple(t.shape), bits(t)) for n, t in model.state_dict().items()}
+
+
+def metadata(data: bytes) -> dict[str, Any]:
+    (size,) = struct.unpack("<Q", data[:8])
+    return json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["pared"])
+
+
+def encoding(data: bytes, name: str = "t0") -> str:
+    return metadata(data)["tensors"][name]["encoding"]
+
+
+Edit = Callable[[dict[str, Any], dict[str, Any]], None]
+
+
+def forged(data: bytes, edit: Edit = lambda h, m: None, body: bytes | None = None) -> bytes:
+    """The file with its header and metadata edited and the checksum of the header made right again."""
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    meta = json.loads(header["__metadata__"]["pared"])
+    edit(header, meta)
+    about = header.get("__metadata__")
+    if isinstance(about, dict) and "pared" in about:
+        header["__metadata__"]["pared"] = json.dumps(meta)
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    if raw.startswith(_format._PREFIX):
+        raw = _format.sign(raw)
+    return struct.pack("<Q", len(raw)) + raw + (data[8 + size :] if body is None else body)
+
+
+def rejects(data: bytes, model: Any, match: str | None = None) -> None:
+    with pytest.raises(pared.FormatError, match=match):
+        loaded(data, model)
+
+
+def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, density: float, seed: int) -> torch.Tensor:
+    """Random bit patterns: NaN payloads, infinities, denormals and -0.0 among them."""
+    rng = np.random.default_rng(seed)
+    count = int(np.prod(shape, dtype=np.int64))
+    size = _format.DTYPES[str(dtype).removeprefix("torch.")].itemsize
+    data = rng.integers(0, 2 if dtype == torch.bool else 256, (count, size), dtype=np.uint8)
+    data[rng.random(count) >= density] = 0
+    return (
+        torch.from_numpy(data).view(-1).view(dtype).reshape(shape)
+        if count
+        else torch.empty(shape, dtype=dtype)
+    )
+
+
+# -- round trips -----------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    shape=st.lists(st.integers(0, 40), max_size=3).map(tuple),
+    dtype=st.sampled_from(DTYPES),
+    density=st.sampled_from([0.0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.6, 1.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_tensor_round_trips_bit_for_bit(shape, dtype, density, seed):
+    t = random_tensor(shape, dtype, density, seed)
+    data = saved(Bag(t))
+    for target in (Bag(torch.empty_like(t)), Bag(torch.empty_like(t, device="meta"))):
+        back = loaded(data, target).t0
+        assert (back.dtype, back.shape, back.device.type) == (t.dtype, t.shape, "cpu")
+        assert bits(back) == bits(t)
+        assert back.numel() == 0 or back.data_ptr() % 64 == 0
+
+
+@pytest.mark.parametrize(
+    ("density", "expected"),
+    [(1.0, "dense"), (0.5, "bitmap"), (0.1, "gaps4"), (0.02, "gaps8"), (0.0005, "gaps16"), (0.0, "gaps4")],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_every_encoding_is_chosen_where_it_is_smallest(density, expected, dtype):
+    t = (torch.rand(300_000, generator=torch.Generator().manual_seed(1)) < density).to(dtype)
+    data = saved(Bag(t))
+    assert encoding(data) == expected
+    assert bits(loaded(data, Bag(t)).t0) == bits(t)
+    nonzeros = int(t.count_nonzero())
+    index = {
+        "dense": 0,
+        "bitmap": 1 / 8,
+        "gaps4": 0.75 * density,
+        "gaps8": 1.25 * density,
+        "gaps16": 2.1 * density,
+    }
+    size = (t.numel() if expected == "dense" else nonzeros) * t.element_size() + index[expected] * t.numel()
+    assert len(data) <= size + 1000
+
+
+@pytest.mark.parametrize("width", [4, 8, 16])
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+@pytest.mark.parametrize("skips", [1, 2, 3])
+def test_gaps_at_the_edge_of_a_code(width, extra, skips):
+    # A gap of exactly n * skip needs n skip codes and a zero; first, last and adjacent positions as well.
+    gap = skips * ((1 << width) - 1) + extra
+    words = np.zeros(2 * gap + 5, np.uint32)
+    words[[0, 1, 2 + gap, -1]] = 1, 2, 3, 4
+    at = np.flatnonzero(words)
+    codes = _format._pack_gaps(np.diff(at, prepend=-1) - 1, width)
+    assert np.array_equal(_format._unpack_gaps(codes, width), at)
+
+
+def test_signed_zeros_denormals_and_nan_payloads_are_kept():
+    words = torch.zeros(4096, dtype=torch.int32)
+    words[::41] = torch.tensor([-(2**31)], dtype=torch.int32)  # -0.0
+    words[1::41] = 1  # the smallest denormal
+    words[2::41] = 0x7FC01234
+    t = words.view(torch.float32)
+    data = saved(Bag(t))
+    assert encoding(data) != "dense"
+    assert bits(loaded(data, Bag(t)).t0) == bits(t)
+
+
+def test_a_model_round_trips(tmp_path):
+    model = pruned(Net()).train()
+    before = state(model)
+    path = tmp_path / "model.pared"
+    pared.save(model, path)
+    assert model.training
+    assert state(model) == before
+    target = Net()
+    untouched = state(target)
+    back = pared.load(path, target)
+    assert state(back) == before
+    assert state(target) == untouched
+    assert back is not target
+    assert type(back) is Net
+    assert not any(m.training for m in back.modules())
+    x = torch.randn(2, 3, 9, 9)
+    assert torch.equal(back(x), model.eval()(x))
+    assert back.out.weight is back.back.weight
+    assert [p.requires_grad for p in back.parameters()] == [p.requires_grad for p in target.parameters()]
+
+
+@pytest.mark.parametrize("make", [Net, lambda: Net(), lambda: Net().eval()])
+def test_a_factory_and_the_meta_device(make):
+    model = pruned(Net()).eval()
+    data = saved(model)
+    x = torch.randn(2, 3, 9, 9)
+    assert torch.equal(loaded(data, make)(x), model(x))
+    with torch.device("meta"):
+        empty = Net()
+    back = loaded(data, empty)
+    assert torch.equal(back(x), model(x))  # the local buffer came out of the file
+    assert back.out.weight is back.back.weight
+    assert all(p.is_meta for p in empty.parameters())
+
+
+def test_local_buffers_with_data_keep_their_own():
+    model, target = Net(), Net()
+    target.shift.fill_(5.0)
+    assert torch.equal(loaded(saved(model), target).shift, torch.full((8,), 5.0))
+
+
+def test_memory_that_modules_share_is_stored_once_and_tied_again():
+    a, b = nn.Linear(64, 64), nn.Linear(64, 64)
+    b.weight.data = a.weight.data
+    data = saved(nn.Sequential(a, b, a))
+    meta = metadata(data)
+    assert meta["ties"] == {"1.weight": "0.weight", "2.weight": "0.weight", "2.bias": "0.bias"}
+    assert len(data) < 64 * 64 * 4 + 4096
+    back = loaded(data, nn.Sequential(*(nn.Linear(64, 64) for _ in range(3))))
+    assert back[0].weight is back[1].weight
+    assert torch.equal(back[0].weight, a.weight)
+    shared = nn.Linear(64, 64)
+    with pytest.raises(pared.FormatError, match="shared in the model"):
+        loaded(data, nn.Sequential(shared, shared, nn.Linear(64, 64)))
+
+
+def test_views_that_overlap_are_stored_for_themselves():
+    base = torch.arange(100.0)
+    data = saved(Bag(base[:60], base[40:], base.view(10, 10).t()))
+    back = loaded(data, Bag(torch.empty(60), torch.empty(60), torch.empty(10, 10)))
+    assert torch.equal(back.t0, base[:60])
+    assert torch.equal(back.t1, base[40:])
+    assert torch.equal(back.t2, base.view(10, 10).t())
+
+
+def test_recurrent_layers_use_the_loaded_weights():
+    model = nn.LSTM(5, 7)
+    back = loaded(saved(model), lambda: nn.LSTM(5, 7))
+    x = torch.randn(3, 2, 5)
+    assert torch.equal(back(x)[0], model.eval()(x)[0])
+
+
+def test_masks_of_torch_prune_stay_as_they_are():
+    def make() -> nn.Module:
+        layer = nn.Linear(64, 64)
+        prune.random_unstructured(layer, "weight", 0.5)
+        return layer
+
+    model = make()
+    for target in (make, make()):  # the masked weight is no leaf, which deepcopy refuses
+        back = loaded(saved(model), target)
+        assert state(back) == state(model)
+        x = torch.randn(3, 64)
+        assert torch.equal(back(x), model(x))
+
+
+def test_ninety_percent_sparse_takes_less_than_a_fifth():
+    model = pruned(nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512)))
+    dense = sum(p.numel() * 4 for p in model.parameters())
+    assert len(saved(model)) < 0.125 * dense  # 4.65 bytes a non-zero
+
+
+def test_the_same_model_gives_the_same_bytes():
+    assert saved(pruned(Net_seeded())) == saved(pruned(Net_seeded()))
+
+
+def Net_seeded() -> Net:
+    torch.manual_seed(3)
+    return Net()
+
+
+# -- the container ---------------------------------------------------------------------------------
+
+
+def test_any_safetensors_reader_opens_the_file(tmp_path):
+    model = Bag(torch.randn(5, 7), (torch.rand(1000) < 0.1).half(), torch.tensor(3, dtype=torch.int8))
+    path = tmp_path / "model.pared"
+    pared.save(model, path)
+    with safetensors.safe_open(path, "pt") as f:
+        assert sorted(f.keys()) == ["t0", "t1..gaps", "t1..values", "t2"]
+        assert torch.equal(f.get_tensor("t0"), model.t0)
+        assert torch.equal(f.get_tensor("t1..values"), torch.ones(int(model.t1.sum())).half())
+        about = json.loads(f.metadata()["pared"])
+    assert about["version"] == 1
+    assert about["pared"] == pared.__version__
+    assert about["tensors"]["t1"]["shape"] == [1000]
+
+
+def test_parts_are_aligned_to_their_elements():
+    tensors = [random_tensor((n,), d, 0.1, n) for n, d in zip(range(61, 3000, 140), DTYPES, strict=False)]
+    data = saved(Bag(*tensors))
+    (size,) = struct.unpack("<Q", data[:8])
+    assert (8 + size) % 64 == 0
+    for name, part in json.loads(data[8 : 8 + size]).items():
+        if name != "__metadata__":
+            assert part["data_offsets"][0] % _format._TAG_SIZES[part["dtype"]] == 0
+
+
+class Dribble(io.BytesIO):
+    """Gives and takes a few bytes at a time, as a socket may; no readinto."""
+
+    readinto = None
+
+    def read(self, n=-1):
+        return super().read(min(n, 7))
+
+
+def test_file_objects(tmp_path):
+    model = pruned(Net())
+    file = io.BytesIO()
+    file.write(b"before")
+    pared.save(model, file)
+    file.seek(6)
+    assert state(pared.load(file, Net)) == state(model)
+    assert state(pared.load(Dribble(saved(model)), Net)) == state(model)
+    with open(tmp_path / "raw", "wb", buffering=0) as raw:
+        pared.save(model, raw)
+    with open(tmp_path / "raw", "rb", buffering=0) as raw:
+        assert state(pared.load(raw, Net)) == state(model)
+    with open(tmp_path / "text", "w") as text, pytest.raises(TypeError, match="binary"):
+        pared.save(model, text)
+
+
+def test_loading_takes_one_layer_beside_the_model():
+    model = pruned(nn.Sequential(*(nn.Linear(256, 256) for _ in range(20))), 0.5)
+    data = saved(model)
+    tracemalloc.start()  # sees numpy's memory, not torch's: what the model itself does not need
+    try:
+        loaded(data, model)
+        beside = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # The parts of one tensor (bitmap and values), its mask, and the header; all twenty layers are 5 MB.
+    assert beside < 3 * 256 * 256 * 4
+
+
+def test_no_pickle_is_involved(monkeypatch, tmp_path):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("pickle")
+
+    for module, name in [
+        (pickle, n) for n in ("load", "loads", "Unpickler", "_Unpickler", "dump", "dumps")
+    ] + [
+        (torch, "load"),
+        (torch, "save"),
+    ]:
+        monkeypatch.setattr(module, name, fail)
+    pared.save(Net(), tmp_path / "model.pared")
+    pared.load(tmp_path / "model.pared", Net)
+
+
+# -- writing files ---------------------------------------------------------------------------------
+
+
+def test_a_file_appears_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "model.pared"
+    pared.save(nn.Linear(3, 3), path)
+    before = path.read_bytes()
+    real = _format.Writer.write
+
+    def crash(self: Any, file: Any, about: Any) -> None:
+        real(self, file, about)
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(_format.Writer, "write", crash)
+        with pytest.raises(OSError, match="no space"):
+            pared.save(nn.Linear(4, 4), path)
+    with monkeypatch.context() as m:
+        m.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError("replace")))
+        with pytest.raises(OSError, match="replace"):
+            pared.save(nn.Linear(4, 4), path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["model.pared"]
+
+
+def test_overwriting(tmp_path):
+    path = tmp_path / "model.pared"
+    pared.save(nn.Linear(3, 3), path, overwrite=False)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match=r"model.pared"):
+        pared.save(nn.Linear(4, 4), path, overwrite=False)
+    assert path.read_bytes() == before
+    pared.save(nn.Linear(4, 4), path)
+    assert pared.load(path, nn.Linear(4, 4)).in_features == 4
+    assert os.listdir(tmp_path) == ["model.pared"]
+
+
+def test_links_directories_and_permissions(tmp_path):
+    real = tmp_path / "folder" / "real.pared"
+    real.parent.mkdir()
+    pared.save(nn.Linear(3, 3), str(real))
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"")
+    assert real.stat().st_mode == plain.stat().st_mode
+    link = tmp_path / "link.pared"
+    link.symlink_to(real)
+    pared.save(nn.Linear(4, 4), link)
+    assert link.is_symlink()
+    assert pared.load(real, nn.Linear(4, 4)).in_features == 4
+    for bad in (tmp_path, Path("/dev/null")):
+        with pytest.raises(ValueError, match="regular file"):
+            pared.save(nn.Linear(3, 3), bad)
+    with pytest.raises(FileNotFoundError):
+        pared.save(nn.Linear(3, 3), tmp_path / "absent" / "model.pared")
+    with pytest.raises(FileNotFoundError):
+        pared.load(tmp_path / "absent.pared", nn.Linear(3, 3))
+
+
+# -- arguments and architectures -------------------------------------------------------------------
+
+
+class Odd(torch.Tensor):
+    pass
+
+
+def nameless() -> nn.Module:
+    module = nn.Linear(3, 3)
+    module._parameters["..values"] = nn.Parameter(torch.ones(3))  # torch's own functions refuse such names
+    return nn.Sequential(module)
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return object()
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: nn.Linear(3, 3, device="meta"), "weight: .*meta device"),
+        (lambda: nn.LazyLinear(3), "lazy"),
+        (lambda: Bag(torch.eye(3).to_sparse()), "t0: .*layout"),
+        (lambda: Bag(torch.ones(3).as_subclass(Odd)), "t0: .*subclass Odd"),
+        (lambda: nameless(), "empty components"),
+        (lambda: Extra(3, 3), "the root: .*extra state"),
+        (lambda: nn.Sequential(Extra(3, 3)), "0: .*extra state"),
+    ],
+)
+def test_what_cannot_be_saved(make, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        pared.save(make(), tmp_path / "model.pared")
+    assert os.listdir(tmp_path) == []
+
+
+def test_wrong_arguments(tmp_path):
+    data = saved(nn.Linear(3, 3))
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got dict"):
+        pared.save({}, tmp_path / "model.pared")
+    with pytest.raises(TypeError, match=r"path: .*got int"):
+        pared.save(nn.Linear(3, 3), 3)
+    with pytest.raises(TypeError, match=r"path: .*got int"):
+        pared.load(3, nn.Linear(3, 3))
+    with pytest.raises(TypeError, match=r"model: .*got int"):
+        loaded(data, 3)
+    with pytest.raises(TypeError, match=r"model: .*got dict from it"):
+        loaded(data, dict)
+    with pytest.raises(pared.FormatError, match="lazy"):
+        loaded(data, nn.LazyLinear(3))
+
+
+def test_an_attribute_that_stays_on_meta_is_refused():
+    class Odd(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 3)
+            self.table = torch.ones(3)
+
+    data = saved(Odd())
+    loaded(data, Odd)
+    with torch.device("meta"):
+        empty = Odd()
+    with pytest.raises(ValueError, match=r"Odd.table"):
+        loaded(data, empty)
+
+
+@pytest.mark.parametrize(
+    ("target", "match"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 5)), r"unexpected in the file: '1.bias', '1.weight'"),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(1, 1)),
+            r"missing .*'2.bias', '2.weight'",
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 7)),
+            r"'1.weight': expected .* \[7, 5\], got .* \[6, 5\]",
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6)).half(),
+            r"'0.weight': expected parameter float16",
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6, bias=False)),
+            r"unexpected in the file: '1.bias'",
+        ),
+        (lambda: Bag(torch.ones(3)), "missing in the file: 't0'; unexpected"),
+    ],
+)
+def test_another_architecture_is_refused_with_the_differences(target, match):
+    rejects(saved(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6))), target, match)
+
+
+def test_parameters_and_buffers_are_not_exchanged():
+    class Parameter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.t0 = nn.Parameter(torch.ones(3))
+
+    rejects(saved(Bag(torch.ones(3))), Parameter(), r"'t0': expected parameter float32 \[3\], got buffer")
+
+
+def test_many_differences_make_a_short_message():
+    with pytest.raises(pared.FormatError) as e:
+        loaded(saved(nn.Linear(3, 3)), nn.Sequential(*(nn.Linear(3, 3) for _ in range(1000))))
+    assert "and 1990 more" in str(e.value)
+    assert len(str(e.value)) < 600
+
+
+# -- damaged files ---------------------------------------------------------------------------------
+
+
+def small() -> tuple[nn.Module, bytes]:
+    """A model of every encoding whose file is small enough to damage everywhere."""
+    torch.manual_seed(0)
+    tensors = [random_tensor((900,), torch.int8, d, 7) for d in (1.0, 0.4, 0.1)]
+    model = Bag(*tensors, (torch.rand(40000) < 0.0003).to(torch.int16), torch.tensor([True, False]))
+    data = saved(model)
+    assert [encoding(data, f"t{i}") for i in range(5)] == ["dense", "bitmap", "gaps4", "gaps16", "dense"]
+    return model, data
+
+
+def damaged(data: bytes, model: nn.Module) -> None:
+    """The property: a damaged file is refused. Fails on any other exception and on any result."""
+    try:
+        loaded(data, model)
+    except pared.FormatError:
+        return
+    raise AssertionError("a damaged file was loaded")
+
+
+def test_every_flipped_byte_and_every_truncation_is_refused():
+    model, data = small()
+    rng = random.Random(20)
+    for i in range(len(data)):
+        flipped = bytearray(data)
+        flipped[i] ^= rng.choice([1, 2, 4, 8, 16, 32, 64, 128, 255])
+        damaged(bytes(flipped), model)
+    for n in [*range(0, len(data), 7), len(data) - 1]:
+        damaged(data[:n], model)
+    for tail in (b"\0", b" " * 8, data):
+        damaged(data + tail, model)
+
+
+def test_random_damage_is_refused():
+    model, data = small()
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    for _ in range(1500):
+        changed = bytearray(data)
+        for _ in range(rng.choice([1, 2, 8, 64])):
+            changed[rng.randrange(len(data))] = rng.randrange(256)
+        a, b = sorted(rng.randrange(len(data)) for _ in range(2))
+        kind = rng.randrange(4)
+        if kind == 1:
+            del changed[a:b]
+        elif kind == 2:
+            changed[a:b] = bytes(b - a)
+        elif kind == 3:
+            changed[a:a] = rng.randbytes(rng.randrange(1, 100))
+        if changed == data:
+            continue
+        try:
+            damaged(bytes(changed), model)
+        except Exception as e:
+            raise AssertionError(f"seed {seed}") from e
+
+
+@pytest.mark.parametrize("check", ["_check_digest", "sign"])
+def test_the_damage_tests_see_a_reader_that_checks_nothing(check, monkeypatch):
+    model, data = small()
+    if check == "sign":
+        monkeypatch.setattr(_format, "sign", lambda header: header)
+        at = data.index(b'\\"pared\\":\\"0') + 12  # the version of pared, which nothing depends on
+    else:
+        monkeypatch.setattr(_format.Reader, "_check_digest", lambda *args: None)
+        at = len(data) - 500
+    flipped = bytearray(data)
+    flipped[at] ^= 1
+    with pytest.raises(AssertionError, match="was loaded"):
+        damaged(bytes(flipped), model)
+
+
+HOSTILE: list[Any] = [
+    None, True, -1, 0, 1, 2, 2**31, 2**62, 2**64, 10**40, 1.5, "", "x", "0" * 500, "\ud800", [], {}, [[]],
+    [-1], [2**62, 2**62], [0, 2**70], [None], ["1"], {"a": {}}, [0, 0], [1] * 100, [0] * 65, [0, 2**61],
+    "dense", "gaps16", "complex128", "bool", "t0", "__metadata__", "t1..values", "t0.__class__",
+]  # fmt: skip
+
+
+def mutate(node: Any, rng: random.Random) -> None:
+    """Change one random thing somewhere in a JSON document."""
+    path = [node]
+    while rng.random() < 0.85:
+        children = path[-1].values() if isinstance(path[-1], dict) else path[-1]
+        inner = [c for c in children if isinstance(c, dict | list) and c]
+        if not inner:
+            break
+        path.append(rng.choice(inner))
+    at = path[-1]
+    key = rng.choice(list(at)) if isinstance(at, dict) else rng.randrange(len(at))
+    value = copy.deepcopy(rng.choice(HOSTILE))
+    action = rng.randrange(6)
+    if action == 0:
+        del at[key]
+    elif action == 1 and isinstance(at, dict):
+        at[str(rng.choice(HOSTILE))] = at.pop(key)
+    elif action == 2 and isinstance(at, dict):
+        at[str(rng.choice(HOSTILE))] = value
+    elif action == 3 and isinstance(at[key], int):
+        at[key] += rng.choice([-1, 1, 8, -8])
+    else:
+        at[key] = value
+
+
+def test_hostile_headers_with_right_checksums_are_refused_or_harmless():
+    model, data = small()
+    before = state(model)
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    refused = 0
+    for _ in range(2000):
+
+        def edit(header: dict[str, Any], meta: dict[str, Any]) -> None:
+            for _ in range(rng.choice([1, 1, 1, 2, 3])):
+                target = rng.choice([header, meta])
+                if target:
+                    mutate(target, rng)
+
+        try:
+            changed = forged(data, edit)
+            back = loaded(changed, model)
+        except pared.FormatError:
+            refused += 1
+        except Exception as e:
+            raise AssertionError(f"seed {seed}") from e
+        else:
+            assert {n: t[:2] for n, t in state(back).items()} == {n: t[:2] for n, t in before.items()}
+    assert refused > 1000
+
+
+def put(*path: str, value: Any, where: str = "meta") -> Edit:
+    def edit(header: dict[str, Any], meta: dict[str, Any]) -> None:
+        at = meta if where == "meta" else header
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = value
+
+    return edit
+
+
+def overlap(header: dict[str, Any], meta: dict[str, Any]) -> None:
+    header["t1..bitmap"]["data_offsets"] = [0, 113]
+
+
+def extra(header: dict[str, Any], meta: dict[str, Any]) -> None:
+    header["more"] = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (put("version", value=3), r"^file is version 3, this pared reads up to 1$"),
+        (put("version", value="1"), "invalid version"),
+        (put("version", value=True), "invalid version"),
+        (put("version", value=0), "invalid version"),
+        (put("__metadata__", value={}, where="header"), "another origin"),
+        (put("__metadata__", value=[], where="header"), "expected an object"),
+        (put("unknown", value=1), "expected the fields"),
+        (put("tensors", "t0", "more", value=1), "expected the fields"),
+        (put("tensors", "t0", "encoding", value="zstd"), "unknown encoding 'zstd', known are dense, bitmap"),
+        (put("tensors", "t0", "dtype", value="float3"), "unknown dtype"),
+        (put("tensors", "t0", "kind", value="method"), "unknown kind"),
+        (put("tensors", "t0", "shape", value=[-900]), "invalid shape"),
+        (put("tensors", "t0", "shape", value=[2**40, 2**40]), "too large"),
+        (put("tensors", "t0", "shape", value=[2**62, 0, 2**62]), "too large"),
+        (put("tensors", "t0", "shape", value=[900.0]), "invalid shape"),
+        (put("tensors", "t0", "shape", value=[30, 30]), "another type or shape"),
+        (put("tensors", "t0", "nonzeros", value=901), "number of non-zeros"),
+        (put("tensors", "t1", "nonzeros", value=-1), "invalid encoding"),
+        (put("tensors", "t0", "blake2b", value="0" * 32), "tensor 't0': the checksum does not match"),
+        (put("t0", "dtype", value="F128", where="header"), "unknown dtype"),
+        (put("t0", "data_offsets", value=[0, 2**63], where="header"), "offsets outside"),
+        (put("t0", "data_offsets", value=[-8, 892], where="header"), "offsets outside"),
+        (put("t0", "data_offsets", value=[900, 0], where="header"), "offsets outside"),
+        (put("t0", "shape", value=[2**64 + 900], where="header"), "invalid shape"),
+        (put("t0", "shape", value=[899], where="header"), "its shape needs 899"),
+        (overlap, "overlap or leave a hole"),
+        (extra, "belong to none: \\['more'\\]"),
+        (put("ties", "x", value="nothing"), "tied to an unknown tensor"),
+        (put("ties", "t0", value="t1"), "stored and tied"),
+        (put("ties", "forward", value="t1"), "unexpected in the file: 'forward'"),
+        (put("ties", "__class__", value="t1"), "unexpected in the file: '__class__'"),
+        (put("ties", "t0.data", value="t1"), "unexpected in the file: 't0.data'"),
+    ],
+)  # fmt: skip
+def test_hostile_headers(edit, match):
+    model, data = small()
+    assert state(loaded(forged(data), model)) == state(model)  # the forgery itself is good
+    rejects(forged(data, edit), model, match)
+
+
+def framed(header: bytes, size: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if size is None else size) + header
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"", "at least 8 bytes"),
+        (b"1234567", "at least 8 bytes"),
+        (framed(b"{}", 2**64 - 1), "truncated or foreign"),
+        (framed(b"{}", 3), "truncated or foreign"),
+        (framed(b""), "safetensors header"),
+        (framed(b" " * (_format.MAX_HEADER + 1)), "truncated or foreign"),
+        (framed(b"[" * 100_000), "RecursionError"),
+        (framed(b'{"a":' * 100_000), "RecursionError"),
+        (framed(b"{" + b'"a":1,' * 3 + b'"b":2}'), "occurs twice"),
+        (framed(b'{"a":NaN}'), "NaN"),
+        (framed(b'{"a":-Infinity}'), "Infinity"),
+        (framed(b'{"a":' + b"9" * 5000 + b"}"), "safetensors header"),
+        (framed("{}".encode("utf-16")), "safetensors header"),
+        (framed(b'"' + b"\xff" * 8 + b'"'), "UnicodeDecodeError"),
+        (framed(b"[]"), "expected an object"),
+        (framed(b"null"), "expected an object"),
+        (framed(b'{"__metadata__":{"pared":"["}}'), "pared's metadata"),
+        (framed(b'{"__metadata__":{"pared":1}}'), "another origin"),
+        (framed(b'{"__metadata__":{"pared":"{}"}}'), "invalid version"),
+        (framed(b'{"__metadata__":{"pared":"{\\"version\\":1}"}}'), "header's checksum"),
+        (b"PK\x03\x04" + bytes(100), "zip archive"),
+        (pickle.dumps({"a": 1}), "pickle, which pared never loads"),
+        (b"\x7fELF" + bytes(100), "foreign"),
+    ],
+)
+def test_files_that_are_something_else(data, match):
+    rejects(data, nn.Linear(3, 3), match)
+
+
+def test_plain_safetensors_and_torch_files_are_named(tmp_path):
+    safetensors.torch.save_file({"weight": torch.ones(3)}, tmp_path / "plain")
+    with pytest.raises(pared.FormatError, match="another origin"):
+        pared.load(tmp_path / "plain", nn.Linear(3, 3))
+    torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "torch")
+    with pytest.raises(pared.FormatError, match="zip archive"):
+        pared.load(tmp_path / "torch", nn.Linear(3, 3))
+
+
+def with_data(name: str, content: Callable[[bytearray], None]) -> Callable[[bytes], bytes]:
+    """Change the bytes of a stored tensor and make all checksums right."""
+
+    def change(data: bytes) -> bytes:
+        (size,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + size])
+        body = bytearray(data[8 + size :])
+        begin, end = header[name]["data_offsets"]
+        part = body[begin:end]
+        content(part)
+        body[begin:end] = part
+
+        def resign(header: dict[str, Any], meta: dict[str, Any]) -> None:
+            tensor = name.split("..")[0]
+            parts = [n for n in header if n == tensor or n.startswith(tensor + "..")]
+            parts.sort(key=lambda n: n.endswith("values"))
+            chunks = [bytes(body[slice(*header[n]["data_offsets"])]) for n in parts]
+            meta["tensors"][tensor]["blake2b"] = _format.digest(*chunks)
+
+        return forged(data, resign, bytes(body))
+
+    return change
+
+
+def fill(value: int) -> Callable[[bytearray], None]:
+    def content(part: bytearray) -> None:
+        part[:] = bytes([value]) * len(part)
+
+    return content
+
+
+def last(value: int) -> Callable[[bytearray], None]:
+    def content(part: bytearray) -> None:
+        part[-1] |= value
+
+    return content
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (with_data("t1..bitmap", fill(0)), "bits set, found 0"),
+        (with_data("t1..bitmap", last(0xF0)), "behind the bitmap's end"),
+        (with_data("t2..gaps", fill(0)), "gaps, found"),
+        (with_data("t2..gaps", fill(0xFF)), "gaps, found 0"),
+        (with_data("t3..gaps", fill(0xFE)), "behind the tensor's end"),
+        (with_data("t4", fill(7)), "expected bytes 0 and 1"),
+    ],
+)
+def test_hostile_data_with_right_checksums(change, match):
+    model, data = small()
+    rejects(change(data), model, match)
+
+
+def test_a_bomb_is_refused_before_anything_is_allocated():
+    # A kilobyte that claims a terabyte of zeros: valid in itself, refused because no model has that shape.
+    data = saved(Bag(torch.zeros(4096)))
+    assert encoding(data) == "gaps4"
+    rejects(forged(data, put("tensors", "t0", "shape", value=[2**38])), Bag(torch.zeros(4096)), r"got buffer")
+    with pytest.raises(pared.FormatError, match="too large"):
+        loaded(forged(data, put("tensors", "t0", "shape", value=[2**60])), Bag(torch.zeros(4096)))
