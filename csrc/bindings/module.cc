@@ -2,6 +2,7 @@
 #include "bindings/register.h"
 #include "core/check.h"
 #include "core/isa.h"
+#include "core/parallel.h"
 
 namespace py = pybind11;
 
@@ -16,7 +17,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       PyErr_SetString(PyExc_ValueError, e.what());
     }
   });
-  pared::active_isa();  // an unusable PARED_ISA fails at import, not in the first forward
+  // An unusable PARED_ISA or PARED_NUM_THREADS fails at import, not in the first forward.
+  pared::active_isa();
+  pared::own_threads();
   pared::register_info(m);
   pared::register_csr(m);
   pared::register_conv(m);

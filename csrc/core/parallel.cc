@@ -3,56 +3,239 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/stat.h>
+#if defined(__APPLE__)
+#include <mach-o/dyld.h>
+#else
+#include <link.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
+#include <stdexcept>
 #include <thread>
-#include <vector>
+
+#include "core/check.h"
 
 namespace pared {
 namespace {
 
+thread_local bool t_in_region = false;
+
+// One call of parallel_for. Runs ranges on whichever threads bring them and keeps the first exception: none
+// may leave through a worker's stack or through torch's C interface.
+class Loop {
+ public:
+  explicit Loop(RangeFn fn) : fn_(fn) {}
+
+  void operator()(int64_t begin, int64_t end) noexcept {
+    if (failed_.load(std::memory_order_relaxed)) return;
+    const bool outer = t_in_region;
+    t_in_region = true;
+    try {
+      fn_(begin, end);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+      failed_.store(true, std::memory_order_relaxed);
+    }
+    t_in_region = outer;
+  }
+
+  // To be called once every range has returned.
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  RangeFn fn_;
+  std::atomic<bool> failed_{false};
+  std::mutex mutex_;
+  std::exception_ptr error_;
+};
+
 // ---- torch's pool, through the C symbols that libtorch_cpu exports since torch 2.10
 // (torch/csrc/stable/c/shim.h). Found at run time, so that nothing links torch.
 struct TorchPool {
-  using Body = void (*)(int64_t, int64_t, void*);
-  int32_t (*parallel_for)(int64_t, int64_t, int64_t, Body, void*) = nullptr;
-  int32_t (*get_num_threads)(uint32_t*) = nullptr;
+  int32_t (*parallel_for)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
+  int32_t (*get_num_threads)(uint32_t*);
 };
 
-const TorchPool* torch_pool() {
-  static std::atomic<const TorchPool*> found{nullptr};
-  if (const TorchPool* p = found.load(std::memory_order_acquire)) return p;
+// Grows with every library that the process loads.
+uint64_t libraries_loaded() {
+#if defined(__APPLE__)
+  return _dyld_image_count();
+#else
+  uint64_t adds = 0;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* out) {
+        *static_cast<uint64_t*>(out) = info->dlpi_adds;
+        return 1;  // the first entry tells
+      },
+      &adds);
+  return adds;
+#endif
+}
+
+const TorchPool* find_torch() {
   // RTLD_NOLOAD: only when the process has loaded it already. dlsym(RTLD_DEFAULT) would not see it, because
-  // Python loads extension modules with local symbols.
+  // Python loads extension modules with local symbols. The handle is kept: torch is never unloaded.
 #if defined(__APPLE__)
   void* lib = dlopen("@rpath/libtorch_cpu.dylib", RTLD_LAZY | RTLD_NOLOAD);
 #else
   void* lib = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
 #endif
   if (!lib) return nullptr;
-  static TorchPool pool;
-  static std::once_flag once;
-  std::call_once(once, [&] {
-    pool.parallel_for = reinterpret_cast<decltype(pool.parallel_for)>(dlsym(lib, "torch_parallel_for"));
-    pool.get_num_threads =
-        reinterpret_cast<decltype(pool.get_num_threads)>(dlsym(lib, "torch_get_num_threads"));
-    if (pool.parallel_for && pool.get_num_threads) found.store(&pool, std::memory_order_release);
-  });
-  return found.load(std::memory_order_acquire);  // null on torch < 2.10: our own pool serves
+  const auto loop = reinterpret_cast<decltype(TorchPool::parallel_for)>(dlsym(lib, "torch_parallel_for"));
+  const auto threads =
+      reinterpret_cast<decltype(TorchPool::get_num_threads)>(dlsym(lib, "torch_get_num_threads"));
+  if (!loop || !threads) return nullptr;  // torch < 2.10: our own pool serves
+  static const TorchPool pool{loop, threads};
+  return &pool;
+}
+
+const TorchPool* torch_pool() {
+  static std::atomic<const TorchPool*> found{nullptr};
+  if (const TorchPool* p = found.load(std::memory_order_acquire)) return p;
+  // Without torch, dlopen searches the disk on every call (18 us). It is asked again only once something has
+  // been loaded since, which takes 60 ns to know.
+  static std::atomic<uint64_t> searched{0};
+  const uint64_t loaded = libraries_loaded();
+  if (searched.load(std::memory_order_relaxed) == loaded) return nullptr;
+  const TorchPool* p = find_torch();
+  if (p) found.store(p, std::memory_order_release);
+  else searched.store(loaded, std::memory_order_relaxed);
+  return p;
+}
+
+int torch_threads(const TorchPool& torch) {
+  uint32_t n = 1;
+  return torch.get_num_threads(&n) == 0 ? std::max(1, static_cast<int>(n)) : 1;
 }
 
 // ---- the pool for processes without torch
-thread_local bool t_in_region = false;
 
-int default_threads() {
-  if (const char* env = std::getenv("PARED_NUM_THREADS")) {
-    const int n = std::atoi(env);
-    if (n > 0) return n;
+// Workers are started when a loop first has work for them and then wait for the next one.
+//
+// A loop is open while loop_ is set. A worker joins only an open loop that still has items, under the mutex,
+// and run() returns only when every worker that joined has left: a worker that wakes late finds nothing to
+// join, never the variables of a loop that is over. Nobody waits for a worker that did not join.
+class OwnPool {
+ public:
+  void run(int64_t begin, int64_t end, int64_t chunk, Loop& loop) {
+    // One loop at a time. A caller that finds the pool busy (another Python thread) runs its loop alone: the
+    // cores are taken already.
+    std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
+    if (!owner.owns_lock()) return loop(begin, end);
+    const int helpers = start_workers((end - begin - 1) / chunk);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      next_.store(begin, std::memory_order_relaxed);
+      end_ = end;
+      chunk_ = chunk;
+      loop_ = &loop;
+    }
+    for (int i = 0; i < helpers; ++i) wake_.notify_one();
+    drain(loop);
+    std::unique_lock<std::mutex> lock(mutex_);
+    loop_ = nullptr;
+    left_.wait(lock, [&] { return joined_ == 0; });
   }
+
+ private:
+  // Makes sure of `wanted` workers and returns how many of them there are.
+  int start_workers(int64_t wanted) {
+    try {
+      for (; workers_ < wanted; ++workers_) std::thread([this] { work(); }).detach();
+    } catch (const std::system_error&) {  // out of threads: fewer of them do the same work
+    }
+    return static_cast<int>(std::min<int64_t>(wanted, workers_));
+  }
+
+  void drain(Loop& loop) {
+    for (;;) {
+      const int64_t b = next_.fetch_add(chunk_, std::memory_order_relaxed);
+      if (b >= end_) return;
+      loop(b, std::min(end_, b + chunk_));
+    }
+  }
+
+  void work() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return loop_ && next_.load(std::memory_order_relaxed) < end_; });
+      Loop& loop = *loop_;
+      ++joined_;
+      lock.unlock();
+      drain(loop);
+      lock.lock();
+      if (--joined_ == 0) left_.notify_one();
+    }
+  }
+
+  std::mutex owner_;  // held for a whole loop; guards workers_
+  int64_t workers_ = 0;
+
+  std::mutex mutex_;  // guards what follows; end_ and chunk_ change only while nobody has joined
+  std::condition_variable wake_, left_;
+  Loop* loop_ = nullptr;
+  int joined_ = 0;
+  std::atomic<int64_t> next_{0};
+  int64_t end_ = 0, chunk_ = 1;
+};
+
+// Leaked on purpose: workers may still wait on it while static destructors run.
+std::atomic<OwnPool*> g_pool{nullptr};
+
+OwnPool& own_pool() {
+  OwnPool* p = g_pool.load(std::memory_order_acquire);
+  if (p) return *p;
+  auto* fresh = new OwnPool();
+  if (g_pool.compare_exchange_strong(p, fresh, std::memory_order_acq_rel)) return *fresh;
+  delete fresh;  // another thread was first; nothing has used this one
+  return *p;
+}
+
+// ---- fork. The child has only the thread that forked. Our workers are gone, so it starts a pool of its own.
+// torch's are gone too, but libgomp goes on waiting for them: the child's first parallel region would never
+// end (torch's own operations hang there). Where the parent had other threads, the child runs on our pool.
+std::atomic<bool> g_torch_pool_lost{false};
+bool g_forks_with_threads = false;
+
+void before_fork() {
+#if defined(__linux__)
+  struct stat task;  // its links are ".", ".." and one a thread
+  g_forks_with_threads = stat("/proc/self/task", &task) != 0 || task.st_nlink != 3;
+#else
+  g_forks_with_threads = true;
+#endif
+}
+
+void after_fork_in_child() {
+  g_pool.store(nullptr);
+  if (g_forks_with_threads) g_torch_pool_lost.store(true);
+}
+
+[[maybe_unused]] const int g_at_fork = pthread_atfork(before_fork, nullptr, after_fork_in_child);
+
+int read_own_threads() {
+  const auto parse = [](const char* text, const char* stops) {
+    char* end;
+    const long n = std::strtol(text, &end, 10);
+    const bool ok = end != text && (*end == 0 || *end == *stops) && n >= 1 && n <= 4096;
+    return ok ? static_cast<int>(n) : 0;
+  };
+  if (const char* text = std::getenv("PARED_NUM_THREADS"); text && *text) {
+    const int n = parse(text, "");
+    PARED_CHECK(n, "PARED_NUM_THREADS: expected a number from 1 to 4096, got '", text, "'");
+    return n;
+  }
+  if (const char* text = std::getenv("OMP_NUM_THREADS"))
+    if (const int n = parse(text, ",")) return n;  // "4,2": one number a nesting level
 #if defined(__linux__)
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
@@ -60,122 +243,42 @@ int default_threads() {
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
-class OwnPool {
- public:
-  OwnPool() : size_(default_threads()) {}
-
-  int size() const { return size_; }
-
-  // One loop at a time. A caller that finds the pool busy (another Python thread) runs its loop alone:
-  // the cores are taken already.
-  void run(int64_t begin, int64_t end, int64_t chunk, RangeFn fn) {
-    std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
-    if (!owner.owns_lock()) return fn(begin, end);
-    if (!start_workers()) return fn(begin, end);
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      fn_ = &fn;
-      next_.store(begin, std::memory_order_relaxed);
-      end_ = end;
-      chunk_ = chunk;
-      pending_ = static_cast<int>(workers_.size());
-      ++generation_;
-    }
-    wake_.notify_all();
-    drain();
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [&] { return pending_ == 0; });
-    fn_ = nullptr;
-  }
-
- private:
-  bool start_workers() {
-    if (!workers_.empty()) return true;
-    try {
-      for (int i = 1; i < size_; ++i) {
-        workers_.emplace_back([this] { work(); });
-        workers_.back().detach();
-      }
-    } catch (...) {  // out of threads: fewer workers, or none, do the same work
-    }
-    return !workers_.empty();
-  }
-
-  void drain() {
-    t_in_region = true;
-    for (;;) {
-      const int64_t b = next_.fetch_add(chunk_, std::memory_order_relaxed);
-      if (b >= end_) break;
-      (*fn_)(b, std::min(end_, b + chunk_));
-    }
-    t_in_region = false;
-  }
-
-  void work() {
-    uint64_t seen = 0;
-    for (;;) {
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return generation_ != seen; });
-        seen = generation_;
-      }
-      drain();
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (--pending_ == 0) done_.notify_one();
-    }
-  }
-
-  const int size_;
-  std::mutex owner_, mutex_;
-  std::condition_variable wake_, done_;
-  std::vector<std::thread> workers_;
-  const RangeFn* fn_ = nullptr;
-  std::atomic<int64_t> next_{0};
-  int64_t end_ = 0, chunk_ = 1;
-  int pending_ = 0;
-  uint64_t generation_ = 0;
-};
-
-// Leaked on purpose: workers may still wait on it while static destructors run. A fork leaves the child
-// without the workers, so the child starts afresh.
-std::atomic<OwnPool*> g_pool{nullptr};
-
-OwnPool& own_pool() {
-  OwnPool* p = g_pool.load(std::memory_order_acquire);
-  if (p) return *p;
-  static std::once_flag atfork;
-  std::call_once(atfork, [] { pthread_atfork(nullptr, nullptr, [] { g_pool.store(nullptr); }); });
-  auto* fresh = new OwnPool();
-  if (g_pool.compare_exchange_strong(p, fresh, std::memory_order_acq_rel)) return *fresh;
-  delete fresh;
-  return *p;
-}
-
 }  // namespace
 
+int own_threads() {
+  static const int n = read_own_threads();
+  return n;
+}
+
 int num_threads() {
-  if (const TorchPool* torch = torch_pool()) {
-    uint32_t n = 1;
-    return torch->get_num_threads(&n) == 0 ? static_cast<int>(n) : 1;
-  }
-  return t_in_region ? 1 : own_pool().size();
+  if (t_in_region) return 1;
+  const TorchPool* torch = torch_pool();
+  return torch ? torch_threads(*torch) : own_threads();
 }
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, RangeFn fn) {
   if (begin >= end) return;
   grain = std::max<int64_t>(grain, 1);
-  if (end - begin <= grain) return fn(begin, end);
-  if (const TorchPool* torch = torch_pool()) {
-    const auto body = [](int64_t b, int64_t e, void* ctx) { (*static_cast<RangeFn*>(ctx))(b, e); };
-    if (torch->parallel_for(begin, end, grain, body, &fn) != 0) fn(begin, end);
+  if (end - begin <= grain || t_in_region) return fn(begin, end);
+
+  const TorchPool* torch = torch_pool();
+  Loop loop(fn);
+  if (torch && !g_torch_pool_lost.load(std::memory_order_relaxed)) {
+    const auto body = [](int64_t b, int64_t e, void* ctx) { (*static_cast<Loop*>(ctx))(b, e); };
+    const int32_t status = torch->parallel_for(begin, end, grain, body, &loop);
+    loop.rethrow();
+    if (status != 0) throw std::runtime_error("torch_parallel_for failed");
     return;
   }
-  const int64_t threads = num_threads();
+  const int64_t threads = torch ? torch_threads(*torch) : own_threads();
   if (threads == 1) return fn(begin, end);
   const int64_t per_thread = (end - begin + threads - 1) / threads;
-  own_pool().run(begin, end, std::max(grain, per_thread), fn);
+  own_pool().run(begin, end, std::max(grain, per_thread), loop);
+  loop.rethrow();
 }
 
-const char* parallel_backend() { return torch_pool() ? "torch" : "std::thread"; }
+const char* parallel_backend() {
+  return torch_pool() && !g_torch_pool_lost.load(std::memory_order_relaxed) ? "torch" : "std::thread";
+}
 
 }  // namespace pared
