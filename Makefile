@@ -29,7 +29,7 @@ CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DPARED_WERROR=ON
 SOURCES := CMakeLists.txt pyproject.toml constraints.txt README.md LICENSE $(shell find csrc python \
   -name __pycache__ -prune -o \( -type d -o -name '*.cc' -o -name '*.h' -o -name '*.def' -o -name '*.cu' \
   -o -name '*.cuh' -o -name '*.py' -o -name '*.pyi' -o -name py.typed \) -print)
-CXX_SOURCES = $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES = $(shell find csrc tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test bench lint format dev sanitize cuda cuda-all clean
 

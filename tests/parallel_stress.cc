@@ -1,0 +1,112 @@
+// Stress for core/parallel.cc on the std::thread pool. tests/test_parallel.py compiles it with the thread
+// sanitizer and without, and with -DPLANTED_RACE to see the sanitizer find what it is there to find.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "core/parallel.h"
+
+using pared::parallel_for;
+
+#define EXPECT(condition)                                                  \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                        \
+    }                                                                      \
+  } while (0)
+
+// Every index exactly once, ranges no shorter than the grain. Plain ints: a range that two threads run is a
+// race, and a write that the caller cannot see is one too.
+void covers(int64_t begin, int64_t end, int64_t grain) {
+  std::vector<int> hits(end - begin, 0);
+  parallel_for(begin, end, grain, [&](int64_t b, int64_t e) {
+    EXPECT(begin <= b && b < e && e <= end);
+    EXPECT(e - b >= grain || e == end);
+    for (int64_t i = b; i < e; ++i) ++hits[i - begin];
+  });
+  for (int h : hits) EXPECT(h == 1);
+}
+
+void sizes() {
+  for (int64_t n : {0, 1, 2, 3, 7, 8, 9, 31, 100, 1009})
+    for (int64_t grain : {0, 1, 2, 8, 64, 5000}) covers(-3, n - 3, grain);
+}
+
+// Loops so short that workers wake when they are over, each with its own variables: a worker that ran a stale
+// loop would touch a dead frame.
+void short_loops() {
+  for (int i = 0; i < 20000; ++i) {
+    int a[4] = {0, 0, 0, 0};
+    parallel_for(0, 4, 1, [&](int64_t b, int64_t e) {
+      for (int64_t j = b; j < e; ++j) a[j] = i;
+    });
+    for (int v : a) EXPECT(v == i);
+  }
+}
+
+void nesting() {
+  std::atomic<int64_t> total{0};
+  parallel_for(0, 64, 1, [&](int64_t b, int64_t e) {
+    EXPECT(pared::num_threads() == 1);
+    const auto self = std::this_thread::get_id();
+    parallel_for(0, 100, 1, [&](int64_t b2, int64_t e2) {
+      EXPECT(std::this_thread::get_id() == self);
+      total += (e - b) * (e2 - b2);
+    });
+  });
+  EXPECT(total == 6400);
+}
+
+void exceptions() {
+  for (int64_t bad : {0, 50, 99}) {
+    bool caught = false;
+    try {
+      parallel_for(0, 100, 1, [&](int64_t b, int64_t e) {
+        if (b <= bad && bad < e) throw std::runtime_error("planted");
+      });
+    } catch (const std::runtime_error&) {
+      caught = true;
+    }
+    EXPECT(caught);
+    EXPECT(pared::num_threads() > 1);  // no thread believes that it is still inside
+    covers(0, 100, 1);
+  }
+}
+
+void many_callers() {
+  std::vector<std::thread> callers;
+  for (int t = 0; t < 6; ++t)
+    callers.emplace_back([] {
+      for (int i = 0; i < 200; ++i) covers(0, 500, 1 + i % 7);
+    });
+  for (auto& t : callers) t.join();
+}
+
+#ifdef PLANTED_RACE
+void planted() {
+  int64_t sum = 0;
+  for (int i = 0; i < 200; ++i)
+    parallel_for(0, 1000, 1, [&](int64_t b, int64_t e) {
+      for (int64_t j = b; j < e; ++j) sum += j;
+    });
+  std::printf("%lld\n", static_cast<long long>(sum));
+}
+#endif
+
+int main() {
+#ifdef PLANTED_RACE
+  planted();
+#endif
+  EXPECT(pared::num_threads() == 4);
+  sizes();
+  short_loops();
+  nesting();
+  exceptions();
+  many_callers();
+  std::puts("ok");
+}
