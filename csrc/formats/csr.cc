@@ -18,12 +18,9 @@ constexpr int64_t kGroupsPerTask = 8;
 
 float value_at(const void* data, int64_t i, DType t) {
   switch (t) {
-    case DType::f32:
-      return static_cast<const float*>(data)[i];
-    case DType::bf16:
-      return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
-    default:
-      return f16_to_float(static_cast<const uint16_t*>(data)[i]);
+    case DType::f32: return static_cast<const float*>(data)[i];
+    case DType::bf16: return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
+    default: return f16_to_float(static_cast<const uint16_t*>(data)[i]);
   }
 }
 

@@ -57,10 +57,8 @@ class GroupWeights {
     int64_t lo = 0, hi = groups_;
     while (lo < hi) {
       const int64_t mid = (lo + hi) / 2;
-      if (before(mid) < weight)
-        lo = mid + 1;
-      else
-        hi = mid;
+      if (before(mid) < weight) lo = mid + 1;
+      else hi = mid;
     }
     return lo;
   }
