@@ -68,3 +68,10 @@ def conv2d_reference(
     dilation: tuple[int, int],
     groups: int = 1,
 ) -> None: ...
+def linear_reference(
+    x: NDArray[np.float64],
+    row_ptr: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    values: NDArray[np.float64],
+    bias: NDArray[np.float64] | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
