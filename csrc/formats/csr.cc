@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 
 #include "core/aligned.h"
 #include "core/check.h"
@@ -15,6 +16,8 @@ namespace pared {
 namespace {
 
 constexpr int64_t kGroupsPerTask = 8;
+constexpr int64_t kMaxSize = int64_t{1} << 48;  // rows or columns: sums and products of a few stay in 64 bits
+constexpr int64_t kMaxNonZeros = int64_t{1} << 32;  // starts are 32 bits
 
 float value_at(const void* data, int64_t i, DType t) {
   switch (t) {
@@ -57,10 +60,11 @@ void check_structure(const DenseView&) {}
 
 void check_structure(const CsrView& w) {
   PARED_CHECK(index_at(w.row_ptr, 0, w.index_type) == 0, "crow_indices: expected to start at 0");
+  const int64_t nnz = index_at(w.row_ptr, w.rows, w.index_type);
   for (int64_t r = 0; r < w.rows; ++r) {
     const int64_t b = index_at(w.row_ptr, r, w.index_type), e = index_at(w.row_ptr, r + 1, w.index_type);
-    PARED_CHECK(b <= e, "crow_indices: expected a non-decreasing sequence, got ", b, " then ", e, " at row ",
-                r);
+    PARED_CHECK(b <= e && e <= nnz, "crow_indices: expected a non-decreasing sequence up to ", nnz, ", got ",
+                b, " then ", e, " at row ", r);
     int64_t previous = -1;
     for (int64_t i = b; i < e; ++i) {
       const int64_t c = index_at(w.columns, i, w.index_type);
@@ -91,7 +95,8 @@ Tiling choose_tiling(int64_t rows, int64_t cols, int64_t nnz) {
 
 template <class View>
 CsrPlan make_plan(const View& w, const ConvShape& conv) {
-  PARED_CHECK(w.rows >= 0 && w.cols >= 0, "weight: expected a shape of non-negative sizes");
+  PARED_CHECK(w.rows >= 0 && w.rows < kMaxSize && w.cols >= 0 && w.cols < kMaxSize,
+              "weight: expected sizes from 0 to 2^48, got [", w.rows, ", ", w.cols, "]");
   check_structure(w);
   std::atomic<int64_t> nnz{0}, bad_row{-1};
   parallel_for(0, w.rows, 32, [&](int64_t r0, int64_t r1) {
@@ -105,8 +110,7 @@ CsrPlan make_plan(const View& w, const ConvShape& conv) {
   });
   PARED_CHECK(bad_row.load() < 0, "weight: expected finite values, got NaN or infinity in row ",
               bad_row.load());
-  PARED_CHECK(nnz.load() < (int64_t{1} << 32), "weight: expected fewer than 2^32 non-zeros, got ",
-              nnz.load());
+  PARED_CHECK(nnz.load() < kMaxNonZeros, "weight: expected fewer than 2^32 non-zeros, got ", nnz.load());
 
   const int64_t cols = matrix_cols(w);
   const Tiling tiling = choose_tiling(w.rows, cols, nnz.load());
@@ -159,8 +163,7 @@ CsrPlan make_plan(const View& w, const ConvShape& conv) {
 }
 
 // FNV-1a over 8-byte words: fast enough to run at load, and any flipped bit changes it.
-uint64_t checksum(const uint8_t* data, size_t bytes) {
-  uint64_t hash = 0xcbf29ce484222325u;
+uint64_t hash_words(const uint8_t* data, size_t bytes, uint64_t hash) {
   for (size_t i = 0; i + 8 <= bytes; i += 8) {
     uint64_t word;
     std::memcpy(&word, data + i, 8);
@@ -168,6 +171,14 @@ uint64_t checksum(const uint8_t* data, size_t bytes) {
     hash ^= hash >> 29;
   }
   return hash;
+}
+
+// Of the header, its checksum field taken as zero, and of everything behind it in `buffer`.
+uint64_t checksum(PackedHeader header, const uint8_t* buffer) {
+  header.checksum = 0;
+  const uint64_t hash =
+      hash_words(reinterpret_cast<const uint8_t*>(&header), sizeof(header), 0xcbf29ce484222325u);
+  return hash_words(buffer + sizeof(header), header.bytes - sizeof(header), hash);
 }
 
 template <class View>
@@ -199,7 +210,7 @@ void write(const View& w, const CsrPlan& plan, uint8_t* out) {
     }
   });
   PackedHeader header = h;
-  header.checksum = checksum(out + sizeof(PackedHeader), h.bytes - sizeof(PackedHeader));
+  header.checksum = checksum(h, out);
   std::memcpy(out, &header, sizeof(header));
 }
 
@@ -213,6 +224,19 @@ void pack_csr(const CsrView& w, const CsrPlan& plan, uint8_t* out) { write(w, pl
 int64_t dense_cols(const PackedHeader& h) {
   return h.kh ? static_cast<int64_t>(h.channels) * h.kh * h.kw : h.cols;
 }
+
+namespace {
+
+// Whether `product` is the product of positive factors, without overflow.
+bool is_product(int64_t product, std::initializer_list<int64_t> factors) {
+  for (int64_t f : factors) {
+    if (product % f != 0) return false;
+    product /= f;
+  }
+  return product == 1;
+}
+
+}  // namespace
 
 CsrPacked view_csr(const uint8_t* data, int64_t bytes) {
   PARED_CHECK(bytes >= static_cast<int64_t>(sizeof(PackedHeader)), "packed weight: expected at least ",
@@ -228,16 +252,22 @@ CsrPacked view_csr(const uint8_t* data, int64_t bytes) {
               static_cast<int>(h->kind));
   PARED_CHECK(h->bytes == static_cast<uint64_t>(bytes), "packed weight: expected ", h->bytes, " bytes, got ",
               bytes);
-  PARED_CHECK(h->rows >= 0 && h->cols >= 0 && h->nnz >= 0 && h->block_k > 0 && h->block_k <= 255 &&
+  const bool float_type = h->dtype == DType::f32 || h->dtype == DType::f16 || h->dtype == DType::bf16;
+  PARED_CHECK(float_type && h->rows >= 0 && h->rows < kMaxSize && h->cols >= 0 && h->cols < kMaxSize &&
+                  h->nnz >= 0 && h->nnz < kMaxNonZeros && h->block_k > 0 && h->block_k <= 255 &&
                   (h->tile == 64 || h->tile == 128) && h->block_k * h->tile * 4 <= kMaxOffset + 1,
               "packed weight: expected a valid header, got a corrupt one");
   const bool linear = h->channels == 0 && h->kh == 0 && h->kw == 0 && h->groups == 0;
-  PARED_CHECK(linear || (h->channels > 0 && h->kh > 0 && h->kw > 0 && h->groups > 0 &&
-                         h->rows % h->groups == 0 && dense_cols(*h) * h->groups == h->cols),
-              "packed weight: expected a consistent convolution shape, got a corrupt header");
+  PARED_CHECK(
+      linear || (h->channels > 0 && h->kh > 0 && h->kw > 0 && h->groups > 0 && h->rows % h->groups == 0 &&
+                 is_product(h->cols, {h->channels, h->kh, h->kw, h->groups})),
+      "packed weight: expected a consistent convolution shape, got a corrupt header");
   CsrPacked w;
   w.header = h;
   const int64_t groups = w.groups(), blocks = w.blocks();
+  // First by division: the products below cannot overflow then.
+  PARED_CHECK(groups == 0 || blocks < bytes / groups,
+              "packed weight: expected a buffer of the size of its matrix, got a corrupt header");
   const auto inside = [&](uint64_t at, uint64_t size) {
     return at % kCacheLine == 0 && at <= h->bytes && size <= h->bytes - at;
   };
@@ -255,8 +285,7 @@ CsrPacked view_csr(const uint8_t* data, int64_t bytes) {
 
 void validate_csr(const CsrPacked& w) {
   const PackedHeader& h = *w.header;
-  const auto* bytes = reinterpret_cast<const uint8_t*>(w.header);
-  PARED_CHECK(checksum(bytes + sizeof(PackedHeader), h.bytes - sizeof(PackedHeader)) == h.checksum,
+  PARED_CHECK(checksum(h, reinterpret_cast<const uint8_t*>(w.header)) == h.checksum,
               "packed weight: expected checksum ", h.checksum, ", the contents give another");
   const int64_t groups = w.groups(), blocks = w.blocks();
   uint64_t at = 0;
@@ -304,6 +333,7 @@ void for_each(const CsrPacked& w, F fn) {
 }  // namespace
 
 void unpack_csr(const CsrPacked& w, int64_t* row_ptr, int64_t* columns, float* values) {
+  validate_csr(w);  // it writes where the contents say
   int64_t n = 0, row = 0;
   row_ptr[0] = 0;
   for_each(w, [&](int64_t r, int64_t c, float v) {
@@ -315,6 +345,7 @@ void unpack_csr(const CsrPacked& w, int64_t* row_ptr, int64_t* columns, float* v
 }
 
 void unpack_csr_dense(const CsrPacked& w, DType dtype, void* out) {
+  validate_csr(w);
   const int64_t cols = dense_cols(*w.header);
   std::memset(out, 0, w.header->rows * cols * dtype_size(dtype));
   for_each(w, [&](int64_t r, int64_t c, float v) {

@@ -75,6 +75,7 @@ CsrPacked view_csr(const uint8_t* data, int64_t bytes);
 // All invariants and the checksum; throws ValueError.
 void validate_csr(const CsrPacked& w);
 
+// Both validate first, and throw ValueError.
 void unpack_csr(const CsrPacked& w, int64_t* row_ptr, int64_t* columns, float* values);
 // [rows, cols] contiguous; for a convolution [rows, channels * kh * kw], the block diagonal folded back.
 void unpack_csr_dense(const CsrPacked& w, DType dtype, void* out);

@@ -24,7 +24,7 @@ struct PackedHeader {
   uint32_t tile;                                         // floats between units of the panel
   uint32_t block_k;                                      // units in a K block
   uint64_t starts_at, counts_at, values_at, offsets_at;  // bytes from the header
-  uint64_t checksum;                                     // of everything behind the header
+  uint64_t checksum;  // of the header (this field zero) and everything behind
 };
 inline constexpr char kPackedMagic[8] = {'P', 'A', 'R', 'E', 'D', 'P', 'K', '1'};
 inline constexpr uint16_t kPackedVersion = 1;
