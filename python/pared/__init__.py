@@ -12,21 +12,42 @@ from typing import TYPE_CHECKING, Any
 from pared._info import isa, kernels
 
 if TYPE_CHECKING:
-    from pared import ops
+    from pared import nn, ops
+    from pared._accelerate import accelerate
     from pared._format import FormatError
     from pared._io import load, save
+    from pared._report import Report, report
+    from pared._surgery import restore
 
 __version__ = "0.1.0"
 
 # Public name -> module that defines it. Resolved on first access, so that `import pared` stays cheap.
+# The modules behind functions have private names: importing a submodule sets its name on the package, so a
+# module `pared.report` would hide the function.
 _LAZY: dict[str, str] = {
     "FormatError": "pared._format",
+    "Report": "pared._report",
+    "accelerate": "pared._accelerate",
     "load": "pared._io",
+    "report": "pared._report",
+    "restore": "pared._surgery",
     "save": "pared._io",
 }
-_SUBMODULES = ("ops",)
+_SUBMODULES = ("nn", "ops")
 
-__all__ = ["FormatError", "isa", "kernels", "load", "ops", "save"]
+__all__ = [
+    "FormatError",
+    "Report",
+    "accelerate",
+    "isa",
+    "kernels",
+    "load",
+    "nn",
+    "ops",
+    "report",
+    "restore",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

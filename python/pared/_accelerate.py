@@ -1,0 +1,575 @@
+"""`pared.accelerate`: measure, convert what gains, check, report."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import IO, Any, cast
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+from pared import _core
+from pared._fusion import Fusion, find_fusions
+from pared._inputs import Difference, Example, compare, examples, run, tolerance
+from pared._report import _ATTRIBUTE, LayerReport, ModelTime, Report
+from pared._sparsity import bake, base_type, effective_weight
+from pared._surgery import (
+    adopt_hooks,
+    copy_model,
+    module_names,
+    replace,
+    shared_copy,
+    tied_parameters,
+)
+from pared._timing import interleave
+from pared.nn import RULES, DenseWeightError, Fused, PackedModule
+from pared.nn._base import pack
+from pared.ops.csr import CSR
+
+__all__ = ["accelerate"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# A model that is this much slower than the dense one is not returned: below it, 1.0 cannot be told from
+# noise.
+_NEVER_SLOWER = 0.98
+# Activations recorded for the error check, in bytes over all layers; shapes beyond it are checked on random
+# data.
+_RECORD_BYTES = 512 << 20
+_LAYER_SECONDS = 0.15
+_MODEL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a layer's kernel sees of an input."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass
+class Variant:
+    """One way to accelerate a layer, its error and its time."""
+
+    module: PackedModule
+    error: float
+    bound: float
+    after: float = 0.0
+    speedup: float = 0.0
+
+
+@dataclass
+class Candidate:
+    """A layer that may be accelerated, and what has been found out about it."""
+
+    name: str
+    names: list[str]
+    module: nn.Module
+    row: LayerReport
+    calls: dict[Signature, int] = field(default_factory=dict)
+    samples: dict[Signature, Tensor] = field(default_factory=dict)
+    fusion: Fusion | None = None
+    chosen: PackedModule | None = None
+    refused: str | None = None  # why it is not even tried
+
+    def keep_dense(self, reason: str) -> None:
+        """Give the layer up; what was measured stays in the report."""
+        self.chosen = None
+        self.row.kernel = "dense"
+        self.row.activation = None
+        self.row.after = self.row.before
+        self.row.reason = reason
+
+
+def accelerate(
+    model: nn.Module,
+    example_inputs: Any,
+    precision: str = "float32",
+    max_error: float | None = None,
+    min_speedup: float = 1.05,
+    *,
+    fuse: bool = True,
+    progress: bool | None = None,
+) -> nn.Module:
+    """A copy of the model that runs packed kernels in every layer where they are measurably faster.
+
+    Runs the example inputs, and times each ``nn.Linear`` (dense, and each packed format that suits it) on the
+    shapes that it really gets, in interleaved rounds. What is faster by `min_speedup` is kept; a following
+    activation is fused where the model allows it. Then the whole model is compared with the original, outputs
+    and time: where the outputs differ by more than allowed, or the model is not faster, layers go back to
+    dense. ``print(pared.report(fast))`` says what was done and why.
+
+    Parameters
+    ----------
+    model : on the CPU; pruned by any tool (true zeros, masks of ``torch.nn.utils.prune``, ``FakeSparsity``).
+        It is not changed.
+    example_inputs : a tensor, a tuple (positional arguments), a dict (keyword arguments), or a list of those
+        for several shapes. Their shapes decide which kernels win.
+    precision : ``"float32"``: exact kernels only, whose outputs differ by rounding.
+    max_error : largest max |new - reference| / max |reference| over the outputs; None allows
+        ``8 * 2**-23 * sqrt(depth) * layers`` (depth: the longest reduction) and, for 16-bit outputs, their
+        rounding.
+    min_speedup : a layer is converted when it is this many times faster. 0 converts whatever a kernel exists
+        for.
+    fuse : fuse activations.
+    progress : show a progress bar; None: when the work takes more than two seconds and stderr is a terminal.
+
+    Returns
+    -------
+    A new model in eval mode, for inference: its parameters ask for no gradients. Threads may share it.
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument; also for example inputs that the model does not run with (the
+        model's own error is chained) and for weights that are not finite. Nothing has changed then.
+    """
+    _check_arguments(model, precision, max_error, min_speedup)
+    inputs = examples(example_inputs)
+    with _progress(progress) as advance, torch.no_grad():
+        dense = copy_model(model).eval()
+        advance("running the example inputs", 0.0)
+        reference = [_reference(dense, e) for e in inputs]
+        bake(dense)
+        candidates = _candidates(dense)
+        _record(dense, inputs, candidates, fuse)
+        report = Report(
+            precision=precision,
+            ties=tied_parameters(dense),
+            trainable=[n for n, p in dense.named_parameters(remove_duplicate=False) if p.requires_grad],
+            memory_before=_memory(dense),
+            disk_before=_disk(dense),
+            machine={
+                "cpu": _core.cpu_brand(),
+                "isa": _core.isa(),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            },
+        )
+        packed: dict[Any, CSR] = {}
+        for i, c in enumerate(candidates):
+            advance(f"timing {c.name or type(c.module).__name__}", 0.05 + 0.75 * i / len(candidates))
+            _decide(c, packed, min_speedup)
+        advance("checking the outputs", 0.8)
+        fast = _settle(dense, inputs, reference, candidates, report, max_error)
+        advance("timing the model", 0.9)
+        fast = _race(
+            dense, fast, inputs, reference, candidates, report, max_error, min(_NEVER_SLOWER, min_speedup)
+        )
+        report.layers = [c.row for c in candidates]
+        report.memory_after, report.disk_after = _memory(fast), _disk(fast)
+        advance("done", 1.0)
+    fast.eval().requires_grad_(False)
+    setattr(fast, _ATTRIBUTE, report)
+    return fast
+
+
+def _check_arguments(model: Any, precision: Any, max_error: Any, min_speedup: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model: expected an eager module, got a scripted one; accelerate it before torch.jit")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "model: expected an uncompiled module, got one from torch.compile; accelerate it before that"
+        )
+    if any(isinstance(m, PackedModule) for m in model.modules()):
+        raise ValueError(
+            "model: expected a plain model, got one with accelerated layers; pared.restore it first"
+        )
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if t.device.type != "cpu":
+            raise ValueError(
+                f"model: expected a model on the CPU, got {name} on {t.device}; there are no kernels for it: "
+                "model.to('cpu') first"
+            )
+    if precision != "float32":
+        raise ValueError(f"precision: expected 'float32', got {precision!r}")
+    if max_error is not None and not (_is_number(max_error) and max_error >= 0):
+        raise ValueError(f"max_error: expected a number of at least 0 or None, got {max_error!r}")
+    if not (_is_number(min_speedup) and min_speedup >= 0):
+        raise ValueError(f"min_speedup: expected a number of at least 0, got {min_speedup!r}")
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _reference(model: nn.Module, example: Example) -> Any:
+    try:
+        return run(model, example)
+    except Exception as e:
+        raise ValueError(
+            f"{example.label}: expected inputs that the model runs with, got {type(e).__name__}: {e}"
+        ) from e
+
+
+def _candidates(model: nn.Module) -> list[Candidate]:
+    found = []
+    names = module_names(model)
+    for name, module in model.named_modules():
+        rule = RULES.get(base_type(module))
+        if rule is None:
+            continue
+        refused = None
+        try:
+            weight = effective_weight(module)
+        except ValueError as e:
+            refused, weight = str(e), module.weight
+        if weight.dtype not in _DTYPES:
+            refused = f"weights of dtype {weight.dtype}; kernels take float32, bfloat16 and float16"
+        zeros = 1.0 - float(torch.count_nonzero(weight)) / max(1, weight.numel())
+        row = LayerReport(
+            name, base_type(module).__name__, list(weight.shape), zeros, aliases=names[id(module)][1:]
+        )
+        found.append(Candidate(name, names[id(module)], module, row, refused=refused))
+    return found
+
+
+def _record(model: nn.Module, inputs: list[Example], candidates: list[Candidate], fuse: bool) -> None:
+    """Run the examples once more, and note what each layer is called with and who takes its output."""
+    room = _RECORD_BYTES
+
+    def watch(c: Candidate) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal room
+            x = args[0] if args else kwargs.get("input")
+            if not isinstance(x, Tensor) or x.layout != torch.strided:
+                c.refused = c.refused or f"called with {type(x).__name__}, not a dense tensor"
+                return
+            signature = Signature(tuple(x.shape), tuple(x.stride()), x.dtype)
+            c.calls[signature] = c.calls.get(signature, 0) + 1
+            if signature not in c.samples and x.nbytes <= room:
+                room -= x.nbytes
+                c.samples[signature] = _like(signature).copy_(x)
+
+        return hook
+
+    fusions = find_fusions(model, {id(c.module) for c in candidates}) if fuse else {}
+    handles = [c.module.register_forward_pre_hook(watch(c), with_kwargs=True) for c in candidates]
+    for fusion in fusions.values():
+        handles += fusion.watch()
+    try:
+        for example in inputs:
+            run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for c in candidates:
+        proposed = fusions.get(id(c.module))
+        if proposed is not None and proposed.confirmed():
+            c.fusion = proposed
+        c.row.calls = sum(c.calls.values())
+        c.row.inputs = [list(s.shape) for s in c.calls]
+
+
+def _like(s: Signature) -> Tensor:
+    """An uninitialised tensor of that shape, stride and dtype; contiguous where strides overlap (expand)."""
+    spans = sorted((st, sz) for sz, st in zip(s.shape, s.stride, strict=True) if sz > 1)
+    reach = 1
+    for stride, size in spans:
+        if stride < reach:
+            return torch.empty(s.shape, dtype=s.dtype)
+        reach = stride * size
+    return torch.empty_strided(s.shape, s.stride, dtype=s.dtype)
+
+
+def _timing_input(s: Signature) -> Tensor:
+    """Normal data without zeros and denormals, which slow some kernels down and speed others up."""
+    generator = torch.Generator().manual_seed(len(s.shape))
+    x = torch.randn(s.shape, generator=generator)
+    x += torch.sign(x) * 2.0**-10 + (x == 0)
+    return _like(s).copy_(x)
+
+
+def _decide(c: Candidate, packed: dict[Any, CSR], min_speedup: float) -> None:
+    """Pack, check and time one layer; sets `chosen` or says why not."""
+    row = c.row
+    reason = c.refused or _hopeless(c, min_speedup)
+    if reason:
+        return c.keep_dense(reason)
+    rule = RULES[type(c.module)]
+    # A fused activation saves a pass over memory, but torch's own may be the faster code: both are timed.
+    activations = [None, c.fusion.activation] if c.fusion else [None]
+    variants: dict[str, Variant] = {}
+    weight = c.module.weight
+    groups = getattr(c.module, "groups", 1)
+    for name in rule.formats:
+        key = (id(weight), groups, name)
+        if key not in packed:
+            try:
+                packed[key] = pack(name, weight, groups)  # type: ignore[arg-type]
+            except ValueError as e:
+                raise ValueError(f"model: layer {c.name!r}: {e}") from e
+        for activation in activations:
+            module = rule.module.from_module(c.module, activation=activation, weight=packed[key])
+            adopt_hooks(module, c.module)
+            error, bound = _layer_error(c, module)
+            if error > bound:
+                text = f"{name} kernel differs by {error:.1e}, more than its bound {bound:.1e}"
+                return c.keep_dense(text)
+            variants[f"{name} + {activation}" if activation else name] = Variant(module, error, bound)
+    before = _time_layer(c, variants)
+    best, v = max(variants.items(), key=lambda item: item[1].speedup)
+    row.before, row.speedup, row.error, row.bound = before, v.speedup, v.error, v.bound
+    if v.speedup < min_speedup:
+        return c.keep_dense(f"{best} is {v.speedup:.2f}x, less than {min_speedup:g}x")
+    c.chosen = v.module
+    row.kernel, row.after, row.activation = v.module.format, v.after, v.module.activation
+    row.reason = f"{v.speedup:.2f}x faster than dense"
+    if v.speedup < 1:
+        row.reason = f"min_speedup={min_speedup:g} asks for it"
+
+
+def _hopeless(c: Candidate, min_speedup: float) -> str | None:
+    """A reason to keep the layer without trying, from what is known already."""
+    if not c.calls:
+        return "not called with the example inputs"
+    for s in c.calls:
+        if s.dtype not in _DTYPES:
+            return f"called with {s.dtype}; kernels take float32, bfloat16 and float16"
+    if min(c.row.shape) == 0 or not any(math.prod(s.shape) for s in c.calls):
+        return "nothing to compute"
+    density = 1.0 - c.row.sparsity
+    # A sparse kernel spends at least as long on a non-zero as a dense one on a weight.
+    if density * min_speedup > 1.0:
+        return f"{100 * c.row.sparsity:.1f}% zeros cannot give {min_speedup:g}x: at most {1 / density:.2f}x"
+    return None
+
+
+def _layer_error(c: Candidate, module: PackedModule) -> tuple[float, float]:
+    """(max |new - dense|, its bound) on the recorded inputs, where it comes closest to the bound.
+
+    Two float32 sums of the same K products in different orders differ by at most ``K * eps * S`` with S the
+    sum of the products' magnitudes; an activation's slope is at most 1.13, and its own evaluation and the
+    output's rounding add a few ulps.
+    """
+    act = c.fusion.apply if c.fusion and module.activation else lambda y: y
+    eps = torch.finfo(torch.float32).eps
+    plain = copy_model(c.module).float()
+    magnitude = copy_model(plain)
+    # forward(), not a call: hooks that the user put on the layer are not asked.
+    for p in magnitude.parameters():
+        p.abs_()
+    depth = math.prod(c.row.shape[1:])
+    worst = (0.0, 0.0)
+    for s in c.calls:
+        x = c.samples.get(s)
+        x = _timing_input(s) if x is None else x
+        new = module(x).float()
+        old = act(plain.forward(x.float()))
+        rounding = 0.5 * torch.finfo(s.dtype).eps if s.dtype != torch.float32 else 0.0
+        bound = (
+            1.13 * (depth + 8) * eps * magnitude.forward(x.float().abs()) + 2 * rounding * old.abs() + 1e-30
+        )
+        difference = (new - old).abs()
+        finite = old.isfinite()
+        if not torch.equal(finite, new.isfinite()):
+            return math.inf, 0.0
+        if not finite.any():
+            continue
+        share = torch.where(finite, difference / bound, 0.0)
+        at = share.argmax()
+        error, limit = float(difference.flatten()[at]), float(bound.flatten()[at])
+        if error > limit:
+            return error, limit
+        if error >= worst[0]:
+            worst = (error, limit)
+    return worst
+
+
+def _time_layer(c: Candidate, variants: dict[str, Variant]) -> float:
+    """Time the variants; returns the dense layer's seconds. All sums are over the calls that one pass makes.
+
+    Where an activation can be fused, its time is part of every variant.
+    """
+    act = c.fusion.apply if c.fusion else None
+    before = 0.0
+    scaled = dict.fromkeys(variants, 0.0)  # dense time over the ratio: a disturbed median does not tilt it
+    for s, count in c.calls.items():
+        x = _timing_input(s)
+        calls = {"dense": _call(c.module, x, act)}
+        for name, v in variants.items():
+            calls[name] = _call(v.module, x, None if v.module.activation else act)
+        seconds = _LAYER_SECONDS * len(variants) / len(c.calls)
+        t = interleave(calls, budget=seconds, min_rounds=7, max_rounds=200, precision=0.02, warmup=1)
+        before += count * t.median("dense")
+        for name, v in variants.items():
+            v.after += count * t.median(name)
+            scaled[name] += count * t.median("dense") / t.speedup(name, "dense").value
+    for name, v in variants.items():
+        v.speedup = before / scaled[name]
+    return before
+
+
+def _call(module: nn.Module, x: Tensor, act: Callable[[Tensor], Tensor] | None) -> Callable[[], Tensor]:
+    return (lambda: module(x)) if act is None else (lambda: act(module(x)))
+
+
+def _build(dense: nn.Module, candidates: list[Candidate]) -> nn.Module:
+    """The model with the chosen layers in place, around the dense model's own tensors."""
+    fast = shared_copy(dense)
+    for c in candidates:
+        if c.chosen is None:
+            continue
+        fast = replace(fast, c.names, c.chosen)
+        if c.fusion is not None and c.chosen.activation is not None:
+            old = fast.get_submodule(c.fusion.name)
+            fast = replace(fast, [c.fusion.name], Fused(old))
+    return fast
+
+
+def _settle(
+    dense: nn.Module,
+    inputs: list[Example],
+    reference: list[Any],
+    candidates: list[Candidate],
+    report: Report,
+    max_error: float | None,
+) -> nn.Module:
+    """The accelerated model, with layers taken back until it runs and its outputs are as close as allowed."""
+    while True:
+        active = [c for c in candidates if c.chosen is not None]
+        fast = _build(dense, candidates)
+        if not active:
+            report.error = report.relative_error = report.tolerance = 0.0
+            return fast
+        try:
+            worst = _compare_all(fast, inputs, reference)
+        except DenseWeightError as e:
+            for c in active:
+                if c.chosen is e.layer:
+                    c.keep_dense("the model computes with its .weight")
+            continue
+        depth = max(math.prod(c.row.shape[1:]) for c in active)
+        allowed = tolerance(len(active), depth, worst.eps) if max_error is None else max_error
+        report.error, report.relative_error, report.tolerance = worst.absolute, worst.relative, allowed
+        if worst.relative <= allowed:
+            return fast
+        # The larger half by error relative to the layer's own bound goes first.
+        active.sort(key=lambda c: (c.row.error or 0.0) / (c.row.bound or 1.0), reverse=True)
+        text = f"outputs differ by {worst.relative:.1e} ({worst.where}), more than {allowed:.1e}"
+        for c in active[: (len(active) + 1) // 2]:
+            c.keep_dense(text)
+
+
+def _compare_all(fast: nn.Module, inputs: list[Example], reference: list[Any]) -> Difference:
+    differences = [compare(r, run(fast, e)) for r, e in zip(reference, inputs, strict=True)]
+    return max(differences, key=lambda d: d.relative)
+
+
+def _race(
+    dense: nn.Module,
+    fast: nn.Module,
+    inputs: list[Example],
+    reference: list[Any],
+    candidates: list[Candidate],
+    report: Report,
+    max_error: float | None,
+    floor: float,
+) -> nn.Module:
+    """Time the whole model against the dense one; while it is slower, the layers that gain least go back."""
+    passing = [1.25, 1.5, 2.0, 3.0]
+    while any(c.chosen is not None for c in candidates):
+        t = interleave(
+            {"dense": _pass(dense, inputs), "pared": _pass(fast, inputs)},
+            budget=_MODEL_SECONDS,
+            min_rounds=5,
+            max_rounds=400,
+            precision=0.01,
+            warmup=1,
+        )
+        speedup = t.speedup("pared", "dense").value
+        report.dense = ModelTime(t.median("dense"), t.p95("dense"))
+        report.fast = ModelTime(t.median("pared"), t.p95("pared"))
+        report.speedup = speedup
+        if speedup >= floor:
+            return fast
+        needed = passing.pop(0) if passing else math.inf
+        dropped = [c for c in candidates if c.chosen is not None and (c.row.speedup or 0.0) < needed]
+        for c in dropped:
+            c.keep_dense(f"the whole model was {speedup:.2f}x with it")
+        if dropped:
+            report.notes.append(
+                f"{len(dropped)} layer(s) went back to dense: the model was {speedup:.2f}x with them"
+            )
+            fast = _settle(dense, inputs, reference, candidates, report, max_error)
+    report.dense = report.fast = None
+    report.speedup = 1.0
+    return fast
+
+
+def _pass(model: nn.Module, inputs: list[Example]) -> Callable[[], None]:
+    mine = [e.clone() for e in inputs]  # a model may write to its inputs
+
+    def call() -> None:
+        for e in mine:
+            model(*e.args, **e.kwargs)
+
+    return call
+
+
+def _memory(model: nn.Module) -> int:
+    """Bytes of the storages behind parameters and buffers, each counted once."""
+    storages = {}
+    for t in [*model.parameters(), *model.buffers()]:
+        if t.layout == torch.strided:
+            s = t.untyped_storage()
+            storages[s.data_ptr()] = s.nbytes()
+    return sum(storages.values())
+
+
+class _Counter:
+    """A file that only counts what is written."""
+
+    size = 0
+
+    def flush(self) -> None:
+        pass
+
+    def write(self, data: Any) -> int:
+        n = len(memoryview(data).cast("B"))
+        self.size += n
+        return n
+
+
+def _disk(model: nn.Module) -> int:
+    """Bytes of the state dict as torch.save writes it."""
+    counter = _Counter()
+    torch.save(model.state_dict(), cast(IO[bytes], counter))
+    return counter.size
+
+
+@contextmanager
+def _progress(show: bool | None) -> Iterator[Callable[[str, float], None]]:
+    """A progress bar on stderr that appears once the work has taken two seconds."""
+    console = Console(stderr=True)
+    if show is False or (show is None and not console.is_terminal):
+        yield lambda text, share: None
+        return
+    bar = Progress(
+        TextColumn("pared"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+        transient=True,
+    )
+    task = bar.add_task("", total=1.0)
+    begin = time.monotonic()
+
+    def advance(text: str, share: float) -> None:
+        bar.update(task, description=text, completed=share)
+        if not bar.live.is_started and (show or time.monotonic() - begin > 2.0):
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        bar.stop()

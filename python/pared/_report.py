@@ -1,0 +1,215 @@
+"""What `pared.accelerate` did, layer by layer, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["LayerReport", "Report", "report"]
+
+_ATTRIBUTE = "_pared_report"
+
+
+@dataclass
+class LayerReport:
+    """One layer.
+
+    Attributes
+    ----------
+    name : qualified name; `aliases` are further names of the same module.
+    type : class of the plain module, for example ``"Linear"``.
+    shape : of the weight.
+    sparsity : share of zeros in the weight, 0 to 1.
+    kernel : packed format that runs, or ``"dense"``.
+    activation : activation fused into the layer, or None.
+    calls : calls in one pass over all example inputs.
+    inputs : input shapes seen.
+    before, after : seconds that all those calls take, dense (with the activation that is fused) and as kept;
+        None where nothing was timed.
+    speedup : median over interleaved rounds of before / after, also where the layer was kept dense: what was
+        tried.
+    error : max |new - dense| over the layer's output on the example inputs, and `bound`, its largest allowed
+        value.
+    reason : why this kernel.
+    """
+
+    name: str
+    type: str
+    shape: list[int]
+    sparsity: float
+    kernel: str = "dense"
+    activation: str | None = None
+    aliases: list[str] = field(default_factory=list)
+    calls: int = 0
+    inputs: list[list[int]] = field(default_factory=list)
+    before: float | None = None
+    after: float | None = None
+    speedup: float | None = None
+    error: float | None = None
+    bound: float | None = None
+    reason: str = ""
+
+
+@dataclass
+class ModelTime:
+    """Seconds for one pass over all example inputs: median and 95th percentile."""
+
+    p50: float
+    p95: float
+
+
+@dataclass
+class Report:
+    """What was converted, what was kept and why, what it gained and what it cost in accuracy.
+
+    ``print(report)`` shows a table; ``report.to_json()`` gives everything, `Report.from_json` reads it back.
+
+    Attributes
+    ----------
+    layers : one entry a layer.
+    dense, fast : time of the whole model before and after; None where nothing was converted.
+    speedup : median over interleaved rounds of dense / fast time; 1 where nothing was converted.
+    error, relative_error : max |new - reference| over the outputs, and relative to max |reference|.
+    tolerance : what `relative_error` was allowed to be.
+    memory_before, memory_after, disk_before, disk_after : bytes of parameters and buffers in memory, and of
+        the saved state dict.
+    machine : processor, instruction set and threads that the times are of.
+    precision : as given to accelerate.
+    ties : groups of parameter names that are one tensor in the plain model.
+    trainable : names of the parameters that asked for gradients in the plain model.
+    notes : decisions about the model as a whole.
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    dense: ModelTime | None = None
+    fast: ModelTime | None = None
+    speedup: float = 1.0
+    error: float = 0.0
+    relative_error: float = 0.0
+    tolerance: float = 0.0
+    memory_before: int = 0
+    memory_after: int = 0
+    disk_before: int = 0
+    disk_after: int = 0
+    machine: dict[str, Any] = field(default_factory=dict)
+    precision: str = "float32"
+    ties: list[list[str]] = field(default_factory=list)
+    trainable: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def converted(self) -> list[LayerReport]:
+        """The layers that run a packed kernel."""
+        return [layer for layer in self.layers if layer.kernel != "dense"]
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Everything as JSON; times in seconds, sizes in bytes."""
+        return json.dumps(asdict(self), indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read what `to_json` wrote. Raises ``ValueError`` for anything else."""
+        try:
+            data = json.loads(text)
+            layers = [LayerReport(**layer) for layer in data.pop("layers")]
+            dense, fast = (time and ModelTime(**time) for time in (data.pop("dense"), data.pop("fast")))
+            return cls(layers=layers, dense=dense, fast=fast, **data)
+        except (TypeError, KeyError, AttributeError) as e:
+            raise ValueError(f"text: expected the JSON of a report, got something else ({e})") from e
+
+    def __rich__(self) -> Table:
+        converted = len(self.converted)
+        table = Table(
+            title=f"pared: {converted} of {len(self.layers)} layers accelerated",
+            caption="\n".join(self._summary()),
+            caption_justify="left",
+            title_justify="left",
+        )
+        table.add_column("layer", overflow="fold")
+        table.add_column("shape", no_wrap=True)
+        table.add_column("zeros", justify="right")
+        table.add_column("kernel")
+        for title in ("before", "after", "speed-up", "error"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("why", overflow="fold")
+        for layer in self.layers:
+            kept = layer.kernel == "dense"
+            table.add_row(
+                "\n".join([layer.name or "(model)", *(f"= {a}" for a in layer.aliases)]),
+                "x".join(map(str, layer.shape)),
+                f"{100 * layer.sparsity:.1f}%",
+                layer.kernel + (f" + {layer.activation}" if layer.activation else ""),
+                _seconds(layer.before),
+                _seconds(layer.after),
+                "" if layer.speedup is None else f"{layer.speedup:.2f}x",
+                "" if layer.error is None else f"{layer.error:.1e}",
+                layer.reason,
+                style="dim" if kept else None,
+            )
+        return table
+
+    def _summary(self) -> list[str]:
+        lines = []
+        if self.dense and self.fast:
+            lines.append(
+                f"model: {_seconds(self.dense.p50)} -> {_seconds(self.fast.p50)} (p50), "
+                f"{_seconds(self.dense.p95)} -> {_seconds(self.fast.p95)} (p95): {self.speedup:.2f}x"
+            )
+        lines.append(
+            f"output error: {self.error:.1e} absolute, {self.relative_error:.1e} of the largest output "
+            f"(allowed {self.tolerance:.1e})"
+        )
+        lines.append(
+            f"memory: {_bytes(self.memory_before)} -> {_bytes(self.memory_after)}, "
+            f"on disk: {_bytes(self.disk_before)} -> {_bytes(self.disk_after)}"
+        )
+        if self.machine:
+            lines.append(
+                f"{self.machine.get('cpu')}, {self.machine.get('isa')}, "
+                f"{self.machine.get('threads')} thread(s)"
+            )
+        return lines + self.notes
+
+    def __str__(self) -> str:
+        console = Console(width=140, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def _seconds(t: float | None) -> str:
+    if t is None:
+        return ""
+    return f"{t * 1e6:.1f} us" if t < 1e-3 else f"{t * 1e3:.2f} ms" if t < 1 else f"{t:.2f} s"
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e6:.2f} MB" if n >= 1e5 else f"{n / 1e3:.2f} kB"
+
+
+def report(model: Any) -> Report:
+    """What `pared.accelerate` did to `model`.
+
+    Parameters
+    ----------
+    model : a module that accelerate returned (or a copy of one).
+
+    Raises
+    ------
+    TypeError : not a module.
+    ValueError : a module that accelerate did not return.
+    """
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
+    found = vars(model).get(_ATTRIBUTE)
+    if not isinstance(found, Report):
+        raise ValueError(
+            f"model: expected what pared.accelerate returned, got a {type(model).__name__} without a report"
+        )
+    return found

@@ -1,0 +1,140 @@
+"""Copying models, replacing modules in them, and taking it all back."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pared._report import _ATTRIBUTE
+from pared.nn import Fused, PackedModule
+
+__all__ = ["copy_model", "module_names", "replace", "restore", "shared_copy", "tied_parameters"]
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy that also works where modules hold computed tensors, as attached masks leave them."""
+    memo: dict[int, Any] = {}
+    keep = []  # ids in the memo stay valid only while their objects live
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+                keep.append(value)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as e:
+        raise ValueError(
+            f"model: expected a module that copy.deepcopy accepts, got {type(e).__name__}: {e}"
+        ) from e
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module tree around the same parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(t): t for t in tensors})
+
+
+def module_names(model: nn.Module) -> dict[int, list[str]]:
+    """id of a module -> every qualified name that it has in the tree, first one first."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[id(module)].append(name)
+    return dict(names)
+
+
+def replace(model: nn.Module, names: Iterable[str], new: nn.Module) -> nn.Module:
+    """Put `new` in the place of each name; returns the model, or `new` itself for the name of the root."""
+    for name in names:
+        if not name:
+            return new
+        parent, _, child = name.rpartition(".")
+        model.get_submodule(parent)._modules[child] = new
+    return model
+
+
+def adopt_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Give `new` the forward hooks that the user put on `old`."""
+    for attribute in _HOOKS:
+        getattr(new, attribute).update(getattr(old, attribute, {}))
+
+
+def tied_parameters(model: nn.Module) -> list[list[str]]:
+    """Groups of parameter names that are one tensor."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Plain ``torch.nn`` modules again: to train on, to export, or for another engine.
+
+    Weights are dense, zeros included, in their original dtype (biases too); fused activations are modules
+    again; tied parameters are tied; the keys of the state dict are those of the model that was accelerated,
+    with pruning masks baked in. Denormal weights come back as zeros.
+
+    Parameters
+    ----------
+    model : what `pared.accelerate` returned, or any model with modules of `pared.nn`. It is not changed.
+
+    Returns
+    -------
+    A new model in eval mode.
+
+    Raises
+    ------
+    TypeError : not a module.
+    ValueError : nothing in it is accelerated.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
+    accelerated = vars(model).get(_ATTRIBUTE)
+    if accelerated is None and not any(isinstance(m, (PackedModule, Fused)) for m in model.modules()):
+        raise ValueError(f"model: expected an accelerated model, got a plain {type(model).__name__}")
+    plain = copy.deepcopy(model)
+    vars(plain).pop(_ATTRIBUTE, None)
+    weights: dict[int, nn.Parameter] = {}  # packed buffers that several layers share
+    biases: dict[int, nn.Parameter] = {}
+    names = module_names(plain)
+    for module in list(plain.modules()):
+        if isinstance(module, Fused):
+            new: nn.Module = module.original.eval()
+        elif isinstance(module, PackedModule):
+            new = module.to_module()
+            new.weight = weights.setdefault(id(module.packed), new.weight)  # type: ignore[arg-type]
+            if module.bias is not None:
+                new.bias = biases.setdefault(id(module.bias), new.bias)  # type: ignore[arg-type]
+            adopt_hooks(new, module)
+        else:
+            continue
+        plain = replace(plain, names[id(module)], new)
+    for group in accelerated.ties if accelerated is not None else ():
+        _tie(plain, group)
+    if accelerated is not None:
+        trainable = set(accelerated.trainable)
+        for name, parameter in plain.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(name in trainable)
+    return plain
+
+
+def _tie(model: nn.Module, names: list[str]) -> None:
+    """Make the named parameters one tensor again, where nobody has changed one of them since."""
+    first = model.get_parameter(names[0])
+    for name in names[1:]:
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        if torch.equal(getattr(owner, child), first):
+            setattr(owner, child, first)

@@ -1,0 +1,31 @@
+"""Accelerated modules for inference, and the registry that maps torch's modules to them.
+
+Add a module type: write it on `PackedModule` and add its line to `RULES`. Add a format: its line in
+``pared.ops._formats.FORMATS`` and its name in the lines of `RULES` that can use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from pared.nn._base import DenseWeightError, PackedModule
+from pared.nn._fused import Fused
+from pared.nn.linear import Linear
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a module type of torch is accelerated: by which module, in which formats (tried in this order)."""
+
+    module: type[PackedModule]
+    formats: tuple[str, ...]
+
+
+# By exact type: a subclass may compute something else.
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: Rule(Linear, ("csr",)),
+}
+
+__all__ = ["RULES", "DenseWeightError", "Fused", "Linear", "PackedModule", "Rule"]

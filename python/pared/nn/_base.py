@@ -1,0 +1,272 @@
+"""What every accelerated module shares: one packed weight, for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.utils.weak import WeakIdKeyDictionary
+from typing_extensions import Self
+
+from pared.ops._formats import FORMATS, Format
+from pared.ops._library import aligned
+from pared.ops.csr import CSR
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+
+
+class DenseWeightError(AttributeError, RuntimeError):
+    """Code outside the layer computes with ``layer.weight``, which an accelerated layer does not hold.
+
+    Attributes
+    ----------
+    layer : the accelerated module.
+    """
+
+    def __init__(self, layer: PackedModule) -> None:
+        super().__init__(
+            f"weight: {type(layer).__name__} holds a packed {layer.format} weight, not a dense one; call the "
+            "layer, or use layer.packed_weight().to_dense(), or keep this layer dense"
+        )
+        self.layer = layer
+
+
+class WeightStandIn(Tensor):
+    """What ``layer.weight`` gives: shape, dtype and device of the dense weight, and no memory.
+
+    Model code that looks at ``layer.weight.dtype`` goes on working; computing with it raises
+    `DenseWeightError`. Fused paths such as ``nn.TransformerEncoderLayer``'s see a tensor subclass and call
+    the layer.
+    """
+
+    layer: PackedModule
+
+    @staticmethod
+    def __new__(cls, layer: PackedModule) -> WeightStandIn:
+        self: WeightStandIn = Tensor._make_wrapper_subclass(cls, layer.weight_shape, dtype=layer.weight_dtype)
+        self.layer = layer
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"WeightStandIn(shape={list(self.shape)}, dtype={self.dtype}, of={type(self.layer).__name__})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Present so that has_torch_function() is true, which is what fused paths ask before they use a
+        # weight.
+        return super().__torch_function__(  # type: ignore[no-untyped-call]
+            func, types, args, kwargs or {}
+        )
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        for a in torch.utils._pytree.tree_leaves((args, kwargs)):
+            if isinstance(a, WeightStandIn):
+                raise DenseWeightError(a.layer)
+        raise RuntimeError(f"{func}: expected an accelerated layer's weight among the arguments")
+
+
+# A packed buffer that load_state_dict replaced, and by what: layers that shared the old one share the new
+# one.
+_replaced: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class PackedModule(nn.Module):
+    """Base of the accelerated modules. Inference only; always in eval mode.
+
+    The packed weight is a uint8 buffer (``packed``, in the state dict), 64-byte aligned; ``load_state_dict``,
+    ``deepcopy`` and unpickling align it again and check it. The bias is a float32 buffer.
+
+    Dtypes: the output has the input's dtype (float32, bfloat16 or float16), whatever ``half()`` or
+    ``to(dtype)`` did: the packed weight and the bias are not affected by them. Autocast does not change the
+    computation either: the input is taken as it comes.
+
+    Several threads may call one module at once.
+
+    Attributes
+    ----------
+    packed : uint8 tensor.
+    bias : float32 tensor [out], or None.
+    activation : ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, or None; fused into the kernel.
+    format : name of the packed format, ``"csr"``.
+    weight_shape, weight_dtype : of the dense weight.
+    """
+
+    packed: Tensor
+    bias: Tensor | None
+    # The class that pared.restore gives back.
+    plain: ClassVar[type[nn.Module]]
+
+    def __init__(self, weight: CSR, bias: Tensor | None, activation: str | None) -> None:
+        super().__init__()
+        if activation is not None and activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation: expected one of {', '.join(ACTIVATIONS)} or None, got {activation!r}"
+            )
+        self.format = format_name(weight)
+        self.activation = activation
+        self._act = activation or ""
+        self.weight_shape = weight.shape
+        self.weight_dtype: torch.dtype = getattr(torch, weight.dtype)
+        self._requires_grad = (True, True)  # of the plain weight and bias, for restore
+        packed = weight.packed if isinstance(weight.packed, Tensor) else torch.from_numpy(weight.packed)
+        if packed.device.type != "cpu":
+            raise ValueError(f"weight: expected a packed weight on the CPU, got one on {packed.device}")
+        self.register_buffer("packed", aligned(packed))
+        if bias is not None:
+            rows = weight.shape[0]
+            if tuple(bias.shape) != (rows,):
+                raise ValueError(f"bias: expected shape [{rows}], got {list(bias.shape)}")
+            bias = bias.detach().to(dtype=torch.float32, copy=True, memory_format=torch.contiguous_format)
+        self.register_buffer("bias", bias)
+        self.training = False
+
+    @classmethod
+    def from_module(
+        cls,
+        module: Any,
+        *,
+        format: str = "csr",
+        activation: str | None = None,
+        weight: CSR | None = None,
+    ) -> Self:
+        """Convert a plain module; the tensors of the original are copied.
+
+        Parameters
+        ----------
+        module : the plain module, for example ``nn.Linear``.
+        format : packed format.
+        activation : activation to fuse behind it.
+        weight : the packed weight, where it has been packed already (tied modules).
+
+        Raises
+        ------
+        TypeError, ValueError : naming the argument; also for weights that are not finite.
+        """
+        raise NotImplementedError
+
+    def to_module(self) -> nn.Module:
+        """The plain module again, with dense weights, in eval mode, without the fused activation."""
+        raise NotImplementedError
+
+    def packed_weight(self) -> CSR:
+        """The packed weight as a `pared.ops` object: ``.sparsity``, ``.to_dense()``, ..."""
+        return FORMATS[self.format].weight(self.packed)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            if is_compiling():  # a tracer knows no wrapper; computing with a tensor on meta fails as well
+                return torch.empty(self.weight_shape, dtype=self.weight_dtype, device="meta")
+            return WeightStandIn(self)
+        return super().__getattr__(name)
+
+    def train(self, mode: bool = True) -> Self:
+        """Does nothing: an accelerated layer is always in eval mode."""
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        device = fn(torch.empty(0, dtype=torch.uint8)).device
+        if device.type != "cpu":
+            raise RuntimeError(
+                f"device: {type(self).__name__} has a {self.format} kernel for cpu only, got {device}; "
+                "pared.restore(model) gives plain modules that run anywhere"
+            )
+        bias = self.bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if bias is not None and self._buffers["bias"].dtype != torch.float32:  # type: ignore[union-attr]
+            self._buffers["bias"] = bias
+        self._align()
+        return self
+
+    def _align(self) -> None:
+        packed = self._buffers["packed"]
+        if type(packed) is Tensor and packed.device.type == "cpu":
+            self._buffers["packed"] = aligned(packed)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._align()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "packed"
+        if key in state_dict:
+            try:
+                self._buffers["packed"] = self._checked(state_dict[key])
+            except (TypeError, ValueError) as e:
+                error_msgs.append(f'While loading the packed weight "{key}": {e}')
+            # The sizes of two packed weights differ with their zeros: torch's own code would refuse that.
+            state_dict = {**state_dict, key: self._buffers["packed"]}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        bias = self._buffers["bias"]
+        if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):  # assign=True
+            self._buffers["bias"] = bias.detach().float().contiguous()
+
+    def _checked(self, packed: Any) -> Tensor:
+        """A private, aligned copy of a packed buffer from outside, every invariant checked."""
+        if not isinstance(packed, Tensor) or packed.device.type != "cpu":
+            raise TypeError(f"packed: expected a CPU tensor, got {type(packed).__name__}")
+        old = self.packed
+        known = _replaced.get(old)  # type: ignore[no-untyped-call]
+        if known is not None and torch.equal(known, packed):
+            return known  # type: ignore[no-any-return]
+        new = packed.detach().clone(memory_format=torch.contiguous_format)
+        weight = FORMATS[self.format].weight(new)
+        weight.validate()
+        mine = self.packed_weight()
+        if weight.shape != mine.shape or weight.groups != mine.groups:
+            raise ValueError(
+                f"packed: expected a weight of shape {list(mine.shape)} in {mine.groups} group(s), got "
+                f"{list(weight.shape)} in {weight.groups}"
+            )
+        self.weight_dtype = getattr(torch, weight.dtype)
+        _replaced[old] = new
+        return new
+
+    def _repr_tail(self) -> str:
+        w = self.packed_weight()
+        tail = f"bias={self.bias is not None}, format={self.format}, sparsity={w.sparsity:.3f}"
+        return f"{tail}, activation={self.activation}" if self.activation else tail
+
+
+def format_name(weight: CSR) -> str:
+    """The registered name of a packed weight's format."""
+    for f in FORMATS.values():
+        if isinstance(weight, f.weight):
+            return f.name
+    raise TypeError(f"weight: expected a packed weight ({', '.join(FORMATS)}), got {type(weight).__name__}")
+
+
+def pack(format: str, weight: Tensor, groups: int = 1) -> CSR:
+    """Pack a dense weight into the named format."""
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    cls = FORMATS[format].weight
+    # A tensor from here on: modules that share it share one object, which deepcopy and pickle keep shared.
+    return cls(torch.from_numpy(cls.from_dense(weight.detach().contiguous(), groups=groups).packed))
+
+
+__all__ = [
+    "ACTIVATIONS",
+    "DenseWeightError",
+    "Format",
+    "PackedModule",
+    "WeightStandIn",
+    "format_name",
+    "pack",
+]

@@ -1,0 +1,26 @@
+"""What stands where a module was whose work the layer before it does now."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class Fused(nn.Identity):
+    """An identity in the place of an activation that the accelerated layer before it computes.
+
+    Attributes
+    ----------
+    original : the module that was here; `pared.restore` puts it back.
+    """
+
+    original: nn.Module
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        # Past nn.Module's own registration: it is no part of the model (state dict, hooks, modules()) any
+        # more.
+        object.__setattr__(self, "original", original)
+        self.training = False
+
+    def extra_repr(self) -> str:
+        return f"{type(self.original).__name__}, fused into the layer before"

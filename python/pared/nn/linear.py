@@ -1,0 +1,104 @@
+"""The accelerated ``nn.Linear``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from typing_extensions import Self
+
+from pared.nn._base import PackedModule, pack
+from pared.ops._formats import FORMATS
+from pared.ops._library import foldable, grad_error, linear_op
+from pared.ops.csr import CSR
+
+_KERNELS = {f.name: f.linear for f in FORMATS.values() if f.linear is not None}
+_empty = torch.empty
+_strided = torch.strided
+_grad_enabled = torch.is_grad_enabled
+_mode_depth = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._is_tracing
+
+
+class Linear(PackedModule):
+    """``activation(x @ W.T + bias)`` with a packed weight W [out_features, in_features].
+
+    Build it with `from_module`, or from a packed weight.
+
+    Parameters
+    ----------
+    weight : packed weight, for example ``pared.ops.CSR.from_dense(w)``.
+    bias : [out_features] of any float dtype, copied as float32; or None.
+    activation : None, "relu", "gelu" (erf), "gelu_tanh" or "silu".
+
+    Attributes
+    ----------
+    in_features, out_features : as in ``nn.Linear``; see `PackedModule` for the others.
+    """
+
+    plain = nn.Linear
+
+    def __init__(self, weight: CSR, bias: Tensor | None = None, activation: str | None = None) -> None:
+        super().__init__(weight, bias, activation)
+        if self.format not in _KERNELS:
+            raise ValueError(f"weight: expected a format with a linear kernel, got {self.format}")
+        if len(weight.shape) != 2:
+            raise ValueError(f"weight: expected a linear weight [out, in], got shape {list(weight.shape)}")
+        self.out_features, self.in_features = weight.shape
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Linear,
+        *,
+        format: str = "csr",
+        activation: str | None = None,
+        weight: CSR | None = None,
+    ) -> Self:
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"module: expected nn.Linear, got {type(module).__name__}")
+        new = cls(weight or pack(format, module.weight), module.bias, activation)
+        new._requires_grad = (module.weight.requires_grad, getattr(module.bias, "requires_grad", True))
+        return new
+
+    def to_module(self) -> nn.Linear:
+        w = torch.as_tensor(FORMATS[self.format].weight(self.packed).to_dense())
+        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        plain.weight = nn.Parameter(w, self._requires_grad[0])
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.to(w.dtype, copy=True), self._requires_grad[1])
+        return plain.eval()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` [..., in_features] to [..., out_features], in the input's dtype.
+
+        Raises
+        ------
+        RuntimeError : grad mode is on and the input requires a gradient.
+        TypeError, ValueError : dtype, device or shape of the input.
+        """
+        x = input
+        buffers = self._buffers
+        # A tracer has to see an operator; the dispatcher costs eager calls 6 us.
+        if is_compiling() or type(x) is not Tensor or _mode_depth() or _tracing():
+            return self._traced(x)
+        if x.layout is not _strided:
+            raise TypeError(f"x: expected a strided (dense) tensor, got layout {x.layout}")
+        if x.requires_grad and _grad_enabled():
+            raise grad_error("pared.nn.Linear")
+        if not x.is_contiguous():
+            x = foldable(x)
+        out = _empty((*x.shape[:-1], self.out_features), dtype=x.dtype, device=x.device)
+        _KERNELS[self.format](x, buffers["packed"], buffers["bias"], out, self._act)
+        return out
+
+    def _traced(self, x: Any) -> Tensor:
+        if not hasattr(type(x), "__torch_function__"):
+            raise TypeError(f"x: expected a torch tensor, got {type(x).__name__}")
+        y: Tensor = linear_op(x, self.packed, self.bias, self.out_features, self._act)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._repr_tail()}"

@@ -1,0 +1,55 @@
+"""The packed formats: one line each, read by the operators, the modules and `pared.accelerate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pared import _core
+from pared._types import Array
+from pared.ops.csr import CSR
+
+
+@dataclass(frozen=True)
+class Format:
+    """A packed format and the kernels that read it.
+
+    Attributes
+    ----------
+    name : what the user reads in reports, for example ``"csr"``.
+    kind : ``PackedKind`` in the buffer's header (csrc/formats/packed.h).
+    weight : the class with ``from_dense``, ``to_dense``, ``packed``, ``sparsity``.
+    linear : ``(x, packed, bias, out, activation)``, or None where the format has no such kernel.
+    conv2d : ``(x, packed, bias, out, stride, padding, dilation, activation)``, or None.
+    exact : the products are float32's own, so that the error bound of float32 holds.
+    """
+
+    name: str
+    kind: int
+    weight: type[CSR]
+    linear: Callable[..., None] | None
+    conv2d: Callable[..., None] | None
+    exact: bool
+
+
+FORMATS: dict[str, Format] = {
+    f.name: f for f in (Format("csr", 1, CSR, linear=_core.linear_csr, conv2d=_core.conv2d_csr, exact=True),)
+}
+
+_KIND_AT = 8  # byte of PackedHeader.kind, behind the magic
+
+
+def format_of(packed: Array) -> Format:
+    """The format that the header of `packed` names; raises ``ValueError`` for a buffer that names none."""
+    if len(packed) > _KIND_AT + 1:
+        kind = int(packed[_KIND_AT]) + 256 * int(packed[_KIND_AT + 1])
+        for f in FORMATS.values():
+            if f.kind == kind:
+                return f
+    raise ValueError(
+        f"packed: expected a packed weight of format {', '.join(FORMATS)}, got {len(packed)} bytes of other "
+        "data"
+    )
+
+
+__all__ = ["FORMATS", "Format", "format_of"]

@@ -1,0 +1,84 @@
+"""``torch.library`` operators, for torch.compile, torch.export and every other tracer.
+
+In eager mode the modules of `pared.nn` call the extension directly: a call through the dispatcher costs 6 us
+more.
+
+A packed weight is one 64-byte-aligned uint8 tensor with a checked header, so an exported program that meets a
+build of another version, or a buffer that is not a packed weight, fails with a clear ``ValueError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pared.ops._formats import format_of
+
+__all__ = ["aligned", "foldable", "grad_error", "linear_op"]
+
+# Kept for the life of the process: torch drops the registrations with the Library object.
+_LIB: Any = torch.library.Library("pared", "DEF")  # type: ignore[no-untyped-call]
+
+
+def foldable(x: Tensor) -> Tensor:
+    """`x` itself where the kernels can read it (unit last stride, leading axes that fold), else a copy."""
+    if x.is_contiguous() or (x.ndim == 2 and x.stride(1) == 1):
+        return x
+    return x.contiguous()
+
+
+def aligned(packed: Tensor) -> Tensor:
+    """`packed` itself where it is 64-byte aligned, else a copy, which is: torch aligns what it allocates."""
+    return packed.clone() if packed.data_ptr() % 64 else packed
+
+
+def grad_error(what: str) -> RuntimeError:
+    """The error for an input that asks for a gradient."""
+    return RuntimeError(
+        f"{what}: expected an input that needs no gradient, got requires_grad=True; accelerated layers are "
+        "for inference: call under torch.no_grad() or detach the input, or train the plain model that "
+        "pared.restore gives"
+    )
+
+
+def _define(schema: str, cpu: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
+    """Register an operator: its CPU kernel, its shape function, an autograd kernel that refuses gradients."""
+    name = _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    qualified = f"pared::{schema.partition('(')[0]}"
+    op = getattr(torch.ops.pared, schema.partition("(")[0]).default
+
+    def autograd(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise grad_error(qualified)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _LIB.impl(name, cpu, "CPU")
+    _LIB.impl(name, autograd, "Autograd")
+    torch.library.register_fake(qualified, fake, lib=_LIB)
+    return op
+
+
+def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, activation: str) -> Tensor:
+    kernel = format_of(packed).linear
+    if kernel is None:
+        raise ValueError(f"packed: expected a format with a linear kernel, got {format_of(packed).name}")
+    out = x.new_empty((*x.shape[:-1], out_features))
+    kernel(foldable(x), aligned(packed), bias, out, activation)
+    return out
+
+
+def _linear_fake(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, activation: str
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+linear_op = _define(
+    "linear(Tensor x, Tensor packed, Tensor? bias, int out_features, str activation) -> Tensor",
+    _linear,
+    _linear_fake,
+)

@@ -1,0 +1,131 @@
+"""The operators behind torch.compile, torch.export and other tracers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _models import sparse_linear
+from torch import nn
+from torch.library import opcheck
+
+from pared.nn import Linear
+from pared.ops._library import linear_op
+
+
+@pytest.fixture
+def module() -> Linear:
+    return Linear.from_module(sparse_linear(16, 24), activation="relu")
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 5, 16), (0, 16)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck(module: Linear, shape: tuple[int, ...], bias: bool) -> None:
+    args = (torch.randn(shape), module.packed, module.bias if bias else None, 24, "gelu")
+    assert set(opcheck(linear_op, args).values()) == {"SUCCESS"}
+
+
+def test_opcheck_of_strided_and_16_bit_inputs(module: Linear) -> None:
+    for x in (
+        torch.randn(5, 3, 16).transpose(0, 1),
+        torch.randn(3, 32)[:, ::2],
+        torch.randn(3, 16).bfloat16(),
+    ):
+        assert set(opcheck(linear_op, (x, module.packed, module.bias, 24, "")).values()) == {"SUCCESS"}
+
+
+def test_the_operator_equals_the_module(module: Linear) -> None:
+    x = torch.randn(3, 16)
+    assert torch.equal(linear_op(x, module.packed, module.bias, 24, "relu"), module(x))
+
+
+def test_the_operator_aligns_a_shifted_weight(module: Linear) -> None:
+    n = module.packed.numel()
+    shifted = torch.empty(n + 64, dtype=torch.uint8)[1 : n + 1].copy_(module.packed)
+    x = torch.randn(3, 16)
+    assert torch.equal(linear_op(x, shifted, module.bias, 24, "relu"), module(x))
+
+
+def test_the_operator_refuses(module: Linear) -> None:
+    x = torch.randn(3, 16)
+    with pytest.raises(ValueError, match="packed: expected a packed weight of format csr"):
+        linear_op(x, torch.zeros(256, dtype=torch.uint8), None, 24, "")
+    with pytest.raises(ValueError, match="packed: expected a packed weight"):
+        linear_op(x, torch.zeros(3, dtype=torch.uint8), None, 24, "")
+    with pytest.raises(ValueError, match="out: expected shape"):
+        linear_op(x, module.packed, None, 25, "")
+    with pytest.raises(ValueError, match="activation: expected one of"):
+        linear_op(x, module.packed, None, 24, "softmax")
+    with pytest.raises(RuntimeError, match="pared::linear: expected an input that needs no gradient"):
+        linear_op(x.requires_grad_(), module.packed, None, 24, "")
+
+
+def net() -> nn.Module:
+    return (
+        nn.Sequential(
+            Linear.from_module(sparse_linear(16, 24), activation="gelu"),
+            nn.LayerNorm(24),
+            Linear.from_module(sparse_linear(24, 8)),
+        )
+        .eval()
+        .requires_grad_(False)
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_full_graph(dynamic: bool) -> None:
+    model = net()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with torch.no_grad():
+        for n in (4, 7):
+            x = torch.randn(n, 16)
+            torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_compile_with_inductor() -> None:
+    model = net()
+    x = torch.randn(4, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
+
+
+def test_compile_where_the_model_looks_at_the_weights_dtype() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = Linear.from_module(sparse_linear(16, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x.to(self.fc.weight.dtype))
+
+    model, x = Model(), torch.randn(4, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict: bool) -> None:
+    model = net()
+    x = torch.randn(4, 16)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},), strict=strict)
+    assert "torch.ops.pared.linear.default" in program.graph_module.code
+    with torch.no_grad():
+        for n in (4, 9):
+            x = torch.randn(n, 16)
+            torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_symbolic_trace() -> None:
+    model = net()
+    traced = torch.fx.symbolic_trace(model)
+    x = torch.randn(4, 16)
+    with torch.no_grad():
+        assert torch.equal(traced(x), model(x))
+
+
+def test_fake_tensors() -> None:
+    module = Linear.from_module(sparse_linear(16, 24))
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        y = module(torch.empty(3, 5, 16, dtype=torch.bfloat16))
+    assert (y.shape, y.dtype) == ((3, 5, 24), torch.bfloat16)

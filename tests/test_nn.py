@@ -1,0 +1,390 @@
+"""The accelerated modules, without accelerate: what they compute, hold, refuse, and survive."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from _models import sparse_linear
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import pared
+from pared.nn import RULES, DenseWeightError, Linear
+from pared.nn._base import pack
+
+ACTIVATIONS = {
+    None: lambda y: y,
+    "relu": nn.functional.relu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda y: nn.functional.gelu(y, approximate="tanh"),
+    "silu": nn.functional.silu,
+}
+
+
+def bound(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Two float32 sums of K products differ by at most K * eps * sum |w x|; 16-bit outputs round again."""
+    eps = torch.finfo(torch.float32).eps
+    b = None if layer.bias is None else layer.bias.double().abs()
+    size = nn.functional.linear(x.double().abs(), layer.weight.double().abs(), b)
+    out = torch.finfo(x.dtype).eps if x.dtype != torch.float32 else 0.0
+    return 1.13 * ((layer.in_features + 8) * eps + out) * size + 1e-30
+
+
+def check(layer: nn.Linear, module: nn.Module, x: torch.Tensor, activation: str | None = None) -> None:
+    b = None if layer.bias is None else layer.bias.double()
+    expected = ACTIVATIONS[activation](nn.functional.linear(x.double(), layer.weight.double(), b))
+    with torch.no_grad():
+        y = module(x)
+    assert y.dtype == x.dtype
+    assert y.shape == expected.shape
+    assert bool(((y.double() - expected).abs() <= bound(layer, x)).all())
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_linear_equals_torch(isa: str, dtype: torch.dtype, activation: str | None) -> None:
+    for n_in, n_out, shape in [(1, 1, (1,)), (17, 33, (5,)), (97, 16, (2, 3)), (64, 130, (33,))]:
+        layer = sparse_linear(n_in, n_out)
+        x = torch.randn(*shape, n_in, generator=torch.Generator().manual_seed(1)).to(dtype)
+        check(layer, Linear.from_module(layer, activation=activation), x, activation)
+
+
+@given(
+    n_in=st.integers(1, 70),
+    n_out=st.integers(1, 70),
+    lead=st.lists(st.integers(0, 4), max_size=3),
+    density=st.sampled_from([0.0, 0.1, 1.0]),
+    bias=st.booleans(),
+)
+def test_linear_any_shape(n_in: int, n_out: int, lead: list[int], density: float, bias: bool) -> None:
+    layer = sparse_linear(n_in, n_out, density, bias)
+    check(
+        layer, Linear.from_module(layer), torch.randn(*lead, n_in, generator=torch.Generator().manual_seed(2))
+    )
+
+
+def test_linear_takes_any_strides() -> None:
+    layer = sparse_linear(24, 8)
+    module = Linear.from_module(layer)
+    base = torch.randn(6, 5, 24)
+    for x in (
+        base.transpose(0, 1),
+        base[:, 0],
+        base[::2],
+        base[..., :24],
+        base.expand(2, 6, 5, 24),
+        base[0, 0],
+    ):
+        check(layer, module, x)
+    wide = torch.randn(4, 48)
+    check(layer, module, wide[:, ::2])
+    check(layer, module, wide[:, 24:])
+
+
+def test_linear_keyword_argument_is_named_as_in_torch() -> None:
+    layer = sparse_linear(8, 4)
+    x = torch.randn(2, 8)
+    assert torch.equal(Linear.from_module(layer)(input=x), Linear.from_module(layer)(x))
+
+
+def test_checker_sees_a_wrong_weight() -> None:
+    layer = sparse_linear(40, 8)
+    wrong = copy.deepcopy(layer)
+    with torch.no_grad():
+        row, col = wrong.weight.nonzero()[0]
+        wrong.weight[row, col] *= -1
+    with pytest.raises(AssertionError):
+        check(layer, Linear.from_module(wrong), torch.randn(4, 40))
+
+
+def test_repr_and_attributes() -> None:
+    module = Linear.from_module(sparse_linear(16, 24), activation="relu")
+    assert (module.in_features, module.out_features, module.activation, module.format) == (
+        16,
+        24,
+        "relu",
+        "csr",
+    )
+    text = repr(module)
+    for part in (
+        "in_features=16",
+        "out_features=24",
+        "bias=True",
+        "format=csr",
+        "sparsity=0.",
+        "activation=relu",
+    ):
+        assert part in text
+    assert "activation" not in repr(Linear.from_module(sparse_linear(16, 24, bias=False)))
+    assert list(module.state_dict()) == ["packed", "bias"]
+    assert module.packed.dtype == torch.uint8
+    assert not list(module.parameters())
+    assert RULES[nn.Linear].module is Linear
+
+
+def test_conversion_copies() -> None:
+    layer = sparse_linear(16, 8)
+    module = Linear.from_module(layer)
+    x = torch.randn(3, 16)
+    before = module(x)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.zero_()
+    assert torch.equal(module(x), before)
+
+
+def test_conversion_of_non_contiguous_weights() -> None:
+    layer = sparse_linear(12, 20)
+    layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+    check(layer, Linear.from_module(layer), torch.randn(3, 12))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_equal_aligned_and_private(how: str) -> None:
+    module = Linear.from_module(sparse_linear(33, 17), activation="gelu")
+    if how == "deepcopy":
+        twin = copy.deepcopy(module)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(module))
+    else:
+        file = io.BytesIO()
+        torch.save(module, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    x = torch.randn(4, 33)
+    assert torch.equal(twin(x), module(x))
+    assert twin.packed.data_ptr() % 64 == 0
+    assert twin.packed.data_ptr() != module.packed.data_ptr()
+    assert not twin.training
+    twin.packed.zero_()
+    module(x)  # the original has its own memory
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_load_state_dict_takes_other_zeros_and_realigns(assign: bool) -> None:
+    a, b = sparse_linear(32, 16, 0.1, seed=1), sparse_linear(32, 16, 0.5, seed=2)
+    module, source = Linear.from_module(a), Linear.from_module(b)
+    state = source.state_dict()
+    shifted = torch.empty(state["packed"].numel() + 64, dtype=torch.uint8)[1:][: state["packed"].numel()]
+    assert shifted.data_ptr() % 64
+    shifted.copy_(state["packed"])
+    state["packed"] = shifted
+    state["bias"] = state["bias"].to(torch.bfloat16)
+    module.load_state_dict(state, assign=assign)
+    assert module.packed.data_ptr() % 64 == 0
+    assert module.bias.dtype == torch.float32
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        b.bias.copy_(b.bias.bfloat16())
+    check(b, module, x)
+    shifted.zero_()
+    check(b, module, x)  # nothing is shared with the state dict
+
+
+def test_load_state_dict_refuses_without_a_change() -> None:
+    layer = sparse_linear(32, 16)
+    module = Linear.from_module(layer)
+    good = {k: v.clone() for k, v in module.state_dict().items()}
+    x = torch.randn(3, 32)
+    before = module(x)
+    flipped = good["packed"].clone()
+    flipped[-65] ^= 1
+    for packed, text in [
+        (Linear.from_module(sparse_linear(16, 32)).packed, "expected a weight of shape"),
+        (good["packed"][:-1], "expected"),
+        (torch.zeros(4096, dtype=torch.uint8), "packed"),
+        (good["packed"].float(), "dtype"),
+        (flipped, "checksum"),
+    ]:
+        with pytest.raises(RuntimeError, match=text):
+            module.load_state_dict({**good, "packed": packed})
+        assert torch.equal(module(x), before)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        module.load_state_dict({"bias": good["bias"]})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        module.load_state_dict({**good, "weight": layer.weight})
+    assert torch.equal(module(x), before)
+
+
+def test_tied_weights_stay_tied() -> None:
+    layer = sparse_linear(16, 16)
+    weight = pack("csr", layer.weight)
+    a, b = Linear.from_module(layer, weight=weight), Linear.from_module(layer, weight=weight)
+    model = nn.ModuleList([a, b])
+    assert a.packed is b.packed
+    twin = copy.deepcopy(model)
+    assert twin[0].packed is twin[1].packed
+    twin = pickle.loads(pickle.dumps(model))
+    assert twin[0].packed is twin[1].packed
+    other = nn.ModuleList([Linear.from_module(sparse_linear(16, 16, 0.4, seed=5))] * 2)
+    model.load_state_dict({k: v.clone() for k, v in other.state_dict().items()})
+    assert model[0].packed is model[1].packed
+
+
+def test_dtype_changes_leave_the_weight_alone() -> None:
+    layer = sparse_linear(16, 8)
+    module = Linear.from_module(layer)
+    x = torch.randn(3, 16)
+    before = module(x)
+    for change in (module.half, module.bfloat16, module.float, lambda: module.to(torch.float16), module.cpu):
+        assert change() is module
+        assert module.bias.dtype == torch.float32
+        assert torch.equal(module(x), before)
+    assert module(x.half()).dtype == torch.float16
+
+
+def test_autocast_changes_nothing() -> None:
+    module = Linear.from_module(sparse_linear(16, 8))
+    x = torch.randn(3, 16)
+    before = module(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module(x), before)
+
+
+def test_other_devices_are_refused() -> None:
+    module = Linear.from_module(sparse_linear(16, 8))
+    with pytest.raises(
+        RuntimeError, match=r"device: Linear has a csr kernel for cpu only, got meta.*restore"
+    ):
+        module.to("meta")
+    assert module.packed.device.type == "cpu"
+    with pytest.raises(TypeError, match="x: expected a CPU tensor, got one on meta"):
+        module(torch.empty(3, 16, device="meta"))
+
+
+def test_share_memory() -> None:
+    module = Linear.from_module(sparse_linear(16, 8)).share_memory()
+    assert module.packed.is_shared()
+    assert module.packed.data_ptr() % 64 == 0
+
+
+def test_always_in_eval_mode() -> None:
+    module = nn.Sequential(Linear.from_module(sparse_linear(8, 8)), nn.ReLU())
+    assert not module[0].training
+    assert module.train() is module
+    assert module.training
+    assert not module[0].training
+
+
+def test_gradients_are_refused() -> None:
+    module = Linear.from_module(sparse_linear(16, 8))
+    x = torch.randn(3, 16, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"pared\.nn\.Linear: expected an input that needs no gradient"):
+        module(x)
+    with torch.no_grad():
+        assert not module(x).requires_grad
+    with torch.inference_mode():
+        assert module(x).is_inference()
+    assert not module(x.detach()).requires_grad
+    with pytest.raises(
+        RuntimeError, match="needs no gradient"
+    ):  # a subclass takes the way through the dispatcher
+        module(nn.Parameter(torch.randn(3, 16)))
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "text"),
+    [
+        (torch.randn(3, 15), ValueError, r"x: expected a last dimension of 16 .* got \[3, 15\]"),
+        (torch.tensor(1.0), ValueError, "x: expected at least one dimension"),
+        (torch.randn(3, 16).double(), TypeError, "x: expected dtype"),
+        (torch.ones(3, 16, dtype=torch.int32), TypeError, "x: expected dtype"),
+        (torch.randn(3, 16).to_sparse(), TypeError, "x: expected a strided"),
+        (np.zeros((3, 16), np.float32), TypeError, "x: expected a torch tensor, got ndarray"),
+        (None, TypeError, "x: expected a torch tensor, got NoneType"),
+    ],
+)
+def test_bad_inputs(x: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        Linear.from_module(sparse_linear(16, 8))(x)
+
+
+def test_bad_arguments() -> None:
+    layer = sparse_linear(16, 8)
+    weight = pack("csr", layer.weight)
+    with pytest.raises(ValueError, match=r"activation: expected one of relu, .* got 'tanh'"):
+        Linear(weight, activation="tanh")
+    with pytest.raises(ValueError, match=r"bias: expected shape \[8\], got \[9\]"):
+        Linear(weight, torch.zeros(9))
+    with pytest.raises(TypeError, match=r"weight: expected a packed weight \(csr\), got Parameter"):
+        Linear(layer.weight)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"module: expected nn\.Linear, got Conv2d"):
+        Linear.from_module(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="format: expected one of csr, got 'coo'"):
+        Linear.from_module(layer, format="coo")
+    with pytest.raises(ValueError, match=r"linear weight \[out, in\]"):
+        Linear(pared.ops.CSR.from_dense(torch.zeros(4, 2, 3, 3)))
+    with torch.no_grad():
+        layer.weight[3, 2] = float("nan")
+    with pytest.raises(ValueError, match="weight: expected finite values"):
+        Linear.from_module(layer)
+
+
+def test_the_dense_weight_can_be_looked_at_but_not_used() -> None:
+    module = Linear.from_module(sparse_linear(16, 8, dtype=torch.bfloat16))
+    w = module.weight
+    assert (w.shape, w.dtype, w.device.type) == ((8, 16), torch.bfloat16, "cpu")
+    assert "WeightStandIn" in repr(w)
+    for use in (
+        lambda: w + 1,
+        lambda: nn.functional.linear(torch.randn(2, 16).bfloat16(), w),
+        lambda: w.abs(),
+    ):
+        with pytest.raises(DenseWeightError, match="holds a packed csr weight") as caught:
+            use()
+        assert caught.value.layer is module
+
+
+def test_transformer_encoder_layer_calls_its_accelerated_layers() -> None:
+    # Its fused path in eval mode hands linear1.weight to a native function.
+    encoder = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        expected = encoder(x)
+        calls = []
+        for name in ("linear1", "linear2"):
+            setattr(encoder, name, Linear.from_module(getattr(encoder, name)))
+            getattr(encoder, name).register_forward_hook(lambda *a: calls.append(1))
+        got = encoder(x)
+    assert len(calls) == 2
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_round_trip_to_a_plain_module() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        layer = sparse_linear(16, 8, dtype=dtype)
+        layer.bias.requires_grad_(False)
+        plain = Linear.from_module(layer, activation="relu").to_module()
+        assert type(plain) is nn.Linear
+        assert torch.equal(plain.weight, layer.weight)
+        assert torch.equal(plain.bias, layer.bias)
+        assert (plain.weight.requires_grad, plain.bias.requires_grad) == (True, False)
+    assert Linear.from_module(sparse_linear(4, 4, bias=False)).to_module().bias is None
+
+
+def test_many_threads_call_one_module() -> None:
+    layer = sparse_linear(64, 48)
+    module = Linear.from_module(layer, activation="relu")
+    inputs = [torch.randn(n, 64) for n in range(1, 9)]
+    expected = [module(x) for x in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(50):
+            if not torch.equal(module(inputs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
