@@ -1,0 +1,1 @@
+"""The demonstration behind ``pared demo``: real models from dense to pruned, converted and measured."""

