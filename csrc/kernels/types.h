@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "core/dtype.h"
+#include "kernels/select_types.h"
 
 namespace pared {
 

@@ -22,6 +22,15 @@ class _CsrInfo(TypedDict):
     tile: int
     block_k: int
 
+class _Threshold(TypedDict):
+    value: float
+    above: int
+    ties: int
+    equal: int
+    nans: int
+    path: str
+    gathered: int
+
 def isa() -> str: ...
 def set_isa(name: str) -> str: ...
 def supported_isas() -> list[str]: ...
@@ -75,3 +84,57 @@ def linear_reference(
     values: NDArray[np.float64],
     bias: NDArray[np.float64] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+def select_threshold(
+    scores: list[Any],
+    k: int,
+    key: str,
+    other: list[Any] | None,
+    col_scale: list[Any] | None,
+    nan: str,
+    many: bool,
+) -> _Threshold: ...
+def topk_mask(
+    scores: list[Any],
+    k: int,
+    key: str,
+    other: list[Any] | None,
+    col_scale: list[Any] | None,
+    nan: str,
+    many: bool,
+    out: list[Any],
+) -> _Threshold: ...
+def topk_mask_rows(
+    scores: list[Any],
+    k: int,
+    key: str,
+    other: list[Any] | None,
+    col_scale: list[Any] | None,
+    nan: str,
+    many: bool,
+    out: list[Any],
+) -> None: ...
+def topk(x: Any, k: int, key: str, other: list[Any] | None, nan: str, values: Any, indices: Any) -> None: ...
+def block_mask(
+    x: list[Any],
+    k: int,
+    r: int,
+    c: int,
+    key: str,
+    other: list[Any] | None,
+    col_scale: list[Any] | None,
+    nan: str,
+    many: bool,
+    out: list[Any],
+) -> _Threshold: ...
+def nm_mask(
+    x: list[Any],
+    n: int,
+    m: int,
+    key: str,
+    other: list[Any] | None,
+    col_scale: list[Any] | None,
+    nan: str,
+    many: bool,
+    out: list[Any],
+) -> None: ...
+def select_sample_positions(n: int) -> list[int]: ...

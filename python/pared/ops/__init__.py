@@ -3,5 +3,16 @@
 from pared.ops.conv import conv2d
 from pared.ops.csr import CSR
 from pared.ops.linear import linear
+from pared.ops.selection import Threshold, block_mask, nm_mask, select_threshold, topk, topk_mask
 
-__all__ = ["CSR", "conv2d", "linear"]
+__all__ = [
+    "CSR",
+    "Threshold",
+    "block_mask",
+    "conv2d",
+    "linear",
+    "nm_mask",
+    "select_threshold",
+    "topk",
+    "topk_mask",
+]

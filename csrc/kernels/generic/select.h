@@ -1,0 +1,451 @@
+// Selection kernels, written once over a vector type of int32 keys. What limits each: memory bandwidth for
+// bracket and mask once the data leave L2 (12 instructions for 64 bytes against 13 cycles of one core's share
+// of the bandwidth); instruction count in cache.
+#pragma once
+
+#include <stdint.h>
+
+#include "kernels/generic/half.h"
+#include "kernels/generic/simd.h"
+#include "kernels/select_types.h"
+
+namespace pared {
+namespace {
+
+// ---- vector types. I: `width` int32 lanes. M: the result of a comparison.
+
+struct ScalarSelect {
+  static constexpr int width = 1;
+  static constexpr int mask_vectors = 1;  // vectors whose mask bytes are stored at once
+  using I = int32_t;
+  using M = bool;
+  static PARED_INLINE I set1(int32_t v) { return v; }
+  template <DType T>
+  static PARED_INLINE I load(const void* p, int64_t i) {
+    if constexpr (T == DType::f32) {
+      return static_cast<I>(float_bits(static_cast<const float*>(p)[i]));
+    } else {
+      const uint16_t h = static_cast<const uint16_t*>(p)[i];
+      return static_cast<I>(float_bits(T == DType::bf16 ? bf16_to_float(h) : f16_to_float(h)));
+    }
+  }
+  static PARED_INLINE I load_keys(const int32_t* p) { return *p; }
+  static PARED_INLINE void store(int32_t* p, I v) { *p = v; }
+  static PARED_INLINE void store_float(float* p, I v) { *p = bits_float(static_cast<uint32_t>(v)); }
+  static PARED_INLINE I load_float(const float* p) { return static_cast<I>(float_bits(*p)); }
+  static PARED_INLINE I mul(I a, I b) {
+    return static_cast<I>(
+        float_bits(bits_float(static_cast<uint32_t>(a)) * bits_float(static_cast<uint32_t>(b))));
+  }
+  static PARED_INLINE I add_float(I a, I b) {
+    return static_cast<I>(
+        float_bits(bits_float(static_cast<uint32_t>(a)) + bits_float(static_cast<uint32_t>(b))));
+  }
+  static PARED_INLINE I magnitude(I v) { return v & 0x7fffffff; }
+  static PARED_INLINE I negate_if_negative(I magnitude, I sign) { return sign < 0 ? -magnitude : magnitude; }
+  static PARED_INLINE M gt(I a, I b) { return a > b; }
+  static PARED_INLINE M eq(I a, I b) { return a == b; }
+  static PARED_INLINE M or_(M a, M b) { return a || b; }
+  static PARED_INLINE M and_(M a, M b) { return a && b; }
+  static PARED_INLINE M and_not(M a, M b) { return a && !b; }
+  static PARED_INLINE I blend(M m, I no, I yes) { return m ? yes : no; }
+  static PARED_INLINE I count(I acc, M m) { return acc + m; }
+  static PARED_INLINE int64_t total(I acc) { return acc; }
+  static PARED_INLINE uint64_t bits(M m) { return m; }
+  static PARED_INLINE int compress(int32_t* out, M m, I v) {
+    *out = v;
+    return m;
+  }
+  static PARED_INLINE void store_mask(uint8_t* p, uint64_t bits) { *p = static_cast<uint8_t>(bits); }
+};
+
+#if defined(__AVX2__)
+// For each 8-bit mask the lanes that are set, packed to the front.
+struct CompressTable {
+  uint64_t lanes[256];
+};
+constexpr CompressTable make_compress_table() {
+  CompressTable t{};
+  for (int m = 0; m < 256; ++m) {
+    uint64_t packed = 0;
+    int n = 0;
+    for (uint64_t lane = 0; lane < 8; ++lane)
+      if (m >> lane & 1) packed |= lane << (8 * n++);
+    t.lanes[m] = packed;
+  }
+  return t;
+}
+constexpr CompressTable kCompressTable = make_compress_table();
+
+struct Avx2Select {
+  static constexpr int width = 8;
+  static constexpr int mask_vectors = 4;
+  using I = __m256i;
+  using M = __m256i;
+  static PARED_INLINE I set1(int32_t v) { return _mm256_set1_epi32(v); }
+  template <DType T>
+  static PARED_INLINE I load(const void* p, int64_t i) {
+    if constexpr (T == DType::f32) {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const float*>(p) + i));
+    } else {
+      const __m128i h =
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(p) + i));
+      if constexpr (T == DType::bf16) return _mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
+      return _mm256_castps_si256(_mm256_cvtph_ps(h));
+    }
+  }
+  static PARED_INLINE I load_keys(const int32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static PARED_INLINE void store(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static PARED_INLINE void store_float(float* p, I v) { _mm256_storeu_ps(p, _mm256_castsi256_ps(v)); }
+  static PARED_INLINE I load_float(const float* p) { return _mm256_castps_si256(_mm256_loadu_ps(p)); }
+  static PARED_INLINE I mul(I a, I b) {
+    return _mm256_castps_si256(_mm256_mul_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)));
+  }
+  static PARED_INLINE I add_float(I a, I b) {
+    return _mm256_castps_si256(_mm256_add_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)));
+  }
+  static PARED_INLINE I magnitude(I v) { return _mm256_and_si256(v, _mm256_set1_epi32(0x7fffffff)); }
+  static PARED_INLINE I negate_if_negative(I magnitude, I sign) { return _mm256_sign_epi32(magnitude, sign); }
+  static PARED_INLINE M gt(I a, I b) { return _mm256_cmpgt_epi32(a, b); }
+  static PARED_INLINE M eq(I a, I b) { return _mm256_cmpeq_epi32(a, b); }
+  static PARED_INLINE M or_(M a, M b) { return _mm256_or_si256(a, b); }
+  static PARED_INLINE M and_(M a, M b) { return _mm256_and_si256(a, b); }
+  static PARED_INLINE M and_not(M a, M b) { return _mm256_andnot_si256(b, a); }
+  static PARED_INLINE I blend(M m, I no, I yes) { return _mm256_blendv_epi8(no, yes, m); }
+  static PARED_INLINE I count(I acc, M m) { return _mm256_sub_epi32(acc, m); }
+  static PARED_INLINE int64_t total(I acc) {
+    alignas(32) int32_t lane[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lane), acc);
+    int64_t sum = 0;
+    for (int i = 0; i < 8; ++i) sum += lane[i];
+    return sum;
+  }
+  static PARED_INLINE uint64_t bits(M m) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(m)));
+  }
+  static PARED_INLINE int compress(int32_t* out, M m, I v) {
+    const uint64_t b = bits(m);
+    const __m256i lanes =
+        _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(kCompressTable.lanes[b])));
+    store(out, _mm256_permutevar8x32_epi32(v, lanes));
+    return __builtin_popcount(static_cast<unsigned>(b));
+  }
+  static PARED_INLINE void store_mask(uint8_t* p, uint64_t bits) {  // 32 bits to 32 bytes
+    const __m256i spread = _mm256_shuffle_epi8(
+        _mm256_set1_epi32(static_cast<int>(bits)),
+        _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
+    const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201u));
+    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_and_si256(set, _mm256_set1_epi8(1)));
+  }
+  static PARED_INLINE I permute(I v, I lanes) { return _mm256_permutevar8x32_epi32(v, lanes); }
+  static PARED_INLINE M as_mask(I lanes_all_ones) { return lanes_all_ones; }
+};
+#endif
+
+#if defined(__AVX512F__)
+struct Avx512Select {
+  static constexpr int width = 16;
+  static constexpr int mask_vectors = 4;
+  using I = __m512i;
+  using M = __mmask16;
+  static PARED_INLINE I set1(int32_t v) { return _mm512_set1_epi32(v); }
+  template <DType T>
+  static PARED_INLINE I load(const void* p, int64_t i) {
+    if constexpr (T == DType::f32) {
+      return _mm512_loadu_si512(static_cast<const float*>(p) + i);
+    } else {
+      const __m256i h =
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(p) + i));
+      if constexpr (T == DType::bf16) return _mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+      return _mm512_castps_si512(_mm512_cvtph_ps(h));
+    }
+  }
+  static PARED_INLINE I load_keys(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static PARED_INLINE void store(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
+  static PARED_INLINE void store_float(float* p, I v) { _mm512_storeu_ps(p, _mm512_castsi512_ps(v)); }
+  static PARED_INLINE I load_float(const float* p) { return _mm512_castps_si512(_mm512_loadu_ps(p)); }
+  static PARED_INLINE I mul(I a, I b) {
+    return _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
+  }
+  static PARED_INLINE I add_float(I a, I b) {
+    return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
+  }
+  static PARED_INLINE I magnitude(I v) { return _mm512_and_si512(v, _mm512_set1_epi32(0x7fffffff)); }
+  static PARED_INLINE I negate_if_negative(I magnitude, I sign) {
+    return _mm512_mask_sub_epi32(magnitude, _mm512_movepi32_mask(sign), _mm512_setzero_si512(), magnitude);
+  }
+  static PARED_INLINE M gt(I a, I b) { return _mm512_cmpgt_epi32_mask(a, b); }
+  static PARED_INLINE M eq(I a, I b) { return _mm512_cmpeq_epi32_mask(a, b); }
+  static PARED_INLINE M or_(M a, M b) { return _kor_mask16(a, b); }
+  static PARED_INLINE M and_(M a, M b) { return _kand_mask16(a, b); }
+  static PARED_INLINE M and_not(M a, M b) { return _kandn_mask16(b, a); }
+  static PARED_INLINE I blend(M m, I no, I yes) { return _mm512_mask_mov_epi32(no, m, yes); }
+  static PARED_INLINE I count(I acc, M m) {
+    return _mm512_mask_sub_epi32(acc, m, acc, _mm512_set1_epi32(-1));
+  }
+  static PARED_INLINE int64_t total(I acc) {
+    alignas(64) int32_t lane[16];
+    _mm512_store_si512(lane, acc);
+    int64_t sum = 0;
+    for (int i = 0; i < 16; ++i) sum += lane[i];
+    return sum;
+  }
+  static PARED_INLINE uint64_t bits(M m) { return _cvtmask16_u32(m); }
+  // Compress in the register, then store all of it: the store form of vpcompressd is microcode on Zen 4.
+  static PARED_INLINE int compress(int32_t* out, M m, I v) {
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(m, v));
+    return __builtin_popcount(_cvtmask16_u32(m));
+  }
+  static PARED_INLINE void store_mask(uint8_t* p, uint64_t bits) {  // 64 bits to 64 bytes
+    _mm512_storeu_si512(p, _mm512_maskz_set1_epi8(_cvtu64_mask64(bits), 1));
+  }
+  static PARED_INLINE I permute(I v, I lanes) { return _mm512_permutexvar_epi32(lanes, v); }
+  static PARED_INLINE M as_mask(I lanes_all_ones) { return _mm512_movepi32_mask(lanes_all_ones); }
+};
+#endif
+
+// ---- keys
+
+template <SelectKey K, DType T, DType G>
+struct Keyed {
+  static constexpr SelectKey kind = K;
+  // The score of element i: bits of a float32. Its sign is meaningful for `identity` alone.
+  template <class S>
+  static PARED_INLINE typename S::I score(const SelectRun& r, int64_t i) {
+    const typename S::I w = S::template load<T>(r.w, i);
+    if constexpr (K == SelectKey::identity) return w;
+    if constexpr (K == SelectKey::square) return S::magnitude(S::mul(w, w));
+    if constexpr (K == SelectKey::product) return S::magnitude(S::mul(w, S::template load<G>(r.g, i)));
+    return S::magnitude(w);
+  }
+  // The key of element i; counts NaNs.
+  template <class S>
+  static PARED_INLINE typename S::I key(const SelectRun& r, int64_t i, typename S::I& nans) {
+    if constexpr (K == SelectKey::raw) {
+      return S::load_keys(static_cast<const int32_t*>(r.w) + i);
+    } else {
+      const typename S::I s = score<S>(r, i);
+      const typename S::I magnitude = K == SelectKey::identity ? S::magnitude(s) : s;
+      const typename S::M nan = S::gt(magnitude, S::set1(kSelectInf));
+      nans = S::count(nans, nan);
+      return S::blend(nan, K == SelectKey::identity ? S::negate_if_negative(magnitude, s) : magnitude,
+                      S::set1(kSelectNan));
+    }
+  }
+};
+
+// Calls f with the Keyed that a run asks for.
+template <DType T, class F>
+PARED_INLINE auto with_key_of(const SelectRun& r, F f) {
+  switch (r.key) {
+    case SelectKey::identity:
+      return f(Keyed<SelectKey::identity, T, T>{});
+    case SelectKey::square:
+      return f(Keyed<SelectKey::square, T, T>{});
+    case SelectKey::product:
+      return r.g_dtype == T ? f(Keyed<SelectKey::product, T, T>{})
+                            : f(Keyed<SelectKey::product, T, DType::f32>{});
+    default:
+      return f(Keyed<SelectKey::abs, T, T>{});
+  }
+}
+template <class F>
+PARED_INLINE auto with_key(const SelectRun& r, F f) {
+  if (r.key == SelectKey::raw) return f(Keyed<SelectKey::raw, DType::f32, DType::f32>{});
+  switch (r.dtype) {
+    case DType::f16:
+      return with_key_of<DType::f16>(r, f);
+    case DType::bf16:
+      return with_key_of<DType::bf16>(r, f);
+    default:
+      return with_key_of<DType::f32>(r, f);
+  }
+}
+
+// ---- kernels: the vector loop, then the same loop one by one for the rest
+
+template <class S>
+int64_t keys_of_run(const SelectRun& run, int32_t* out) {
+  return with_key(run, [&](auto keyed) {
+    using K = decltype(keyed);
+    typename S::I nans = S::set1(0);
+    int64_t i = 0;
+    for (; i + S::width <= run.n; i += S::width) S::store(out + i, K::template key<S>(run, i, nans));
+    int32_t rest = 0;
+    for (; i < run.n; ++i) out[i] = K::template key<ScalarSelect>(run, i, rest);
+    return S::total(nans) + rest;
+  });
+}
+
+template <class S, class K>
+PARED_INLINE int32_t* bracket_range(const SelectBracketArgs& a, int64_t begin, int64_t end, int32_t* out,
+                                    SelectCounts& counts) {
+  const typename S::I lo = S::set1(a.lo), hi = S::set1(a.hi);
+  typename S::I above = S::set1(0), at_hi = S::set1(0), at_lo = S::set1(0), nans = S::set1(0);
+  for (int64_t i = begin; i + S::width <= end; i += S::width) {
+    const typename S::I key = K::template key<S>(a.run, i, nans);
+    const typename S::M over = S::gt(key, hi), top = S::eq(key, hi);
+    above = S::count(above, over);
+    at_hi = S::count(at_hi, top);
+    at_lo = S::count(at_lo, S::eq(key, lo));
+    out += S::compress(out, S::and_not(S::gt(key, lo), S::or_(over, top)), key);
+  }
+  counts.above += S::total(above);
+  counts.at_hi += S::total(at_hi);
+  counts.at_lo += S::total(at_lo);
+  counts.nans += S::total(nans);
+  return out;
+}
+
+template <class S>
+SelectCounts bracket_run(const SelectBracketArgs& a) {
+  SelectCounts counts = {0, 0, 0, 0, 0};
+  with_key(a.run, [&](auto keyed) {
+    using K = decltype(keyed);
+    const int64_t whole = a.run.n / S::width * S::width;
+    int32_t* out = bracket_range<S, K>(a, 0, whole, a.out, counts);
+    out = bracket_range<ScalarSelect, K>(a, whole, a.run.n, out, counts);
+    counts.inside = out - a.out;
+    return 0;
+  });
+  if (a.lo == a.hi) counts.at_lo = 0;
+  return counts;
+}
+
+template <class S>
+int32_t small_select(const int32_t* keys, int32_t n, int32_t k) {
+  // Padded to whole vectors with the key that is below all others and counts nowhere.
+  alignas(64) int32_t padded[kSelectSmall];
+  int32_t whole = 0;
+  for (; whole < n; ++whole) padded[whole] = keys[whole];
+  for (; whole % S::width != 0; ++whole) padded[whole] = kSelectNone;
+  for (int32_t i = 0; i < n; ++i) {
+    const typename S::I pivot = S::set1(padded[i]);
+    typename S::I above = S::set1(0), equal = S::set1(0);
+    for (int32_t j = 0; j < whole; j += S::width) {
+      const typename S::I key = S::load_keys(padded + j);
+      above = S::count(above, S::gt(key, pivot));
+      equal = S::count(equal, S::eq(key, pivot));
+    }
+    const int64_t before = S::total(above);
+    if (before < k && k <= before + S::total(equal)) return padded[i];
+  }
+  return kSelectNone;  // k is not in 1..n
+}
+
+template <class S, class K>
+PARED_INLINE int64_t mask_range(const SelectMaskArgs& a, int64_t begin, int64_t end, int64_t left) {
+  constexpr int64_t step = S::width * S::mask_vectors;
+  const typename S::I threshold = S::set1(a.threshold);
+  typename S::I nans = S::set1(0);
+  for (int64_t i = begin; i + step <= end; i += step) {
+    uint64_t chosen = 0, equal = 0;
+    for (int v = 0; v < S::mask_vectors; ++v) {
+      const typename S::I key = K::template key<S>(a.run, i + v * S::width, nans);
+      chosen |= S::bits(S::gt(key, threshold)) << (v * S::width);
+      equal |= S::bits(S::eq(key, threshold)) << (v * S::width);
+    }
+    if (equal != 0 && left > 0) {
+      const int ties = __builtin_popcountll(equal);
+      if (ties <= left) {
+        chosen |= equal;
+        left -= ties;
+      } else {
+        for (; left > 0; --left, equal &= equal - 1) chosen |= equal & (~equal + 1);
+      }
+    }
+    S::store_mask(a.mask + i, chosen);
+  }
+  return left;
+}
+
+template <class S>
+int64_t mask_run(const SelectMaskArgs& a) {
+  return with_key(a.run, [&](auto keyed) {
+    using K = decltype(keyed);
+    constexpr int64_t step = S::width * S::mask_vectors;
+    const int64_t whole = a.run.n / step * step;
+    int64_t left = mask_range<S, K>(a, 0, whole, a.ties);
+    left = mask_range<ScalarSelect, K>(a, whole, a.run.n, left);
+    return a.ties - left;
+  });
+}
+
+// Of `count` keys the n largest: a key's rank is the number of keys that beat it.
+inline void group_scalar(const int32_t* keys, int32_t count, int32_t n, uint8_t* mask) {
+  for (int32_t i = 0; i < count; ++i) {
+    int32_t rank = 0;
+    for (int32_t j = 0; j < count; ++j) rank += j < i ? keys[j] >= keys[i] : keys[j] > keys[i];
+    mask[i] = rank < n;
+  }
+}
+
+template <class S>
+void group_run(const SelectGroupArgs& a) {
+  int64_t i = 0;
+  if constexpr (S::width > 1) {
+    // Groups that divide a vector: every lane meets the others of its group by rotation within the group.
+    constexpr int64_t step = S::width * S::mask_vectors;
+    if (S::width % a.m == 0 && a.m > 1) {
+      typename S::I lanes[S::width];
+      typename S::M earlier[S::width];  // lanes whose rotated partner stands before them: it wins ties
+      for (int s = 1; s < a.m; ++s) {
+        alignas(64) int32_t lane[S::width], wrapped[S::width];
+        for (int l = 0; l < S::width; ++l) {
+          lane[l] = l / a.m * a.m + (l % a.m + s) % a.m;
+          wrapped[l] = lane[l] < l ? -1 : 0;
+        }
+        lanes[s] = S::load_keys(lane);
+        earlier[s] = S::as_mask(S::load_keys(wrapped));
+      }
+      const typename S::I n = S::set1(a.n);
+      for (; i + step <= a.count; i += step) {
+        uint64_t chosen = 0;
+        for (int v = 0; v < S::mask_vectors; ++v) {
+          const typename S::I key = S::load_keys(a.keys + i + v * S::width);
+          typename S::I rank = S::set1(0);
+          for (int s = 1; s < a.m; ++s) {
+            const typename S::I other = S::permute(key, lanes[s]);
+            rank = S::count(rank, S::or_(S::gt(other, key), S::and_(S::eq(other, key), earlier[s])));
+          }
+          chosen |= S::bits(S::gt(n, rank)) << (v * S::width);
+        }
+        S::store_mask(a.mask + i, chosen);
+      }
+    }
+  }
+  for (; i < a.count; i += a.m) {
+    const int64_t left = a.count - i;
+    group_scalar(a.keys + i, left < a.m ? static_cast<int32_t>(left) : a.m, a.n, a.mask + i);
+  }
+}
+
+template <class S, class K>
+PARED_INLINE void sum_range(const SelectRun& run, int64_t begin, int64_t end, bool first, float* sums) {
+  for (int64_t c = begin; c + S::width <= end; c += S::width) {
+    const typename S::I s = K::template score<S>(run, c);
+    S::store_float(sums + c, first ? s : S::add_float(S::load_float(sums + c), s));
+  }
+}
+
+template <class S>
+void sum_run(const SelectSumArgs& a) {
+  with_key(a.run, [&](auto keyed) {
+    using K = decltype(keyed);
+    SelectRun run = a.run;
+    const int64_t whole = run.n / S::width * S::width;
+    for (int64_t row = 0; row < a.rows; ++row) {
+      sum_range<S, K>(run, 0, whole, row == 0, a.sums);
+      sum_range<ScalarSelect, K>(run, whole, run.n, row == 0, a.sums);
+      run.w = static_cast<const char*>(run.w) + a.w_stride;
+      if (run.g) run.g = static_cast<const char*>(run.g) + a.g_stride;
+    }
+    return 0;
+  });
+}
+
+}  // namespace
+}  // namespace pared

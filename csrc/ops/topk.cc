@@ -1,0 +1,496 @@
+#include "ops/topk.h"
+
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <numeric>
+
+#include "core/check.h"
+#include "core/float_mode.h"
+#include "core/parallel.h"
+#include "kernels/generic/select.h"
+#include "ops/topk_keys.h"
+
+namespace pared {
+namespace {
+
+// Elements a task: 128 KB of float32, so that what a pass gathers stays in L2. A multiple of the widest step.
+constexpr int64_t kChunk = 1 << 15;
+// Fewer elements than a thread's start is worth.
+constexpr int64_t kMinChunksPerThread = 3;
+// Below this the keys are written out and selected from directly.
+constexpr int64_t kDirect = 1 << 15;
+// Half-width of the bracket in standard deviations of the sample: it misses once in a million selections.
+constexpr double kSigmas = 5.0;
+
+// Balances what a sample costs (a cache miss each) against what the bracket gathers (falls as its root).
+int64_t sample_size(int64_t n) {
+  const double m = 0.5 * std::cbrt(static_cast<double>(n) * static_cast<double>(n));
+  return std::clamp<int64_t>(static_cast<int64_t>(m), 256, int64_t{1} << 20);
+}
+
+struct Chunk {
+  int32_t member;
+  int64_t begin, end;
+};
+
+// What a pass over the data found, in all and chunk by chunk.
+struct ChunkCounts {
+  int32_t above, at_hi, at_lo, inside;
+  int64_t offset;  // of the gathered keys in the pool
+};
+struct Pass {
+  std::vector<ChunkCounts> chunks;
+  SelectCounts sum = {0, 0, 0, 0, 0};
+  bool overflow = false;
+};
+
+// Calls fn(run) for the stretches of a member's [begin, end) over which the second factor is contiguous.
+template <class F>
+void for_runs(const SelectMember& m, int64_t begin, int64_t end, F fn) {
+  const int64_t w_size = m.key == SelectKey::raw ? 4 : dtype_size(m.dtype), g_size = dtype_size(m.g_dtype);
+  while (begin < end) {
+    const int64_t at = m.period ? begin % m.period : begin;
+    const int64_t n = m.period ? std::min(m.period - at, end - begin) : end - begin;
+    fn(SelectRun{static_cast<const char*>(m.w) + begin * w_size,
+                 m.g ? static_cast<const char*>(m.g) + at * g_size : nullptr, n, m.dtype, m.g_dtype, m.key});
+    begin += n;
+  }
+}
+
+class Selection {
+ public:
+  Selection(const std::vector<SelectMember>& members, const NanRule& nan)
+      : members_(members), nan_(nan), kernels_(active_isa()) {
+    starts_.reserve(members.size() + 1);
+    for (size_t i = 0; i < members.size(); ++i) {
+      starts_.push_back(total_);
+      for (int64_t b = 0; b < members[i].n; b += kChunk)
+        chunks_.push_back({static_cast<int32_t>(i), b, std::min(members[i].n, b + kChunk)});
+      total_ += members[i].n;
+    }
+    starts_.push_back(total_);
+    parts_ =
+        std::clamp<int64_t>(static_cast<int64_t>(chunks_.size()) / kMinChunksPerThread, 1, num_threads());
+  }
+
+  int64_t total() const { return total_; }
+  const std::vector<Chunk>& chunks() const { return chunks_; }
+  const SelectKernels& kernels() const { return kernels_; }
+  int64_t parts() const { return parts_; }
+
+  Threshold find(int64_t k) {
+    PARED_CHECK(k >= 0 && k <= total_, "k: expected 0 to ", total_, " (the number of elements), got ", k);
+    Threshold t;
+    if (k == 0) {
+      // Nothing to find, but a NaN is refused whatever k is.
+      if (nan_.raise) pass(INT32_MAX, INT32_MAX);
+      check_nans(pass_.sum.nans);
+    } else if (total_ <= kDirect) {
+      t = direct(k);
+    } else {
+      t = sampled(k);
+    }
+    t.ties = k - t.above;
+    return t;
+  }
+
+  // Calls fn(part, chunk index, ties), where ties is how many of the chunk's elements that equal the
+  // threshold are selected: all of them, none, or at one place some.
+  template <class F>
+  void for_selected(const Threshold& t, F fn) {
+    std::vector<int64_t> ties(chunks_.size(), std::numeric_limits<int64_t>::max());
+    if (t.ties < t.equal) {
+      count_equal(t, ties);
+      int64_t left = t.ties;
+      for (int64_t& c : ties) {
+        c = std::min(c, left);
+        left -= c;
+      }
+    }
+    if (t.ties == 0) std::fill(ties.begin(), ties.end(), 0);
+    for_chunks([&](int64_t part, int64_t c) { fn(part, c, ties[c]); });
+  }
+
+  // The mask of one chunk, into `mask`, and its keys' runs with it.
+  void write_mask(const Threshold& t, const Chunk& c, int64_t ties, uint8_t* mask) const {
+    for_runs(members_[c.member], c.begin, c.end, [&](const SelectRun& run) {
+      ties -= kernels_.mask({run, t.key, ties, mask});
+      mask += run.n;
+    });
+  }
+
+  void write_keys(const Chunk& c, int32_t* keys) const {
+    for_runs(members_[c.member], c.begin, c.end, [&](const SelectRun& run) {
+      kernels_.keys(run, keys);
+      keys += run.n;
+    });
+  }
+
+  // Calls fn(part, chunk index) for all chunks, on all threads.
+  template <class F>
+  void for_chunks(F fn) const {
+    std::atomic<int64_t> next{0};
+    const auto count = static_cast<int64_t>(chunks_.size());
+    parallel_for(0, parts_, 1, [&](int64_t p0, int64_t p1) {
+      const IeeeDenormals mode;
+      for (int64_t p = p0; p < p1; ++p)
+        for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < count;) fn(p, c);
+    });
+  }
+
+ private:
+  void check_nans(int64_t nans) const {
+    PARED_CHECK(!nan_.raise || nans == 0, nan_.argument, ": expected no NaN among the keys, got ", nans,
+                " (nan=\"lowest\" ranks them below every number)");
+  }
+
+  static int32_t* chunk_keys() {
+    thread_local Scratch memory;
+    return memory.get<int32_t>(kChunk + kSelectPad);
+  }
+
+  // One read of the data: counts against the bracket, and gathers what lies inside into the pool.
+  void pass(int32_t lo, int32_t hi) {
+    Pass p;
+    lo_ = lo;
+    hi_ = hi;
+    p.chunks.resize(chunks_.size());
+    std::atomic<int64_t> used{0}, nans{0};
+    for_chunks([&](int64_t, int64_t index) {
+      const Chunk& c = chunks_[index];
+      int32_t* const keys = chunk_keys();
+      SelectCounts n = {0, 0, 0, 0, 0};
+      for_runs(members_[c.member], c.begin, c.end, [&](const SelectRun& run) {
+        const SelectCounts r = kernels_.bracket({run, lo, hi, keys + n.inside});
+        n = {n.above + r.above, n.at_hi + r.at_hi, n.at_lo + r.at_lo, n.inside + r.inside, n.nans + r.nans};
+      });
+      const int64_t at = used.fetch_add(n.inside, std::memory_order_relaxed);
+      if (n.inside && at + n.inside <= capacity_) std::memcpy(pool_ + at, keys, n.inside * sizeof(int32_t));
+      if (n.nans) nans.fetch_add(n.nans, std::memory_order_relaxed);
+      p.chunks[index] = {static_cast<int32_t>(n.above), static_cast<int32_t>(n.at_hi),
+                         static_cast<int32_t>(n.at_lo), static_cast<int32_t>(n.inside), at};
+    });
+    for (const ChunkCounts& c : p.chunks) {
+      p.sum.above += c.above;
+      p.sum.at_hi += c.at_hi;
+      p.sum.at_lo += c.at_lo;
+    }
+    p.sum.inside = used.load();
+    p.sum.nans = nans.load();
+    p.overflow = p.sum.inside > capacity_;
+    pass_ = std::move(p);
+  }
+
+  Threshold direct(int64_t k) {
+    thread_local Scratch memory;
+    int32_t* const keys = memory.get<int32_t>(total_ + kSelectPad);
+    int64_t nans = 0, at = 0;
+    {
+      const IeeeDenormals mode;
+      for (const SelectMember& m : members_)
+        for_runs(m, 0, m.n, [&](const SelectRun& run) {
+          nans += kernels_.keys(run, keys + at);
+          at += run.n;
+        });
+    }
+    check_nans(nans);
+    const Ranked r = key_select()(kernels_, keys, total_, k);
+    Threshold t;
+    t.key = r.key;
+    t.above = r.above;
+    t.equal = r.equal;
+    t.nans = nans;
+    t.path = SelectPath::direct;
+    t.gathered = total_;
+    return t;
+  }
+
+  // The keys of a sample, one in each of m equal stretches of the selection.
+  void sample(int64_t m, int32_t* out) const {
+    parallel_for(0, m, std::max<int64_t>(4096, (m + parts_ - 1) / parts_), [&](int64_t i, int64_t end) {
+      const IeeeDenormals mode;
+      while (i < end) {
+        const auto member = std::upper_bound(starts_.begin(), starts_.end(), sample_position(i, m, total_)) -
+                            starts_.begin() - 1;
+        const SelectMember& source = members_[member];
+        const int64_t first = starts_[member], last = starts_[member + 1];
+        with_key({source.w, source.g, source.n, source.dtype, source.g_dtype, source.key}, [&](auto keyed) {
+          using K = decltype(keyed);
+          for (int64_t at; i < end && (at = sample_position(i, m, total_)) < last; ++i)
+            out[i] = sample_key<K>(source, at - first);
+          return 0;
+        });
+      }
+    });
+  }
+
+  template <class K>
+  static int32_t sample_key(const SelectMember& m, int64_t i) {
+    int32_t nans = 0;
+    if constexpr (K::kind == SelectKey::raw) return static_cast<const int32_t*>(m.w)[i];
+    SelectRun run{m.w, m.g, 1, m.dtype, m.g_dtype, m.key};
+    if (m.period) {  // the factor's index is not the element's
+      run.w = static_cast<const char*>(m.w) + i * dtype_size(m.dtype);
+      run.g = static_cast<const char*>(m.g) + i % m.period * dtype_size(m.g_dtype);
+      i = 0;
+    }
+    return K::template key<ScalarSelect>(run, i, nans);
+  }
+
+  Threshold sampled(int64_t k) {
+    thread_local Scratch sample_memory, pool_memory;
+    const int64_t m = sample_size(total_);
+    int32_t* const keys = sample_memory.get<int32_t>(m);
+    sample(m, keys);
+    const SampleRanks ranks = bracket_ranks(k, total_, m, kSigmas);
+    const int32_t hi = ranks.hi < 1 ? INT32_MAX : key_select()(kernels_, keys, m, ranks.hi).key;
+    const int32_t lo = ranks.lo > m ? kSelectNone : key_select()(kernels_, keys, m, ranks.lo).key;
+    // Half as much again as is expected inside.
+    const int64_t width = std::min(ranks.lo, m) - std::max<int64_t>(ranks.hi, 0) + 1;
+    const auto expected = static_cast<int64_t>(static_cast<double>(total_) / static_cast<double>(m) *
+                                               static_cast<double>(width));
+    capacity_ = std::min<int64_t>({total_, expected + expected / 2 + kChunk, int64_t{1} << 30});
+    pool_ = pool_memory.get<int32_t>(capacity_ + kSelectPad);
+
+    pass(lo, hi);
+    check_nans(pass_.sum.nans);
+    Threshold t;
+    return settle(k, t) ? t : radix(k);
+  }
+
+  // The threshold, if the last pass holds it.
+  bool settle(int64_t k, Threshold& t) const {
+    const SelectCounts& c = pass_.sum;
+    const int64_t before_inside = c.above + c.at_hi, before_lo = before_inside + c.inside;
+    t.nans = c.nans;
+    t.gathered = c.inside;
+    if (k <= c.above || k > before_lo + c.at_lo) return false;
+    if (k <= before_inside) {
+      t.key = hi_;
+      t.above = c.above;
+      t.equal = c.at_hi;
+      t.path = SelectPath::bracket_end;
+    } else if (k > before_lo) {
+      t.key = lo_;
+      t.above = before_lo;
+      t.equal = c.at_lo;
+      t.path = SelectPath::bracket_end;
+    } else {
+      if (pass_.overflow) return false;
+      const Ranked r = key_select()(kernels_, pool_, c.inside, k - before_inside);
+      t.key = r.key;
+      t.above = before_inside + r.above;
+      t.equal = r.equal;
+      t.path = SelectPath::bracket_inside;
+    }
+    return true;
+  }
+
+  // 11 bits of the key a pass, until what is left fits the pool or is one key. Three passes at most.
+  Threshold radix(int64_t k) {
+    constexpr int kBits[] = {11, 11, 10};
+    constexpr int64_t kBins = 1 << 11;
+    uint32_t first = 0;  // the range of keys, as unsigned numbers in the same order
+    int left = 32;
+    int64_t above = 0;
+    for (int bits : kBits) {
+      left -= bits;
+      const uint32_t last = first + static_cast<uint32_t>((uint64_t{1} << (left + bits)) - 1);
+      const std::vector<int64_t> bins = histogram(first, last, left, kBins);
+      int64_t bin = (int64_t{1} << bits) - 1;
+      for (; above + bins[bin] < k; --bin) above += bins[bin];
+      first += static_cast<uint32_t>(bin) << left;
+      if (bins[bin] <= capacity_ || left == 0) break;
+    }
+    pass(from_ordered(first), from_ordered(first + ((uint32_t{1} << left) - 1)));
+    Threshold t;
+    settle(k, t);
+    t.path = SelectPath::radix;
+    return t;
+  }
+
+  static int32_t from_ordered(uint32_t u) { return static_cast<int32_t>(u ^ 0x80000000u); }
+  static uint32_t to_ordered(int32_t key) { return static_cast<uint32_t>(key) ^ 0x80000000u; }
+
+  // How many keys of [first, last] have each value of (key - first) >> shift.
+  std::vector<int64_t> histogram(uint32_t first, uint32_t last, int shift, int64_t bins) const {
+    // Four counters a bin: equal keys in a row would otherwise wait for each other's store.
+    constexpr int kWays = 4;
+    std::vector<std::vector<int64_t>> counts(parts_, std::vector<int64_t>(bins * kWays));
+    const int32_t lo = from_ordered(first), hi = from_ordered(last);
+    for_chunks([&](int64_t part, int64_t index) {
+      const Chunk& c = chunks_[index];
+      int32_t* const keys = chunk_keys();
+      int64_t* const count = counts[part].data();
+      int64_t at_hi = 0, at_lo = 0, inside = 0;
+      for_runs(members_[c.member], c.begin, c.end, [&](const SelectRun& run) {
+        const SelectCounts r = kernels_.bracket({run, lo, hi, keys + inside});
+        at_hi += r.at_hi;
+        at_lo += r.at_lo;
+        inside += r.inside;
+      });
+      for (int64_t i = 0; i < inside; ++i)
+        ++count[((to_ordered(keys[i]) - first) >> shift) * kWays + i % kWays];
+      count[((last - first) >> shift) * kWays] += at_hi;
+      count[0] += at_lo;
+    });
+    std::vector<int64_t> out(bins);
+    for (const auto& part : counts)
+      for (int64_t i = 0; i < bins * kWays; ++i) out[i / kWays] += part[i];
+    return out;
+  }
+
+  // equal[c] = elements of chunk c whose key is the threshold, from what the last pass left behind.
+  void count_equal(const Threshold& t, std::vector<int64_t>& equal) {
+    if (t.path == SelectPath::direct) pass(t.key, t.key);
+    int32_t unused[kSelectPad];
+    for (size_t c = 0; c < equal.size(); ++c) {
+      const ChunkCounts& n = pass_.chunks[c];
+      if (t.key == hi_ || t.key == lo_) {
+        equal[c] = t.key == hi_ ? n.at_hi : n.at_lo;
+      } else {
+        equal[c] = kernels_.bracket({raw_run(pool_ + n.offset, n.inside), t.key, t.key, unused}).at_hi;
+      }
+    }
+  }
+
+  static KeySelect& key_select() {
+    thread_local KeySelect select;
+    return select;
+  }
+
+  const std::vector<SelectMember>& members_;
+  const NanRule nan_;
+  const SelectKernels kernels_;
+  std::vector<int64_t> starts_;
+  std::vector<Chunk> chunks_;
+  int64_t total_ = 0, parts_ = 1;
+  // The last pass, its bracket and pool: where count_equal finds the ties.
+  Pass pass_;
+  int32_t lo_ = 0, hi_ = 0;
+  int32_t* pool_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+}  // namespace
+
+const char* select_path_name(SelectPath path) {
+  constexpr const char* kNames[] = {"none", "direct", "bracket_end", "bracket_inside", "radix"};
+  return kNames[static_cast<int>(path)];
+}
+
+float key_value(int32_t key) {
+  if (key == kSelectNan) return std::numeric_limits<float>::quiet_NaN();
+  if (key > kSelectInf) return std::numeric_limits<float>::infinity();
+  return key >= 0 ? bits_float(static_cast<uint32_t>(key)) : -bits_float(static_cast<uint32_t>(-key));
+}
+
+Threshold select_threshold(const std::vector<SelectMember>& members, int64_t k, const NanRule& nan) {
+  return Selection(members, nan).find(k);
+}
+
+Threshold select_mask_global(const std::vector<SelectMember>& members, int64_t k, const NanRule& nan,
+                             uint8_t* const* masks) {
+  Selection s(members, nan);
+  const Threshold t = s.find(k);
+  s.for_selected(t, [&](int64_t, int64_t index, int64_t ties) {
+    const Chunk& c = s.chunks()[index];
+    s.write_mask(t, c, ties, masks[c.member] + c.begin);
+  });
+  return t;
+}
+
+namespace {
+
+// Stable, least significant digit first; a digit that all keys share costs one read.
+void sort_descending(std::vector<uint32_t>& keys, std::vector<int64_t>& indices) {
+  constexpr int kBits = 11;
+  const size_t n = keys.size();
+  std::vector<uint32_t> keys_out(n);
+  std::vector<int64_t> indices_out(n);
+  for (int shift = 0; shift < 32; shift += kBits) {
+    int64_t starts[1 << kBits] = {};
+    const auto digit = [&](uint32_t key) { return ~(key >> shift) & ((1u << kBits) - 1); };
+    for (uint32_t key : keys) ++starts[digit(key)];
+    int64_t at = 0;
+    bool one_bin = false;
+    for (int64_t& s : starts) {
+      const int64_t count = s;
+      one_bin = one_bin || count == static_cast<int64_t>(n);
+      s = at;
+      at += count;
+    }
+    if (one_bin) continue;
+    for (size_t i = 0; i < n; ++i) {
+      const int64_t to = starts[digit(keys[i])]++;
+      keys_out[to] = keys[i];
+      indices_out[to] = indices[i];
+    }
+    keys.swap(keys_out);
+    indices.swap(indices_out);
+  }
+}
+
+}  // namespace
+
+void select_sorted(const SelectMember& m, int64_t k, const NanRule& nan, void* values, int64_t* indices) {
+  const std::vector<SelectMember> members{m};
+  Selection s(members, nan);
+  const Threshold t = s.find(k);
+  // Chunks finish in any order: each puts its elements where there is room, and notes where.
+  struct Found {
+    int64_t offset = 0, count = 0;
+  };
+  std::vector<Found> found(s.chunks().size());
+  std::vector<uint32_t> loose_keys(k);
+  std::vector<int64_t> loose_indices(k);
+  std::atomic<int64_t> used{0};
+  s.for_selected(t, [&](int64_t, int64_t index, int64_t ties) {
+    thread_local Scratch key_memory, mask_memory;
+    int32_t* const keys = key_memory.get<int32_t>(kChunk);
+    uint8_t* const mask = mask_memory.get<uint8_t>(kChunk);
+    const Chunk& c = s.chunks()[index];
+    const int64_t n = c.end - c.begin;
+    s.write_mask(t, c, ties, mask);
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) count += mask[i];
+    if (count == 0) return;
+    s.write_keys(c, keys);
+    int64_t at = used.fetch_add(count, std::memory_order_relaxed);
+    found[index] = {at, count};
+    for (int64_t i = 0; count > 0; ++i)
+      if (mask[i]) {
+        loose_keys[at] = static_cast<uint32_t>(keys[i]) ^ 0x80000000u;
+        loose_indices[at++] = c.begin + i;
+        --count;
+      }
+  });
+  std::vector<uint32_t> keys;
+  std::vector<int64_t> order;
+  keys.reserve(k);
+  order.reserve(k);
+  for (const Found& f : found) {
+    keys.insert(keys.end(), loose_keys.begin() + f.offset, loose_keys.begin() + f.offset + f.count);
+    order.insert(order.end(), loose_indices.begin() + f.offset, loose_indices.begin() + f.offset + f.count);
+  }
+  sort_descending(keys, order);
+  std::copy(order.begin(), order.end(), indices);
+  const auto take = [&](auto* out, const auto* in) {
+    for (int64_t i = 0; i < k; ++i) out[i] = in[order[i]];
+  };
+  if (dtype_size(m.dtype) == 4) {
+    take(static_cast<uint32_t*>(values), static_cast<const uint32_t*>(m.w));
+  } else {
+    take(static_cast<uint16_t*>(values), static_cast<const uint16_t*>(m.w));
+  }
+}
+
+std::vector<int64_t> select_sample_positions(int64_t n) {
+  const int64_t m = n <= kDirect ? 0 : sample_size(n);
+  std::vector<int64_t> out(m);
+  for (int64_t i = 0; i < m; ++i) out[i] = sample_position(i, m, n);
+  return out;
+}
+
+}  // namespace pared
