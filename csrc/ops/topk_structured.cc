@@ -158,23 +158,12 @@ void block_scores(const SelectRows& matrix, const BlockShape& block, float* scor
       float* const out = scores + b * taps * across;
       if (taps == 1) {
         switch (c) {
-          case 1:
-            add_across<1>(sums, whole, c, out);
-            break;
-          case 2:
-            add_across<2>(sums, whole, c, out);
-            break;
-          case 4:
-            add_across<4>(sums, whole, c, out);
-            break;
-          case 8:
-            add_across<8>(sums, whole, c, out);
-            break;
-          case 16:
-            add_across<16>(sums, whole, c, out);
-            break;
-          default:
-            add_across<0>(sums, whole, c, out);
+          case 1: add_across<1>(sums, whole, c, out); break;
+          case 2: add_across<2>(sums, whole, c, out); break;
+          case 4: add_across<4>(sums, whole, c, out); break;
+          case 8: add_across<8>(sums, whole, c, out); break;
+          case 16: add_across<16>(sums, whole, c, out); break;
+          default: add_across<0>(sums, whole, c, out);
         }
         if (whole < across) add_across<0>(sums + whole * c, 1, channels - whole * c, out + whole);
         continue;

@@ -241,27 +241,21 @@ struct Keyed {
 template <DType T, class F>
 PARED_INLINE auto with_key_of(const SelectRun& r, F f) {
   switch (r.key) {
-    case SelectKey::identity:
-      return f(Keyed<SelectKey::identity, T, T>{});
-    case SelectKey::square:
-      return f(Keyed<SelectKey::square, T, T>{});
+    case SelectKey::identity: return f(Keyed<SelectKey::identity, T, T>{});
+    case SelectKey::square: return f(Keyed<SelectKey::square, T, T>{});
     case SelectKey::product:
       return r.g_dtype == T ? f(Keyed<SelectKey::product, T, T>{})
                             : f(Keyed<SelectKey::product, T, DType::f32>{});
-    default:
-      return f(Keyed<SelectKey::abs, T, T>{});
+    default: return f(Keyed<SelectKey::abs, T, T>{});
   }
 }
 template <class F>
 PARED_INLINE auto with_key(const SelectRun& r, F f) {
   if (r.key == SelectKey::raw) return f(Keyed<SelectKey::raw, DType::f32, DType::f32>{});
   switch (r.dtype) {
-    case DType::f16:
-      return with_key_of<DType::f16>(r, f);
-    case DType::bf16:
-      return with_key_of<DType::bf16>(r, f);
-    default:
-      return with_key_of<DType::f32>(r, f);
+    case DType::f16: return with_key_of<DType::f16>(r, f);
+    case DType::bf16: return with_key_of<DType::bf16>(r, f);
+    default: return with_key_of<DType::f32>(r, f);
   }
 }
 

@@ -1,4 +1,4 @@
-"""Selection: the k largest of one tensor or of many, by row, by block and in N:M groups. Nothing is sorted."""
+"""Selection: the k largest of one tensor or of many, by row, by block and in N:M groups, without a sort."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Threshold(NamedTuple):
 
     Attributes
     ----------
-    value : the key itself, in key space: what ``abs(w)``, ``w``, ``w * w`` or ``abs(w * other)`` gives in float32.
-        Infinity when k is 0; NaN when ``nan="lowest"`` and k reaches into the NaNs.
+    value : the key itself, in key space: what ``abs(w)``, ``w``, ``w * w`` or ``abs(w * other)`` gives in
+        float32. Infinity when k is 0; NaN when ``nan="lowest"`` and k reaches into the NaNs.
     above : how many keys are strictly greater.
     ties : how many of the keys equal to `value` are selected: ``k - above``, those of the lowest index.
     """
@@ -48,12 +48,12 @@ def select_threshold(
         differ. Nothing is copied or concatenated. More than 2**31 elements are welcome.
     k : 0 to the number of elements.
     key : "abs" (default) ``|w|``, "identity" ``w``, "square" ``w * w``, or "abs_mul": ``|w * other|``, or
-        ``|w * col_scale|``. Keys are float32 (16-bit elements are widened first, products rounded once) and never
-        stored.
+        ``|w * col_scale|``. Keys are float32 (16-bit elements are widened first, products rounded once) and
+        never stored.
     other : with "abs_mul", a tensor of the shape and dtype of `scores` (one for each).
     col_scale : with "abs_mul", non-negative float32 factors of the columns of a weight ``[out, in, *taps]``:
-        ``[in]``, one for each input, or ``[in * taps]``, one for each column of the flattened row; ``[groups, ...]``
-        gives every group of ``out / groups`` consecutive outputs its own (grouped convolutions).
+        ``[in]``, one for each input, or ``[in * taps]``, one for each column of the flattened row; ``[groups,
+        ...]`` gives every group of ``out / groups`` consecutive outputs its own (grouped convolutions).
     nan : "raise" (default) refuses NaN keys; "lowest" ranks them below every number, equal to each other.
 
     Returns
@@ -66,9 +66,9 @@ def select_threshold(
 
     Notes
     -----
-    -0.0 equals 0.0. One read of the data: a sample brackets the rank, one pass counts what is above the bracket and
-    gathers the few keys inside, which are then selected from exactly; the idea goes back to Floyd and Rivest,
-    "Expected time bounds for selection" (CACM 18, 1975).
+    -0.0 equals 0.0. One read of the data: a sample brackets the rank, one pass counts what is above the
+    bracket and gathers the few keys inside, which are then selected from exactly; the idea goes back to Floyd
+    and Rivest, "Expected time bounds for selection" (CACM 18, 1975).
     """
     tensors, many = _tensors(scores, "scores")
     d = _core.select_threshold(tensors, _int(k, "k"), key, *_factors(other, col_scale, many), nan, many)
@@ -118,10 +118,10 @@ def topk_mask(
     ----------
     scores, key, other, col_scale, nan : as for `select_threshold`.
     k : how many are True, in all (``dim=None``) or in each row (``dim=1``).
-    dim : None, or 1: a row is one output of a weight ``[out, in, *taps]`` with everything that belongs to it. The
-        rows of a two-dimensional tensor may be apart in memory.
-    out : bool masks to fill instead of new ones, of the shape of `scores`, contiguous. Untouched when a global
-        selection raises; unspecified when a row-wise one finds a NaN.
+    dim : None, or 1: a row is one output of a weight ``[out, in, *taps]`` with everything that belongs to it.
+        The rows of a two-dimensional tensor may be apart in memory.
+    out : bool masks to fill instead of new ones, of the shape of `scores`, contiguous. Untouched when a
+        global selection raises; unspecified when a row-wise one finds a NaN.
 
     Returns
     -------
@@ -210,18 +210,19 @@ def block_mask(
 ) -> Array | list[Array]:
     """A bool mask of the elements of the k blocks with the largest norm.
 
-    A block is R consecutive outputs by C consecutive inputs of a weight ``[out, in]``; for a convolution weight
-    ``[out, in/groups, *taps]`` C consecutive input channels at one tap. Blocks at the edges are as if padded with
-    zeros. Blocks are numbered by (output, tap, input), ties go to the lowest number.
+    A block is R consecutive outputs by C consecutive inputs of a weight ``[out, in]``; for a convolution
+    weight ``[out, in/groups, *taps]`` C consecutive input channels at one tap. Blocks at the edges are as if
+    padded with zeros. Blocks are numbered by (output, tap, input), ties go to the lowest number.
 
     Parameters
     ----------
-    x : one weight or a sequence whose blocks compete; the rows of a two-dimensional one may be apart in memory.
+    x : one weight or a sequence whose blocks compete; the rows of a two-dimensional one may be apart in
+        memory.
     k : 0 to the number of blocks of all weights.
     block : (R, C).
-    key : a block's score is the sum of its elements' keys: "abs" the L1 norm, "square" the squared L2 norm, "identity"
-        the sum, "abs_mul" the sum of ``|w * other|`` or ``|w * col_scale|``. Summed in float32, down the rows and
-        then from left to right, on every instruction set alike.
+    key : a block's score is the sum of its elements' keys: "abs" the L1 norm, "square" the squared L2 norm,
+        "identity" the sum, "abs_mul" the sum of ``|w * other|`` or ``|w * col_scale|``. Summed in float32,
+        down the rows and then from left to right, on every instruction set alike.
     other, col_scale, nan : as for `select_threshold`; NaN is judged on the block's score.
     out : as for `topk_mask`.
 
@@ -279,8 +280,9 @@ def nm_mask(
 ) -> Array | list[Array]:
     """A bool mask of the n largest keys in every m consecutive inputs.
 
-    Groups run along ``in`` of a weight ``[out, in]``, and along the input channels at one tap of a convolution weight
-    ``[out, in/groups, *taps]``. A last group of r < m inputs keeps ``min(n, r)``. Ties go to the lowest input.
+    Groups run along ``in`` of a weight ``[out, in]``, and along the input channels at one tap of a
+    convolution weight ``[out, in/groups, *taps]``. A last group of r < m inputs keeps ``min(n, r)``. Ties go
+    to the lowest input.
 
     Parameters
     ----------
