@@ -1,0 +1,56 @@
+#include "cuda/device.h"
+
+#include <atomic>
+#include <stdexcept>
+
+#include "core/check.h"
+
+namespace pared::cuda {
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // a launch error stays set and would be blamed on the next call
+  throw std::runtime_error(str(what, ": CUDA error ", static_cast<int>(status), " (",
+                               cudaGetErrorName(status), "): ", cudaGetErrorString(status)));
+}
+
+DeviceGuard::DeviceGuard(int device, const char* what) {
+  check(cudaGetDevice(&before_), what);
+  if (before_ == device) return;
+  check(cudaSetDevice(device), what);
+  changed_ = true;
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (changed_) cudaSetDevice(before_);
+}
+
+int device_count() {
+  int n = 0;
+  const cudaError_t status = cudaGetDeviceCount(&n);
+  if (status == cudaErrorNoDevice) {
+    cudaGetLastError();
+    return 0;
+  }
+  check(status, "device_count");
+  return n;
+}
+
+DeviceInfo device_info(int device) {
+  cudaDeviceProp p;
+  check(cudaGetDeviceProperties(&p, device), "device_info");
+  return {p.name, p.major, p.minor, p.multiProcessorCount};
+}
+
+int multiprocessors(int device) {
+  constexpr int kCached = 64;
+  static std::atomic<int> cache[kCached];
+  const bool cached = device >= 0 && device < kCached;
+  int n = cached ? cache[device].load(std::memory_order_relaxed) : 0;
+  if (n) return n;
+  check(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+  if (cached) cache[device].store(n, std::memory_order_relaxed);
+  return n;
+}
+
+}  // namespace pared::cuda
