@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from pared._info import isa, kernels
 
 if TYPE_CHECKING:
-    from pared import nn, ops
+    from pared import nn, ops, schedules
     from pared._accelerate import accelerate
     from pared._format import FormatError
     from pared._io import load, save
     from pared._report import Report, report
     from pared._surgery import restore
+    from pared.pruning import Pruner, prune
 
 __version__ = "0.1.0"
 
@@ -26,17 +27,20 @@ __version__ = "0.1.0"
 # module `pared.report` would hide the function.
 _LAZY: dict[str, str] = {
     "FormatError": "pared._format",
+    "Pruner": "pared.pruning",
     "Report": "pared._report",
     "accelerate": "pared._accelerate",
     "load": "pared._io",
+    "prune": "pared.pruning",
     "report": "pared._report",
     "restore": "pared._surgery",
     "save": "pared._io",
 }
-_SUBMODULES = ("nn", "ops")
+_SUBMODULES = ("nn", "ops", "schedules")
 
 __all__ = [
     "FormatError",
+    "Pruner",
     "Report",
     "accelerate",
     "isa",
@@ -44,9 +48,11 @@ __all__ = [
     "load",
     "nn",
     "ops",
+    "prune",
     "report",
     "restore",
     "save",
+    "schedules",
 ]
 
 

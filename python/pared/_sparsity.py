@@ -24,7 +24,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
-__all__ = ["bake", "base_type", "copy_model", "effective_weight", "parameter_of", "weight_format"]
+__all__ = [
+    "bake",
+    "base_type",
+    "copy_model",
+    "effective_weight",
+    "masked_names",
+    "parameter_of",
+    "weight_format",
+]
 
 
 def base_type(module: nn.Module) -> type[nn.Module]:
@@ -94,11 +102,16 @@ def effective_weight(module: nn.Module, name: str = "weight") -> torch.Tensor:
     return weight
 
 
-def bake(module: nn.Module) -> list[str]:
-    """Make the masks of `module` and of all its submodules permanent, in place: true zeros, plain parameters.
+def bake(module: nn.Module, *, recurse: bool = True) -> list[str]:
+    """Make pruning masks permanent, in place: true zeros, plain parameters, no hooks.
 
     The parameters stay the same objects, so optimisers and tied modules go on working. Parametrisations that
     are not pruning masks are left alone. Nothing changes when this raises.
+
+    Parameters
+    ----------
+    module : a layer or a whole model.
+    recurse : whether its submodules are baked too.
 
     Returns
     -------
@@ -110,8 +123,8 @@ def bake(module: nn.Module) -> list[str]:
     """
     found = [
         (prefix, owner, name, weight_format(owner, name))
-        for prefix, owner in module.named_modules()
-        for name in _masked_names(owner)
+        for prefix, owner in (module.named_modules() if recurse else [("", module)])
+        for name in masked_names(owner)
     ]
     zeroed: set[tuple[int, tuple[int, ...]]] = set()
     for _, owner, name, kind in found:
@@ -167,7 +180,7 @@ def _masks(module: nn.Module, name: str) -> list[torch.Tensor]:
     return []
 
 
-def _masked_names(module: nn.Module) -> list[str]:
+def masked_names(module: nn.Module) -> list[str]:
     """Names of the module's own tensors that carry a pruning mask."""
     names = [
         key.removesuffix("_mask")

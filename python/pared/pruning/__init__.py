@@ -1,0 +1,22 @@
+"""Pruning: which weights go, and how the zeros are held while the rest is trained.
+
+The public names are `pared.prune` (a function), `pared.Pruner` and `pared.schedules`. This package is called
+``pruning`` because importing a submodule binds its name in the parent package: a package called
+``pared.prune`` would replace the function `pared.prune` as soon as anything imported it.
+"""
+
+from pared.pruning.importance import Criterion, Magnitude, Random, Statistics
+from pared.pruning.oneshot import prune
+from pared.pruning.pruner import Pruner
+from pared.pruning.report import LayerReport, PruneReport
+
+__all__ = [
+    "Criterion",
+    "LayerReport",
+    "Magnitude",
+    "PruneReport",
+    "Pruner",
+    "Random",
+    "Statistics",
+    "prune",
+]

@@ -1,0 +1,192 @@
+"""How much a weight matters: the criteria, and the protocol that a user's own follows.
+
+A criterion gives each weight a score; the units with the smallest scores are pruned. Built in:
+``"magnitude"`` (``|w|``; the L1 norm over a block, see `Magnitude` for L2) and ``"random"`` (the baseline
+that every other criterion has to beat). A plain callable ``module -> scores`` is accepted wherever a name
+is.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import nn
+
+from pared._errors import choice_error
+
+__all__ = ["Criterion", "Importance", "Magnitude", "Random", "Statistics", "resolve"]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a criterion may look at besides the module.
+
+    Attributes
+    ----------
+    layer : qualified name of the module, for example ``"encoder.fc1"``.
+    parameter : name of the tensor in it, for example ``"weight"`` or ``"in_proj_weight"``.
+    weight : the tensor as the forward pass uses it (masks of other tools applied), detached. Do not write
+        to it.
+    """
+
+    layer: str
+    parameter: str
+    weight: torch.Tensor
+
+
+@runtime_checkable
+class Criterion(Protocol):
+    """An importance criterion.
+
+    Attributes
+    ----------
+    name : what the report calls it.
+    needs_data, needs_gradients : whether `score` reads activations or gradients from its statistics.
+    scope : where scores may be compared when the user does not say: "global", "layer" or "row".
+    key : how the selection reads a score: "identity" as it is, "abs" its absolute value, "square" its
+        square; summed over a block. With the latter two the weight can be its own score: nothing is
+        allocated.
+    """
+
+    name: str
+    needs_data: bool
+    needs_gradients: bool
+    scope: str
+    key: str
+
+    def score(self, module: nn.Module, statistics: Statistics) -> torch.Tensor:
+        """Scores of the weight's shape, larger is more important; on the weight's device, floating point."""
+        ...
+
+
+class Magnitude:
+    """``|w|``, and over a block the Lp norm: ``p=1`` the sum of ``|w|``, ``p=2`` the Euclidean norm."""
+
+    name = "magnitude"
+    needs_data = False
+    needs_gradients = False
+    scope = "global"
+    key = "abs"
+
+    def __init__(self, p: int = 1) -> None:
+        if p not in (1, 2):
+            raise ValueError(f"p: expected 1 or 2, got {p!r}")
+        if p == 2:
+            self.name += " (p=2)"
+            self.key = "square"  # orders norms as the root does
+
+    def score(self, module: nn.Module, statistics: Statistics) -> torch.Tensor:
+        return statistics.weight
+
+
+class Random:
+    """Uniform scores in [0, 1) that depend on `seed` and the layer's name alone.
+
+    The same weights go first at every sparsity, so masks nest, and a resumed run repeats them.
+    """
+
+    name = "random"
+    needs_data = False
+    needs_gradients = False
+    scope = "global"
+    key = "identity"
+
+    def __init__(self, seed: int = 0) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
+        self.seed = seed
+
+    def score(self, module: nn.Module, statistics: Statistics) -> torch.Tensor:
+        name = f"{self.seed}/{statistics.layer}/{statistics.parameter}".encode()
+        generator = torch.Generator().manual_seed(zlib.crc32(name))
+        scores = torch.rand(statistics.weight.shape, generator=generator)
+        return scores.to(statistics.weight.device)
+
+
+class _Callable:
+    """A user's ``module -> scores``; a module with several weights may return a dict from name to scores."""
+
+    needs_data = False
+    needs_gradients = False
+    scope = "global"
+    key = "identity"
+
+    def __init__(self, function: Callable[[nn.Module], object]) -> None:
+        self.name = str(getattr(function, "__name__", type(function).__name__))
+        self.function = function
+
+    def score(self, module: nn.Module, statistics: Statistics) -> torch.Tensor:
+        result = self.function(module)
+        if isinstance(result, Mapping):
+            if statistics.parameter not in result:
+                raise ValueError(
+                    f"importance: expected {self.name} to score {statistics.parameter!r} of layer "
+                    f"{statistics.layer!r}, got scores for {sorted(map(str, result))}"
+                )
+            result = result[statistics.parameter]
+        return result  # type: ignore[return-value]  # checked by the caller, as any criterion's is
+
+
+Importance: TypeAlias = "str | Criterion | Callable[[nn.Module], torch.Tensor | Mapping[str, torch.Tensor]]"
+
+_BUILT_IN: dict[str, type[Magnitude | Random]] = {"magnitude": Magnitude, "random": Random}
+
+
+def resolve(importance: object) -> Criterion:
+    """The criterion behind a name, an object that follows `Criterion`, or a callable."""
+    if isinstance(importance, str):
+        if importance not in _BUILT_IN:
+            raise choice_error("importance", importance, _BUILT_IN, "a callable module -> scores")
+        return _BUILT_IN[importance]()
+    if not isinstance(importance, type):
+        if hasattr(importance, "score"):
+            required = ("name", "needs_data", "needs_gradients", "scope", "key")
+            missing = [attribute for attribute in required if not hasattr(importance, attribute)]
+            if missing:
+                raise TypeError(
+                    f"importance: expected a criterion with {', '.join(required)} and score(), got "
+                    f"{type(importance).__name__} without {', '.join(missing)}"
+                )
+            assert isinstance(importance, Criterion)
+            return importance
+        if callable(importance):
+            return _Callable(importance)
+    got = f"the class {importance.__name__}" if isinstance(importance, type) else type(importance).__name__
+    raise TypeError(
+        f"importance: expected a name, a criterion object or a callable module -> scores, got {got}"
+    )
+
+
+def checked_score(criterion: Criterion, module: nn.Module, statistics: Statistics) -> torch.Tensor:
+    """The criterion's scores, or an error in the user's words when they do not fit the weight."""
+    scores = criterion.score(module, statistics)
+    weight = statistics.weight
+    if scores is weight:
+        return weight
+    where = f"of layer {statistics.layer!r} ({statistics.parameter})"
+    if not isinstance(scores, torch.Tensor):
+        raise TypeError(
+            f"importance: expected {criterion.name} to return a tensor {where}, got {type(scores).__name__}"
+        )
+    scores = scores.detach()
+    if scores.shape != weight.shape:
+        raise ValueError(
+            f"importance: expected scores of shape {list(weight.shape)} {where}, got {list(scores.shape)} "
+            f"from {criterion.name}"
+        )
+    if scores.device != weight.device:
+        raise ValueError(
+            f"importance: expected scores on {weight.device} {where}, "
+            f"got {scores.device} from {criterion.name}"
+        )
+    if not scores.is_floating_point():
+        raise ValueError(
+            f"importance: expected floating-point scores {where}, got {scores.dtype} from {criterion.name}"
+        )
+    if bool(torch.isnan(scores).any()):
+        raise ValueError(f"importance: expected scores without NaN {where}, got NaN from {criterion.name}")
+    return scores

@@ -1,0 +1,218 @@
+"""`pared.prune`: zeros into a model, in one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pared._errors import choice_error
+from pared._sparsity import bake, masked_names, weight_format
+from pared.pruning.importance import Criterion, Importance, resolve
+from pared.pruning.masks import SCOPES, check_writable, choose, score
+from pared.pruning.patterns import Pattern, parse_pattern
+from pared.pruning.report import LayerReport, PruneReport
+from pared.pruning.targets import Filters, Target, collect, unwrap
+
+__all__ = ["prune"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Checked arguments that `prune` and `Pruner` share."""
+
+    model: nn.Module
+    pattern: Pattern
+    criterion: Criterion
+    scope: str
+    targets: list[Target]
+    dense: list[tuple[str, str]]
+
+
+def make_plan(
+    model: object,
+    pattern: object,
+    importance: object,
+    scope: object,
+    data: object,
+    loss_fn: object,
+    include: object,
+    exclude: object,
+    keep_first: object,
+    keep_last: object,
+) -> Plan:
+    """Check every argument and find the targets; nothing is changed."""
+    module = unwrap(model)
+    parsed = parse_pattern(pattern)
+    criterion = resolve(importance)
+    if scope is not None and scope not in SCOPES:
+        raise choice_error("scope", scope, SCOPES, "None, the criterion's own")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn: expected a callable (model, batch) -> scalar, got {type(loss_fn).__name__}"
+        )
+    if criterion.needs_data or criterion.needs_gradients:
+        what = "gradients" if criterion.needs_gradients else "activations"
+        raise ValueError(
+            f"importance: expected a criterion that scores weights alone, got {criterion.name!r}, which "
+            f"needs {what}; statistics over data are not collected"
+        )
+    targets, dense = collect(module, include, exclude, keep_first, keep_last)
+    for target in targets:
+        check_writable(target)
+        _check_ties(target)
+        for name in masked_names(target.module):
+            weight_format(target.module, name)  # what cannot be baked is refused before anything is
+    return Plan(
+        module, parsed, criterion, scope if isinstance(scope, str) else criterion.scope, targets, dense
+    )
+
+
+def _check_ties(target: Target) -> None:
+    """Places that share a weight have to agree on its masks: one tensor cannot hold two."""
+    if len(target.places) == 1:
+        return
+    formats = {weight_format(module, parameter) for module, parameter in target.places}
+    if formats == {"plain"}:
+        return
+    first, *others = (Target(module, "", parameter).weight for module, parameter in target.places)
+    if not all(torch.equal(first, other) for other in others):
+        raise ValueError(
+            f"model: expected tied weights with one mask, got different ones on {', '.join(target.names)}"
+        )
+
+
+def check_sparsity(sparsity: object, pattern: Pattern) -> float:
+    """The target as a float in [0, 1); the rule's own when it is None and the pattern is N:M."""
+    if sparsity is None and pattern.kind == "nm":
+        return pattern.rule_sparsity
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
+        kind = type(sparsity).__name__
+        raise TypeError(f"sparsity: expected a number in [0, 1), the share of weights to remove, got {kind}")
+    if not 0 <= sparsity < 1:
+        hint = "; 90 % is 0.9" if 1 < sparsity <= 100 else ""
+        raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity!r}{hint}")
+    if pattern.kind == "nm" and not math.isclose(sparsity, pattern.rule_sparsity, abs_tol=1e-9):
+        want = f"{pattern.rule_sparsity:g} (or None)"
+        raise ValueError(f"sparsity: expected {want}, which pattern {str(pattern)!r} fixes, got {sparsity!r}")
+    return float(sparsity)
+
+
+def bake_targets(targets: Iterable[Target]) -> None:
+    """Make the masks of other tools permanent on the targets' modules."""
+    for target in targets:
+        for module, _ in target.places:
+            bake(module, recurse=False)
+
+
+def zero(tensor: torch.Tensor, dropped: torch.Tensor) -> None:
+    """Write true zeros where `dropped` is True."""
+    with torch.no_grad():
+        tensor.masked_fill_(dropped, 0)
+
+
+def layer_report(target: Target, before: int) -> LayerReport:
+    tensor = target.tensor.detach()
+    kept = int(torch.count_nonzero(tensor))
+    return LayerReport(target.name, target.type, tuple(tensor.shape), before, kept, tuple(target.names[1:]))
+
+
+def make_report(plan: Plan, sparsity: float, before: Sequence[int]) -> PruneReport:
+    """Count what is there now against the non-zeros that were there before."""
+    layers = tuple(layer_report(t, b) for t, b in zip(plan.targets, before, strict=True))
+    notes = []
+    if not any(layer.changed for layer in layers):
+        total = sum(layer.weights for layer in layers)
+        present = 1.0 - sum(before) / total if total else 0.0
+        notes.append(
+            f"nothing changed: {present:.2%} of these weights were zero, the target is {sparsity:.2%}"
+        )
+    unit = plan.pattern.rows * plan.pattern.cols
+    last = [x.name for x in layers if x.changed and x.kept <= unit < x.weights]
+    if last and plan.scope == "global" and plan.pattern.kind != "nm":
+        more = f" and {len(last) - 3} more" if len(last) > 3 else ""
+        notes.append(f"one weight or block is left in {', '.join(last[:3])}{more}: try scope='layer'")
+    return PruneReport(
+        pattern=str(plan.pattern),
+        importance=plan.criterion.name,
+        scope=plan.scope,
+        target=sparsity,
+        layers=layers,
+        dense=tuple(plan.dense),
+        parameters=sum(p.numel() for p in plan.model.parameters()),
+        notes=tuple(notes),
+    )
+
+
+def prune(
+    model: nn.Module,
+    sparsity: float | None = None,
+    *,
+    pattern: str = "unstructured",
+    importance: Importance = "magnitude",
+    scope: str | None = None,
+    data: Iterable[Any] | None = None,
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None,
+    include: Filters = None,
+    exclude: Filters = None,
+    keep_first: int = 0,
+    keep_last: int = 0,
+) -> PruneReport:
+    """Prune a model once, in place: the least important weights become true zeros.
+
+    Parameters
+    ----------
+    model : any module; one wrapped by ``torch.compile`` or DistributedDataParallel is looked into. Masks that
+        torch.nn.utils.prune or torch.ao.pruning left on the pruned layers are respected and made permanent.
+    sparsity : share of the selected weights (blocks, for RxC) to remove, in [0, 1); weights that are zero
+        already count. None only with N:M, which fixes it.
+    pattern : "unstructured"; "RxC", blocks of R consecutive outputs by C consecutive inputs (of one tap, for
+        convolutions), such as "1x4", "4x1", "16x1"; "N:M", the N best of every M inputs, such as "2:4".
+    importance : "magnitude" (``|w|``, the L1 norm of a block), "random", an object that follows
+        `pared.pruning.Criterion`, or a callable ``module -> scores`` (of the weight's shape, larger is more
+        important; a dict by tensor name for modules with several weights).
+    scope : where scores compete. "global": over all layers; "layer": each layer loses the same share;
+        "row": each output (block row) does. None: the criterion's own, global for those above. N:M is the
+        same for each.
+    data, loss_fn : batches and ``loss_fn(model, batch) -> scalar`` for criteria that need them; the criteria
+        above do not, and ignore them.
+    include, exclude : filters: a glob over names ("encoder.*", "*.fc1"), a regular expression (compiled,
+        or a string after "re:"), a module type, a module, a callable ``(layer name, module) -> bool``, or a
+        list of those. What matches a container selects everything in it; exclude wins. Embeddings, and
+        weights tied to one, are pruned only when an include filter selects nothing else.
+    keep_first, keep_last : how many of the selected layers stay dense, in registration order.
+
+    Returns
+    -------
+    PruneReport : per layer and in total, non-zeros and sparsity before and after; ``print`` it, or
+        ``to_json()``.
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument, what was expected and what came: among others non-finite
+        weights, an unknown parametrisation, a filter that matches nothing. The model is then untouched.
+
+    Notes
+    -----
+    Of n units ``n - round(sparsity * n)`` are kept, exactly, ties going to the lowest index, and at least
+    one in each layer (in each row, with ``scope="row"``), so that no layer is emptied. Tied weights are
+    pruned once and stay tied. Parameters stay the same objects. float64 weights are ranked in float32.
+
+    Zeros alone are not faster: `pared.accelerate` is the next step. To fine-tune a pruned model with its
+    zeros held, use `pared.Pruner`.
+    """
+    plan = make_plan(
+        model, pattern, importance, scope, data, loss_fn, include, exclude, keep_first, keep_last
+    )
+    target_sparsity = check_sparsity(sparsity, plan.pattern)
+    scored = [score(plan.criterion, target, plan.pattern) for target in plan.targets]
+    masks = choose(scored, plan.criterion.key, target_sparsity, plan.pattern, plan.scope)
+    before = [int(torch.count_nonzero(s.weight)) for s in scored]
+    bake_targets(plan.targets)
+    for target, mask in zip(plan.targets, masks, strict=True):
+        zero(target.tensor, mask.logical_not_())
+    return make_report(plan, target_sparsity, before)

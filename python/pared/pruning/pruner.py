@@ -1,0 +1,325 @@
+"""`pared.Pruner`: masks that grow on a schedule and hold while any optimiser trains the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pared.pruning.importance import Importance
+from pared.pruning.masks import Scored, choose, score
+from pared.pruning.oneshot import bake_targets, check_sparsity, make_plan, make_report, zero
+from pared.pruning.report import PruneReport
+from pared.pruning.targets import Filters, Target
+from pared.schedules import Schedule
+
+__all__ = ["Pruner"]
+
+_VERSION = 1
+
+
+class Pruner:
+    """Prune while training: call `step` after each ``optimizer.step()``, `finalize` at the end.
+
+    ::
+
+        schedule = pared.schedules.Polynomial(0.5, 0.9, begin=100, end=1000)
+        pruner = pared.Pruner(model, schedule, optimizer=optimizer)
+        for batch in loader:
+            loss_fn(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.step()
+        report = pruner.finalize()
+
+    Parameters
+    ----------
+    model, pattern, importance, scope, data, loss_fn, include, exclude, keep_first, keep_last : as in
+        `pared.prune`.
+    schedule : callable ``step -> sparsity`` in [0, 1); see `pared.schedules`. After n calls of `step` the
+        masks are those of ``schedule(n)``. With N:M the number kept of each M falls from M to N as the
+        sparsity rises to ``1 - N/M``, which it may not exceed.
+    optimizer : one optimiser or a list. Its state for pruned weights (momentum, second moments: every state
+        tensor of the weight's shape) is zeroed too, so that it does not push them away from zero again.
+    update_every : steps between two choices of masks, at least. The masks hold in between.
+    allow_regrowth : see Notes.
+
+    Attributes
+    ----------
+    step_count : calls of `step` so far.
+    sparsity : share of the selected weights that the masks hold at zero, 0 to 1.
+    masks : tensor name -> boolean mask, True where a weight is kept; of layers that have one.
+
+    Raises
+    ------
+    TypeError, ValueError : as `pared.prune`; `step` also when the schedule leaves [0, 1) or a weight is not
+        finite. `step` changes nothing then.
+
+    Notes
+    -----
+    Without regrowth (the default) a weight that was pruned stays exactly zero, whatever the optimiser does:
+    masks only grow, and a schedule that falls leaves them as they are. Weights that are zero when the
+    pruner is made are held too: masks of torch.nn.utils.prune and torch.ao.pruning (which become
+    permanent), and plain zeros of a pruned checkpoint; a tensor that is zero altogether is taken for an
+    initialisation and is free.
+
+    With ``allow_regrowth=True`` masks are applied when they are chosen and not held in between (soft
+    pruning, arXiv 1808.06866): pruned weights train on from zero, and at the next choice, every
+    `update_every` steps, those that have grown compete again. Masks of other tools are made permanent but
+    not held. `finalize` applies the masks of the last choice for good.
+
+    Masks are chosen from the weights alone, so the ranks of a data-parallel job choose the same. Steps that a
+    ``GradScaler`` skips still count as steps. Parameters stay the same objects and are written in place,
+    between the backward passes, so autograd, compiled models and mixed precision go on as before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        *,
+        pattern: str = "unstructured",
+        importance: Importance = "magnitude",
+        scope: str | None = None,
+        data: Iterable[Any] | None = None,
+        loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None,
+        include: Filters = None,
+        exclude: Filters = None,
+        keep_first: int = 0,
+        keep_last: int = 0,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+        update_every: int = 1,
+        allow_regrowth: bool = False,
+    ) -> None:
+        if isinstance(schedule, type) or not callable(schedule):
+            got = f"the class {schedule.__name__}" if isinstance(schedule, type) else type(schedule).__name__
+            raise TypeError(
+                f"schedule: expected a callable step -> sparsity, such as a pared.schedules object, got {got}"
+            )
+        if isinstance(update_every, bool) or not isinstance(update_every, int):
+            raise TypeError(f"update_every: expected a number of steps, got {type(update_every).__name__}")
+        if update_every < 1:
+            raise ValueError(f"update_every: expected a number of steps >= 1, got {update_every}")
+        self._plan = make_plan(
+            model, pattern, importance, scope, data, loss_fn, include, exclude, keep_first, keep_last
+        )
+        final = getattr(schedule, "final", getattr(schedule, "sparsity", None))
+        if self._plan.pattern.kind == "nm" and isinstance(final, float):
+            check_sparsity(final, self._plan.pattern)
+        self._optimizers = self._checked_optimizers(optimizer)
+        weights = [target.weight for target in self._plan.targets]
+        self._before = [int(torch.count_nonzero(w)) for w in weights]
+        self._schedule = schedule
+        self._update_every = update_every
+        self._allow_regrowth = bool(allow_regrowth)
+        self.step_count = 0
+        self._updated_at: int | None = None
+        self._chosen_for = 0.0
+        self._finalized = False
+        # True where a weight is pruned; None where nothing is. A pruned model comes with its masks.
+        self._dropped: list[torch.Tensor | None] = [
+            w == 0 if not self._allow_regrowth and 0 < n < w.numel() else None
+            for w, n in zip(weights, self._before, strict=True)
+        ]
+        bake_targets(self._plan.targets)
+
+    def _checked_optimizers(self, optimizer: object) -> list[torch.optim.Optimizer]:
+        given = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+        optimizers: list[torch.optim.Optimizer] = []
+        for one in given if optimizer is not None else []:
+            if not isinstance(one, torch.optim.Optimizer):
+                raise TypeError(
+                    f"optimizer: expected a torch.optim.Optimizer or a list of them, got {type(one).__name__}"
+                )
+            optimizers.append(one)
+        trained = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
+        if optimizers and not any(id(t.tensor) in trained for t in self._plan.targets):
+            raise ValueError(
+                "optimizer: expected one that trains the pruned weights, got none of "
+                + ", ".join(t.name for t in self._plan.targets[:3])
+            )
+        return optimizers
+
+    # What is held
+
+    @property
+    def sparsity(self) -> float:
+        total = sum(t.tensor.numel() for t in self._plan.targets)
+        return sum(int(d.sum()) for d in self._dropped if d is not None) / total if total else 0.0
+
+    @property
+    def masks(self) -> dict[str, torch.Tensor]:
+        return {
+            t.name: dropped.logical_not()
+            for t, dropped in zip(self._plan.targets, self._dropped, strict=True)
+            if dropped is not None
+        }
+
+    # Training
+
+    def step(self) -> None:
+        """After ``optimizer.step()``: count, choose new masks when they are due, zero what is pruned."""
+        if self._finalized:
+            raise RuntimeError(
+                "step: expected a pruner that is not finalized; make a new one to prune further"
+            )
+        step = self.step_count + 1
+        wanted = self._scheduled(step)
+        due = self._updated_at is None or step - self._updated_at >= self._update_every
+        chooses = due and (wanted > self._chosen_for or (self._allow_regrowth and wanted > 0))
+        if chooses:
+            self._dropped = self._choose(wanted)
+            self._updated_at, self._chosen_for = step, wanted
+        self.step_count = step
+        if chooses or not self._allow_regrowth:
+            self._apply()
+
+    def _scheduled(self, step: int) -> float:
+        value = self._schedule(step)
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+            raise TypeError(
+                f"schedule: expected a sparsity in [0, 1) at step {step}, got {type(value).__name__}"
+            )
+        pattern = self._plan.pattern
+        if not 0 <= value < 1:
+            raise ValueError(f"schedule: expected a sparsity in [0, 1) at step {step}, got {value!r}")
+        if pattern.kind == "nm" and value > pattern.rule_sparsity + 1e-9:
+            limit = f"{pattern.rule_sparsity:g}, which pattern {str(pattern)!r} gives,"
+            raise ValueError(f"schedule: expected at most {limit} at step {step}, got {value!r}")
+        return float(value)
+
+    def _choose(self, sparsity: float) -> list[torch.Tensor | None]:
+        plan, held = self._plan, not self._allow_regrowth
+        scored: list[Scored] = [score(plan.criterion, t, plan.pattern, zeros_last=held) for t in plan.targets]
+        masks = choose(scored, plan.criterion.key, sparsity, plan.pattern, plan.scope)
+        dropped: list[torch.Tensor | None] = []
+        for mask, old in zip(masks, self._dropped, strict=True):
+            new = mask.logical_not_()
+            if held and old is not None:
+                new |= old.to(new.device)  # a weight that trained to exactly zero ties with the pruned ones
+            dropped.append(new)
+        return dropped
+
+    def _apply(self) -> None:
+        for i, target in enumerate(self._plan.targets):
+            dropped = self._dropped[i]
+            if dropped is None:
+                continue
+            tensor = target.tensor
+            if dropped.device != tensor.device:
+                dropped = self._dropped[i] = dropped.to(tensor.device)
+            zero(tensor, dropped)
+            for optimizer in self._optimizers:
+                _zero_state(optimizer, tensor, dropped)
+
+    def finalize(self) -> PruneReport:
+        """Apply the masks for good, let go of them, and report. `step` is an error from here on."""
+        if not self._finalized:
+            self._apply()
+            self._finalized = True
+            self._report = make_report(self._plan, self._chosen_for, self._before)
+            self._dropped = [None] * len(self._plan.targets)
+        return self._report
+
+    def __enter__(self) -> Pruner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finalize()
+
+    def __repr__(self) -> str:
+        return (
+            f"Pruner(schedule={self._schedule!r}, pattern={str(self._plan.pattern)!r}, "
+            f"importance={self._plan.criterion.name!r}, scope={self._plan.scope!r}, "
+            f"step_count={self.step_count}, sparsity={self.sparsity:.4f})"
+        )
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step counter and the masks, eight to a byte: tensors and plain values, for ``torch.save``.
+
+        With the states of model and optimiser, training goes on exactly as if it had not stopped.
+        """
+        masks = {}
+        for target, dropped in zip(self._plan.targets, self._dropped, strict=True):
+            if dropped is not None:
+                packed = np.packbits(dropped.contiguous().cpu().numpy().reshape(-1))
+                masks[target.name] = {"shape": list(dropped.shape), "dropped": torch.from_numpy(packed)}
+        return {
+            "version": _VERSION,
+            "pattern": str(self._plan.pattern),
+            "step_count": self.step_count,
+            "updated_at": self._updated_at,
+            "chosen_for": self._chosen_for,
+            "finalized": self._finalized,
+            "before": dict(zip((t.name for t in self._plan.targets), self._before, strict=True)),
+            "masks": masks,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that `state_dict` gave, from a pruner of the same model and pattern.
+
+        The masks are applied to the weights as they are now; load the model's state before or after.
+
+        Raises
+        ------
+        TypeError, ValueError : a state of another version, pattern or model; nothing is changed then.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected what state_dict() returned, got {type(state).__name__}")
+        own = self.state_dict()
+        if missing := sorted(own.keys() - state.keys()):
+            raise ValueError(
+                f"state: expected what state_dict() returned, got one without {', '.join(missing)}"
+            )
+        for key in ("version", "pattern"):
+            if state[key] != own[key]:
+                raise ValueError(f"state: expected {key} {own[key]!r}, got {state[key]!r}")
+        if state["before"].keys() != own["before"].keys():
+            other = sorted(state["before"].keys() ^ own["before"].keys())
+            raise ValueError(
+                f"state: expected masks for the layers that this pruner selects, got other ones: {other[:4]}"
+            )
+        dropped: list[torch.Tensor | None] = []
+        for target in self._plan.targets:
+            entry, tensor = state["masks"].get(target.name), target.tensor
+            dropped.append(None if entry is None else _unpack(target, entry, tensor))
+        self.step_count = int(state["step_count"])
+        self._updated_at = state["updated_at"]
+        self._chosen_for = float(state["chosen_for"])
+        self._before = [state["before"][t.name] for t in self._plan.targets]
+        self._dropped = dropped
+        self._finalized = False
+        if not self._allow_regrowth:
+            self._apply()
+        if state["finalized"]:
+            self.finalize()
+
+
+def _unpack(target: Target, entry: Mapping[str, Any], tensor: torch.Tensor) -> torch.Tensor:
+    packed = entry["dropped"].cpu().numpy()
+    if list(entry["shape"]) != list(tensor.shape) or packed.size != math.ceil(tensor.numel() / 8):
+        raise ValueError(
+            f"state: expected a mask of shape {list(tensor.shape)} for {target.name!r}, "
+            f"got {list(entry['shape'])}"
+        )
+    bits = np.unpackbits(packed, count=tensor.numel()).astype(bool)
+    return torch.from_numpy(bits).reshape(tensor.shape).to(tensor.device)
+
+
+def _zero_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, dropped: torch.Tensor) -> None:
+    """Zero what the optimiser remembers of pruned weights: every state tensor of the weight's shape."""
+    for value in optimizer.state.get(tensor, {}).values():
+        if isinstance(value, torch.Tensor) and value.shape == tensor.shape:
+            zero(value, dropped)
