@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <cstring>
 
 #include "bindings/array.h"
@@ -168,6 +169,9 @@ void register_csr(py::module_& m) {
                     " (the weight's inputs), got ", ax.shape_text());
         PARED_CHECK(ry.rows == rx.rows && ry.cols == w.header->rows, "out: expected shape [..., ",
                     w.header->rows, "] with the leading dimensions of x, got ", ay.shape_text());
+        PARED_CHECK(ry.rows <= 1 || std::abs(ry.stride) >= ry.cols,
+                    "out: expected rows that do not overlap, got stride ", ry.stride, " for ", ry.cols,
+                    " elements");
         require_disjoint(ay, ax);
         require_disjoint(ay, ap);
         LinearArgs args{ax.data,
