@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import numpy as np
@@ -381,7 +382,15 @@ def test_truncated_grown_and_misaligned_buffers(packed):
         check(packed.reshape(-1, 64))
 
 
-def test_copies_are_independent(packed):
-    c = CSR(packed)
-    twin = copy.deepcopy(CSR.from_dense(c.to_dense()))
-    assert np.array_equal(twin.to_dense(), c.to_dense())
+def test_copies_and_pickles_stay_aligned(rng):
+    """numpy's own copies start anywhere: the kernels would refuse them."""
+    weights = [random_weight(rng, 20, 70, 0.7) for _ in range(8)]
+    for w in weights:
+        for c in (CSR.from_dense(w), CSR(torch.from_numpy(CSR.from_dense(w).packed))):
+            for twin in (copy.deepcopy(c), copy.copy(c), pickle.loads(pickle.dumps(c))):
+                twin.validate()
+                assert type(twin.packed) is type(c.packed)
+                assert np.array_equal(np.asarray(twin.to_dense()), w)
+            deep = copy.deepcopy(c)
+            deep.packed[-1] = 1
+            c.validate()
