@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import pickle
 import random
 import struct
 import tracemalloc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,23 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from _models import sparse_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
 import pared
-from pared import _format
+from pared import _accelerate, _core, _format
 
 DTYPES = [getattr(torch, name) for name in _format.DTYPES]
+
+
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch):
+    """What accelerate measures does not matter here."""
+    monkeypatch.setattr(_accelerate, "_LAYER_SECONDS", 0.0)
+    monkeypatch.setattr(_accelerate, "_MODEL_SECONDS", 0.0)
 
 
 # -- helpers ---------------------------------------------------------------------------------------
@@ -121,6 +131,13 @@ def rejects(data: bytes, model: Any, match: str | None = None) -> None:
         loaded(data, model)
 
 
+def accelerated(model: nn.Module, *inputs: torch.Tensor) -> nn.Module:
+    """Every layer that a kernel exists for, faster or not; deterministic."""
+    fast = pared.accelerate(model, inputs, min_speedup=0, progress=False)
+    assert any(isinstance(m, pared.nn.PackedModule) for m in fast.modules())
+    return fast
+
+
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, density: float, seed: int) -> torch.Tensor:
     """Random bit patterns: NaN payloads, infinities, denormals and -0.0 among them."""
     rng = np.random.default_rng(seed)
@@ -188,6 +205,32 @@ def test_gaps_at_the_edge_of_a_code(width, extra, skips):
     at = np.flatnonzero(words)
     codes = _format._pack_gaps(np.diff(at, prepend=-1) - 1, width)
     assert np.array_equal(_format._unpack_gaps(codes, width), at)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2, torch.int8])
+@pytest.mark.parametrize("density", [0.5, 0.1, 0.02, 0.0005, 0.0])
+def test_the_signs_of_zeros_cost_a_bit(dtype, density):
+    # As weights that were multiplied with a mask: half of the zeros are -0.0.
+    rng = np.random.default_rng(int(density * 10000))
+    size = dtype.itemsize
+    words = rng.integers(1, 1 << 7, 100_003).astype(f"<u{size}")
+    words[rng.random(words.size) >= density] = 0
+    positive = saved(Bag(torch.from_numpy(words.view(np.uint8)).view(dtype)))
+    words |= (rng.random(words.size) < 0.5).astype(words.dtype) << (8 * size - 1)
+    t = torch.from_numpy(words.view(np.uint8)).view(dtype)
+    data = saved(Bag(t))
+    assert bits(loaded(data, Bag(t)).t0) == words.tobytes()
+    assert metadata(data)["tensors"]["t0"]["signs"]
+    assert len(data) <= len(positive) + (1 - density) * words.size / 8 + 600
+
+
+def test_a_few_negative_zeros_are_values():
+    t = torch.zeros(10_000)
+    t[::100] = -0.0
+    data = saved(Bag(t))
+    assert not metadata(data)["tensors"]["t0"]["signs"]
+    assert metadata(data)["tensors"]["t0"]["values"] == 100
+    assert bits(loaded(data, Bag(t)).t0) == bits(t)
 
 
 def test_signed_zeros_denormals_and_nan_payloads_are_kept():
@@ -302,6 +345,242 @@ def Net_seeded() -> Net:
     return Net()
 
 
+# -- accelerated models ----------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """Fused activations, a shared layer, a head tied to an embedding, a layer that stays dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.body = nn.Sequential(nn.Linear(16, 40), nn.GELU(), nn.Linear(40, 16), nn.SiLU())
+        self.shared = nn.Linear(16, 16)
+        self.again = self.shared
+        self.wide = nn.Linear(16, 16).double()
+        self.head = nn.Linear(16, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, i: torch.Tensor) -> torch.Tensor:
+        x = self.again(torch.relu(self.shared(self.body(self.embed(i)))))
+        return self.head(x + self.wide(x.double()).float())
+
+
+@pytest.fixture
+def fast() -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    """A pruned model, what accelerate makes of it, and an input."""
+    torch.manual_seed(1)
+    model = pruned(Small(), 0.8)
+    x = torch.randint(0, 50, (3, 20))
+    return model, accelerated(model, x), x
+
+
+@pytest.mark.parametrize("kind", ["module", "meta", "class", "original"])
+def test_an_accelerated_model_comes_back_the_same(fast, kind):
+    model, fast, x = fast
+    with torch.device("meta" if kind == "meta" else "cpu"):
+        target = {"class": Small, "original": model}.get(kind) or Small()
+    data = saved(fast)
+    back = loaded(data, target)
+    with torch.no_grad():
+        assert torch.equal(back(x), fast(x))
+    assert repr(back) == repr(fast)
+    assert pared.report(back) == pared.report(fast)
+    assert back.again is back.shared
+    assert isinstance(back.body[1], pared.nn.Fused)
+    assert all(m.packed.data_ptr() % 64 == 0 for m in back.modules() if isinstance(m, pared.nn.PackedModule))
+    assert not any(m.training for m in back.modules())
+    assert saved(back) == data
+    plain = pared.restore(back)
+    assert state(plain) == state(pared.restore(fast))
+    assert plain.head.weight is plain.embed.weight
+    assert pared.restore(back).body[1](torch.tensor(-1.0)) == nn.GELU()(torch.tensor(-1.0))
+
+
+def test_the_file_holds_logical_weights_once(fast):
+    model, fast, _ = fast
+    data = saved(fast)
+    meta = metadata(data)
+    assert meta["layers"]["body.0"] == {"type": "Linear", "format": "csr", "activation": "gelu"}
+    assert meta["fused"] == {"body.1": "gelu", "body.3": "silu"}
+    ties = {"head.weight": "embed.weight", "again.weight": "shared.weight", "again.bias": "shared.bias"}
+    assert meta["ties"] == ties
+    assert meta["report"]["machine"]["isa"] == pared.isa()
+    assert meta["tensors"].keys() | ties.keys() == set(model.state_dict())
+    # The tensors are what the plain model's file would hold: only what is beside them differs.
+    assert meta["tensors"] == {**metadata(saved(model))["tensors"]}
+
+
+def test_layers_with_equal_weights_are_not_tied():
+    a, b = nn.Linear(64, 64), nn.Linear(64, 64)
+    b.load_state_dict(a.state_dict())
+    back = loaded(saved(accelerated(nn.Sequential(a, b), torch.randn(3, 64))), nn.Sequential(a, b))
+    plain = pared.restore(back)
+    assert plain[0].weight is not plain[1].weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_alone_and_every_dtype(dtype, bias):
+    model = sparse_linear(70, 33, 0.1, bias, dtype)
+    x = torch.randn(5, 70).to(dtype)
+    fast = accelerated(model, x)
+    back = loaded(saved(fast), model)
+    assert isinstance(back, pared.nn.Linear)
+    assert torch.equal(back(x), fast(x))
+    assert state(pared.restore(back)) == state(pared.restore(fast))
+
+
+def test_a_file_of_any_level_loads_on_any_level(isa, rng):
+    x = torch.from_numpy(rng.standard_normal((17, 300), np.float32))
+    model = nn.Sequential(sparse_linear(300, 50, 0.1), nn.ReLU())
+    fast = accelerated(model, x)
+    here, data = fast(x), saved(fast)
+    assert torch.equal(loaded(data, model)(x), here)
+    magnitude = x.abs() @ model[0].weight.detach().abs().T + model[0].bias.detach().abs()
+    for other in _core.supported_isas():
+        _core.set_isa(other)
+        there = loaded(data, model)(x)
+        _core.set_isa(isa)
+        # Two float32 sums of the same 301 terms in any order.
+        assert ((there - here).abs() <= 2 * 301 * 2.0**-24 * magnitude).all()
+
+
+def test_denormals_go_when_a_layer_is_packed_and_not_before():
+    model = nn.Sequential(sparse_linear(64, 64, 0.2))
+    with torch.no_grad():
+        model[0].weight[0, 0], model[0].weight[0, 1], model[0].weight[0, 2] = 1e-40, -0.0, 1.5
+    plain = loaded(saved(model), model)
+    assert bits(plain[0].weight) == bits(model[0].weight)
+    back = pared.restore(loaded(saved(accelerated(model, torch.randn(2, 64))), model))
+    assert bits(back[0].weight[0, :3]) == bits(torch.tensor([0.0, 0.0, 1.5]))
+
+
+def test_masks_that_accelerate_applied_may_be_attached_to_the_target():
+    def make() -> nn.Module:
+        torch.manual_seed(4)
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+        prune.random_unstructured(model[0], "weight", 0.8)
+        return model
+
+    model = make()
+    x = torch.randn(3, 64)
+    fast = accelerated(model, x)
+    for target in (model, make, lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU())):
+        assert torch.equal(loaded(saved(fast), target)(x), fast(x))
+
+
+def test_hooks_of_the_target_are_kept():
+    seen = []
+    model = sparse_linear(64, 64)
+    data = saved(accelerated(model, torch.randn(3, 64)))
+    model.register_forward_hook(lambda *args: seen.append(1))
+    loaded(data, model)(torch.randn(3, 64))
+    assert seen == [1]
+
+
+def test_dense_weights_are_dropped_layer_by_layer(monkeypatch):
+    model = nn.Sequential(*(sparse_linear(64, 64, seed=i) for i in range(6)))
+    data = saved(accelerated(model, torch.randn(3, 64)))
+    dense: list[weakref.ref] = []
+    alive: list[int] = []
+    real = pared.nn.Linear.from_module.__func__
+
+    def watch(cls: Any, module: nn.Linear, **kwargs: Any) -> Any:
+        dense.append(weakref.ref(module.weight))
+        alive.append(sum(ref() is not None for ref in dense))
+        return real(cls, module, **kwargs)
+
+    monkeypatch.setattr(pared.nn.Linear, "from_module", classmethod(watch))
+    loaded(data, model)
+    assert len(alive) == 6
+    assert max(alive) <= 2  # a reference of the loop may outlive its turn by one
+
+
+def test_the_target_has_to_be_plain(fast):
+    _, fast, _ = fast
+    with pytest.raises(ValueError, match=r"model: expected the plain architecture.*restore"):
+        loaded(saved(fast), fast)
+
+
+@functools.cache
+def fused_file() -> bytes:
+    """Of a Linear with a fused GELU."""
+    return saved(accelerated(nn.Sequential(sparse_linear(64, 64), nn.GELU()), torch.randn(3, 64)))
+
+
+def gelu_tanh() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 64), nn.GELU("tanh"))
+
+
+@pytest.mark.parametrize(
+    ("target", "match"),
+    [
+        (lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU()), "'gelu' at '1', .* got ReLU"),
+        (gelu_tanh, "'gelu' at '1', .* got GELU"),
+        (lambda: nn.Sequential(nn.Linear(64, 64)), "'gelu' at '1', .* got nothing"),
+        (lambda: nn.Sequential(nn.Bilinear(1, 1, 1), nn.GELU()), "expected 'Linear', .* got Bilinear"),
+        (lambda: nn.Linear(64, 64), "expected a layer '0', as in the file, found none"),
+        (lambda: nn.Sequential(*[nn.Linear(64, 64)] * 2), "layer '0': shared in the model as"),
+        (lambda: nn.Sequential(nn.Linear(64, 65), nn.GELU()), r"'0.weight': expected .* \[65, 64\], got"),
+    ],
+)  # fmt: skip
+def test_layers_that_the_target_does_not_have(target, match):
+    assert metadata(fused_file())["fused"] == {"1": "gelu"}
+    rejects(fused_file(), target, match)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "match"),
+    [
+        (("layers", "0", "activation"), "exec", "unknown activation 'exec'"),
+        (("layers", "0", "format"), "zip", "unknown format 'zip', known are csr"),
+        (("layers", "0", "type"), "os.system", "expected 'os.system'"),
+        (("layers", "0"), "csr", "expected an object"),
+        (("layers", "0", "more"), 1, "expected the fields"),
+        (("layers", "__class__"), {"type": "Linear", "format": "csr", "activation": None}, "found none"),
+        (("fused", "0"), "relu", "expected activation 'relu' at '0'"),
+        (("fused", "1"), 3, "expected str, got 3"),
+        (("report",), [], "expected an object"),
+        (("report", "layers"), [{}], "expected the fields"),
+        (("report", "speedup"), "fast", "expected float, got 'fast'"),
+        (("report", "dense"), {"p50": 10**400, "p95": 1}, "expected float"),
+        (("report", "ties"), [["0.weight", 0]], "expected str, got 0"),
+    ],
+)  # fmt: skip
+def test_hostile_metadata_of_accelerated_models(path, value, match):
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU())
+    loaded(forged(fused_file()), model)
+    rejects(forged(fused_file(), put(*path, value=value)), model, match)
+
+
+def test_reports_of_other_versions():
+    model = nn.Sequential(sparse_linear(64, 64))
+    fast = accelerated(model, torch.randn(3, 64))
+
+    def edit(header: dict[str, Any], meta: dict[str, Any]) -> None:
+        meta["report"]["new"] = 1
+        meta["report"]["layers"][0]["new"] = 1
+        del meta["report"]["notes"], meta["report"]["layers"][0]["calls"]
+
+    back = pared.report(loaded(forged(saved(fast), edit), model))
+    assert back.layers[0].reason == pared.report(fast).layers[0].reason
+
+
+def test_weights_that_packing_refuses():
+    model = nn.Sequential(sparse_linear(64, 64))
+    data = saved(accelerated(model, torch.randn(3, 64)))
+    with torch.no_grad():
+        model[0].weight[3, 5] = torch.nan
+    plain = saved(model)
+    loaded(plain, model)  # a plain model may hold what it likes
+
+    def claim(header: dict[str, Any], meta: dict[str, Any]) -> None:
+        meta["layers"] = metadata(data)["layers"]
+
+    rejects(forged(plain, claim), model, r"layer '0': .*row 3")
+
+
 # -- the container ---------------------------------------------------------------------------------
 
 
@@ -371,15 +650,17 @@ def test_no_pickle_is_involved(monkeypatch, tmp_path):
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("pickle")
 
-    for module, name in [
-        (pickle, n) for n in ("load", "loads", "Unpickler", "_Unpickler", "dump", "dumps")
-    ] + [
-        (torch, "load"),
-        (torch, "save"),
-    ]:
-        monkeypatch.setattr(module, name, fail)
-    pared.save(Net(), tmp_path / "model.pared")
-    pared.load(tmp_path / "model.pared", Net)
+    models = [
+        (Net(), Net),
+        (accelerated(sparse_linear(64, 64), torch.randn(3, 64)), nn.Linear(64, 64)),
+    ]
+    for name in ("load", "loads", "Unpickler", "_Unpickler", "dump", "dumps"):
+        monkeypatch.setattr(pickle, name, fail)
+    for name in ("load", "save"):
+        monkeypatch.setattr(torch, name, fail)
+    for model, target in models:
+        pared.save(model, tmp_path / "model.pared")
+        pared.load(tmp_path / "model.pared", target)
 
 
 # -- writing files ---------------------------------------------------------------------------------
@@ -556,9 +837,13 @@ def small() -> tuple[nn.Module, bytes]:
     """A model of every encoding whose file is small enough to damage everywhere."""
     torch.manual_seed(0)
     tensors = [random_tensor((900,), torch.int8, d, 7) for d in (1.0, 0.4, 0.1)]
-    model = Bag(*tensors, (torch.rand(40000) < 0.0003).to(torch.int16), torch.tensor([True, False]))
+    tensors += [(torch.rand(40000) < 0.0003).to(torch.int16), torch.tensor([True, False])]
+    tensors += [torch.randn(901).half() * (torch.rand(901) < 0.1)]
+    model = Bag(*tensors)
     data = saved(model)
-    assert [encoding(data, f"t{i}") for i in range(5)] == ["dense", "bitmap", "gaps4", "gaps16", "dense"]
+    expected = ["dense", "bitmap", "gaps4", "gaps16", "dense", "gaps4"]
+    assert [encoding(data, f"t{i}") for i in range(6)] == expected
+    assert metadata(data)["tensors"]["t5"]["signs"]
     return model, data
 
 
@@ -573,10 +858,10 @@ def damaged(data: bytes, model: nn.Module) -> None:
 
 def test_every_flipped_byte_and_every_truncation_is_refused():
     model, data = small()
-    rng = random.Random(20)
+    choice = random.Random(20).choice
     for i in range(len(data)):
         flipped = bytearray(data)
-        flipped[i] ^= rng.choice([1, 2, 4, 8, 16, 32, 64, 128, 255])
+        flipped[i] ^= choice([1, 2, 4, 8, 16, 32, 64, 128, 255])
         damaged(bytes(flipped), model)
     for n in [*range(0, len(data), 7), len(data) - 1]:
         damaged(data[:n], model)
@@ -584,10 +869,9 @@ def test_every_flipped_byte_and_every_truncation_is_refused():
         damaged(data + tail, model)
 
 
-def test_random_damage_is_refused():
+def test_random_damage_is_refused(rng):
     model, data = small()
-    seed = random.randrange(2**32)
-    rng = random.Random(seed)
+    rng = random.Random(int(rng.integers(2**32)))
     for _ in range(1500):
         changed = bytearray(data)
         for _ in range(rng.choice([1, 2, 8, 64])):
@@ -600,12 +884,8 @@ def test_random_damage_is_refused():
             changed[a:b] = bytes(b - a)
         elif kind == 3:
             changed[a:a] = rng.randbytes(rng.randrange(1, 100))
-        if changed == data:
-            continue
-        try:
+        if changed != data:
             damaged(bytes(changed), model)
-        except Exception as e:
-            raise AssertionError(f"seed {seed}") from e
 
 
 @pytest.mark.parametrize("check", ["_check_digest", "sign"])
@@ -655,30 +935,33 @@ def mutate(node: Any, rng: random.Random) -> None:
         at[key] = value
 
 
-def test_hostile_headers_with_right_checksums_are_refused_or_harmless():
-    model, data = small()
-    before = state(model)
-    seed = random.randrange(2**32)
-    rng = random.Random(seed)
-    refused = 0
-    for _ in range(2000):
+def test_hostile_headers_with_right_checksums_are_refused_or_harmless(rng):
+    rng = random.Random(int(rng.integers(2**32)))
 
-        def edit(header: dict[str, Any], meta: dict[str, Any]) -> None:
-            for _ in range(rng.choice([1, 1, 1, 2, 3])):
-                target = rng.choice([header, meta])
-                if target:
-                    mutate(target, rng)
+    def edit(header: dict[str, Any], meta: dict[str, Any]) -> None:
+        for _ in range(rng.choice([1, 1, 1, 2, 3])):
+            target = rng.choice([header, meta])
+            if target:
+                mutate(target, rng)
 
-        try:
-            changed = forged(data, edit)
-            back = loaded(changed, model)
-        except pared.FormatError:
-            refused += 1
-        except Exception as e:
-            raise AssertionError(f"seed {seed}") from e
-        else:
-            assert {n: t[:2] for n, t in state(back).items()} == {n: t[:2] for n, t in before.items()}
-    assert refused > 1000
+    fast = accelerated(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 16))
+    plain = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+    for model, data in (small(), (plain, saved(fast))):
+        before = {n: t[:2] for n, t in state(model).items()}
+        refused = 0
+        for _ in range(1500):
+            try:
+                back = loaded(forged(data, edit), model)
+            except pared.FormatError:
+                refused += 1
+                continue
+            if any(isinstance(m, pared.nn.PackedModule) for m in back.modules()):
+                with torch.no_grad():
+                    back(torch.randn(2, 16))
+                str(pared.report(back))
+                back = pared.restore(back)
+            assert {n: t[:2] for n, t in state(back).items()} == before
+        assert refused > 500
 
 
 def put(*path: str, value: Any, where: str = "meta") -> Edit:
@@ -718,8 +1001,14 @@ def extra(header: dict[str, Any], meta: dict[str, Any]) -> None:
         (put("tensors", "t0", "shape", value=[2**62, 0, 2**62]), "too large"),
         (put("tensors", "t0", "shape", value=[900.0]), "invalid shape"),
         (put("tensors", "t0", "shape", value=[30, 30]), "another type or shape"),
-        (put("tensors", "t0", "nonzeros", value=901), "number of non-zeros"),
-        (put("tensors", "t1", "nonzeros", value=-1), "invalid encoding"),
+        (put("tensors", "t0", "values", value=901), "number of values"),
+        (put("tensors", "t0", "values", value=899), "not all elements are stored"),
+        (put("tensors", "t1", "values", value=-1), "number of values"),
+        (put("tensors", "t1", "values", value=True), "number of values"),
+        (put("tensors", "t1", "signs", value=0), "invalid signs"),
+        (put("tensors", "t1", "signs", value=True), "'t1..signs' is missing"),
+        (put("tensors", "t5", "signs", value=False), r"belong to none: \['t5..signs'\]"),
+        (put("tensors", "t5", "dtype", value="complex128"), "complex128 is always dense"),
         (put("tensors", "t0", "blake2b", value="0" * 32), "tensor 't0': the checksum does not match"),
         (put("t0", "dtype", value="F128", where="header"), "unknown dtype"),
         (put("t0", "data_offsets", value=[0, 2**63], where="header"), "offsets outside"),
@@ -802,7 +1091,7 @@ def with_data(name: str, content: Callable[[bytearray], None]) -> Callable[[byte
         def resign(header: dict[str, Any], meta: dict[str, Any]) -> None:
             tensor = name.split("..")[0]
             parts = [n for n in header if n == tensor or n.startswith(tensor + "..")]
-            parts.sort(key=lambda n: n.endswith("values"))
+            parts.sort(key=lambda n: ["bitmap", "gaps", "values", "signs", tensor].index(n.split("..")[-1]))
             chunks = [bytes(body[slice(*header[n]["data_offsets"])]) for n in parts]
             meta["tensors"][tensor]["blake2b"] = _format.digest(*chunks)
 
@@ -828,11 +1117,12 @@ def last(value: int) -> Callable[[bytearray], None]:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (with_data("t1..bitmap", fill(0)), "bits set, found 0"),
-        (with_data("t1..bitmap", last(0xF0)), "behind the bitmap's end"),
-        (with_data("t2..gaps", fill(0)), "gaps, found"),
-        (with_data("t2..gaps", fill(0xFF)), "gaps, found 0"),
-        (with_data("t3..gaps", fill(0xFE)), "behind the tensor's end"),
+        (with_data("t1..bitmap", fill(0)), "values, its index has 0"),
+        (with_data("t1..bitmap", last(0xF0)), "behind its end"),
+        (with_data("t2..gaps", fill(0)), "values, its index has"),
+        (with_data("t2..gaps", fill(0xFF)), "values, its index has 0"),
+        (with_data("t3..gaps", fill(0xFE)), "behind its end"),
+        (with_data("t5..signs", last(0xFE)), "behind its end"),
         (with_data("t4", fill(7)), "expected bytes 0 and 1"),
     ],
 )

@@ -15,15 +15,14 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import IO, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 VERSION = 1
-# A header is parsed before anything else is known about a file. At most about 40 times this is allocated for
-# it.
+# A header is parsed before anything else is known about a file: JSON takes up to 30 times its size then.
 MAX_HEADER = 32 << 20
 # A sparse encoding adds an entry of about this size to the header; it has to save more.
 _PART_OVERHEAD = 128
@@ -97,23 +96,30 @@ _TAG_SIZES = {t.tag: t.itemsize // math.prod(t.axes) for t in DTYPES.values()}
 
 # -- encodings -------------------------------------------------------------------------------------
 #
-# A tensor is a flat sequence of words (its elements' bit patterns); a word is "zero" when all its bits are.
-# So -0.0, denormals and NaN payloads are values like any other, and every encoding is exact.
+# A tensor is a flat sequence of words, its elements' bit patterns. A word is "zero" when all its bits are, or
+# all but the highest and the signs of zeros are stored beside: half of the zeros that multiplying with a mask
+# leaves are -0.0. So denormals and NaN payloads are values like any other, and every encoding is exact.
 
 _GAP_BITS = {"gaps4": 4, "gaps8": 8, "gaps16": 16}
-_SUFFIXES: dict[str, tuple[str, ...]] = {
-    "dense": ("",),
-    "bitmap": ("..bitmap", "..values"),
-    **dict.fromkeys(_GAP_BITS, ("..gaps", "..values")),
-}
+_INDEX = {"bitmap": "..bitmap", **dict.fromkeys(_GAP_BITS, "..gaps")}
+_ENCODINGS = ("dense", *_INDEX)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One tensor as it is stored. `parts` follow ``_SUFFIXES[encoding]``; for "dense" they are the data."""
+    """One tensor as it is stored.
+
+    Attributes
+    ----------
+    encoding : one of ``_ENCODINGS``.
+    values : words that are stored.
+    signs : whether the signs of zeros are stored.
+    parts : as `Entry.parts` lists them; for "dense" the data.
+    """
 
     encoding: str
-    nonzeros: int
+    values: int
+    signs: bool
     parts: tuple[NDArray[Any], ...]
 
 
@@ -149,46 +155,77 @@ def _unpack_gaps(codes: NDArray[Any], bits: int) -> NDArray[np.int64]:
     return np.asarray(end[is_value] - 1)
 
 
+def _gaps(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    return np.diff(np.flatnonzero(mask), prepend=-1) - 1
+
+
+def _cheapest(mask: NDArray[np.bool_], itemsize: int) -> tuple[int, str]:
+    """``(bytes, encoding)`` of the smallest sparse encoding of the words under the mask."""
+    values = int(np.count_nonzero(mask))
+    index = {"bitmap": (mask.size + 7) // 8}
+    # Four bits a value is the least that gaps take, one bit an element what a bitmap takes.
+    if 4 * values < mask.size:
+        gaps = _gaps(mask)
+        for name, bits in _GAP_BITS.items():
+            index[name] = ((values + int((gaps // ((1 << bits) - 1)).sum())) * bits + 7) // 8
+    best = min(index, key=lambda name: index[name])
+    return _PART_OVERHEAD + index[best] + values * itemsize, best
+
+
 def encode(data: Bytes, itemsize: int) -> Encoded:
     """Store the elements in `data` by the encoding that takes the fewest bytes; the earlier one on a tie."""
+    dense = Encoded("dense", data.size // itemsize, False, (data,))
     if itemsize > 8:
-        return Encoded("dense", -1, (data,))
+        return dense
     words = _words(data, itemsize)
     mask = words != 0
-    nonzeros = int(np.count_nonzero(mask))
-    sizes = {"dense": data.size, "bitmap": _PART_OVERHEAD + (words.size + 7) // 8 + nonzeros * itemsize}
-    gaps = np.empty(0, np.int64)
-    # Four bits a value is the least that gaps take, one bit an element what a bitmap takes.
-    if 4 * nonzeros < words.size:
-        gaps = np.diff(np.flatnonzero(mask), prepend=-1) - 1
-        for name, bits in _GAP_BITS.items():
-            codes = nonzeros + int((gaps // ((1 << bits) - 1)).sum())
-            sizes[name] = _PART_OVERHEAD + (codes * bits + 7) // 8 + nonzeros * itemsize
-    best = min(sizes, key=lambda name: sizes[name])
-    if best == "dense":
-        return Encoded("dense", nonzeros, (data,))
-    index = np.packbits(mask, bitorder="little") if best == "bitmap" else _pack_gaps(gaps, _GAP_BITS[best])
-    return Encoded(best, nonzeros, (index, words[mask]))
+    size, encoding = _cheapest(mask, itemsize)
+    signs = False
+    minus = words == 1 << (8 * itemsize - 1)
+    if minus.any():
+        nonzero = mask & ~minus
+        zeros = mask.size - int(np.count_nonzero(nonzero))
+        other, name = _cheapest(nonzero, itemsize)
+        other += _PART_OVERHEAD + (zeros + 7) // 8
+        if other < size:
+            mask, size, encoding, signs = nonzero, other, name, True
+    if size >= data.size:
+        return dense
+    bits = _GAP_BITS.get(encoding)
+    index = _pack_gaps(_gaps(mask), bits) if bits else np.packbits(mask, bitorder="little")
+    parts = [index, words[mask]]
+    if signs:
+        parts.append(np.packbits(words[~mask] != 0, bitorder="little"))
+    return Encoded(encoding, parts[1].size, signs, tuple(parts))
 
 
-def _decode(entry: Entry, index: Bytes, values: Bytes, out: Bytes) -> None:
-    """Write the sparse tensor into `out`. Everything is checked before the first write."""
+def _unpack_bits(packed: Bytes, count: int, what: str) -> NDArray[np.bool_]:
+    bits = np.unpackbits(packed, bitorder="little").view(np.bool_)
+    require(not bits[count:].any(), f"{what}: bits are set behind its end")
+    return np.asarray(bits[:count])
+
+
+def _decode(entry: Entry, out: Bytes, index: Bytes, values: Bytes, signs: Bytes | None = None) -> None:
+    """Write the sparse tensor into `out`."""
     words = _words(out, entry.type.itemsize)
-    value_words = _words(values, entry.type.itemsize)
+    at: NDArray[Any]
+    what = f"tensor {shorten(entry.name)}"
     if entry.encoding == "bitmap":
-        mask = np.unpackbits(index, bitorder="little").view(np.bool_)
-        require(not mask[words.size :].any(), f"{entry.name!r}: bits are set behind the bitmap's end")
-        found = int(np.count_nonzero(mask))
-        require(found == entry.nonzeros, f"{entry.name!r}: expected {entry.nonzeros} bits set, found {found}")
-        out[:] = 0
-        words[mask[: words.size]] = value_words
-        return
-    bits = _GAP_BITS[entry.encoding]
-    at = _unpack_gaps(index.view("<u2") if bits == 16 else index, bits)
-    require(at.size == entry.nonzeros, f"{entry.name!r}: expected {entry.nonzeros} gaps, found {at.size}")
-    require(not at.size or at[-1] < words.size, f"{entry.name!r}: gaps lead behind the tensor's end")
+        at = _unpack_bits(index, words.size, what)
+        found = int(np.count_nonzero(at))
+    else:
+        bits = _GAP_BITS[entry.encoding]
+        at = _unpack_gaps(index.view("<u2") if bits == 16 else index, bits)
+        found = at.size
+        require(not found or at[-1] < words.size, f"{what}: its index leads behind its end")
+    require(found == entry.values, f"{what}: expected {entry.values} values, its index has {found}")
     out[:] = 0
-    words[at] = value_words
+    if signs is not None:
+        zero = np.ones(words.size, np.bool_)
+        zero[at] = False
+        minus = _unpack_bits(signs, words.size - found, what)
+        words[zero] = minus.astype(words.dtype) << (8 * words.itemsize - 1)
+    words[at] = _words(values, entry.type.itemsize)
 
 
 # -- entries ---------------------------------------------------------------------------------------
@@ -205,7 +242,8 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
     encoding: str
-    nonzeros: int  # non-zero elements; -1 where not counted
+    values: int  # elements that are stored
+    signs: bool  # whether the signs of zeros are stored beside
     blake2b: str  # of the parts' bytes, in order
 
     @property
@@ -222,19 +260,26 @@ class Entry:
         """Bytes of the tensor in memory."""
         return self.size * self.type.itemsize
 
+    @property
+    def content(self) -> tuple[object, ...]:
+        """Equal for tensors of the same type, shape and bits."""
+        return (self.dtype, self.shape, self.encoding, self.values, self.signs, self.blake2b)
+
     def parts(self) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:
         """``(name, tag, shape)`` of each safetensors tensor that holds it; shape None: any length, one
         axis.
         """
-        names = [self.name + suffix for suffix in _SUFFIXES[self.encoding]]
         if self.encoding == "dense":
-            yield names[0], self.type.tag, (*self.shape, *self.type.axes)
+            yield self.name, self.type.tag, (*self.shape, *self.type.axes)
             return
+        index = self.name + _INDEX[self.encoding]
         if self.encoding == "bitmap":
-            yield names[0], "U8", ((self.size + 7) // 8,)
+            yield index, "U8", ((self.size + 7) // 8,)
         else:
-            yield names[0], "U16" if self.encoding == "gaps16" else "U8", None
-        yield names[1], self.type.tag, (self.nonzeros, *self.type.axes)
+            yield index, "U16" if self.encoding == "gaps16" else "U8", None
+        yield self.name + "..values", self.type.tag, (self.values, *self.type.axes)
+        if self.signs:
+            yield self.name + "..signs", "U8", ((self.size - self.values + 7) // 8,)
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "name"}
@@ -242,28 +287,25 @@ class Entry:
     @classmethod
     def from_json(cls, name: str, data: object) -> Entry:
         where = f"tensor {shorten(name)}"
-        d = expect_object(data, where, ("kind", "dtype", "shape", "encoding", "nonzeros", "blake2b"))
+        d = expect_object(data, where, [f.name for f in fields(cls) if f.name != "name"])
         require(d["kind"] in _KINDS, f"{where}: unknown kind {shorten(d['kind'])}")
         require(
             isinstance(d["dtype"], str) and d["dtype"] in DTYPES,
             f"{where}: unknown dtype {shorten(d['dtype'])}",
         )
-        known = isinstance(d["encoding"], str) and d["encoding"] in _SUFFIXES
-        require(
-            known, f"{where}: unknown encoding {shorten(d['encoding'])}, known are {', '.join(_SUFFIXES)}"
-        )
+        encoding = d["encoding"]
+        known = isinstance(encoding, str) and encoding in _ENCODINGS
+        require(known, f"{where}: unknown encoding {shorten(encoding)}, known are {', '.join(_ENCODINGS)}")
         shape = expect_sizes(d["shape"], where)
-        nonzeros = d["nonzeros"]
-        require(
-            type(nonzeros) is int and -1 <= nonzeros <= math.prod(shape),
-            f"{where}: invalid number of non-zeros",
-        )
-        sparse = d["encoding"] != "dense"
-        require(
-            not sparse or (nonzeros >= 0 and DTYPES[d["dtype"]].itemsize <= 8), f"{where}: invalid encoding"
-        )
+        values, signs, size = d["values"], d["signs"], math.prod(shape)
+        require(type(values) is int and 0 <= values <= size, f"{where}: invalid number of values")
+        require(type(signs) is bool, f"{where}: invalid signs")
+        if encoding == "dense":
+            require(values == size and not signs, f"{where}: dense, but not all elements are stored")
+        else:
+            require(DTYPES[d["dtype"]].itemsize <= 8, f"{where}: {d['dtype']} is always dense")
         require(isinstance(d["blake2b"], str), f"{where}: expected a checksum")
-        return cls(name, d["kind"], d["dtype"], shape, d["encoding"], nonzeros, d["blake2b"])
+        return cls(name, d["kind"], d["dtype"], shape, encoding, values, signs, d["blake2b"])
 
 
 @dataclass(frozen=True)
@@ -370,13 +412,22 @@ class Writer:
             raise ValueError(f"model: expected tensor names without empty components, got {name!r}")
         encoded = encode(source(), DTYPES[dtype].itemsize)
         checksum = digest(*encoded.parts)
-        entry = Entry(name, kind, dtype, tuple(shape), encoded.encoding, encoded.nonzeros, checksum)
+        entry = Entry(
+            name, kind, dtype, tuple(shape), encoded.encoding, encoded.values, encoded.signs, checksum
+        )
         self.entries[name] = entry
         if entry.encoding == "dense":
             self._sources[name] = source
         else:
             self._sparse |= {part[0]: data for part, data in zip(entry.parts(), encoded.parts, strict=True)}
         return entry
+
+    def discard(self, name: str) -> None:
+        """Take a tensor back."""
+        entry = self.entries.pop(name)
+        self._sources.pop(name, None)
+        for part, _, _ in entry.parts():
+            self._sparse.pop(part, None)
 
     def write(self, file: IO[bytes], about: Mapping[str, Any]) -> None:
         """Write everything, with `about`'s fields beside ``version`` and ``tensors``, by ``file.write``
@@ -547,9 +598,9 @@ class Reader:
             self._read_into(entry.name, out)
             self._check_digest(entry, out)
         else:
-            index, values = (self._read_part(name) for name, _, _ in entry.parts())
-            self._check_digest(entry, index, values)
-            _decode(entry, index, values, out)
+            parts = [self._read_part(name) for name, _, _ in entry.parts()]
+            self._check_digest(entry, *parts)
+            _decode(entry, out, *parts)
         # Torch reads a bool's byte as it is: anything but 0 and 1 misbehaves later.
         if entry.dtype == "bool":
             require(not (out > 1).any(), f"tensor {shorten(entry.name)}: expected bytes 0 and 1")

@@ -7,11 +7,13 @@ ones, so it loads on any machine and is packed for the kernels that run there.
 from __future__ import annotations
 
 import contextlib
-import copy
+import dataclasses
 import io
 import os
 import secrets
 import stat
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,11 +30,18 @@ from pared._format import (
     FormatError,
     Reader,
     Writer,
+    expect_list,
     expect_object,
     refuse,
     require,
     shorten,
 )
+from pared._fusion import activation_of
+from pared._report import _ATTRIBUTE, Report
+from pared._sparsity import bake
+from pared._surgery import adopt_hooks, copy_model, module_names, replace
+from pared.nn import RULES, Fused, PackedModule
+from pared.nn._base import ACTIVATIONS
 
 __all__ = ["FormatError", "load", "save"]
 
@@ -44,9 +53,10 @@ _LISTED = 10  # names in an error message
 def save(model: torch.nn.Module, path: Path, *, overwrite: bool = True) -> None:
     """Write a model to one file that `load` reads on this or another machine.
 
-    Stored are the parameters and buffers, bit for bit, buffers that the ``state_dict`` leaves out included.
-    A tensor that is rich in zeros takes less space, whichever kernel runs it. Not stored are the model's
-    code, hooks, memory formats and devices: `load` takes the architecture from the caller.
+    Stored are the parameters and buffers, bit for bit, buffers that the ``state_dict`` leaves out included;
+    of accelerated layers the dense weights that their packed ones stand for; and the report. A tensor that is
+    rich in zeros takes less space, whichever kernel runs it. Not stored are the model's code, hooks, memory
+    formats and devices: `load` takes the architecture from the caller.
 
     Parameters
     ----------
@@ -66,9 +76,9 @@ def save(model: torch.nn.Module, path: Path, *, overwrite: bool = True) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     writer = Writer()
-    ties = _collect(model, writer)
+    about = _collect(model, writer)
     with _writing(path, overwrite) as file:
-        writer.write(file, {"pared": pared.__version__, "ties": ties})
+        writer.write(file, about)
 
 
 def load(path: Path, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> torch.nn.Module:
@@ -87,8 +97,9 @@ def load(path: Path, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> 
 
     Returns
     -------
-    The model with the stored weights in eval mode. Tensors keep the device that the
-    architecture had them on; from the meta device they go to the CPU. Tensors that were tied are tied.
+    The model with the stored weights, in eval mode. Layers that were accelerated are packed anew for this
+    machine; `pared.report` gives the report of the machine that accelerated them. Tensors keep the device
+    that the architecture had them on; from the meta device they go to the CPU. What was tied is tied.
 
     Raises
     ------
@@ -104,13 +115,19 @@ def load(path: Path, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> 
     """
     with _reading(path) as file:
         reader = Reader(file)
-        about = expect_object(reader.about, "file: metadata", ("pared", "ties"))
-        ties = _check_ties(about["ties"], reader.tensors)
+        about = _About.parse(reader)
         module = _architecture(model)
+        if about.layers or about.report:
+            bake(module)  # accelerate has applied the masks that pruning attached
+        layers = _match_layers(module, about)
         slots = _slots(module)
-        _compare(slots, reader.tensors, ties)
-        _fill(slots, reader, ties)
+        _compare(slots, reader.tensors, about.ties, layers)
+        module = _fill(module, slots, reader, about.ties, layers)
+    for name in about.fused:
+        module = replace(module, [name], Fused(module.get_submodule(name)))
     _check_complete(module)
+    if about.report is not None:
+        setattr(module, _ATTRIBUTE, about.report)
     return module.eval()
 
 
@@ -128,10 +145,12 @@ class _Slot:
 
 
 def _slots(model: torch.nn.Module) -> dict[str, _Slot]:
-    """Every parameter and buffer by name; one that several names lead to, under each."""
+    """Every parameter and buffer of plain modules by name; one that several names lead to, under each."""
     slots = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        base = f"{prefix}." if prefix else ""
+        if isinstance(module, PackedModule):
+            continue
+        base = _join(prefix, "")
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 slots[base + name] = _Slot(module, name, "parameter", parameter)
@@ -140,6 +159,10 @@ def _slots(model: torch.nn.Module) -> dict[str, _Slot]:
                 kind = "local" if name in module._non_persistent_buffers_set else "buffer"
                 slots[base + name] = _Slot(module, name, kind, buffer)
     return slots
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:
@@ -174,8 +197,8 @@ def _identity(tensor: torch.Tensor) -> object:
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
-def _collect(model: torch.nn.Module, writer: Writer) -> dict[str, str]:
-    """Give the writer every tensor once; returns which other names are tied to which of them."""
+def _collect(model: torch.nn.Module, writer: Writer) -> dict[str, Any]:
+    """Give the writer every tensor once; returns the metadata that goes with them."""
     for prefix, module in model.named_modules():
         if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
             raise ValueError(f"model: {prefix or 'the root'}: expected tensors only, got extra state")
@@ -189,29 +212,145 @@ def _collect(model: torch.nn.Module, writer: Writer) -> dict[str, str]:
             writer.add(name, slot.kind, _dtype_name(tensor), tensor.shape, partial(_to_bytes, tensor))
         else:
             ties[name] = owner
-    return ties
+    report = vars(model).get(_ATTRIBUTE)
+    return {
+        "pared": pared.__version__,
+        "layers": _collect_packed(model, writer, ties, report.ties if report else []),
+        "fused": {
+            name: activation_of(module.original)
+            for name, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, Fused)
+        },
+        "ties": ties,
+        "report": dataclasses.asdict(report) if report else None,
+    }
+
+
+def _collect_packed(
+    model: torch.nn.Module, writer: Writer, ties: dict[str, str], groups: list[list[str]]
+) -> dict[str, dict[str, Any]]:
+    """Add the tensors of the accelerated layers, and to `ties`; returns the layers."""
+    # A tensor that several layers shared before some of them were packed is still stored once, unless packing
+    # has changed a bit of it. Others with equal contents stay apart, as they were.
+    group = {name: names[0] for names in groups for name in names}
+    contents: dict[object, str] = {}
+    for name, entry in writer.entries.items():
+        contents.setdefault((group.get(name, name), entry.content), name)
+    layers = {}
+    first: dict[object, str] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, PackedModule):
+            continue
+        layers[prefix] = {
+            "type": module.plain.__name__,
+            "format": module.format,
+            "activation": module.activation,
+        }
+        for attribute, tensor in module.to_module().named_parameters():
+            name = _join(prefix, attribute)
+            packed = module.packed if attribute == "weight" else module.get_buffer(attribute)
+            owner = first.setdefault(_identity(packed), name)
+            if owner == name:
+                source = partial(_plain_bytes, module, attribute)
+                entry = writer.add(name, "parameter", _dtype_name(tensor), tensor.shape, source)
+                owner = contents.setdefault((group.get(name, name), entry.content), name)
+                if owner != name:
+                    writer.discard(name)
+                    first[_identity(packed)] = owner
+            if owner != name:
+                ties[name] = owner
+    return layers
+
+
+def _plain_bytes(module: PackedModule, attribute: str) -> Bytes:
+    return _to_bytes(module.to_module().get_parameter(attribute))
+
+
+# -- metadata --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """How an accelerated layer is stored: plain class, packed format, fused activation."""
+
+    type: str
+    format: str
+    activation: str | None
+
+
+@dataclass(frozen=True)
+class _About:
+    """The metadata beside the tensors."""
+
+    pared: str
+    layers: dict[str, _Layer]
+    fused: dict[str, str]
+    ties: dict[str, str]
+    report: Report | None
+
+    @classmethod
+    def parse(cls, reader: Reader) -> _About:
+        where = "file: metadata"
+        data = expect_object(reader.about, where, [f.name for f in dataclasses.fields(cls)])
+        about: _About = _build(cls, data, where)
+        for layer in data["layers"].values():
+            expect_object(layer, f"{where}: layers", [f.name for f in dataclasses.fields(_Layer)])
+        for name, target in about.ties.items():
+            require(name not in reader.tensors, f"file: {shorten(name)} is stored and tied")
+            require(target in reader.tensors, f"file: {shorten(name)} is tied to an unknown tensor")
+        for name, layer in about.layers.items():
+            known = layer.activation is None or layer.activation in ACTIVATIONS
+            require(known, f"file: layer {shorten(name)}: unknown activation {shorten(layer.activation)}")
+        return about
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value`, parsed JSON, as the type `kind`: of what dataclasses here and in reports are made of."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        # The report of another version of pared may have other fields.
+        hints = typing.get_type_hints(kind)
+        data = expect_object(value, where)
+        known = {n: _build(hints[n], v, f"{where}: {n}") for n, v in data.items() if n in hints}
+        try:
+            return cast(Any, kind)(**known)
+        except TypeError:
+            refuse(f"{where}: expected the fields {sorted(hints)}, got {shorten(sorted(data))}")
+    if origin is list:
+        return [_build(arguments[0], v, where) for v in expect_list(value, where)]
+    if origin is dict:
+        return {
+            n: _build(arguments[1], v, f"{where}: {shorten(n)}")
+            for n, v in expect_object(value, where).items()
+        }
+    if origin in (typing.Union, types.UnionType):
+        optional = value is None and type(None) in arguments
+        return None if optional else _build(arguments[0], value, where)
+    number = kind is float and type(value) is int and abs(value) < 1 << 63
+    require(type(value) is kind or number, f"{where}: expected {kind.__name__}, got {shorten(value)}")
+    return value
 
 
 # -- loading ---------------------------------------------------------------------------------------
 
 
 def _architecture(model: torch.nn.Module | Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """A module of the caller's architecture that is ours to change. Of a given one, a copy without the
-    weights.
-    """
+    """A module of the caller's architecture that is ours to change; of a given one, an empty copy."""
     if isinstance(model, torch.nn.Module):
-        memo: dict[int, Any] = {}
+        if any(isinstance(m, PackedModule) for m in model.modules()):
+            raise ValueError(
+                "model: expected the plain architecture, got accelerated layers; pared.restore it first"
+            )
+        empty: dict[int, torch.Tensor] = {}
         for slot in _slots(model).values():
             if slot.kind != "local" and not torch.nn.parameter.is_lazy(slot.tensor):
-                empty = torch.empty_like(slot.tensor, device="meta")
+                tensor = torch.empty_like(slot.tensor, device="meta")
                 if slot.kind == "parameter":
-                    empty = torch.nn.Parameter(empty, requires_grad=slot.tensor.requires_grad)
-                memo[id(slot.tensor)] = empty
-        for child in model.modules():
-            for value in vars(child).values():
-                if isinstance(value, torch.Tensor) and not value.is_leaf:  # as pruning's masks leave behind
-                    memo[id(value)] = value.detach().clone()
-        return copy.deepcopy(model, memo)
+                    tensor = torch.nn.Parameter(tensor, requires_grad=slot.tensor.requires_grad)
+                empty[id(slot.tensor)] = tensor
+        return copy_model(model, empty)
     if not callable(model):
         raise TypeError(f"model: expected a module or a function that makes one, got {type(model).__name__}")
     made = model()
@@ -222,32 +361,65 @@ def _architecture(model: torch.nn.Module | Callable[[], torch.nn.Module]) -> tor
     return made
 
 
-def _check_ties(data: object, tensors: Mapping[str, Entry]) -> dict[str, str]:
-    ties = expect_object(data, "file: ties")
-    for name, target in ties.items():
-        require(name not in tensors, f"file: {shorten(name)} is stored and tied")
-        require(
-            isinstance(target, str) and target in tensors,
-            f"file: {shorten(name)} is tied to an unknown tensor",
-        )
-    return ties
+@dataclass
+class _Target:
+    """A module of the architecture that becomes an accelerated layer once its tensors are there."""
+
+    module: torch.nn.Module
+    names: list[str]
+    layer: _Layer
+    waiting: set[str]  # names of tensors
 
 
-def _compare(slots: Mapping[str, _Slot], tensors: Mapping[str, Entry], ties: Mapping[str, str]) -> None:
+def _match_layers(model: torch.nn.Module, about: _About) -> dict[int, _Target]:
+    """By the id of the module, what the file says is accelerated; checked against what can be."""
+    names = module_names(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    targets: dict[int, _Target] = {}
+    for name, layer in about.layers.items():
+        module = modules.get(name)
+        if module is None or id(module) in targets:
+            require(
+                module is not None, f"model: expected a layer {shorten(name)}, as in the file, found none"
+            )
+            continue
+        rule = RULES.get(type(module))
+        if rule is None or type(module).__name__ != layer.type:
+            found = type(module).__name__
+            refuse(f"model: layer {name!r}: expected {shorten(layer.type)}, as in the file, got {found}")
+        if layer.format not in rule.formats:
+            known = ", ".join(rule.formats)
+            refuse(f"file: layer {name!r}: unknown format {shorten(layer.format)}, known are {known}")
+        mine = names[id(module)]
+        same = all(about.layers.get(n) == layer for n in mine)
+        require(same, f"model: layer {name!r}: shared in the model as {mine}, not so in the file")
+        tensors = {_join(n, t) for n in mine for t, _ in module.named_parameters(recurse=False)}
+        targets[id(module)] = _Target(module, mine, layer, tensors)
+    for name, activation in about.fused.items():
+        module = modules.get(name)
+        if module is None or activation_of(module) != activation:
+            text = f"model: expected activation {shorten(activation)} at {shorten(name)}, as in the file"
+            refuse(f"{text}, got {'nothing' if module is None else type(module).__name__}")
+    return targets
+
+
+def _compare(
+    slots: Mapping[str, _Slot],
+    tensors: Mapping[str, Entry],
+    ties: Mapping[str, str],
+    layers: Mapping[int, _Target],
+) -> None:
     """Raise `FormatError` with every difference between the file and the architecture."""
     stored = {**tensors, **{name: tensors[target] for name, target in ties.items()}}
     problems: list[str] = []
-    # A local buffer that exists keeps its value, one on the meta device needs the file's; the file may know
-    # more.
+    # A local buffer with data keeps it, one on the meta device needs the file's; the file may know more.
     needed = {name for name, slot in slots.items() if slot.kind != "local" or slot.tensor.is_meta}
     missing = sorted(needed - stored.keys())
     unexpected = sorted(n for n in stored.keys() - slots.keys() if stored[n].kind != "local")
     for title, names in (("missing in the file", missing), ("unexpected in the file", unexpected)):
         if names:
-            listed = ", ".join(shorten(n) for n in names[:_LISTED])
-            problems.append(
-                f"{title}: {listed}" + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
-            )
+            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+            problems.append(f"{title}: {', '.join(shorten(n) for n in names[:_LISTED])}{more}")
     different = []
     for name in sorted(needed & stored.keys()):
         slot, entry = slots[name], stored[name]
@@ -259,6 +431,10 @@ def _compare(slots: Mapping[str, _Slot], tensors: Mapping[str, Entry], ties: Map
         if want != have:
             texts = (f"{'parameter' if p else 'buffer'} {d} {list(s)}" for p, d, s in (want, have))
             different.append(f"{name!r}: expected {next(texts)}, got {next(texts)}")
+        if id(slot.owner) in layers and slot.tensor.device.type not in ("cpu", "meta"):
+            different.append(
+                f"{name!r}: an accelerated layer, on {slot.tensor.device}; kernels run on the CPU"
+            )
     problems += different[:_LISTED]
     if len(different) > _LISTED:
         problems.append(f"and {len(different) - _LISTED} more differ")
@@ -279,34 +455,72 @@ def _read_tensor(reader: Reader, entry: Entry) -> torch.Tensor:
     return tensor
 
 
-def _fill(slots: Mapping[str, _Slot], reader: Reader, ties: Mapping[str, str]) -> None:
-    """Give every slot the file's tensor: a new one, as ``load_state_dict(assign=True)`` does."""
-    names: dict[str, list[str]] = {name: [name] for name in reader.tensors}
+def _fill(
+    model: torch.nn.Module,
+    slots: dict[str, _Slot],
+    reader: Reader,
+    ties: Mapping[str, str],
+    layers: Mapping[int, _Target],
+) -> torch.nn.Module:
+    """Give every slot the file's tensor, a new one, as ``load_state_dict(assign=True)`` does.
+
+    A layer that was accelerated is packed when its last tensor is there, and its dense weight dropped: that
+    uses up `slots`, which knows the plain layer.
+    """
+    users: dict[str, list[str]] = {name: [name] for name in reader.tensors}
     for name, target in ties.items():
-        names[target].append(name)
-    for stored, users in names.items():
-        targets = [
-            slots[n] for n in users if n in slots and (slots[n].kind != "local" or slots[n].tensor.is_meta)
-        ]
+        users[target].append(name)
+    packed: dict[object, Any] = {}
+    for stored, names in users.items():
+        targets = {n: slots.pop(n) for n in names if n in slots}
+        targets = {n: s for n, s in targets.items() if s.kind != "local" or s.tensor.is_meta}
         if not targets:
             continue
+        old = next(iter(targets.values())).tensor
         tensor = _read_tensor(reader, reader.tensors[stored])
-        device = targets[0].tensor.device
-        if device.type != "meta":
-            tensor = tensor.to(device)
+        if not old.is_meta:
+            tensor = tensor.to(old.device)
         parameter: torch.nn.Parameter | None = None
-        for slot in targets:
+        for name, slot in targets.items():
             if slot.kind != "parameter":
                 setattr(slot.owner, slot.attribute, tensor)
-                continue
-            if parameter is None:
-                parameter = torch.nn.Parameter(tensor, requires_grad=slot.tensor.requires_grad)
-            setattr(slot.owner, slot.attribute, parameter)
+            else:
+                if parameter is None:
+                    parameter = torch.nn.Parameter(tensor, requires_grad=slot.tensor.requires_grad)
+                setattr(slot.owner, slot.attribute, parameter)
+            layer = layers.get(id(slot.owner))
+            if layer is not None:
+                layer.waiting.discard(name)
+                if not layer.waiting:
+                    model = _pack(model, layer, packed, ties)
+    return model
 
 
-def _check_complete(module: torch.nn.Module) -> None:
+def _pack(
+    model: torch.nn.Module, target: _Target, packed: dict[object, Any], ties: Mapping[str, str]
+) -> torch.nn.Module:
+    """Replace a plain layer by its accelerated module; layers whose weights are tied share the packed one."""
+    name = _join(target.names[0], "weight")
+    key = (ties.get(name, name), target.layer.format, getattr(target.module, "groups", 1))
+    try:
+        new = RULES[type(target.module)].module.from_module(
+            target.module,
+            format=target.layer.format,
+            activation=target.layer.activation,
+            weight=packed.get(key),
+        )
+    except (TypeError, ValueError) as e:
+        refuse(f"file: layer {target.names[0]!r}: {e}")
+    packed[key] = new.packed_weight()
+    adopt_hooks(new, target.module)
+    model = replace(model, target.names, new)
+    target.module = new
+    return model
+
+
+def _check_complete(model: torch.nn.Module) -> None:
     """Raise ``ValueError`` for unregistered tensors without data, which no file can know of."""
-    for prefix, child in module.named_modules():
+    for prefix, child in model.named_modules():
         for name, value in vars(child).items():
             if isinstance(value, torch.Tensor) and value.is_meta:
                 where = prefix or type(child).__name__

@@ -24,9 +24,12 @@ _HOOKS = (
 )
 
 
-def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy that also works where modules hold computed tensors, as attached masks leave them."""
-    memo: dict[int, Any] = {}
+def copy_model(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy that also works where modules hold computed tensors, as attached masks leave them.
+
+    `replaced`: id of an object -> what the copy has in its place.
+    """
+    memo = dict(replaced or {})
     keep = []  # ids in the memo stay valid only while their objects live
     for module in model.modules():
         for value in vars(module).values():
