@@ -3,7 +3,7 @@
 A schedule is any callable ``step -> sparsity`` with sparsity in [0, 1). Those here are 0 before `begin`,
 exactly `initial` at `begin`, and exactly `final` from `end` on.
 
->>> Polynomial(0.5, 0.8, begin=1000, end=2000)(1500)
+>>> round(Polynomial(0.5, 0.8, begin=1000, end=2000)(1500), 6)
 0.7625
 """
 
