@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _models import sparse_linear
+from _models import sparse_conv, sparse_linear
 from torch import nn
 from torch.library import opcheck
 
-from pared.nn import Linear
-from pared.ops._library import linear_op
+from pared.nn import Conv2d, Linear
+from pared.ops._library import conv2d_op, linear_op
 
 
 @pytest.fixture
@@ -129,3 +129,36 @@ def test_fake_tensors() -> None:
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         y = module(torch.empty(3, 5, 16, dtype=torch.bfloat16))
     assert (y.shape, y.dtype) == ((3, 5, 24), torch.bfloat16)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_conv_opcheck(layout: torch.memory_format) -> None:
+    m = Conv2d.from_module(sparse_conv(4, 8, 3, groups=2))
+    for x in (
+        torch.randn(2, 4, 7, 9).to(memory_format=layout),
+        torch.randn(2, 4, 7, 9).to(memory_format=layout)[:, :, ::2],
+    ):
+        args = (x, m.packed, m.bias, 8, (3, 3), (2, 1), (1, 1, 0, 2), (1, 2), "silu")
+        assert set(opcheck(conv2d_op, args).values()) == {"SUCCESS"}
+
+
+def conv_net() -> nn.Module:
+    return nn.Sequential(
+        Conv2d.from_module(sparse_conv(3, 8, 3, padding=1), activation="relu"),
+        nn.MaxPool2d(2),
+        Conv2d.from_module(sparse_conv(8, 4, 3, padding=1, padding_mode="reflect")),
+    ).eval()
+
+
+def test_conv_compiles_exports_and_traces() -> None:
+    model = conv_net()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    x = torch.randn(2, 3, 8, 8)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},), strict=False)
+    assert "torch.ops.pared.conv2d.default" in program.graph_module.code
+    traced = torch.fx.symbolic_trace(model)
+    for x in (torch.randn(3, 3, 8, 8), torch.randn(5, 3, 8, 8).to(memory_format=torch.channels_last)):
+        for other in (compiled, program.module(), traced):
+            torch.testing.assert_close(other(x), model(x))
+    torch.testing.assert_close(compiled(torch.randn(3, 3, 12, 10)).shape, torch.Size([3, 4, 6, 5]))

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _models import sparse_linear
+from _models import sparse_conv, sparse_linear
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import pared
-from pared.nn import RULES, DenseWeightError, Linear
+from pared.nn import RULES, Conv2d, DenseWeightError, Linear
 from pared.nn._base import pack
 
 ACTIVATIONS = {
@@ -388,3 +388,114 @@ def test_many_threads_call_one_module() -> None:
     for t in threads:
         t.join()
     assert not wrong
+
+
+# -- Conv2d
+
+
+CONVS: list[dict[str, Any]] = [
+    {},
+    {"padding": 1},
+    {"stride": 2, "padding": (1, 2)},
+    {"dilation": 2, "padding": "same"},
+    {"kernel_size": 1},
+    {"kernel_size": (2, 4), "padding": "same"},
+    {"groups": 2, "padding": "valid"},
+    {"groups": 6, "bias": False},
+    {"padding": 1, "padding_mode": "reflect"},
+    {"padding": (2, 1), "padding_mode": "circular"},
+    {"padding": "same", "padding_mode": "replicate", "kernel_size": (4, 3)},
+]
+
+
+def check_conv(
+    layer: nn.Conv2d, module: nn.Module, x: torch.Tensor, activation: str | None = None
+) -> torch.Tensor:
+    exact, size = copy.deepcopy(layer).double(), copy.deepcopy(layer).double()
+    with torch.no_grad():
+        for p in size.parameters():
+            p.abs_()
+        expected, s = ACTIVATIONS[activation](exact(x.double())), size(x.double().abs())
+        y = module(x)
+    assert (y.dtype, y.shape) == (x.dtype, expected.shape)
+    out = torch.finfo(x.dtype).eps if x.dtype != torch.float32 else 0.0
+    terms = layer.weight[0].numel() + 8
+    allowed = 1.13 * (terms * torch.finfo(torch.float32).eps + out) * s + 1e-30
+    assert bool(((y.double() - expected).abs() <= allowed).all())
+    return y
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@pytest.mark.parametrize("options", CONVS, ids=str)
+def test_conv_equals_torch(isa: str, options: dict[str, Any]) -> None:
+    options = dict(options)
+    layer = sparse_conv(6, 12, options.pop("kernel_size", 3), **options)
+    zeros = layer.padding_mode == "zeros"  # other paddings come from torch, in a layout of its choice
+    module = Conv2d.from_module(layer, activation="relu")
+    x = torch.randn(2, 6, 9, 7, generator=torch.Generator().manual_seed(3))
+    for images in (
+        x,
+        x.to(memory_format=torch.channels_last),
+        x.transpose(2, 3),
+        x[:, :, ::2],
+        x[0],
+        x.bfloat16(),
+        x[:0],
+    ):
+        y = check_conv(layer, module, images, "relu")
+        if images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last) and zeros:
+            assert y.is_contiguous(memory_format=torch.channels_last)
+    plain = module.to_module()
+    assert torch.equal(plain.weight, layer.weight)
+    assert repr(plain) == repr(layer)
+    assert torch.equal(copy.deepcopy(module)(x), module(x))
+
+
+def test_conv_slices_of_channels() -> None:
+    layer = sparse_conv(4, 8, 3)
+    module = Conv2d.from_module(layer)
+    wide = torch.randn(2, 9, 8, 8)
+    check_conv(layer, module, wide[:, 2:6])
+    check_conv(layer, module, wide.to(memory_format=torch.channels_last)[:, 2:6])
+
+
+def test_conv_repr_attributes_and_errors() -> None:
+    layer = sparse_conv(6, 12, 3, stride=2, padding=1, groups=2)
+    module = Conv2d.from_module(layer)
+    for name in (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    ):
+        assert getattr(module, name) == getattr(layer, name)
+    assert (
+        "6, 12, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), groups=2, bias=True, format=csr"
+        in repr(module)
+    )
+    with pytest.raises(RuntimeError, match=r"pared\.nn\.Conv2d: expected an input that needs no gradient"):
+        module(torch.randn(1, 6, 5, 5, requires_grad=True))
+    with pytest.raises(ValueError, match=r"x: expected \[N, C, H, W\] or \[C, H, W\], got shape \[6, 5\]"):
+        module(torch.randn(6, 5))
+    with pytest.raises(ValueError, match=r"x: expected shape \[any, 6, any, any\]"):
+        module(torch.randn(1, 5, 5, 5))
+    with pytest.raises(ValueError, match="padded size"):
+        Conv2d.from_module(sparse_conv(6, 12, 3))(torch.randn(1, 6, 2, 2))
+    with pytest.raises(TypeError, match="x: expected a torch tensor"):
+        module(None)
+    with pytest.raises(TypeError, match="x: expected a strided"):
+        module(torch.randn(1, 6, 5, 5).to_sparse())
+    weight = pack("csr", layer.weight, 2)
+    with pytest.raises(ValueError, match="padding_mode: expected one of"):
+        Conv2d(weight, padding_mode="mirror")
+    with pytest.raises(ValueError, match=r"weight \[out, in/groups, kh, kw\]"):
+        Conv2d(pack("csr", torch.zeros(3, 3)))
+    with pytest.raises(TypeError, match=r"module: expected nn\.Conv2d, got Linear"):
+        Conv2d.from_module(nn.Linear(1, 1))  # type: ignore[arg-type]
+    other = Conv2d.from_module(sparse_conv(3, 12, 3, groups=1))
+    with pytest.raises(RuntimeError, match="in 2 group"):
+        module.load_state_dict(other.state_dict())

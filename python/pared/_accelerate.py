@@ -100,11 +100,11 @@ def accelerate(
 ) -> nn.Module:
     """A copy of the model that runs packed kernels in every layer where they are measurably faster.
 
-    Runs the example inputs, and times each ``nn.Linear`` (dense, and each packed format that suits it) on the
-    shapes that it really gets, in interleaved rounds. What is faster by `min_speedup` is kept; a following
-    activation is fused where the model allows it. Then the whole model is compared with the original, outputs
-    and time: where the outputs differ by more than allowed, or the model is not faster, layers go back to
-    dense. ``print(pared.report(fast))`` says what was done and why.
+    Runs the example inputs, and times each ``nn.Linear`` and ``nn.Conv2d`` (dense, and each packed format
+    that suits it) on the shapes that it really gets, in interleaved rounds. What is faster by `min_speedup`
+    is kept; a following activation is fused where the model allows it. Then the whole model is compared with
+    the original, outputs and time: where the outputs differ by more than allowed, or the model is not faster,
+    layers go back to dense. ``print(pared.report(fast))`` says what was done and why.
 
     Parameters
     ----------
@@ -132,7 +132,7 @@ def accelerate(
     """
     _check_arguments(model, precision, max_error, min_speedup)
     inputs = examples(example_inputs)
-    with _progress(progress) as advance, torch.no_grad():
+    with _progress(progress) as advance, torch.no_grad(), torch.random.fork_rng(devices=[]):
         dense = copy_model(model).eval()
         advance("running the example inputs", 0.0)
         reference = [_reference(dense, e) for e in inputs]
@@ -312,8 +312,11 @@ def _decide(c: Candidate, packed: dict[Any, CSR], min_speedup: float) -> None:
             adopt_hooks(module, c.module)
             error, bound = _layer_error(c, module)
             if error > bound:
-                text = f"{name} kernel differs by {error:.1e}, more than its bound {bound:.1e}"
-                return c.keep_dense(text)
+                if math.isinf(error):
+                    return c.keep_dense(
+                        f"{name} is not finite in the same places: zeros skip inf and NaN inputs"
+                    )
+                return c.keep_dense(f"{name} differs by {error:.1e}, more than its bound {bound:.1e}")
             variants[f"{name} + {activation}" if activation else name] = Variant(module, error, bound)
     before = _time_layer(c, variants)
     best, v = max(variants.items(), key=lambda item: item[1].speedup)
@@ -549,7 +552,7 @@ def _disk(model: nn.Module) -> int:
 @contextmanager
 def _progress(show: bool | None) -> Iterator[Callable[[str, float], None]]:
     """A progress bar on stderr that appears once the work has taken two seconds."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_terminal=show)
     if show is False or (show is None and not console.is_terminal):
         yield lambda text, share: None
         return

@@ -118,7 +118,7 @@ class Report:
             layers = [LayerReport(**layer) for layer in data.pop("layers")]
             dense, fast = (time and ModelTime(**time) for time in (data.pop("dense"), data.pop("fast")))
             return cls(layers=layers, dense=dense, fast=fast, **data)
-        except (TypeError, KeyError, AttributeError) as e:
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise ValueError(f"text: expected the JSON of a report, got something else ({e})") from e
 
     def __rich__(self) -> Table:

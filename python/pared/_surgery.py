@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from pared._report import _ATTRIBUTE
 from pared.nn import Fused, PackedModule
@@ -37,11 +38,19 @@ def copy_model(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.M
                 memo[id(value)] = value.detach().clone()
                 keep.append(value)
     try:
-        return copy.deepcopy(model, memo)
+        new = copy.deepcopy(model, memo)
     except Exception as e:
         raise ValueError(
             f"model: expected a module that copy.deepcopy accepts, got {type(e).__name__}: {e}"
         ) from e
+    for module in new.modules():
+        if parametrize.is_parametrized(module):
+            # torch gives a parametrised module a class of its own, which a deep copy shares: removing the
+            # parametrisation from the copy would take the property away from the original.
+            cls = type(module)
+            members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+            module.__class__ = type(cls.__name__, cls.__bases__, members)
+    return new
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

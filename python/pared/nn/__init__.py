@@ -12,6 +12,7 @@ from torch import nn
 
 from pared.nn._base import DenseWeightError, PackedModule
 from pared.nn._fused import Fused
+from pared.nn.conv import Conv2d
 from pared.nn.linear import Linear
 
 
@@ -26,6 +27,7 @@ class Rule:
 # By exact type: a subclass may compute something else.
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: Rule(Linear, ("csr",)),
+    nn.Conv2d: Rule(Conv2d, ("csr",)),
 }
 
-__all__ = ["RULES", "DenseWeightError", "Fused", "Linear", "PackedModule", "Rule"]
+__all__ = ["RULES", "Conv2d", "DenseWeightError", "Fused", "Linear", "PackedModule", "Rule"]

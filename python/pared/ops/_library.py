@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pared.ops._formats import format_of
 
-__all__ = ["aligned", "foldable", "grad_error", "linear_op"]
+__all__ = ["aligned", "conv2d_op", "empty_images", "foldable", "grad_error", "images", "linear_op"]
 
 # Kept for the life of the process: torch drops the registrations with the Library object.
 _LIB: Any = torch.library.Library("pared", "DEF")  # type: ignore[no-untyped-call]
@@ -81,4 +81,76 @@ linear_op = _define(
     "linear(Tensor x, Tensor packed, Tensor? bias, int out_features, str activation) -> Tensor",
     _linear,
     _linear_fake,
+)
+
+
+def images(x: Tensor) -> Tensor:
+    """`x` [N, C, H, W] itself where the convolution reads it (whole planes, or pixels), else a copy."""
+    _, channels, _, width = x.shape
+    _, c, h, w = x.stride()
+    if (w == 1 and h == width) or (c == 1 and w >= channels and h == width * w):
+        return x
+    return x.contiguous()
+
+
+def empty_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised output for `images` of `x`, in its dtype and layout."""
+    strides = x.stride()
+    last = strides[1] == 1 and strides[3] != 1 and not x.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _conv2d(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str,
+) -> Tensor:
+    kernel = format_of(packed).conv2d
+    if kernel is None:
+        raise ValueError(f"packed: expected a format with a conv2d kernel, got {format_of(packed).name}")
+    batch = x if x.ndim == 4 else x[None]
+    out = _conv2d_fake(batch, packed, bias, out_channels, kernel_size, stride, padding, dilation, activation)
+    kernel(
+        images(batch), aligned(packed), bias, out, tuple(stride), tuple(padding), tuple(dilation), activation
+    )
+    return out if x.ndim == 4 else out[0]
+
+
+def _conv2d_fake(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str,
+) -> Tensor:
+    if x.ndim not in (3, 4):
+        raise ValueError(f"x: expected [N, C, H, W] or [C, H, W], got shape {list(x.shape)}")
+    batch = images(x if x.ndim == 4 else x[None])
+    size = [
+        (batch.shape[2 + i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel_size[i] - 1) - 1)
+        // stride[i]
+        + 1
+        for i in (0, 1)
+    ]
+    out = empty_images(batch, (batch.shape[0], out_channels, *size))
+    return out if x.ndim == 4 else out[0]
+
+
+# stride, dilation: height, width; padding: top, bottom, left, right.
+conv2d_op = _define(
+    "conv2d(Tensor x, Tensor packed, Tensor? bias, int out_channels, int[2] kernel_size, int[2] stride, "
+    "int[4] padding, int[2] dilation, str activation) -> Tensor",
+    _conv2d,
+    _conv2d_fake,
 )

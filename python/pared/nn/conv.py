@@ -1,0 +1,179 @@
+"""The accelerated ``nn.Conv2d``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from typing_extensions import Self
+
+from pared import _core
+from pared.nn._base import PackedModule, pack
+from pared.ops._formats import FORMATS
+from pared.ops._library import conv2d_op, empty_images, grad_error, images
+from pared.ops.conv import IntPair, _pair, resolve_padding
+from pared.ops.csr import CSR
+
+_KERNELS = {f.name: f.conv2d for f in FORMATS.values() if f.conv2d is not None}
+_MODES = ("zeros", "reflect", "replicate", "circular")
+_strided = torch.strided
+_grad_enabled = torch.is_grad_enabled
+_mode_depth = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._is_tracing
+
+
+class Conv2d(PackedModule):
+    """``activation(conv2d(x, W) + bias)`` with a packed weight W [out_channels, in_channels / groups, kh,
+    kw].
+
+    Build it with `from_module`, or from a packed weight.
+
+    Parameters
+    ----------
+    weight : packed weight, for example ``pared.ops.CSR.from_dense(w, groups=2)``.
+    bias : [out_channels] of any float dtype, copied as float32; or None.
+    stride, padding, dilation, padding_mode : as in ``nn.Conv2d``; the groups are the weight's.
+    activation : None, "relu", "gelu" (erf), "gelu_tanh" or "silu".
+
+    Attributes
+    ----------
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode : as in
+        ``nn.Conv2d``; see `PackedModule` for the others.
+    """
+
+    plain = nn.Conv2d
+
+    def __init__(
+        self,
+        weight: CSR,
+        bias: Tensor | None = None,
+        stride: IntPair = 1,
+        padding: IntPair | str = 0,
+        dilation: IntPair = 1,
+        padding_mode: str = "zeros",
+        activation: str | None = None,
+    ) -> None:
+        super().__init__(weight, bias, activation)
+        if self.format not in _KERNELS:
+            raise ValueError(f"weight: expected a format with a conv2d kernel, got {self.format}")
+        if len(weight.shape) != 4:
+            raise ValueError(
+                f"weight: expected a weight [out, in/groups, kh, kw], got shape {list(weight.shape)}"
+            )
+        if padding_mode not in _MODES:
+            raise ValueError(f"padding_mode: expected one of {', '.join(_MODES)}, got {padding_mode!r}")
+        self.groups = weight.groups
+        self.out_channels, self.in_channels = weight.shape[0], weight.shape[1] * self.groups
+        self.kernel_size = (weight.shape[2], weight.shape[3])
+        self.stride, self.dilation = _pair(stride, "stride"), _pair(dilation, "dilation")
+        self.padding = padding if isinstance(padding, str) else _pair(padding, "padding")
+        self.padding_mode = padding_mode
+        self._pads = resolve_padding(padding, self.kernel_size, self.stride, self.dilation)
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Conv2d,
+        *,
+        format: str = "csr",
+        activation: str | None = None,
+        weight: CSR | None = None,
+    ) -> Self:
+        if not isinstance(module, nn.Conv2d):
+            raise TypeError(f"module: expected nn.Conv2d, got {type(module).__name__}")
+        new = cls(
+            weight or pack(format, module.weight, module.groups),
+            module.bias,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.padding_mode,
+            activation,
+        )
+        new._requires_grad = (module.weight.requires_grad, getattr(module.bias, "requires_grad", True))
+        return new
+
+    def to_module(self) -> nn.Conv2d:
+        w = torch.as_tensor(self.packed_weight().to_dense())
+        plain = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,  # type: ignore[arg-type]
+            device="meta",
+        )
+        plain.weight = nn.Parameter(w, self._requires_grad[0])
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.to(w.dtype, copy=True), self._requires_grad[1])
+        return plain.eval()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` [N, C, H, W] or [C, H, W] to [N, out, Ho, Wo] or [out, Ho, Wo], in the input's dtype and
+        layout.
+
+        Raises
+        ------
+        RuntimeError : grad mode is on and the input requires a gradient.
+        TypeError, ValueError : dtype, device or shape of the input.
+        """
+        x = input
+        # A tracer has to see an operator; the dispatcher costs eager calls 6 us.
+        traced = is_compiling() or type(x) is not Tensor or _mode_depth() > 0 or _tracing()
+        if traced and not hasattr(type(x), "__torch_function__"):
+            raise TypeError(f"x: expected a torch tensor, got {type(x).__name__}")
+        if not traced:
+            if x.layout is not _strided:
+                raise TypeError(f"x: expected a strided (dense) tensor, got layout {x.layout}")
+            if x.requires_grad and _grad_enabled():
+                raise grad_error("pared.nn.Conv2d")
+            if x.ndim not in (3, 4):
+                raise ValueError(f"x: expected [N, C, H, W] or [C, H, W], got shape {list(x.shape)}")
+        pads = self._pads
+        if self.padding_mode != "zeros":
+            top, bottom, left, right = pads
+            x = nn.functional.pad(x, (left, right, top, bottom), mode=self.padding_mode)
+            pads = (0, 0, 0, 0)
+        if traced:
+            return self._traced(x, pads)
+        single = x.ndim == 3
+        if single:
+            x = x[None]
+        x = images(x)
+        n, _, height, width = x.shape
+        kh, kw = self.kernel_size
+        out_h, out_w = _core.conv2d_output_size(height, width, kh, kw, self.stride, pads, self.dilation)
+        out = empty_images(x, (n, self.out_channels, out_h, out_w))
+        buffers = self._buffers
+        _KERNELS[self.format](
+            x, buffers["packed"], buffers["bias"], out, self.stride, pads, self.dilation, self._act
+        )
+        return out[0] if single else out
+
+    def _traced(self, x: Any, pads: tuple[int, int, int, int]) -> Tensor:
+        y: Tensor = conv2d_op(
+            x,
+            self.packed,
+            self.bias,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            pads,
+            self.dilation,
+            self._act,
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        ]
+        plain = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
+        parts += [f"{k}={getattr(self, k)}" for k, default in plain.items() if getattr(self, k) != default]
+        return ", ".join([*parts, self._repr_tail()])

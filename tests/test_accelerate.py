@@ -1,0 +1,754 @@
+"""pared.accelerate: what it converts, keeps, checks, undoes and refuses."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from _models import sparse_conv, sparse_linear
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils import prune as torch_prune
+
+import pared
+import pared._accelerate as acc
+from pared._inputs import compare, examples, tolerance
+from pared.nn import Conv2d, Fused, Linear, PackedModule
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decisions are under test here, not times: a few rounds do."""
+    monkeypatch.setattr(acc, "_LAYER_SECONDS", 0.0)
+    monkeypatch.setattr(acc, "_MODEL_SECONDS", 0.0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str, PackedModule | None], float]], None]:
+    """Replaces the timer: seconds for a name and a module, None for dense ones."""
+
+    def install(seconds: Callable[[str, PackedModule | None], float]) -> None:
+        def time_layer(c: acc.Candidate, variants: dict[str, acc.Variant]) -> float:
+            before = seconds(c.name, None)
+            for v in variants.values():
+                v.after = seconds(c.name, v.module)
+                v.speedup = before / v.after
+            return before
+
+        monkeypatch.setattr(acc, "_time_layer", time_layer)
+
+    return install
+
+
+@pytest.fixture
+def fused_wins(clock: Any) -> None:
+    clock(lambda name, module: 1.0 if module is None else 0.5 if module.activation is None else 0.25)
+
+
+def convert(model: nn.Module, inputs: Any, **kwargs: Any) -> nn.Module:
+    """Every layer that has a kernel, whatever the times say."""
+    return pared.accelerate(model, inputs, min_speedup=0, progress=False, **kwargs)
+
+
+def layers(model: nn.Module, kind: type[nn.Module] = PackedModule) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, kind)]
+
+
+def row(model: nn.Module, name: str) -> Any:
+    return next(r for r in pared.report(model).layers if r.name == name)
+
+
+def mlp(seed: int = 0) -> nn.Sequential:
+    return nn.Sequential(
+        sparse_linear(16, 32, seed=seed),
+        nn.GELU(),
+        sparse_linear(32, 8, seed=seed + 1),
+        nn.ReLU(),
+        nn.Linear(8, 4),
+    )
+
+
+def equal_states(a: nn.Module, b: nn.Module) -> bool:
+    x, y = a.state_dict(), b.state_dict()
+    return list(x) == list(y) and all(torch.equal(x[k], y[k]) for k in x)
+
+
+# -- what comes out
+
+
+def test_a_new_model_in_eval_mode_and_the_old_one_untouched() -> None:
+    model = mlp().train()
+    before = copy.deepcopy(model)
+    x = torch.randn(5, 16)
+    fast = convert(model, x)
+    assert equal_states(model, before)
+    assert model.training
+    assert model[0].training
+    assert not any(m.training for m in fast.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*model.modules(), *fast.modules()])
+    assert layers(fast) == ["0", "2", "4"]
+    y, z = model.eval()(x), fast(x)
+    assert not z.requires_grad
+    torch.testing.assert_close(z, y.detach(), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(fast(x), z)
+
+
+def test_really_faster_where_it_should_be_and_dense_where_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    model = nn.Sequential(sparse_linear(1024, 1024, 0.02), nn.Linear(1024, 1024))
+    fast = pared.accelerate(model, torch.randn(256, 1024))
+    assert layers(fast) == ["0"]
+    report = pared.report(fast)
+    assert row(fast, "0").speedup >= 1.05
+    assert row(fast, "0").before > row(fast, "0").after > 0
+    assert "cannot give" in row(fast, "1").reason
+    assert report.speedup >= 0.98
+    assert report.dense is not None
+    assert 0 < report.dense.p50 <= report.dense.p95
+
+
+def test_layers_that_gain_too_little_stay(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock(lambda name, module: 1.0 if module is None else {"0": 0.5, "2": 0.97, "4": 2.0}[name])
+    monkeypatch.setattr(acc, "interleave", lambda calls, **kwargs: FakeTimings(dense=1.0, pared=0.8))
+    model, x = nn.Sequential(*mlp()[:4], sparse_linear(8, 4)), torch.randn(3, 16)
+    fast = pared.accelerate(model, x, fuse=False)
+    assert layers(fast) == ["0"]
+    assert row(fast, "2").kernel == "dense"
+    assert "1.03x, less than 1.05x" in row(fast, "2").reason
+    assert "0.50x, less than 1.05x" in row(fast, "4").reason
+    assert row(fast, "2").before == row(fast, "2").after == 1.0
+
+
+class FakeTimings:
+    """What interleave would return, of known times."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
+
+    def median(self, name: str) -> float:
+        return self.seconds[name]
+
+    p95 = median
+
+    def speedup(self, name: str, baseline: str) -> Any:
+        ratio = self.seconds[baseline] / self.seconds[name]
+        return type("Ratio", (), {"value": ratio})
+
+
+def test_never_slower(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Layers that look fast alone, in a model that is slow with them: those that gain least go back first.
+    clock(lambda name, module: 1.0 if module is None else {"0": 0.7, "2": 0.4, "4": 0.9}[name])
+    times = iter([1.5, 1.2, 0.9])
+    monkeypatch.setattr(acc, "interleave", lambda calls, **kwargs: FakeTimings(dense=1.0, pared=next(times)))
+    model, x = nn.Sequential(*mlp()[:4], sparse_linear(8, 4)), torch.randn(3, 16)
+    fast = pared.accelerate(model, x)
+    assert layers(fast) == ["2"]
+    report = pared.report(fast)
+    assert report.speedup == pytest.approx(1 / 0.9)
+    assert "the whole model was 0.67x with it" in row(fast, "4").reason
+    assert "the whole model was 0.83x with it" in row(fast, "0").reason
+    assert len(report.notes) == 2
+    monkeypatch.setattr(acc, "interleave", lambda calls, **kwargs: FakeTimings(dense=1.0, pared=2.0))
+    fast = pared.accelerate(model, x)
+    assert not layers(fast)
+    assert not layers(fast, Fused)
+    report = pared.report(fast)
+    assert (report.speedup, report.dense, report.fast, report.error) == (1.0, None, None, 0.0)
+    assert torch.equal(fast(x), model.eval()(x))
+    monkeypatch.setattr(acc, "interleave", lambda calls, **kwargs: FakeTimings(dense=0.985, pared=1.0))
+    assert layers(pared.accelerate(model, x)) == ["0", "2", "4"]  # 0.985 cannot be told from 1
+
+
+def test_hooks_of_the_user_move_along_and_prevent_fusion(fused_wins: None) -> None:
+    model = mlp()
+    seen = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    x = torch.randn(3, 16)
+    fast = convert(model, x)
+    seen.clear()
+    fast(x)
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], model.eval()[0](x).detach())
+    assert row(fast, "0").activation is None
+    assert row(fast, "2").activation == "relu"
+
+
+def test_a_model_that_is_one_layer() -> None:
+    fast = convert(sparse_linear(8, 4), torch.randn(2, 8))
+    assert isinstance(fast, Linear)
+    assert pared.report(fast).layers[0].name == ""
+    assert type(pared.restore(fast)) is nn.Linear
+
+
+def test_accelerated_copies_keep_their_report() -> None:
+    fast = convert(mlp(), torch.randn(2, 16))
+    assert pared.report(copy.deepcopy(fast)) == pared.report(fast)
+
+
+def test_sparsity_of_the_report() -> None:
+    model = mlp()
+    fast = convert(model, torch.randn(2, 16))
+    assert row(fast, "0").sparsity == pytest.approx(float((model[0].weight == 0).double().mean()))
+
+
+# -- example inputs
+
+
+class Calls(nn.Module):
+    """Takes arguments in every form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = sparse_linear(8, 8)
+
+    def forward(self, a: Tensor, b: Tensor | None = None, *, scale: float = 1.0) -> dict[str, Any]:
+        y = self.fc(a) * scale
+        return {"y": y, "extra": (y + b if b is not None else None, [scale, "text"])}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "shapes"),
+    [
+        (torch.randn(2, 8), [[2, 8]]),
+        ((torch.randn(2, 8), torch.randn(8)), [[2, 8]]),
+        ({"a": torch.randn(2, 8), "scale": 2.0}, [[2, 8]]),
+        ([torch.randn(2, 8), torch.randn(3, 8), torch.randn(2, 8)], [[2, 8], [3, 8]]),
+        ([(torch.randn(1, 8),), {"a": torch.randn(5, 1, 8)}], [[1, 8], [5, 1, 8]]),
+    ],
+)
+def test_forms_of_inputs(inputs: Any, shapes: list[list[int]]) -> None:
+    fast = convert(Calls(), inputs)
+    assert layers(fast) == ["fc"]
+    assert row(fast, "fc").inputs == shapes
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "text"),
+    [
+        ([], ValueError, "example_inputs: expected at least one input, got an empty list"),
+        (3, TypeError, "example_inputs: expected a tensor, a tuple .* got int"),
+        ([torch.zeros(2, 8), "x"], TypeError, r"example_inputs\[1\]: expected a tensor, .* got str"),
+        ({1: torch.zeros(2, 8)}, TypeError, "example_inputs: expected argument names"),
+        (
+            torch.zeros(2, 8, device="meta"),
+            ValueError,
+            "example_inputs: expected tensors on the CPU, got one on meta",
+        ),
+        (
+            [torch.zeros(2, 8), torch.zeros(2, 9)],
+            ValueError,
+            r"example_inputs\[1\]: expected inputs that the model runs",
+        ),
+        ({"z": torch.zeros(2, 8)}, ValueError, "example_inputs: .*unexpected keyword argument"),
+    ],
+)
+def test_bad_inputs_change_nothing(inputs: Any, error: type[Exception], text: str) -> None:
+    model = Calls().train()
+    before = copy.deepcopy(model)
+    with pytest.raises(error, match=text) as caught:
+        convert(model, inputs)
+    if "runs" in text:
+        assert isinstance(caught.value.__cause__, RuntimeError)
+    assert equal_states(model, before)
+    assert model.training
+    assert type(model.fc) is nn.Linear
+    assert not model.fc._forward_pre_hooks
+
+
+def test_inputs_are_not_written_to() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = sparse_linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x.add_(1)
+            return self.fc(x)
+
+    x = torch.zeros(2, 8)
+    fast = convert(Writes(), x)
+    assert torch.equal(x, torch.zeros(2, 8))
+    assert layers(fast) == ["fc"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "text"),
+    [
+        ({"model": 3}, TypeError, "model: expected a torch module, got int"),
+        ({"precision": "int8"}, ValueError, "precision: expected 'float32', got 'int8'"),
+        ({"max_error": -1}, ValueError, "max_error: expected a number of at least 0 or None, got -1"),
+        ({"max_error": "small"}, ValueError, "max_error: .* got 'small'"),
+        ({"min_speedup": math.nan}, ValueError, "min_speedup: expected a number of at least 0, got nan"),
+        ({"min_speedup": True}, ValueError, "min_speedup: .* got True"),
+    ],
+)
+def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        pared.accelerate(**{"model": mlp(), "example_inputs": torch.zeros(1, 16), **kwargs})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_bad_models() -> None:
+    x = torch.zeros(2, 16)
+    with pytest.raises(ValueError, match=r"model: expected a model on the CPU, got 0\.weight on meta"):
+        pared.accelerate(mlp().to("meta"), x)
+    with pytest.raises(ValueError, match=r"model: expected a plain model, got one with accelerated layers"):
+        pared.accelerate(convert(mlp(), x), x)
+    with pytest.raises(TypeError, match=r"model: expected an uncompiled module"):
+        pared.accelerate(torch.compile(mlp()), x)
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[1, 1] = math.inf
+    with pytest.raises(ValueError, match="model: layer '2': weight: expected finite values"):
+        convert(model, x)
+
+
+# -- layers called in special ways
+
+
+class Shared(nn.Module):
+    """One module under two names and called twice; and another layer with the same weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = sparse_linear(8, 8)
+        self.b = self.a
+        self.c = sparse_linear(8, 8, seed=7)
+        self.c.weight = self.a.weight
+        self.idle = sparse_linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x)[:1]))
+
+
+def test_tied_and_repeated_layers() -> None:
+    model, x = Shared(), torch.randn(4, 8)
+    fast = convert(model, x)
+    assert fast.a is fast.b
+    assert isinstance(fast.a, Linear)
+    assert fast.c.packed is fast.a.packed
+    assert row(fast, "a").aliases == ["b"]
+    assert (row(fast, "a").calls, row(fast, "a").inputs) == (2, [[4, 8], [1, 8]])
+    assert row(fast, "idle").reason == "not called with the example inputs"
+    twin = copy.deepcopy(fast)
+    assert twin.c.packed is twin.a.packed
+    plain = pared.restore(fast)
+    assert plain.a is plain.b
+    assert plain.c.weight is plain.a.weight
+    assert equal_states(plain, model)
+
+
+def test_several_shapes_are_decided_on_summed_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([FakeTimings(dense=1.0, csr=2.0), FakeTimings(dense=10.0, csr=4.0)])
+    monkeypatch.setattr(acc, "interleave", lambda calls, **kwargs: next(times))
+    layer = sparse_linear(8, 8)
+    c = acc.Candidate("fc", ["fc"], layer, pared._report.LayerReport("fc", "Linear", [8, 8], 0.8))
+    small, large = (acc.Signature((n, 8), (8, 1), torch.float32) for n in (1, 64))
+    c.calls = {small: 3, large: 1}
+    v = acc.Variant(Linear.from_module(layer), 0.0, 0.0)
+    assert acc._time_layer(c, {"csr": v}) == 13.0
+    assert v.after == 10.0
+    assert v.speedup == pytest.approx(1.3)
+
+
+def test_strided_inputs_are_timed_as_they_come() -> None:
+    x = torch.randn(3, 6, 8)
+    for view in (x[:, 0], x.transpose(0, 1), x[..., ::2], x[:1].expand(4, 6, 8), x[0, 0], x[:0]):
+        s = acc.Signature(tuple(view.shape), tuple(view.stride()), view.dtype)
+        made = acc._timing_input(s)
+        assert made.shape == view.shape
+        if 0 not in view.stride() and view.numel():
+            assert made.stride() == view.stride()
+        assert bool((made.abs() >= 2**-11).all())
+
+
+def test_wrong_dtypes_are_kept_dense() -> None:
+    fast = convert(mlp().double(), torch.randn(2, 16).double())
+    assert not layers(fast)
+    assert "weights of dtype torch.float64" in row(fast, "0").reason
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_models(dtype: torch.dtype) -> None:
+    model = mlp().to(dtype)
+    x = torch.randn(6, 16).to(dtype)
+    fast = convert(model, x)
+    assert layers(fast) == ["0", "2", "4"]
+    assert fast(x).dtype == dtype
+    assert pared.report(fast).relative_error <= pared.report(fast).tolerance
+    assert equal_states(pared.restore(fast), model)
+
+
+# -- models that other tools pruned
+
+
+def test_torch_prune_masks_attached_and_removed() -> None:
+    for removed in (False, True):
+        model = mlp()
+        for m in (model[0], model[2]):
+            torch_prune.l1_unstructured(m, "weight", 0.9)
+            m(torch.randn(1, m.in_features))  # leaves a computed tensor behind, which deepcopy refuses
+            if removed:
+                torch_prune.remove(m, "weight")
+        keys = list(model.state_dict())
+        x = torch.randn(3, 16)
+        fast = convert(model, x)
+        assert list(model.state_dict()) == keys
+        assert torch_prune.is_pruned(model) is not removed
+        assert row(fast, "0").sparsity > 0.89
+        torch.testing.assert_close(fast(x), model.eval()(x).detach(), atol=1e-5, rtol=1e-5)
+        plain = pared.restore(fast)
+        assert not torch_prune.is_pruned(plain)
+        assert list(plain.state_dict()) == list(mlp().state_dict())
+        assert torch.equal(plain[0].weight, model[0].weight)
+
+
+class FakeSparsity(nn.Module):
+    """As torch.ao.pruning's: the mask is the parametrisation's buffer."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mask * x
+
+
+def test_fake_sparsity() -> None:
+    model = mlp()
+    parametrize.register_parametrization(model[0], "weight", FakeSparsity((torch.rand(32, 16) < 0.1).float()))
+    x = torch.randn(3, 16)
+    fast = convert(model, x)
+    assert isinstance(fast[0], Linear)
+    assert row(fast, "0").sparsity > 0.8
+    torch.testing.assert_close(fast(x), model.eval()(x).detach(), atol=1e-5, rtol=1e-5)
+    assert parametrize.is_parametrized(model[0])
+
+
+def test_other_parametrisations_are_kept() -> None:
+    model = mlp()
+    model[0] = nn.utils.parametrizations.weight_norm(nn.Linear(16, 32))
+    fast = convert(model, torch.randn(3, 16))
+    assert layers(fast) == ["2", "4"]
+    assert "unknown parametrisation" in row(fast, "0").reason
+
+
+# -- fusion
+
+
+def test_sequential_fusion(fused_wins: None) -> None:
+    model, x = mlp(), torch.randn(3, 16)
+    fast = convert(model, x)
+    assert [fast[0].activation, fast[2].activation, fast[4].activation] == ["gelu", "relu", None]
+    assert layers(fast, Fused) == ["1", "3"]
+    assert "GELU, fused into the layer before" in repr(fast[1])
+    torch.testing.assert_close(fast(x), model.eval()(x).detach(), atol=1e-5, rtol=1e-5)
+    plain = pared.restore(fast)
+    assert repr(plain) == repr(model)
+    assert torch.equal(plain(x), model(x))
+    twin = copy.deepcopy(fast)
+    assert torch.equal(twin(x), fast(x))
+    assert not layers(convert(model, x, fuse=False), Fused)
+
+
+def test_fusion_only_when_it_is_faster(clock: Any) -> None:
+    clock(lambda name, module: 1.0 if module is None else 0.5 if module.activation is None else 0.6)
+    fast = convert(mlp(), torch.randn(3, 16))
+    assert layers(fast) == ["0", "2", "4"]
+    assert not layers(fast, Fused)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (nn.ReLU(), "relu"),
+        (nn.ReLU(inplace=True), "relu"),
+        (nn.GELU(), "gelu"),
+        (nn.GELU("tanh"), "gelu_tanh"),
+        (nn.SiLU(), "silu"),
+        (nn.ELU(), None),
+        (nn.LeakyReLU(), None),
+    ],
+)
+def test_which_activations(fused_wins: None, module: nn.Module, name: str | None) -> None:
+    model, x = nn.Sequential(sparse_linear(16, 8), module), torch.randn(3, 16)
+    fast = convert(model, x)
+    assert fast[0].activation == name
+    torch.testing.assert_close(fast(x), model.eval()(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+class SharedActivation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        act = nn.ReLU()
+        self.one = nn.Sequential(sparse_linear(8, 8), act)
+        self.two = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x))
+
+
+class Peeks(nn.Module):
+    """Calls the members of a Sequential one by one, and uses what is in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(sparse_linear(8, 8), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        return y + self.body[1](y - 1)
+
+
+@pytest.mark.parametrize("kind", [SharedActivation, Peeks])
+def test_no_fusion_where_the_activation_has_other_users(fused_wins: None, kind: type[nn.Module]) -> None:
+    model, x = kind(), torch.randn(3, 8)
+    fast = convert(model, x)
+    assert not layers(fast, Fused)
+    assert layers(fast)
+    torch.testing.assert_close(fast(x), model.eval()(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+# -- checks
+
+
+def test_a_wrong_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Planted fault: one stored value of the packed weight of layer 2 has its sign flipped.
+    from_module = Linear.from_module.__func__
+
+    def faulty(cls: type[Linear], module: nn.Linear, **kwargs: Any) -> Linear:
+        if module.out_features == 8:
+            wrong = copy.deepcopy(module)
+            i, j = wrong.weight.nonzero()[3]
+            wrong.weight[i, j] *= -1
+            module, kwargs = wrong, {**kwargs, "weight": None}
+        return from_module(cls, module, **kwargs)
+
+    monkeypatch.setattr(Linear, "from_module", classmethod(faulty))
+    model, x = mlp(), torch.randn(4, 16)
+    fast = convert(model, x)
+    assert layers(fast) == ["0", "4"]
+    assert "more than its bound" in row(fast, "2").reason
+    torch.testing.assert_close(fast(x), model.eval()(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_check_of_the_whole_model_takes_layers_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The same fault where the check of the layers is blind: the outputs still show it.
+    monkeypatch.setattr(acc, "_layer_error", lambda c, m: (1.0 if c.name == "2" else 0.0, math.inf))
+    test_forward = Linear.forward
+    monkeypatch.setattr(
+        Linear,
+        "forward",
+        lambda self, input: test_forward(self, input) * (1.5 if self.out_features == 8 else 1.0),
+    )
+    model, x = mlp(), torch.randn(4, 16)
+    fast = convert(model, x)
+    assert "2" not in layers(fast)
+    torch.testing.assert_close(fast(x), model.eval()(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_max_error_zero_takes_everything_back() -> None:
+    model, x = mlp(), torch.randn(4, 16)
+    fast = convert(model, x, max_error=0)
+    report = pared.report(fast)
+    if report.relative_error == 0 and not report.converted:
+        assert "outputs differ by" in row(fast, "0").reason
+    assert report.relative_error <= 0
+    assert torch.equal(fast(x), model.eval()(x))
+
+
+def test_a_model_that_computes_with_the_weight_keeps_the_layer() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.out = sparse_linear(8, 8), sparse_linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.fc(x) / self.fc.weight.norm()).to(self.out.weight.dtype)
+
+    model, x = Norm(), torch.randn(3, 8)
+    fast = convert(model, x)
+    assert layers(fast) == ["out"]
+    assert row(fast, "fc").reason == "the model computes with its .weight"
+
+
+def test_models_with_randomness_are_compared_at_one_seed() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = sparse_linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x + torch.randn_like(x))
+
+    model, x = Noisy(), torch.randn(3, 8)
+    state = torch.get_rng_state()
+    fast = convert(model, x)
+    assert layers(fast) == ["fc"]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Tensor
+    hidden: tuple[Tensor, ...] = ()
+
+
+class Cache:
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
+
+
+def test_compare() -> None:
+    x = torch.tensor([1.0, -2.0, 4.0])
+    near = x + torch.tensor([0.0, 0.0, 0.25])
+    assert compare(x, x).relative == 0
+    d = compare(x, near)
+    assert (d.absolute, d.relative, d.where) == (0.25, 0.0625, "output")
+    pairs: list[tuple[Any, Any, str]] = [
+        ((x, [x, {"k": x}]), (x, [x, {"k": near}]), "output[1][1]['k']"),
+        (Output(x, (x, x)), Output(x, (x, near)), "output.hidden[1]"),
+        (Cache(x), Cache(near), "output.keys"),
+        (OrderedDict(a=x), OrderedDict(a=near), "output['a']"),
+    ]
+    for a, b, where in pairs:
+        assert compare(a, a).relative == 0
+        assert (compare(a, b).relative, compare(a, b).where) == (0.0625, where)
+    for a, b in [
+        (x, x[:2]),
+        (x, x.double()),
+        (x, None),
+        ((x,), (x, x)),
+        ({"a": x}, {"b": x}),
+        (torch.tensor([1, 2]), torch.tensor([1, 3])),
+        (torch.tensor([True]), torch.tensor([False])),
+        (torch.tensor([1.0, math.nan]), torch.tensor([1.0, 1.0])),
+        (torch.tensor([math.inf]), torch.tensor([-math.inf])),
+        (torch.zeros(2), torch.ones(2)),
+        ("a", "b"),
+        (1, 2),
+        (1, 1.0),
+    ]:
+        assert compare(a, b).relative == math.inf, (a, b)
+    for same in (
+        torch.tensor([math.nan, math.inf, 1.0]),
+        math.nan,
+        None,
+        "a",
+        torch.zeros(0),
+        torch.zeros(3),
+    ):
+        assert compare(same, copy.deepcopy(same)).relative == 0
+    loop: list[Any] = [x]
+    loop.append(loop)
+    assert compare(loop, loop).relative == 0
+
+
+def test_tolerance_is_the_stated_formula() -> None:
+    assert tolerance(3, 256, 2**-23) == 8 * 2**-23 * 16 * 3
+    assert tolerance(4, 256, 2**-7) == 8 * 2**-23 * 16 * 4 + 4 * 2**-7 * 2
+    assert [e.label for e in examples([torch.zeros(1), torch.zeros(1)])] == [
+        "example_inputs[0]",
+        "example_inputs[1]",
+    ]
+
+
+# -- whole models
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            sparse_conv(3, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            sparse_conv(8, 16, 3, groups=2),
+            nn.SiLU(),
+        )
+        self.head = sparse_linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def test_convolutions(fused_wins: None) -> None:
+    model = Net()
+    x = torch.randn(2, 3, 12, 12)
+    fast = convert(model, [x, x.to(memory_format=torch.channels_last)])
+    assert layers(fast, Conv2d) == ["body.0", "body.3"]
+    assert layers(fast, Fused) == ["body.1", "body.4"]
+    torch.testing.assert_close(fast(x), model.eval()(x).detach(), atol=1e-4, rtol=1e-4)
+    plain = pared.restore(fast)
+    assert repr(plain) == repr(model)
+    assert equal_states(plain, model)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), fast(x))
+
+
+def test_bert() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=50
+    )
+    model = transformers.BertForMaskedLM(config)
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.Linear):
+                m.weight.mul_(torch.rand_like(m.weight) < 0.3)
+    inputs = {"input_ids": torch.randint(0, 50, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    fast = convert(model, inputs)
+    # The decoder's weight is the embedding's: packed for the one, dense for the other, tied again by restore.
+    assert "cls.predictions.decoder" in layers(fast)
+    assert len(layers(fast)) == 2 * 6 + 2
+    torch.testing.assert_close(
+        fast(**inputs).logits, model.eval()(**inputs).logits.detach(), atol=1e-4, rtol=1e-4
+    )
+    plain = pared.restore(fast)
+    assert equal_states(plain, model)
+    assert plain.cls.predictions.decoder.weight is plain.bert.embeddings.word_embeddings.weight
+
+
+def test_transformer_encoder() -> None:
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2, enable_nested_tensor=False
+    ).eval()
+    x = torch.randn(2, 5, 16)
+    fast = convert(encoder, x)
+    assert layers(fast) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+    torch.testing.assert_close(fast(x), encoder(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_threads_share_an_accelerated_model() -> None:
+    fast = convert(mlp(), torch.randn(3, 16))
+    inputs = [torch.randn(n, 16) for n in range(1, 7)]
+    expected = [fast(x) for x in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(30):
+            if not torch.equal(fast(inputs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_progress_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    pared.accelerate(mlp(), torch.randn(2, 16), progress=True)
+    assert "pared" in capfd.readouterr().err
