@@ -24,12 +24,14 @@ py::array_t<uint8_t> aligned_bytes(int64_t bytes) {
 }
 
 template <class View>
-py::array_t<uint8_t> pack(const View& w, const ConvShape& conv) {
+py::array_t<uint8_t> pack(const View& w, const ConvShape& conv, int entry_rows) {
+  PARED_CHECK(entry_rows == 1 || entry_rows == kQuadRows, "entry_rows: expected 1 or ", kQuadRows, ", got ",
+              entry_rows);
   CsrPlan plan;
   {
     // Everything is validated and owned by the caller from here on; other Python threads may run.
     py::gil_scoped_release unlocked;
-    plan = plan_csr(w, conv);
+    plan = plan_csr(w, conv, entry_rows);
   }
   auto out = aligned_bytes(static_cast<int64_t>(plan.header.bytes));
   uint8_t* data = out.mutable_data();
@@ -63,17 +65,18 @@ DenseView dense_view(const Array& a, ConvShape& conv, int64_t groups) {
 void register_csr(py::module_& m) {
   m.def(
       "csr_pack_dense",
-      [](py::handle weight, int64_t groups) {
+      [](py::handle weight, int64_t groups, int entry_rows) {
         const Array a = parse_array(weight, "weight");
         ConvShape conv;
         const DenseView view = dense_view(a, conv, groups);
-        return pack(view, conv);
+        return pack(view, conv, entry_rows);
       },
-      py::arg("weight"), py::arg("groups") = 1);
+      py::arg("weight"), py::arg("groups") = 1, py::arg("entry_rows") = 1);
 
   m.def(
       "csr_pack_csr",
-      [](py::handle row_ptr, py::handle columns, py::handle values, int64_t rows, int64_t cols) {
+      [](py::handle row_ptr, py::handle columns, py::handle values, int64_t rows, int64_t cols,
+         int entry_rows) {
         const Array p = parse_array(row_ptr, "crow_indices"), c = parse_array(columns, "col_indices"),
                     v = parse_array(values, "values");
         require_dtype(p, {DType::i32, DType::i64});
@@ -89,9 +92,10 @@ void register_csr(py::module_& m) {
                                                    : static_cast<const int64_t*>(p.data)[rows];
         PARED_CHECK(last == c.shape[0], "crow_indices: expected the last entry to be ", c.shape[0],
                     " (the number of values), got ", last);
-        return pack(CsrView{rows, cols, p.data, c.data, p.dtype, v.data, v.dtype}, ConvShape{});
+        return pack(CsrView{rows, cols, p.data, c.data, p.dtype, v.data, v.dtype}, ConvShape{}, entry_rows);
       },
-      py::arg("crow_indices"), py::arg("col_indices"), py::arg("values"), py::arg("rows"), py::arg("cols"));
+      py::arg("crow_indices"), py::arg("col_indices"), py::arg("values"), py::arg("rows"), py::arg("cols"),
+      py::arg("entry_rows") = 1);
 
   m.def(
       "csr_info",
@@ -109,6 +113,8 @@ void register_csr(py::module_& m) {
         d["groups"] = h.groups;
         d["tile"] = h.tile;
         d["block_k"] = h.block_k;
+        d["entry_rows"] = h.entry_rows;
+        d["entries"] = h.entries;
         return d;
       },
       py::arg("packed"));

@@ -56,6 +56,35 @@ void for_row(const CsrView& w, int64_t row, F fn) {
 int64_t matrix_cols(const DenseView& w) { return w.cols * w.groups; }
 int64_t matrix_cols(const CsrView& w) { return w.cols; }
 
+// Calls fn(column, values) for each entry of a slot, columns ascending. `scratch` is the caller's, empty at
+// first.
+template <class View, class F>
+void for_entries(const View& w, int64_t slot, int entry_rows, std::vector<float>& scratch, F fn) {
+  if (entry_rows == 1) {
+    if (slot < w.rows)
+      for_row(w, slot, [&](int64_t c, float v) {
+        if (is_stored(v)) fn(c, &v);
+      });
+    return;
+  }
+  // The rows of a quad meet in a dense strip, which is left zero for the next.
+  scratch.resize(matrix_cols(w) * entry_rows);
+  int64_t first = matrix_cols(w), end = 0;
+  for (int r = 0; r < entry_rows && slot * entry_rows + r < w.rows; ++r)
+    for_row(w, slot * entry_rows + r, [&](int64_t c, float v) {
+      if (!is_stored(v)) return;
+      scratch[c * entry_rows + r] = v;
+      first = std::min(first, c);
+      end = std::max(end, c + 1);
+    });
+  for (int64_t c = first; c < end; ++c) {
+    float* values = &scratch[c * entry_rows];
+    if (std::all_of(values, values + entry_rows, [](float v) { return v == 0.0f; })) continue;
+    fn(c, values);
+    std::fill_n(values, entry_rows, 0.0f);
+  }
+}
+
 void check_structure(const DenseView&) {}
 
 void check_structure(const CsrView& w) {
@@ -85,7 +114,9 @@ void check_structure(const CsrView& w) {
 struct Tiling {
   uint32_t tile, block_k;
 };
-Tiling choose_tiling(int64_t rows, int64_t cols, int64_t nnz) {
+Tiling choose_tiling(int64_t rows, int64_t cols, int64_t nnz, int entry_rows) {
+  // Four rows of sums, six vectors and a broadcast fill the registers at 96 positions.
+  if (entry_rows == kQuadRows) return {96, 96};
   const double cells = static_cast<double>(rows) * static_cast<double>(cols);
   const double density = cells > 0 ? static_cast<double>(nnz) / cells : 1.0;
   if (density >= 0.14) return {128, 80};
@@ -94,7 +125,7 @@ Tiling choose_tiling(int64_t rows, int64_t cols, int64_t nnz) {
 }
 
 template <class View>
-CsrPlan make_plan(const View& w, const ConvShape& conv) {
+CsrPlan make_plan(const View& w, const ConvShape& conv, int entry_rows) {
   PARED_CHECK(w.rows >= 0 && w.rows < kMaxSize && w.cols >= 0 && w.cols < kMaxSize,
               "weight: expected sizes from 0 to 2^48, got [", w.rows, ", ", w.cols, "]");
   check_structure(w);
@@ -113,13 +144,14 @@ CsrPlan make_plan(const View& w, const ConvShape& conv) {
   PARED_CHECK(nnz.load() < kMaxNonZeros, "weight: expected fewer than 2^32 non-zeros, got ", nnz.load());
 
   const int64_t cols = matrix_cols(w);
-  const Tiling tiling = choose_tiling(w.rows, cols, nnz.load());
+  const Tiling tiling = choose_tiling(w.rows, cols, nnz.load(), entry_rows);
   CsrPlan plan{};
   PackedHeader& h = plan.header;
   std::memcpy(h.magic, kPackedMagic, sizeof(h.magic));
   h.kind = PackedKind::csr_panel;
   h.version = kPackedVersion;
   h.dtype = w.dtype;
+  h.entry_rows = static_cast<uint8_t>(entry_rows);
   h.rows = w.rows;
   h.cols = cols;
   h.nnz = nnz.load();
@@ -132,21 +164,25 @@ CsrPlan make_plan(const View& w, const ConvShape& conv) {
 
   const int64_t groups = (w.rows + kCsrGroup - 1) / kCsrGroup;
   const int64_t blocks = (cols + h.block_k - 1) / h.block_k;
-  plan.counts.assign(groups * blocks * kCsrGroup, 0);
+  const int slots = kCsrGroup / entry_rows;
+  plan.counts.assign(groups * blocks * slots, 0);
   plan.starts.assign(groups * (blocks + 1), 0);
   parallel_for(0, groups, kGroupsPerTask, [&](int64_t g0, int64_t g1) {
-    for (int64_t r = g0 * kCsrGroup; r < std::min(w.rows, g1 * kCsrGroup); ++r) {
-      uint8_t* counts = &plan.counts[(r / kCsrGroup) * blocks * kCsrGroup + r % kCsrGroup];
-      for_row(w, r, [&](int64_t c, float v) { counts[c / h.block_k * kCsrGroup] += is_stored(v); });
+    std::vector<float> scratch;
+    for (int64_t s = g0 * slots; s < g1 * slots; ++s) {
+      uint8_t* counts = &plan.counts[s / slots * blocks * slots + s % slots];
+      for_entries(w, s, entry_rows, scratch,
+                  [&](int64_t c, const float*) { ++counts[c / h.block_k * slots]; });
     }
   });
-  uint32_t at = 0;
+  int64_t at = 0;
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t b = 0; b <= blocks; ++b) {
-      plan.starts[g * (blocks + 1) + b] = at;
+      plan.starts[g * (blocks + 1) + b] = static_cast<uint32_t>(at);
       if (b < blocks)
-        for (int r = 0; r < kCsrGroup; ++r) at += plan.counts[(g * blocks + b) * kCsrGroup + r];
+        for (int s = 0; s < slots; ++s) at += plan.counts[(g * blocks + b) * slots + s];
     }
+  h.entries = at;
 
   size_t end = sizeof(PackedHeader);
   const auto section = [&end](size_t bytes) {
@@ -156,8 +192,8 @@ CsrPlan make_plan(const View& w, const ConvShape& conv) {
   };
   h.starts_at = section(plan.starts.size() * sizeof(uint32_t));
   h.counts_at = section(plan.counts.size());
-  h.values_at = section(h.nnz * sizeof(float));
-  h.offsets_at = section(h.nnz * sizeof(uint16_t));
+  h.values_at = section(h.entries * entry_rows * sizeof(float));
+  h.offsets_at = section(h.entries * sizeof(uint16_t));
   h.bytes = round_up(end, kCacheLine);
   return plan;
 }
@@ -190,22 +226,23 @@ void write(const View& w, const CsrPlan& plan, uint8_t* out) {
   float* values = reinterpret_cast<float*>(out + h.values_at);
   uint16_t* offsets = reinterpret_cast<uint16_t*>(out + h.offsets_at);
   // Padding between and behind the sections is part of the checksum.
-  std::memset(values + h.nnz, 0, h.offsets_at - (h.values_at + h.nnz * sizeof(float)));
-  std::memset(offsets + h.nnz, 0, h.bytes - (h.offsets_at + h.nnz * sizeof(uint16_t)));
+  const int64_t value_count = h.entries * h.entry_rows;
+  std::memset(values + value_count, 0, h.offsets_at - (h.values_at + value_count * sizeof(float)));
+  std::memset(offsets + h.entries, 0, h.bytes - (h.offsets_at + h.entries * sizeof(uint16_t)));
 
   const int64_t groups = (w.rows + kCsrGroup - 1) / kCsrGroup;
   const int64_t blocks = (h.cols + h.block_k - 1) / h.block_k;
   parallel_for(0, groups, kGroupsPerTask, [&](int64_t g0, int64_t g1) {
     std::vector<uint32_t> at(blocks);
+    std::vector<float> scratch;
     for (int64_t g = g0; g < g1; ++g) {
       std::copy_n(&plan.starts[g * (blocks + 1)], blocks, at.begin());
-      for (int64_t r = g * kCsrGroup; r < std::min(w.rows, (g + 1) * kCsrGroup); ++r)
-        for_row(w, r, [&](int64_t c, float v) {
-          if (!is_stored(v)) return;
-          const int64_t b = c / h.block_k;
-          values[at[b]] = v;
-          offsets[at[b]] = static_cast<uint16_t>((c - b * h.block_k) * h.tile * sizeof(float));
-          ++at[b];
+      const int slots = kCsrGroup / h.entry_rows;
+      for (int64_t s = g * slots; s < (g + 1) * slots; ++s)
+        for_entries(w, s, h.entry_rows, scratch, [&](int64_t c, const float* v) {
+          const int64_t b = c / h.block_k, i = at[b]++;
+          std::copy_n(v, h.entry_rows, values + i * h.entry_rows);
+          offsets[i] = static_cast<uint16_t>((c - b * h.block_k) * h.tile * sizeof(float));
         });
     }
   });
@@ -216,8 +253,12 @@ void write(const View& w, const CsrPlan& plan, uint8_t* out) {
 
 }  // namespace
 
-CsrPlan plan_csr(const DenseView& w, const ConvShape& conv) { return make_plan(w, conv); }
-CsrPlan plan_csr(const CsrView& w, const ConvShape& conv) { return make_plan(w, conv); }
+CsrPlan plan_csr(const DenseView& w, const ConvShape& conv, int entry_rows) {
+  return make_plan(w, conv, entry_rows);
+}
+CsrPlan plan_csr(const CsrView& w, const ConvShape& conv, int entry_rows) {
+  return make_plan(w, conv, entry_rows);
+}
 void pack_csr(const DenseView& w, const CsrPlan& plan, uint8_t* out) { write(w, plan, out); }
 void pack_csr(const CsrView& w, const CsrPlan& plan, uint8_t* out) { write(w, plan, out); }
 
@@ -255,7 +296,9 @@ CsrPacked view_csr(const uint8_t* data, int64_t bytes) {
   const bool float_type = h->dtype == DType::f32 || h->dtype == DType::f16 || h->dtype == DType::bf16;
   PARED_CHECK(float_type && h->rows >= 0 && h->rows < kMaxSize && h->cols >= 0 && h->cols < kMaxSize &&
                   h->nnz >= 0 && h->nnz < kMaxNonZeros && h->block_k > 0 && h->block_k <= 255 &&
-                  (h->tile == 64 || h->tile == 128) && h->block_k * h->tile * 4 <= kMaxOffset + 1,
+                  (h->tile == 64 || h->tile == 96 || h->tile == 128) &&
+                  (h->entry_rows == 1 || h->entry_rows == kQuadRows) && h->entries >= 0 &&
+                  h->entries < kMaxNonZeros && h->block_k * h->tile * 4 <= kMaxOffset + 1,
               "packed weight: expected a valid header, got a corrupt one");
   const bool linear = h->channels == 0 && h->kh == 0 && h->kw == 0 && h->groups == 0;
   PARED_CHECK(
@@ -272,9 +315,9 @@ CsrPacked view_csr(const uint8_t* data, int64_t bytes) {
     return at % kCacheLine == 0 && at <= h->bytes && size <= h->bytes - at;
   };
   PARED_CHECK(inside(h->starts_at, groups * (blocks + 1) * sizeof(uint32_t)) &&
-                  inside(h->counts_at, groups * blocks * kCsrGroup) &&
-                  inside(h->values_at, h->nnz * sizeof(float)) &&
-                  inside(h->offsets_at, h->nnz * sizeof(uint16_t)),
+                  inside(h->counts_at, groups * blocks * w.slots()) &&
+                  inside(h->values_at, h->entries * h->entry_rows * sizeof(float)) &&
+                  inside(h->offsets_at, h->entries * sizeof(uint16_t)),
               "packed weight: expected sections inside the buffer, got a corrupt header");
   w.starts = reinterpret_cast<const uint32_t*>(data + h->starts_at);
   w.counts = data + h->counts_at;
@@ -288,45 +331,61 @@ void validate_csr(const CsrPacked& w) {
   PARED_CHECK(checksum(h, reinterpret_cast<const uint8_t*>(w.header)) == h.checksum,
               "packed weight: expected checksum ", h.checksum, ", the contents give another");
   const int64_t groups = w.groups(), blocks = w.blocks();
+  const int slots = w.slots(), R = h.entry_rows;
   uint64_t at = 0;
+  int64_t nnz = 0;
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t b = 0; b <= blocks; ++b) {
       PARED_CHECK(w.starts[g * (blocks + 1) + b] == at, "packed weight: row group ", g, " block ", b,
                   ": expected start ", at, ", got ", w.starts[g * (blocks + 1) + b]);
       if (b == blocks) break;
-      for (int r = 0; r < kCsrGroup; ++r) {
-        const int count = w.counts[(g * blocks + b) * kCsrGroup + r];
-        PARED_CHECK(at + count <= static_cast<uint64_t>(h.nnz) && (count == 0 || g * kCsrGroup + r < h.rows),
+      for (int s = 0; s < slots; ++s) {
+        const int count = w.counts[(g * blocks + b) * slots + s];
+        const int64_t row = g * kCsrGroup + s * R;
+        PARED_CHECK(at + count <= static_cast<uint64_t>(h.entries) && (count == 0 || row < h.rows),
                     "packed weight: row group ", g, ": counts exceed the matrix");
         int64_t previous = -1;
         for (int i = 0; i < count; ++i, ++at) {
           const int64_t unit = w.offsets[at] / (h.tile * sizeof(float));
           PARED_CHECK(w.offsets[at] % (h.tile * sizeof(float)) == 0 && unit > previous &&
                           b * h.block_k + unit < h.cols,
-                      "packed weight: row ", g * kCsrGroup + r, ": invalid column offset ", w.offsets[at]);
-          PARED_CHECK(is_stored(w.values[at]) && std::isfinite(w.values[at]), "packed weight: row ",
-                      g * kCsrGroup + r, ": invalid value ", w.values[at]);
+                      "packed weight: row ", row, ": invalid column offset ", w.offsets[at]);
           previous = unit;
+          int stored = 0;
+          for (int r = 0; r < R; ++r) {
+            const float v = w.values[at * R + r];
+            PARED_CHECK((v == 0.0f || (is_stored(v) && row + r < h.rows)) && std::isfinite(v),
+                        "packed weight: row ", row + r, ": invalid value ", v);
+            stored += v != 0.0f;
+          }
+          PARED_CHECK(stored > 0, "packed weight: row ", row, ": an entry without a non-zero");
+          nnz += stored;
         }
       }
     }
-  PARED_CHECK(at == static_cast<uint64_t>(h.nnz), "packed weight: expected ", h.nnz, " non-zeros, got ", at);
+  PARED_CHECK(at == static_cast<uint64_t>(h.entries) && nnz == h.nnz, "packed weight: expected ", h.nnz,
+              " non-zeros, got ", nnz);
 }
 
 namespace {
 
-// Calls fn(row, column, value) in order of rows within each group, blocks ascending.
+// Calls fn(row, column, value) for every non-zero, row by row, columns ascending.
 template <class F>
 void for_each(const CsrPacked& w, F fn) {
   const PackedHeader& h = *w.header;
   const int64_t groups = w.groups(), blocks = w.blocks();
+  const int slots = w.slots(), R = h.entry_rows;
   std::vector<uint64_t> at(blocks);
   for (int64_t g = 0; g < groups; ++g) {
     for (int64_t b = 0; b < blocks; ++b) at[b] = w.starts[g * (blocks + 1) + b];
-    for (int64_t r = 0; r < std::min<int64_t>(kCsrGroup, h.rows - g * kCsrGroup); ++r)
-      for (int64_t b = 0; b < blocks; ++b)
-        for (int i = w.counts[(g * blocks + b) * kCsrGroup + r]; i > 0; --i, ++at[b])
-          fn(g * kCsrGroup + r, b * h.block_k + w.offsets[at[b]] / (h.tile * sizeof(float)), w.values[at[b]]);
+    for (int s = 0; s < slots; ++s) {
+      for (int r = 0; r < R && g * kCsrGroup + s * R + r < h.rows; ++r)
+        for (int64_t b = 0; b < blocks; ++b)
+          for (uint64_t i = at[b]; i < at[b] + w.counts[(g * blocks + b) * slots + s]; ++i)
+            if (const float v = w.values[i * R + r]; v != 0.0f)
+              fn(g * kCsrGroup + s * R + r, b * h.block_k + w.offsets[i] / (h.tile * sizeof(float)), v);
+      for (int64_t b = 0; b < blocks; ++b) at[b] += w.counts[(g * blocks + b) * slots + s];
+    }
   }
 }
 

@@ -1,13 +1,17 @@
-// CSR weights, packed for the panel kernels.
+// Sparse weights, packed for the panel kernels: an entry is one reduction unit of one row (CSR), or of four
+// consecutive rows that share it ("quads": blocks of 4, 8, 16 ... rows, and dense weights).
 //
 // Invariants (validate_csr checks them all; checked cheaply, header only, on each call):
-//   rows are cut into groups of kCsrGroup, the reduction into K blocks of block_k units;
-//   starts[g * (blocks + 1) + b]: first non-zero of group g in block b; block `blocks` is the group's end;
-//   counts[(g * blocks + b) * kCsrGroup + r]: non-zeros of row r; their sum is the next start minus this one;
-//   values/offsets: group-major, then block, row, ascending column; offset = (column % block_k) * tile * 4,
-//   at most kMaxOffset, so that even a corrupt one stays inside the panel buffer;
-//   no explicit zero, denormal, infinity or NaN among the values.
-// Size: 6 bytes a non-zero, one byte a row and block, four bytes a group and block.
+//   rows are cut into groups of kCsrGroup, a group into slots of entry_rows rows, the reduction into K blocks
+//   of block_k units;
+//   starts[g * (blocks + 1) + b]: first entry of group g in block b; block `blocks` is the group's end;
+//   counts[(g * blocks + b) * slots + s]: entries of slot s; their sum is the next start minus this one;
+//   values/offsets: group-major, then block, slot, ascending column; entry_rows values an entry, row by row;
+//   offset = (column % block_k) * tile * 4, at most kMaxOffset, so that even a corrupt one stays inside the
+//   panel buffer;
+//   no denormal, infinity or NaN among the values; a zero only beside a non-zero of the same entry.
+// Size: 2 bytes an entry and 4 a value (6 a non-zero for CSR, 4.5 for whole quads), one byte a slot and
+// block, four bytes a group and block.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +22,7 @@
 namespace pared {
 
 inline constexpr int kCsrGroup = 16;
+inline constexpr int kQuadRows = 4;
 inline constexpr uint32_t kMaxOffset = 0xffff;
 
 struct CsrPacked {
@@ -27,6 +32,7 @@ struct CsrPacked {
   const float* values;
   const uint16_t* offsets;
 
+  int slots() const { return kCsrGroup / header->entry_rows; }
   int64_t groups() const { return (header->rows + kCsrGroup - 1) / kCsrGroup; }
   int64_t blocks() const { return (header->cols + header->block_k - 1) / header->block_k; }
 };
@@ -65,8 +71,9 @@ struct CsrPlan {
   std::vector<uint8_t> counts;
 };
 // Throws ValueError on non-finite values, bad structure, or a matrix beyond the format's limits.
-CsrPlan plan_csr(const DenseView& w, const ConvShape& conv);
-CsrPlan plan_csr(const CsrView& w, const ConvShape& conv);
+// entry_rows: 1 or 4.
+CsrPlan plan_csr(const DenseView& w, const ConvShape& conv, int entry_rows);
+CsrPlan plan_csr(const CsrView& w, const ConvShape& conv, int entry_rows);
 void pack_csr(const DenseView& w, const CsrPlan& plan, uint8_t* out);
 void pack_csr(const CsrView& w, const CsrPlan& plan, uint8_t* out);
 

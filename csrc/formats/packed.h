@@ -14,11 +14,13 @@ struct PackedHeader {
   char magic[8];  // kPackedMagic
   PackedKind kind;
   uint16_t version;
-  DType dtype;  // of the weight as the user gave it; values are stored as float32
-  uint8_t reserved[3];
+  DType dtype;         // of the weight as the user gave it; values are stored as float32
+  uint8_t entry_rows;  // output rows that share an offset: 1 or 4
+  uint8_t reserved[2];
   uint64_t bytes;      // of the whole buffer
   int64_t rows, cols;  // weight as a matrix: outputs by reduction
   int64_t nnz;
+  int64_t entries;  // stored (offset, entry_rows values); nnz when entry_rows is 1
   // A convolution's reduction is (channel, kh, kw) flattened; a linear weight has kh = kw = 0.
   int32_t channels, kh, kw, groups;
   uint32_t tile;                                         // floats between units of the panel

@@ -38,6 +38,14 @@ struct csr_panel_f32 {
   static constexpr const char* doc = "sparse rows times an activation panel, float32";
 };
 
+// The same with four output rows an entry: they share the offset, and a loaded vector serves four
+// multiply-adds. `counts` and `rows` count such quads, `values` holds four a entry, acc has 4 * rows rows.
+struct quad_panel_f32 {
+  using Fn = void(const CsrPanelArgs&);
+  using Table = Fn* const[kPanelMaxGroups];
+  static constexpr const char* doc = "quads of rows with shared columns times an activation panel, float32";
+};
+
 // Transposes x[positions][units] (row-major, any of the float types) into panel[units][stride].
 struct PanelPackArgs {
   const void* x;      // first position, first unit

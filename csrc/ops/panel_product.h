@@ -91,8 +91,10 @@ void run_tile(const CsrPacked& w, csr_panel_f32::Fn* const* micro, const PanelTi
                  static_cast<int32_t>(h.tile), panel);
             packed = true;
           }
-          micro[t.vectors - 1]({w.counts + (g * blocks + b) * kCsrGroup, w.values + starts[b],
-                                w.offsets + starts[b], panel, group_acc, rows, touched});
+          micro[t.vectors - 1]({w.counts + (g * blocks + b) * w.slots(),
+                                w.values + static_cast<int64_t>(starts[b]) * h.entry_rows,
+                                w.offsets + starts[b], panel, group_acc,
+                                (rows + h.entry_rows - 1) / h.entry_rows, touched});
         } else if (b == last && !touched) {
           std::fill_n(group_acc, static_cast<int64_t>(rows) * acc_stride, 0.0f);  // rows without non-zeros
         }
@@ -114,7 +116,8 @@ template <class Pack, class Store>
 void csr_panel_product(const CsrPacked& w, int64_t positions, const Pack& pack, const Store& store) {
   namespace detail = panel_product_detail;
   if (positions == 0 || w.header->rows == 0) return;
-  const auto micro = kernel_for<csr_panel_f32>(active_isa()).fn;
+  const auto micro = w.header->entry_rows == 1 ? kernel_for<csr_panel_f32>(active_isa()).fn
+                                               : kernel_for<quad_panel_f32>(active_isa()).fn;
   const std::vector<PanelTile> tiles =
       detail::cut_tiles(positions, static_cast<int>(w.header->tile) / kPanelGroup);
   const int64_t groups = w.groups();
