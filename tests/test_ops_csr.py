@@ -21,10 +21,10 @@ HEADER = np.dtype(
     [
         ("magic", "S8"),
         *((name, "u2") for name in ("kind", "version")),
-        ("dtype", "u1"),
-        ("reserved", "3u1"),
+        *((name, "u1") for name in ("dtype", "entry_rows")),
+        ("reserved", "2u1"),
         ("bytes", "u8"),
-        *((name, "i8") for name in ("rows", "cols", "nnz")),
+        *((name, "i8") for name in ("rows", "cols", "nnz", "entries")),
         *((name, "i4") for name in ("channels", "kh", "kw", "groups")),
         *((name, "u4") for name in ("tile", "block_k")),
         *((name, "u8") for name in ("starts_at", "counts_at", "values_at", "offsets_at", "checksum")),

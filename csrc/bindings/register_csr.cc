@@ -23,15 +23,27 @@ py::array_t<uint8_t> aligned_bytes(int64_t bytes) {
   return py::array_t<uint8_t>(bytes, static_cast<uint8_t*>(p), owner);
 }
 
+PackedKind parse_kind(const std::string& kind) {
+  if (kind == "csr") return PackedKind::csr;
+  if (kind == "bsr") return PackedKind::bsr;
+  if (kind == "dense") return PackedKind::dense;
+  throw ValueError(str("kind: expected csr, bsr or dense, got '", kind, "'"));
+}
+
+const char* kind_name(PackedKind kind) {
+  return kind == PackedKind::csr ? "csr" : kind == PackedKind::bsr ? "bsr" : "dense";
+}
+
 template <class View>
-py::array_t<uint8_t> pack(const View& w, const ConvShape& conv, int entry_rows) {
+py::array_t<uint8_t> pack(const View& w, const ConvShape& conv, const std::string& kind_name, int entry_rows) {
+  const PackedKind kind = parse_kind(kind_name);
   PARED_CHECK(entry_rows == 1 || entry_rows == kQuadRows, "entry_rows: expected 1 or ", kQuadRows, ", got ",
               entry_rows);
   CsrPlan plan;
   {
     // Everything is validated and owned by the caller from here on; other Python threads may run.
     py::gil_scoped_release unlocked;
-    plan = plan_csr(w, conv, entry_rows);
+    plan = plan_csr(w, conv, kind, entry_rows);
   }
   auto out = aligned_bytes(static_cast<int64_t>(plan.header.bytes));
   uint8_t* data = out.mutable_data();
@@ -65,18 +77,18 @@ DenseView dense_view(const Array& a, ConvShape& conv, int64_t groups) {
 void register_csr(py::module_& m) {
   m.def(
       "csr_pack_dense",
-      [](py::handle weight, int64_t groups, int entry_rows) {
+      [](py::handle weight, int64_t groups, const std::string& kind, int entry_rows) {
         const Array a = parse_array(weight, "weight");
         ConvShape conv;
         const DenseView view = dense_view(a, conv, groups);
-        return pack(view, conv, entry_rows);
+        return pack(view, conv, kind, entry_rows);
       },
-      py::arg("weight"), py::arg("groups") = 1, py::arg("entry_rows") = 1);
+      py::arg("weight"), py::arg("groups") = 1, py::arg("kind") = "csr", py::arg("entry_rows") = 1);
 
   m.def(
       "csr_pack_csr",
       [](py::handle row_ptr, py::handle columns, py::handle values, int64_t rows, int64_t cols,
-         int entry_rows) {
+         const std::string& kind, int entry_rows) {
         const Array p = parse_array(row_ptr, "crow_indices"), c = parse_array(columns, "col_indices"),
                     v = parse_array(values, "values");
         require_dtype(p, {DType::i32, DType::i64});
@@ -92,10 +104,10 @@ void register_csr(py::module_& m) {
                                                    : static_cast<const int64_t*>(p.data)[rows];
         PARED_CHECK(last == c.shape[0], "crow_indices: expected the last entry to be ", c.shape[0],
                     " (the number of values), got ", last);
-        return pack(CsrView{rows, cols, p.data, c.data, p.dtype, v.data, v.dtype}, ConvShape{}, entry_rows);
+        return pack(CsrView{rows, cols, p.data, c.data, p.dtype, v.data, v.dtype}, ConvShape{}, kind, entry_rows);
       },
       py::arg("crow_indices"), py::arg("col_indices"), py::arg("values"), py::arg("rows"), py::arg("cols"),
-      py::arg("entry_rows") = 1);
+      py::arg("kind") = "csr", py::arg("entry_rows") = 1);
 
   m.def(
       "csr_info",
@@ -105,6 +117,7 @@ void register_csr(py::module_& m) {
         py::dict d;
         d["rows"] = h.rows;
         d["cols"] = h.cols;
+        d["kind"] = kind_name(h.kind);
         d["nnz"] = h.nnz;
         d["dtype"] = dtype_name(h.dtype);
         d["channels"] = h.channels;

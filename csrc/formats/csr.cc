@@ -125,7 +125,7 @@ Tiling choose_tiling(int64_t rows, int64_t cols, int64_t nnz, int entry_rows) {
 }
 
 template <class View>
-CsrPlan make_plan(const View& w, const ConvShape& conv, int entry_rows) {
+CsrPlan make_plan(const View& w, const ConvShape& conv, PackedKind kind, int entry_rows) {
   PARED_CHECK(w.rows >= 0 && w.rows < kMaxSize && w.cols >= 0 && w.cols < kMaxSize,
               "weight: expected sizes from 0 to 2^48, got [", w.rows, ", ", w.cols, "]");
   check_structure(w);
@@ -148,7 +148,7 @@ CsrPlan make_plan(const View& w, const ConvShape& conv, int entry_rows) {
   CsrPlan plan{};
   PackedHeader& h = plan.header;
   std::memcpy(h.magic, kPackedMagic, sizeof(h.magic));
-  h.kind = PackedKind::csr_panel;
+  h.kind = kind;
   h.version = kPackedVersion;
   h.dtype = w.dtype;
   h.entry_rows = static_cast<uint8_t>(entry_rows);
@@ -253,11 +253,11 @@ void write(const View& w, const CsrPlan& plan, uint8_t* out) {
 
 }  // namespace
 
-CsrPlan plan_csr(const DenseView& w, const ConvShape& conv, int entry_rows) {
-  return make_plan(w, conv, entry_rows);
+CsrPlan plan_csr(const DenseView& w, const ConvShape& conv, PackedKind kind, int entry_rows) {
+  return make_plan(w, conv, kind, entry_rows);
 }
-CsrPlan plan_csr(const CsrView& w, const ConvShape& conv, int entry_rows) {
-  return make_plan(w, conv, entry_rows);
+CsrPlan plan_csr(const CsrView& w, const ConvShape& conv, PackedKind kind, int entry_rows) {
+  return make_plan(w, conv, kind, entry_rows);
 }
 void pack_csr(const DenseView& w, const CsrPlan& plan, uint8_t* out) { write(w, plan, out); }
 void pack_csr(const CsrView& w, const CsrPlan& plan, uint8_t* out) { write(w, plan, out); }
@@ -289,8 +289,8 @@ CsrPacked view_csr(const uint8_t* data, int64_t bytes) {
               "packed weight: expected a buffer that pared packed, got other data");
   PARED_CHECK(h->version == kPackedVersion, "packed weight: expected version ", kPackedVersion, ", got ",
               h->version);
-  PARED_CHECK(h->kind == PackedKind::csr_panel, "packed weight: expected CSR, got kind ",
-              static_cast<int>(h->kind));
+  PARED_CHECK(h->kind == PackedKind::csr || h->kind == PackedKind::bsr || h->kind == PackedKind::dense,
+              "packed weight: expected CSR, BSR or dense, got kind ", static_cast<int>(h->kind));
   PARED_CHECK(h->bytes == static_cast<uint64_t>(bytes), "packed weight: expected ", h->bytes, " bytes, got ",
               bytes);
   const bool float_type = h->dtype == DType::f32 || h->dtype == DType::f16 || h->dtype == DType::bf16;

@@ -71,9 +71,9 @@ struct CsrPlan {
   std::vector<uint8_t> counts;
 };
 // Throws ValueError on non-finite values, bad structure, or a matrix beyond the format's limits.
-// entry_rows: 1 or 4.
-CsrPlan plan_csr(const DenseView& w, const ConvShape& conv, int entry_rows);
-CsrPlan plan_csr(const CsrView& w, const ConvShape& conv, int entry_rows);
+// entry_rows: 1, or 4 (kQuadRows).
+CsrPlan plan_csr(const DenseView& w, const ConvShape& conv, PackedKind kind, int entry_rows);
+CsrPlan plan_csr(const CsrView& w, const ConvShape& conv, PackedKind kind, int entry_rows);
 void pack_csr(const DenseView& w, const CsrPlan& plan, uint8_t* out);
 void pack_csr(const CsrView& w, const CsrPlan& plan, uint8_t* out);
 

@@ -8,7 +8,8 @@
 
 namespace pared {
 
-enum class PackedKind : uint16_t { csr_panel = 1 };
+// All three share the layout of formats/csr.h; the kind says what the user packed.
+enum class PackedKind : uint16_t { csr = 1, bsr = 2, dense = 3 };
 
 struct PackedHeader {
   char magic[8];  // kPackedMagic

@@ -30,7 +30,7 @@ from pared._surgery import (
 from pared._timing import interleave
 from pared.nn import RULES, DenseWeightError, Fused, PackedModule
 from pared.nn._base import pack
-from pared.ops.csr import CSR
+from pared.ops.packed import PackedWeight
 
 __all__ = ["accelerate"]
 
@@ -152,7 +152,7 @@ def accelerate(
                 "torch": torch.__version__,
             },
         )
-        packed: dict[Any, CSR] = {}
+        packed: dict[Any, PackedWeight] = {}
         for i, c in enumerate(candidates):
             advance(f"timing {c.name or type(c.module).__name__}", 0.05 + 0.75 * i / len(candidates))
             _decide(c, packed, min_speedup)
@@ -288,7 +288,7 @@ def _timing_input(s: Signature) -> Tensor:
     return _like(s).copy_(x)
 
 
-def _decide(c: Candidate, packed: dict[Any, CSR], min_speedup: float) -> None:
+def _decide(c: Candidate, packed: dict[Any, PackedWeight], min_speedup: float) -> None:
     """Pack, check and time one layer; sets `chosen` or says why not."""
     row = c.row
     reason = c.refused or _hopeless(c, min_speedup)

@@ -11,6 +11,9 @@ class _Kernel(TypedDict):
     supported: bool
 
 class _CsrInfo(TypedDict):
+    kind: str
+    entry_rows: int
+    entries: int
     rows: int
     cols: int
     nnz: int
@@ -39,9 +42,17 @@ def take_dispatched() -> list[str]: ...
 def num_threads() -> int: ...
 def parallel_backend() -> str: ...
 def cpu_brand() -> str: ...
-def csr_pack_dense(weight: Any, groups: int = 1) -> NDArray[np.uint8]: ...
+def csr_pack_dense(
+    weight: Any, groups: int = 1, kind: str = "csr", entry_rows: int = 1
+) -> NDArray[np.uint8]: ...
 def csr_pack_csr(
-    crow_indices: Any, col_indices: Any, values: Any, rows: int, cols: int
+    crow_indices: Any,
+    col_indices: Any,
+    values: Any,
+    rows: int,
+    cols: int,
+    kind: str = "csr",
+    entry_rows: int = 1,
 ) -> NDArray[np.uint8]: ...
 def csr_info(packed: Any) -> _CsrInfo: ...
 def csr_validate(packed: Any) -> None: ...

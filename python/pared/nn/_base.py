@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from pared.ops._formats import FORMATS, Format
 from pared.ops._library import aligned
-from pared.ops.csr import CSR
+from pared.ops.packed import PackedWeight
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
@@ -102,7 +102,7 @@ class PackedModule(nn.Module):
     # The class that pared.restore gives back.
     plain: ClassVar[type[nn.Module]]
 
-    def __init__(self, weight: CSR, bias: Tensor | None, activation: str | None) -> None:
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, activation: str | None) -> None:
         super().__init__()
         if activation is not None and activation not in ACTIVATIONS:
             raise ValueError(
@@ -133,7 +133,7 @@ class PackedModule(nn.Module):
         *,
         format: str = "csr",
         activation: str | None = None,
-        weight: CSR | None = None,
+        weight: PackedWeight | None = None,
     ) -> Self:
         """Convert a plain module; the tensors of the original are copied.
 
@@ -154,7 +154,7 @@ class PackedModule(nn.Module):
         """The plain module again, with dense weights, in eval mode, without the fused activation."""
         raise NotImplementedError
 
-    def packed_weight(self) -> CSR:
+    def packed_weight(self) -> PackedWeight:
         """The packed weight as a `pared.ops` object: ``.sparsity``, ``.to_dense()``, ..."""
         return FORMATS[self.format].weight(self.packed)
 
@@ -244,7 +244,7 @@ class PackedModule(nn.Module):
         return f"{tail}, activation={self.activation}" if self.activation else tail
 
 
-def format_name(weight: CSR) -> str:
+def format_name(weight: PackedWeight) -> str:
     """The registered name of a packed weight's format."""
     for f in FORMATS.values():
         if isinstance(weight, f.weight):
@@ -252,7 +252,7 @@ def format_name(weight: CSR) -> str:
     raise TypeError(f"weight: expected a packed weight ({', '.join(FORMATS)}), got {type(weight).__name__}")
 
 
-def pack(format: str, weight: Tensor, groups: int = 1) -> CSR:
+def pack(format: str, weight: Tensor, groups: int = 1) -> PackedWeight:
     """Pack a dense weight into the named format."""
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")

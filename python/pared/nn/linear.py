@@ -12,7 +12,7 @@ from typing_extensions import Self
 from pared.nn._base import PackedModule, pack
 from pared.ops._formats import FORMATS
 from pared.ops._library import foldable, grad_error, linear_op
-from pared.ops.csr import CSR
+from pared.ops.packed import PackedWeight
 
 _KERNELS = {f.name: f.linear for f in FORMATS.values() if f.linear is not None}
 _empty = torch.empty
@@ -40,7 +40,7 @@ class Linear(PackedModule):
 
     plain = nn.Linear
 
-    def __init__(self, weight: CSR, bias: Tensor | None = None, activation: str | None = None) -> None:
+    def __init__(self, weight: PackedWeight, bias: Tensor | None = None, activation: str | None = None) -> None:
         super().__init__(weight, bias, activation)
         if self.format not in _KERNELS:
             raise ValueError(f"weight: expected a format with a linear kernel, got {self.format}")
@@ -55,7 +55,7 @@ class Linear(PackedModule):
         *,
         format: str = "csr",
         activation: str | None = None,
-        weight: CSR | None = None,
+        weight: PackedWeight | None = None,
     ) -> Self:
         if not isinstance(module, nn.Linear):
             raise TypeError(f"module: expected nn.Linear, got {type(module).__name__}")

@@ -1,12 +1,17 @@
 """Functional operations over numpy arrays and torch tensors: the same kind comes out as goes in."""
 
+from pared.ops.bsr import BSR, Dense
 from pared.ops.conv import conv2d
 from pared.ops.csr import CSR
 from pared.ops.linear import linear
+from pared.ops.packed import PackedWeight
 from pared.ops.selection import Threshold, block_mask, nm_mask, select_threshold, topk, topk_mask
 
 __all__ = [
+    "BSR",
     "CSR",
+    "Dense",
+    "PackedWeight",
     "Threshold",
     "block_mask",
     "conv2d",

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from pared import _core
 from pared._types import Array
+from pared.ops.bsr import BSR, Dense
 from pared.ops.csr import CSR
+from pared.ops.packed import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,19 @@ class Format:
 
     name: str
     kind: int
-    weight: type[CSR]
+    weight: type[PackedWeight]
     linear: Callable[..., None] | None
     conv2d: Callable[..., None] | None
     exact: bool
 
 
 FORMATS: dict[str, Format] = {
-    f.name: f for f in (Format("csr", 1, CSR, linear=_core.linear_csr, conv2d=_core.conv2d_csr, exact=True),)
+    f.name: f
+    for f in (
+        Format("csr", 1, CSR, linear=_core.linear_csr, conv2d=_core.conv2d_csr, exact=True),
+        Format("bsr", 2, BSR, linear=_core.linear_csr, conv2d=_core.conv2d_csr, exact=True),
+        Format("dense", 3, Dense, linear=_core.linear_csr, conv2d=_core.conv2d_csr, exact=True),
+    )
 }
 
 _KIND_AT = 8  # byte of PackedHeader.kind, behind the magic

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pared import _core
 from pared._types import Array
 from pared.ops._arrays import is_torch, refuse_grad, require_array
-from pared.ops.csr import CSR
+from pared.ops.packed import PackedWeight
 
 IntPair = int | Sequence[int]
 
@@ -65,7 +65,7 @@ def _empty_images(x: Any, shape: tuple[int, int, int, int]) -> Array:
 
 def conv2d(
     x: Array,
-    w: CSR,
+    w: PackedWeight,
     bias: Array | None = None,
     stride: IntPair = 1,
     padding: IntPair | str = 0,
@@ -97,8 +97,8 @@ def conv2d(
     RuntimeError : when `x` needs a gradient; pared's operations are for inference.
     """
     require_array(x, "x")
-    if not isinstance(w, CSR):
-        raise TypeError(f"w: expected a packed weight (CSR), got {type(w).__name__}")
+    if not isinstance(w, PackedWeight):
+        raise TypeError(f"w: expected a packed weight (CSR, BSR, Dense), got {type(w).__name__}")
     if len(w.shape) != 4:
         raise ValueError(
             f"w: expected a weight [out, in/groups, kh, kw], got shape {list(w.shape)}; use linear"

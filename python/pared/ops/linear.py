@@ -5,10 +5,10 @@ from __future__ import annotations
 from pared import _core
 from pared._types import Array
 from pared.ops._arrays import empty_like_kind, refuse_grad, require_array
-from pared.ops.csr import CSR
+from pared.ops.packed import PackedWeight
 
 
-def linear(x: Array, w: CSR, bias: Array | None = None, activation: str | None = None) -> Array:
+def linear(x: Array, w: PackedWeight, bias: Array | None = None, activation: str | None = None) -> Array:
     """``activation(x @ w.T + bias)`` with a packed weight.
 
     Parameters
@@ -28,8 +28,8 @@ def linear(x: Array, w: CSR, bias: Array | None = None, activation: str | None =
     TypeError, ValueError : naming the argument, what was expected and what came.
     """
     require_array(x, "x")
-    if not isinstance(w, CSR):
-        raise TypeError(f"w: expected a packed weight (CSR), got {type(w).__name__}")
+    if not isinstance(w, PackedWeight):
+        raise TypeError(f"w: expected a packed weight (CSR, BSR, Dense), got {type(w).__name__}")
     if len(w.shape) != 2:
         raise ValueError(f"w: expected a linear weight [out, in], got shape {list(w.shape)}; use conv2d")
     refuse_grad(x, "x")

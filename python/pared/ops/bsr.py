@@ -1,0 +1,76 @@
+"""Weights whose rows come in blocks, and dense ones: four rows share each loaded vector of activations."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pared._types import Array
+from pared.ops.packed import PackedWeight
+
+# Rows that the quad kernel takes together (kQuadRows in csrc/formats/csr.h).
+_QUAD = 4
+
+
+class BSR(PackedWeight):
+    """A block-sparse weight: zeros in blocks of R consecutive outputs by C consecutive inputs.
+
+    With R a multiple of 4 an entry is four rows of one input, 4.5 bytes a non-zero; other blocks are stored
+    and multiplied row by row, as CSR. Blocks are found, not imposed: a block that is only partly zero keeps
+    its zeros, and every weight packs without loss.
+    """
+
+    __slots__ = ()
+    kind: ClassVar[str] = "bsr"
+
+    @classmethod
+    def from_dense(cls, weight: Array, *, block: tuple[int, int] = (4, 1), groups: int = 1) -> BSR:
+        """Pack a dense weight of float32, bfloat16 or float16.
+
+        Parameters
+        ----------
+        weight : [out, in] or [out, in/groups, kh, kw]. Sizes that the block does not divide end in a smaller
+            block.
+        block : (R, C), positive: the pattern that the weight was pruned with.
+
+        Raises
+        ------
+        ValueError : a block that is not two positive integers; NaN or infinity in the weight.
+        """
+        ok = isinstance(block, tuple) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
+        if not ok:
+            raise ValueError(f"block: expected two positive integers (rows, columns), got {block!r}")
+        return cls._pack_dense(weight, groups, _QUAD if block[0] % _QUAD == 0 else 1)
+
+    @classmethod
+    def from_torch(cls, tensor: Any) -> BSR:
+        """Pack a two-dimensional ``torch.sparse_bsr`` tensor."""
+        import torch
+
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.sparse_bsr or tensor.ndim != 2:
+            got = getattr(tensor, "layout", type(tensor).__name__)
+            raise TypeError(f"tensor: expected a two-dimensional torch.sparse_bsr tensor, got {got}")
+        rows, columns = tensor.values().shape[-2:]
+        return cls.from_dense(tensor.detach().to_dense(), block=(int(rows), int(columns)))
+
+    @classmethod
+    def from_scipy(cls, matrix: Any) -> BSR:
+        """Pack a scipy ``bsr_array`` or ``bsr_matrix``, with its block size."""
+        if getattr(matrix, "format", None) != "bsr":
+            raise TypeError(f"matrix: expected a scipy BSR matrix, got {type(matrix).__name__}")
+        rows, columns = matrix.blocksize
+        return cls.from_dense(matrix.toarray(), block=(int(rows), int(columns)))
+
+
+class Dense(PackedWeight):
+    """A weight without a pattern of zeros, packed once: 4.5 bytes an element.
+
+    Worth having because torch's dense product packs the weight on every call.
+    """
+
+    __slots__ = ()
+    kind: ClassVar[str] = "dense"
+
+    @classmethod
+    def from_dense(cls, weight: Array, *, groups: int = 1) -> Dense:
+        """Pack a dense weight of float32, bfloat16 or float16. Raises ``ValueError`` on NaN or infinity."""
+        return cls._pack_dense(weight, groups, _QUAD)

@@ -1,0 +1,109 @@
+"""What every packed weight is: one buffer with a checked header, and the matrix that it holds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pared import _core
+from pared._types import Array
+from pared.ops._arrays import is_torch, require_array
+
+W = TypeVar("W", bound="PackedWeight")
+
+
+class PackedWeight:
+    """A weight packed for the panel kernels: ``[out, in]``, or a convolution's ``[out, in/groups, kh, kw]``.
+
+    Holds one buffer and nothing else: the matrix is recovered from it. Zeros and denormals are not stored.
+
+    Attributes
+    ----------
+    packed : uint8 array or tensor, 64-byte aligned, with a checked header.
+    shape : the weight's shape.
+    nnz : stored non-zeros.
+    """
+
+    __slots__ = ("_info", "packed")
+    kind: ClassVar[str]
+
+    def __init__(self, packed: Array) -> None:
+        info = _core.csr_info(packed)
+        if info["kind"] != self.kind:
+            raise ValueError(f"packed weight: expected a {self.kind} buffer, got a {info['kind']} one")
+        self._info = info
+        self.packed = packed
+
+    @classmethod
+    def _pack_dense(cls: type[W], weight: Array, groups: int, entry_rows: int) -> W:
+        require_array(weight, "weight")
+        dense = weight.detach() if is_torch(weight) else weight
+        return cls(_core.csr_pack_dense(dense, groups, cls.kind, entry_rows))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        i = self._info
+        if i["kh"]:
+            return (i["rows"], i["channels"], i["kh"], i["kw"])
+        return (i["rows"], i["cols"])
+
+    @property
+    def groups(self) -> int:
+        """Convolution groups; 1 for a linear weight."""
+        return max(1, self._info["groups"])
+
+    @property
+    def nnz(self) -> int:
+        return self._info["nnz"]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that the weight had: ``"float32"``, ``"float16"`` or ``"bfloat16"``."""
+        return self._info["dtype"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed weight takes."""
+        return int(self.packed.nbytes)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros, 0 to 1."""
+        total = math.prod(self.shape)
+        return 1.0 - self.nnz / total if total else 0.0
+
+    def to_dense(self) -> Array:
+        """The dense weight: a float32 array, or a tensor of the original dtype when packed is one."""
+        if is_torch(self.packed):
+            import torch
+
+            out: Array = torch.empty(self.shape, dtype=getattr(torch, self.dtype))
+        else:
+            out = np.empty(self.shape, dtype=np.float16 if self.dtype == "float16" else np.float32)
+        _core.csr_unpack_dense(self.packed, out)
+        return out
+
+    def to_csr_arrays(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+        """``(row pointers, columns, values)`` of the matrix ``[out, in]``; for a convolution
+        ``[out, in * kh * kw]``, block-diagonal over groups."""
+        return _core.csr_unpack(self.packed)
+
+    def to_scipy(self) -> Any:
+        """A ``scipy.sparse.csr_array`` of the matrix."""
+        import scipy.sparse
+
+        p, c, v = self.to_csr_arrays()
+        return scipy.sparse.csr_array((v, c, p), shape=(self._info["rows"], self._info["cols"]))
+
+    def validate(self) -> None:
+        """Check every invariant and the checksum; raises ``ValueError``."""
+        _core.csr_validate(self.packed)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(shape={self.shape}, sparsity={self.sparsity:.3f}, nnz={self.nnz}, "
+            f"nbytes={self.nbytes}, dtype={self.dtype})"
+        )
