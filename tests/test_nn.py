@@ -314,7 +314,7 @@ def test_bad_arguments() -> None:
         Linear(weight, activation="tanh")
     with pytest.raises(ValueError, match=r"bias: expected shape \[8\], got \[9\]"):
         Linear(weight, torch.zeros(9))
-    with pytest.raises(TypeError, match=r"weight: expected a packed weight \(csr\), got Parameter"):
+    with pytest.raises(TypeError, match=r"weight: expected a packed weight \(csr, bsr, dense\), got Parameter"):
         Linear(layer.weight)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"module: expected nn\.Linear, got Conv2d"):
         Linear.from_module(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]

@@ -358,7 +358,7 @@ void validate_csr(const CsrPacked& w) {
                         "packed weight: row ", row + r, ": invalid value ", v);
             stored += v != 0.0f;
           }
-          PARED_CHECK(stored > 0, "packed weight: row ", row, ": an entry without a non-zero");
+          PARED_CHECK(stored > 0, "packed weight: row ", row, ": invalid value, an entry of zeros alone");
           nnz += stored;
         }
       }

@@ -40,7 +40,9 @@ class Linear(PackedModule):
 
     plain = nn.Linear
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None = None, activation: str | None = None) -> None:
+    def __init__(
+        self, weight: PackedWeight, bias: Tensor | None = None, activation: str | None = None
+    ) -> None:
         super().__init__(weight, bias, activation)
         if self.format not in _KERNELS:
             raise ValueError(f"weight: expected a format with a linear kernel, got {self.format}")

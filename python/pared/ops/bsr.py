@@ -21,6 +21,7 @@ class BSR(PackedWeight):
 
     __slots__ = ()
     kind: ClassVar[str] = "bsr"
+    _entry_rows: ClassVar[int] = _QUAD
 
     @classmethod
     def from_dense(cls, weight: Array, *, block: tuple[int, int] = (4, 1), groups: int = 1) -> BSR:
@@ -69,8 +70,4 @@ class Dense(PackedWeight):
 
     __slots__ = ()
     kind: ClassVar[str] = "dense"
-
-    @classmethod
-    def from_dense(cls, weight: Array, *, groups: int = 1) -> Dense:
-        """Pack a dense weight of float32, bfloat16 or float16. Raises ``ValueError`` on NaN or infinity."""
-        return cls._pack_dense(weight, groups, _QUAD)
+    _entry_rows: ClassVar[int] = _QUAD

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from pared import _core
-from pared._types import Array
 from pared.ops.packed import PackedWeight
 
 
@@ -17,28 +16,7 @@ class CSR(PackedWeight):
 
     __slots__ = ()
     kind: ClassVar[str] = "csr"
-
-    @classmethod
-    def _copied(cls, packed: Array) -> CSR:
-        """From a copy of a packed buffer that need not be aligned; the copy is."""
-        if is_torch(packed):
-            return cls(packed.clone())
-        room = np.empty(packed.nbytes + 63, np.uint8)
-        start = -room.ctypes.data % 64
-        room[start : start + packed.nbytes] = packed
-        return cls(room[start : start + packed.nbytes])
-
-    # numpy aligns neither a deep copy nor what it unpickles to 64 bytes.
-    def __deepcopy__(self, memo: dict[int, Any]) -> CSR:
-        return CSR._copied(self.packed)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return CSR._copied, (self.packed,)
-
-    @classmethod
-    def from_dense(cls, weight: Array, *, groups: int = 1) -> CSR:
-        """Pack a dense weight of float32, bfloat16 or float16. Raises ``ValueError`` on NaN or infinity."""
-        return cls._pack_dense(weight, groups, 1)
+    _entry_rows: ClassVar[int] = 1
 
     @classmethod
     def from_scipy(cls, matrix: Any) -> CSR:

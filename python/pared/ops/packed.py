@@ -29,6 +29,7 @@ class PackedWeight:
 
     __slots__ = ("_info", "packed")
     kind: ClassVar[str]
+    _entry_rows: ClassVar[int]  # output rows that share an offset (csrc/formats/csr.h)
 
     def __init__(self, packed: Array) -> None:
         info = _core.csr_info(packed)
@@ -38,10 +39,32 @@ class PackedWeight:
         self.packed = packed
 
     @classmethod
+    def from_dense(cls: type[W], weight: Array, *, groups: int = 1) -> W:
+        """Pack a dense weight of float32, bfloat16 or float16. Raises ``ValueError`` on NaN or infinity."""
+        return cls._pack_dense(weight, groups, cls._entry_rows)
+
+    @classmethod
     def _pack_dense(cls: type[W], weight: Array, groups: int, entry_rows: int) -> W:
         require_array(weight, "weight")
         dense = weight.detach() if is_torch(weight) else weight
         return cls(_core.csr_pack_dense(dense, groups, cls.kind, entry_rows))
+
+    @classmethod
+    def _copied(cls: type[W], packed: Array) -> W:
+        """From a copy of a packed buffer that need not be aligned; the copy is."""
+        if is_torch(packed):
+            return cls(packed.clone())
+        room = np.empty(packed.nbytes + 63, np.uint8)
+        start = -room.ctypes.data % 64
+        room[start : start + packed.nbytes] = packed
+        return cls(room[start : start + packed.nbytes])
+
+    # numpy aligns neither a deep copy nor what it unpickles to 64 bytes.
+    def __deepcopy__(self: W, memo: dict[int, Any]) -> W:
+        return type(self)._copied(self.packed)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self)._copied, (self.packed,)
 
     @property
     def shape(self) -> tuple[int, ...]:
