@@ -819,12 +819,17 @@ def test_criteria_that_need_data_are_refused() -> None:
         pared.prune(small(), 0.5, importance=Needy(), data=[torch.ones(2, 16)])
 
 
-def test_empty_layers() -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
-    model[0].weight = nn.Parameter(torch.empty(0, 4))
-    report = pared.prune(model, 0.5)
-    assert report.weights == 0
-    assert report.sparsity == 0.0
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
+@pytest.mark.parametrize("pattern", ["unstructured", "1x4", "4x2", "2:4"])
+@pytest.mark.parametrize("scope", ["global", "layer", "row"])
+def test_empty_layers(shape: tuple[int, int], pattern: str, scope: str) -> None:
+    model = seeded(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(torch.empty(shape))
+    for importance in ("magnitude", "random"):
+        report = pared.prune(model, 0.5, pattern=pattern, scope=scope, importance=importance)
+        assert report.weights == 16
+        assert report.layers[1].sparsity == 0.0
+    assert report.kept >= 4
 
 
 # ---------------------------------------------------------------- report and names

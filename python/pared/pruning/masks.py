@@ -248,6 +248,8 @@ def _rows(s: Scored, key: str, sparsity: float, pattern: Pattern) -> torch.Tenso
         rows = matrix.flatten(1)
         mask = _best_of_rows(rows, keep_count(rows.shape[1], sparsity), key).reshape(matrix.shape)
         return mask.t() if s.target.transposed else mask
+    if not s.scores.numel():
+        return torch.zeros_like(s.scores, dtype=torch.bool)
     blocks = _Blocks(s.scores.shape, s.target, pattern)
     masks = []
     for part in blocks.split(s.scores.float(), fill=0.0):
