@@ -314,11 +314,11 @@ def test_bad_arguments() -> None:
         Linear(weight, activation="tanh")
     with pytest.raises(ValueError, match=r"bias: expected shape \[8\], got \[9\]"):
         Linear(weight, torch.zeros(9))
-    with pytest.raises(TypeError, match=r"weight: expected a packed weight \(csr, bsr, dense\), got Parameter"):
+    with pytest.raises(TypeError, match=r"weight: expected a packed .* got Parameter"):
         Linear(layer.weight)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"module: expected nn\.Linear, got Conv2d"):
         Linear.from_module(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="format: expected one of csr, got 'coo'"):
+    with pytest.raises(ValueError, match="format: expected one of csr, bsr, dense, got 'coo'"):
         Linear.from_module(layer, format="coo")
     with pytest.raises(ValueError, match=r"linear weight \[out, in\]"):
         Linear(pared.ops.CSR.from_dense(torch.zeros(4, 2, 3, 3)))
