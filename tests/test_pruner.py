@@ -172,6 +172,17 @@ def test_the_schedule_is_met_exactly_and_masks_only_grow() -> None:
     assert report.target == 0.9
 
 
+def test_finalize_catches_up_with_the_schedule() -> None:
+    model = net()
+    pruner = pared.Pruner(model, Linear(0.2, 0.8, begin=1, end=4), update_every=10)
+    for _ in range(5):
+        pruner.step()
+    assert pruner.sparsity < 0.3
+    report = pruner.finalize()
+    assert report.target == 0.8
+    assert report.sparsity == pytest.approx(0.8, abs=1e-3)
+
+
 def test_update_every() -> None:
     model = net()
     pruner = pared.Pruner(model, Linear(0.0, 0.8, begin=2, end=10), update_every=3)

@@ -46,7 +46,8 @@ class Pruner:
         sparsity rises to ``1 - N/M``, which it may not exceed.
     optimizer : one optimiser or a list. Its state for pruned weights (momentum, second moments: every state
         tensor of the weight's shape) is zeroed too, so that it does not push them away from zero again.
-    update_every : steps between two choices of masks, at least. The masks hold in between.
+    update_every : steps between two choices of masks, at least. The masks hold in between; `finalize` catches
+        up with the schedule.
     allow_regrowth : see Notes.
 
     Attributes
@@ -220,8 +221,16 @@ class Pruner:
                 _zero_state(optimizer, tensor, dropped)
 
     def finalize(self) -> PruneReport:
-        """Apply the masks for good, let go of them, and report. `step` is an error from here on."""
+        """Apply the masks for good, let go of them, and report. `step` is an error from here on.
+
+        Where `update_every` has held the last choice back, it is made now: the model ends at the sparsity
+        that the schedule asks for at the last step.
+        """
         if not self._finalized:
+            wanted = self._scheduled(self.step_count) if self.step_count else 0.0
+            if wanted > self._chosen_for:
+                self._dropped = self._choose(wanted)
+                self._updated_at, self._chosen_for = self.step_count, wanted
             self._apply()
             self._finalized = True
             self._report = make_report(self._plan, self._chosen_for, self._before)
