@@ -33,7 +33,10 @@ def bar(console: Console, label: str, total: int, *, live: bool = True) -> Itera
     thread redraws it meanwhile, beside what is being timed.
     """
     start = time.perf_counter()
-    with Progress(*_COLUMNS, console=console, transient=True, auto_refresh=live) as progress:
+    shown = console.is_terminal  # a log gets the closing line alone
+    with Progress(
+        *_COLUMNS, console=console, transient=True, auto_refresh=live, disable=not shown
+    ) as progress:
         task = progress.add_task(label, total=total)
 
         def advance(n: int = 1) -> None:

@@ -59,8 +59,8 @@ def table(results: list[Result], baseline: str) -> Table:
     """The table of all results; `baseline` says what the dense models ran on."""
     t = Table(title="Dense and pared, measured here in turns", box=box.SIMPLE_HEAVY, caption_justify="left")
     t.add_column("model")
-    t.add_column("variant")
-    t.add_column("quality", justify="right")
+    t.add_column("variant", no_wrap=True)
+    t.add_column("quality", justify="right", no_wrap=True)
     t.add_column("weights\nnon-zero", justify="right")
     t.add_column("file", justify="right")
     t.add_column("p50\nms", justify="right")
