@@ -109,8 +109,8 @@ def compare(
 
     Parameters
     ----------
-    dense : the dense model and its inputs, once for each memory layout; the fastest is the baseline, so that
-        pared is measured against the best that eager torch does here.
+    dense : the dense model and its inputs, once for each memory layout; the fastest is the baseline of every
+        speed-up, so that pared is measured against the best that eager torch does here.
     metrics : of the dense model.
     inputs : of the candidates.
     seconds : for all rounds together.
@@ -129,7 +129,6 @@ def compare(
         return Variant(name, metrics, total, nonzero, file_bytes(saved), t.median(name), t.p95(name), speedup)
 
     base = min(dense, key=t.median)
-    module = dense[base][0]
-    variants = [variant(base, module, module, metrics)]
+    variants = [variant(name, module, module, metrics) for name, (module, _) in dense.items()]
     variants += [variant(c.name, c.pruned, c.fast, c.metrics) for c in candidates]
     return Result(model, workload, tuple(variants), note)
