@@ -217,3 +217,49 @@ def test_embeddings_come_back_in_the_order_of_the_texts() -> None:
 def test_sparsities_and_shapes_are_read_exactly() -> None:
     assert _bench.Shape.parse("3, 5,7") == (3, 5, 7)
     assert _bench.parse_sparsities("0,0.25") == [0.0, 0.25]
+
+
+def _check_demo(data: dict[str, Any], sparsities: list[float]) -> None:
+    (result,) = data["results"]
+    dense = [v for v in result["variants"] if v["name"].startswith("dense")]
+    pruned = result["variants"][len(dense) :]
+    assert max(v["speedup"] for v in dense) == 1.0
+    assert len(pruned) == len(sparsities)
+    for v in pruned:
+        assert v["parameters"] == dense[0]["parameters"]
+        assert v["nonzero"] < dense[0]["nonzero"]
+        assert v["file_bytes"] < dense[0]["file_bytes"]
+    for v in result["variants"]:
+        assert 0 < v["p50_s"] <= v["p95_s"]
+        assert all(0 <= m <= 1.001 for m in v["metrics"].values())
+
+
+@pytest.mark.parametrize("model", ["digits-cnn", "digits-mlp"])
+def test_demo_on_digits(run: Run, tmp_path: Path, model: str) -> None:
+    file = tmp_path / "demo.json"
+    code, out, err = run("demo", "--quick", "--verbose", "--model", model, "--json", str(file))
+    assert (code, err) == (0, "")
+    data = json.loads(file.read_text())
+    _check_demo(data, [0.9])
+    variants = data["results"][0]["variants"]
+    # Weights are pruned, biases are not: 90 % of nearly all.
+    assert 0.1 <= variants[-1]["nonzero"] / variants[-1]["parameters"] < 0.12
+    assert variants[0]["metrics"]["accuracy"] > 0.5  # two epochs; chance is 0.1
+    assert f"{100 * variants[-1]['metrics']['accuracy']:.1f} %" in out
+    assert "layers accelerated" in out
+
+
+def test_demo_on_a_sentence_encoder(run: Run, tmp_path: Path) -> None:
+    if not minilm.available():
+        pytest.skip(f"needs {' and '.join(minilm.PACKAGES)}, which are optional")
+    file = tmp_path / "demo.json"
+    code, _, err = run("demo", "--quick", "--model", "minilm", "--json", str(file))
+    assert (code, err) == (0, "")
+    data = json.loads(file.read_text())
+    _check_demo(data, [0.5, 0.8])
+    dense, half, few = data["results"][0]["variants"]
+    linear = 6 * 12 * 384 * 384  # four 384x384 and two 1536x384 in each of six layers
+    assert dense["nonzero"] - half["nonzero"] == pytest.approx(0.5 * linear, rel=0.01)
+    assert dense["nonzero"] - few["nonzero"] == pytest.approx(0.8 * linear, rel=0.01)
+    assert dense["metrics"] == {"recall@1": pytest.approx(0.7, abs=0.2), "cosine": pytest.approx(1.0)}
+    assert half["metrics"]["cosine"] > few["metrics"]["cosine"] > 0.1

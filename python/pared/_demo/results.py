@@ -11,7 +11,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Variant:
-    """One version of a model: the dense baseline, or a pruned one that pared runs.
+    """One version of a model: dense, or pruned and run by pared.
 
     Attributes
     ----------
@@ -20,7 +20,7 @@ class Variant:
     parameters, nonzero : counts of weights.
     file_bytes : size of the model on disk.
     p50_s, p95_s : seconds for one call; measured in turns with the other variants of the same model.
-    speedup : dense time over this variant's time, both medians; 1 for the dense model itself.
+    speedup : the fastest dense variant's time over this one's, the median over rounds; 1 for that variant.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Result:
-    """One model of the demonstration: the dense baseline first, then what pared made of it."""
+    """One model of the demonstration: as it was, in each memory layout, and then what pared made of it."""
 
     model: str
     workload: str
@@ -68,9 +68,7 @@ def table(results: list[Result], baseline: str) -> Table:
     t.add_column("speed-up", justify="right")
     for r in results:
         for i, v in enumerate(r.variants):
-            speedup = (
-                "1.00x" if i == 0 else f"[bold {'green' if v.speedup > 1 else 'red'}]{v.speedup:.2f}x[/]"
-            )
+            color = "green" if v.speedup > 1 else "red" if v.speedup < 1 else "default"
             t.add_row(
                 f"[bold]{r.model}[/]\n{r.workload}" if i == 0 else "",
                 v.name,
@@ -79,7 +77,7 @@ def table(results: list[Result], baseline: str) -> Table:
                 _bytes(v.file_bytes),
                 _ms(v.p50_s),
                 _ms(v.p95_s),
-                speedup,
+                f"[bold {color}]{v.speedup:.2f}x[/]",
                 end_section=i == len(r.variants) - 1,
             )
     t.caption = "\n".join([baseline, *(f"{r.model}: {r.note}" for r in results if r.note)])
