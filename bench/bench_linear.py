@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 import pared
+from bench.roofline import linear_limit, measure
 from pared._timing import rotate
 
 # [out, in] of the Linear layers of BERT-base (768 wide) and MiniLM (384 wide).
@@ -61,6 +62,7 @@ def candidates(
 @pytest.mark.parametrize(("out", "inputs"), SHAPES)
 def test_csr(versus, request, out: int, inputs: int, tokens: int, sparsity: float, threads: int) -> None:
     w = pruned(out, inputs, sparsity)
+    nnz = int(w.count_nonzero())
     calls = candidates(
         torch.randn(tokens, inputs), w, torch.randn(out), sparse=request.config.getoption("--full")
     )
@@ -70,7 +72,8 @@ def test_csr(versus, request, out: int, inputs: int, tokens: int, sparsity: floa
         case=f"{out}x{inputs}, {tokens} tokens",
         cell=f"{sparsity * 100:.0f} %",
         rivals=DENSE,
-        work=2.0 * tokens * int(w.count_nonzero()),
+        work=2.0 * tokens * nnz,
+        limit_s=linear_limit(measure(threads), out, inputs, tokens, nnz),
         facts={"out": out, "in": inputs, "tokens": tokens, "sparsity": sparsity, "dtype": "float32"},
     )
 

@@ -24,5 +24,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   pared::register_csr(m);
   pared::register_conv(m);
   pared::register_reference(m);
+  pared::register_probe(m);
   pared::register_topk(m);
 }

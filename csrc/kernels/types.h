@@ -133,4 +133,18 @@ struct conv_store {
   static constexpr const char* doc = "bias, activation and narrowing into an NCHW output";
 };
 
+// What benchmarks measure the kernels against. `floats` is a multiple of 128 and data[0 ... floats) ones; the
+// loop goes over them `repeats` times. *done: steps of eight vectors that were carried out.
+enum class MachineProbe : uint8_t { fma, load, store, panel };
+struct MachineProbeArgs {
+  MachineProbe probe;
+  float* data;  // 64-byte aligned
+  int64_t floats, repeats;
+  float* done;
+};
+struct machine_probe {
+  using Fn = void(const MachineProbeArgs&);
+  static constexpr const char* doc = "ceilings of this machine, for benchmarks";
+};
+
 }  // namespace pared

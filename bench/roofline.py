@@ -1,0 +1,156 @@
+"""This machine's ceilings, and the least time that they allow a kernel: ``python -m bench.roofline``.
+
+Model of a panel product: ``t_nnz + t_io``. Each non-zero is a multiply-add with a memory operand for every
+position (and a broadcast for every eight vectors), at the rate that the same loop reaches on a panel in L1.
+Input and output move once: the input is loaded, transposed into the panel and stored there; the output is
+stored; at the rates of the cache level that holds them. The weight streams beside the multiply-adds.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import pared
+from pared import _core
+from pared._timing import interleave, last_level_cache
+
+# Seconds of one sample: long against the clock and the start of a thread, short against other processes.
+_SAMPLE = 4e-3
+_SAMPLES = 7
+
+
+def _cache(index: str, default: int) -> int:
+    file = Path(f"/sys/devices/system/cpu/cpu0/cache/{index}/size")
+    text = file.read_text().strip() if file.exists() else ""
+    return int(text[:-1]) << 10 if text.endswith("K") else default
+
+
+@dataclass(frozen=True)
+class Level:
+    """A level of the memory hierarchy, with the rates in bytes a second of all threads together."""
+
+    name: str
+    size: int  # what one thread can count on
+    load: float
+    store: float
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates of `threads` threads together."""
+
+    threads: int
+    isa: str
+    fma: float  # FLOP/s, operands in registers
+    panel: float  # FLOP/s, one operand from a panel in L1, a broadcast for every eight vectors
+    levels: tuple[Level, ...]
+    pack: float  # elements/s that the package packs into panels
+    store: float  # elements/s that it stores from accumulators
+
+    def level(self, nbytes: float) -> Level:
+        """The innermost level whose size holds `nbytes`."""
+        return next((level for level in self.levels if nbytes <= level.size), self.levels[-1])
+
+
+def _rate(probe: str, nbytes: int, threads: int) -> float:
+    """Elements a second, the best of several samples: a ceiling is what is possible, not what is usual."""
+    repeats = 1
+    while True:
+        seconds, elements, _ = _core.machine_probe(probe, nbytes, repeats, threads)
+        if seconds >= _SAMPLE / 4 or repeats > 1 << 24:
+            break
+        repeats *= 4
+    repeats = max(1, round(repeats * _SAMPLE / seconds))
+    best = 0.0
+    for _ in range(_SAMPLES):
+        seconds, elements, _ = _core.machine_probe(probe, nbytes, repeats, threads)
+        best = max(best, elements / seconds)
+    return best
+
+
+def _kernel_rates() -> tuple[float, float]:
+    """Elements a second that packing and storing reach, through weights with nothing else to do."""
+    tokens, width = 384, 768  # a power of two would put every row of the output into the same cache sets
+    x = np.ones((tokens, width), np.float32)
+    # One non-zero in every K block of one row: everything is packed, next to nothing multiplied or stored.
+    touch = np.zeros((1, width), np.float32)
+    touch[0, ::16] = 1.0
+    packing = pared.ops.CSR.from_dense(touch)
+    storing = pared.ops.CSR.from_dense(np.zeros((width, 16), np.float32))
+    narrow = x[:, :16]
+    t = interleave(
+        {
+            "pack": lambda: pared.ops.linear(x, packing),
+            "store": lambda: pared.ops.linear(narrow, storing),
+        },
+        budget=0.1,
+    )
+    return x.size / t.best("pack"), tokens * width / t.best("store")
+
+
+@lru_cache(maxsize=8)
+def measure(threads: int = 1) -> Ceilings:
+    """Measure the ceilings; about a second. Torch's thread count is left as it is."""
+    l1, l2 = _cache("index0", 32 << 10), _cache("index2", 1 << 20)
+    l3 = last_level_cache() // threads
+    sizes = (("L1", l1), ("L2", l2), ("L3", l3), ("memory", 1 << 62))
+    levels = []
+    for name, size in sizes:
+        # Two thirds of a level: the rest belongs to stacks, code and other processes.
+        nbytes = 4 * last_level_cache() // threads if name == "memory" else size * 2 // 3
+        rates = (4 * _rate(probe, nbytes, threads) for probe in ("load", "store"))
+        levels.append(Level(name, size, *rates))
+    pack, store = _kernel_rates()
+    return Ceilings(
+        threads=threads,
+        isa=pared.isa(),
+        fma=2 * _rate("fma", 4096, threads),
+        panel=2 * _rate("panel", l1 * 2 // 3, threads),
+        levels=tuple(levels),
+        pack=pack,
+        store=store,
+    )
+
+
+def linear_limit(c: Ceilings, out: int, inputs: int, tokens: int, nnz: int, itemsize: int = 4) -> float:
+    """The least seconds that the ceilings allow a sparse Linear with `nnz` non-zeros."""
+    t_nnz = 2.0 * nnz * tokens / c.panel
+    x, y = float(itemsize * tokens * inputs), float(itemsize * tokens * out)
+    panel = 4.0 * tokens * inputs
+    t_io = x / c.level(x / c.threads).load + panel / c.levels[0].store + y / c.level(y / c.threads).store
+    return t_nnz + t_io
+
+
+def print_ceilings(console: Console, ceilings: list[Ceilings]) -> None:
+    table = Table("", *(f"{c.threads} thread{'s' if c.threads > 1 else ''}" for c in ceilings))
+    table.add_row("multiply-add, registers, GFLOP/s", *(f"{c.fma * 1e-9:.0f}" for c in ceilings))
+    table.add_row("multiply-add, panel in L1, GFLOP/s", *(f"{c.panel * 1e-9:.0f}" for c in ceilings))
+    for i, level in enumerate(ceilings[0].levels):
+        rates = (f"{c.levels[i].load * 1e-9:.0f} / {c.levels[i].store * 1e-9:.0f}" for c in ceilings)
+        table.add_row(f"{level.name} load / store, GB/s", *rates)
+    table.add_row("panel packed, GB/s of input", *(f"{4e-9 * c.pack:.0f}" for c in ceilings))
+    table.add_row("tile stored, GB/s of output", *(f"{4e-9 * c.store:.0f}" for c in ceilings))
+    console.print(f"{_core.cpu_brand()}, {ceilings[0].isa}")
+    console.print(table)
+
+
+def main() -> int:
+    import torch
+
+    found = []
+    for threads in dict.fromkeys((1, torch.get_num_threads())):
+        torch.set_num_threads(threads)
+        found.append(measure(threads))
+    print_ceilings(Console(), found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+// Loops that do one thing as fast as the machine can: the ceilings that benchmarks compare kernels with. Each
+// leaves a result that says how much work it did, so that a test can tell that the compiler left it whole.
+#pragma once
+
+#include "kernels/generic/simd.h"
+#include "kernels/types.h"
+
+namespace pared {
+namespace {
+
+// Vectors a step. Independent accumulators: two multiply-adds a cycle with a latency of four need eight.
+constexpr int kProbeVectors = 8;
+
+template <class S>
+PARED_INLINE float first_lane(typename S::V v) {
+  alignas(64) float lanes[S::width];
+  S::store(lanes, v);
+  return lanes[0];
+}
+
+template <class S>
+void run_probe(const MachineProbeArgs& a) {
+  using V = typename S::V;
+  constexpr int N = kProbeVectors, step = N * S::width;
+  V sum[N];
+  for (int v = 0; v < N; ++v) sum[v] = S::zero();
+  switch (a.probe) {
+    case MachineProbe::fma: {
+      const V one = S::loadu(a.data);
+      for (int64_t r = 0; r < a.repeats; ++r)
+        for (int64_t i = 0; i < a.floats; i += step)
+#pragma GCC unroll 8
+          for (int v = 0; v < N; ++v) sum[v] = S::fma(one, one, sum[v]);
+      break;
+    }
+    case MachineProbe::load:
+      for (int64_t r = 0; r < a.repeats; ++r)
+        for (int64_t i = 0; i < a.floats; i += step)
+#pragma GCC unroll 8
+          for (int v = 0; v < N; ++v) sum[v] = S::add(sum[v], S::load(a.data + i + v * S::width));
+      break;
+    case MachineProbe::store: {
+      const V one = S::set1(1.0f);
+      for (int64_t r = 0; r < a.repeats; ++r) {
+        for (int64_t i = 0; i < a.floats; i += step)
+#pragma GCC unroll 8
+          for (int v = 0; v < N; ++v) S::store(a.data + i + v * S::width, one);
+        // Or the compiler would keep the last of the identical passes alone.
+        __asm__ volatile("" : : "r"(a.data) : "memory");
+      }
+      sum[0] = S::set1(static_cast<float>(a.repeats) * static_cast<float>(a.floats / step));
+      break;
+    }
+    case MachineProbe::panel:
+      // As in the sparse kernel: a value broadcast, then multiply-adds with a memory operand.
+      for (int64_t r = 0; r < a.repeats; ++r)
+        for (int64_t i = 0; i < a.floats; i += step) {
+          const V w = S::set1(a.data[i / step]);
+#pragma GCC unroll 8
+          for (int v = 0; v < N; ++v) sum[v] = S::fma(w, S::load(a.data + i + v * S::width), sum[v]);
+        }
+      break;
+  }
+  float total = 0.0f;
+  for (int v = 0; v < N; ++v) total += first_lane<S>(sum[v]);
+  *a.done = a.probe == MachineProbe::store ? first_lane<S>(sum[0]) : total / N;
+}
+
+}  // namespace
+}  // namespace pared

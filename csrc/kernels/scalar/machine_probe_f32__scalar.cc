@@ -1,0 +1,7 @@
+#include "kernels/generic/machine_probe.h"
+
+namespace pared {
+
+void machine_probe_f32__scalar(const MachineProbeArgs& a) { run_probe<ScalarF32>(a); }
+
+}  // namespace pared
