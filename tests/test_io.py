@@ -546,12 +546,21 @@ def test_layers_that_the_target_does_not_have(target, match):
         (("report", "speedup"), "fast", "expected float, got 'fast'"),
         (("report", "dense"), {"p50": 10**400, "p95": 1}, "expected float"),
         (("report", "ties"), [["0.weight", 0]], "expected str, got 0"),
+        (("report", "ties"), [[]], "expected names in the model, got \\[\\]"),
+        (("report", "ties"), [["0.weight", "0.forward"]], "expected names in the model"),
     ],
 )  # fmt: skip
 def test_hostile_metadata_of_accelerated_models(path, value, match):
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU())
     loaded(forged(fused_file()), model)
     rejects(forged(fused_file(), put(*path, value=value)), model, match)
+
+
+def test_names_are_not_markup():
+    model = nn.Sequential()
+    model.add_module("[/red]", sparse_linear(64, 64))
+    back = loaded(saved(accelerated(model, torch.randn(3, 64))), model)
+    assert "[/red]" in str(pared.report(back))
 
 
 def test_reports_of_other_versions():
@@ -761,6 +770,10 @@ def test_wrong_arguments(tmp_path):
     data = saved(nn.Linear(3, 3))
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got dict"):
         pared.save({}, tmp_path / "model.pared")
+    compiled = nn.Module()
+    compiled._orig_mod = nn.Linear(3, 3)  # what torch.compile wraps around a module
+    with pytest.raises(TypeError, match=r"torch\.compile"):
+        pared.save(compiled, tmp_path / "model.pared")
     with pytest.raises(TypeError, match=r"path: .*got int"):
         pared.save(nn.Linear(3, 3), 3)
     with pytest.raises(TypeError, match=r"path: .*got int"):

@@ -75,6 +75,10 @@ def save(model: torch.nn.Module, path: Path, *, overwrite: bool = True) -> None:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "model: expected an uncompiled module, got one from torch.compile: save the one inside"
+        )
     writer = Writer()
     about = _collect(model, writer)
     with _writing(path, overwrite) as file:
@@ -121,6 +125,9 @@ def load(path: Path, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> 
             bake(module)  # accelerate has applied the masks that pruning attached
         layers = _match_layers(module, about)
         slots = _slots(module)
+        for group in about.report.ties if about.report else ():
+            known = len(group) > 1 and slots.keys() >= set(group)
+            require(known, f"file: report: ties: expected names in the model, got {shorten(group)}")
         _compare(slots, reader.tensors, about.ties, layers)
         module = _fill(module, slots, reader, about.ties, layers)
     for name in about.fused:
@@ -588,7 +595,9 @@ def _writing(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-    if os.name == "posix":  # so that the new name, too, is on the disk
+    with contextlib.suppress(
+        OSError
+    ):  # so that the new name, too, is on the disk, where the system can do that
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

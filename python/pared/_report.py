@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 __all__ = ["LayerReport", "Report", "report"]
 
@@ -125,7 +126,7 @@ class Report:
         converted = len(self.converted)
         table = Table(
             title=f"pared: {converted} of {len(self.layers)} layers accelerated",
-            caption="\n".join(self._summary()),
+            caption=Text("\n".join(self._summary())),
             caption_justify="left",
             title_justify="left",
         )
@@ -138,7 +139,8 @@ class Report:
         table.add_column("why", overflow="fold")
         for layer in self.layers:
             kept = layer.kernel == "dense"
-            table.add_row(
+            # As Text: names are not rich's markup.
+            cells = (
                 "\n".join([layer.name or "(model)", *(f"= {a}" for a in layer.aliases)]),
                 "x".join(map(str, layer.shape)),
                 f"{100 * layer.sparsity:.1f}%",
@@ -148,8 +150,8 @@ class Report:
                 "" if layer.speedup is None else f"{layer.speedup:.2f}x",
                 "" if layer.error is None else f"{layer.error:.1e}",
                 layer.reason,
-                style="dim" if kept else None,
             )
+            table.add_row(*map(Text, cells), style="dim" if kept else None)
         return table
 
     def _summary(self) -> list[str]:
