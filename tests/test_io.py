@@ -411,6 +411,31 @@ def test_the_file_holds_logical_weights_once(fast):
     assert meta["tensors"] == {**metadata(saved(model))["tensors"]}
 
 
+def test_convolutions():
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=2),
+            nn.ReLU(),
+            nn.Conv2d(16, 24, 1, bias=False),
+            nn.BatchNorm2d(24),
+            nn.Conv2d(24, 8, (3, 1), dilation=2),
+        )
+
+    model = pruned(make(), 0.8).eval()
+    x = torch.randn(2, 8, 17, 15)
+    fast = accelerated(model, x)
+    data = saved(fast)
+    assert {layer["type"] for layer in metadata(data)["layers"].values()} == {"Conv2d"}
+    with torch.device("meta"):
+        target = make()
+    back = loaded(data, target)
+    with torch.no_grad():
+        assert torch.equal(back(x), fast(x))
+    assert repr(back) == repr(fast)
+    assert saved(back) == data
+    assert state(pared.restore(back)) == state(model)
+
+
 def test_layers_with_equal_weights_are_not_tied():
     a, b = nn.Linear(64, 64), nn.Linear(64, 64)
     b.load_state_dict(a.state_dict())
