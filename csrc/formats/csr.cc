@@ -170,7 +170,7 @@ CsrPlan make_plan(const View& w, const ConvShape& conv, PackedKind kind, int ent
   parallel_for(0, groups, kGroupsPerTask, [&](int64_t g0, int64_t g1) {
     std::vector<float> scratch;
     for (int64_t s = g0 * slots; s < g1 * slots; ++s) {
-      uint8_t* counts = &plan.counts[s / slots * blocks * slots + s % slots];
+      uint8_t* counts = plan.counts.data() + (s / slots * blocks * slots + s % slots);
       for_entries(w, s, entry_rows, scratch,
                   [&](int64_t c, const float*) { ++counts[c / h.block_k * slots]; });
     }
@@ -221,8 +221,9 @@ template <class View>
 void write(const View& w, const CsrPlan& plan, uint8_t* out) {
   const PackedHeader& h = plan.header;
   std::memset(out, 0, h.values_at);
-  std::memcpy(out + h.starts_at, plan.starts.data(), plan.starts.size() * sizeof(uint32_t));
-  std::memcpy(out + h.counts_at, plan.counts.data(), plan.counts.size());
+  // Not memcpy: an empty vector's data may be null.
+  std::copy(plan.starts.begin(), plan.starts.end(), reinterpret_cast<uint32_t*>(out + h.starts_at));
+  std::copy(plan.counts.begin(), plan.counts.end(), out + h.counts_at);
   float* values = reinterpret_cast<float*>(out + h.values_at);
   uint16_t* offsets = reinterpret_cast<uint16_t*>(out + h.offsets_at);
   // Padding between and behind the sections is part of the checksum.
@@ -406,7 +407,7 @@ void unpack_csr(const CsrPacked& w, int64_t* row_ptr, int64_t* columns, float* v
 void unpack_csr_dense(const CsrPacked& w, DType dtype, void* out) {
   validate_csr(w);
   const int64_t cols = dense_cols(*w.header);
-  std::memset(out, 0, w.header->rows * cols * dtype_size(dtype));
+  std::fill_n(static_cast<uint8_t*>(out), w.header->rows * cols * dtype_size(dtype), uint8_t{0});
   for_each(w, [&](int64_t r, int64_t c, float v) {
     const int64_t i = r * cols + c % cols;
     if (dtype == DType::f32) {
