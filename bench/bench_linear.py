@@ -1,4 +1,4 @@
-"""CSR float32 Linear against torch's dense engines, on the Linear shapes of BERT-base and MiniLM.
+"""Float32 Linear with packed weights against torch's dense engines, on the shapes of BERT-base and MiniLM.
 
 Baselines: ``nn.functional.linear`` (MKL on x86), oneDNN with the weight packed once, and, with ``--full``,
 torch.sparse CSR. The goal counts against the faster of the two dense ones.
@@ -22,6 +22,7 @@ SHAPES = [(768, 768), (3072, 768), (768, 3072), (384, 384), (1536, 384), (384, 1
 SPARSITIES = [0.5, 0.7, 0.8, 0.9, 0.95]
 QUICK_TOKENS = (128, 384)
 TOKENS = [pytest.param(t, marks=() if t in QUICK_TOKENS else pytest.mark.full) for t in (16, 128, 384, 1024)]
+FEWER_TOKENS = [128, pytest.param(384, marks=pytest.mark.full), pytest.param(1024, marks=pytest.mark.full)]
 THREADS = pytest.mark.parametrize("threads", [1, 2], indirect=True, ids="{}t".format)
 DENSE = ("nn.Linear", "oneDNN prepacked")
 
@@ -35,11 +36,19 @@ def pruned(out: int, inputs: int, sparsity: float, seed: int = 0) -> torch.Tenso
     return torch.where(w.abs() > threshold, w, 0.0)
 
 
+def block_pruned(out: int, inputs: int, sparsity: float, rows: int) -> torch.Tensor:
+    """A Gaussian weight with its weakest blocks of `rows` outputs by one input zeroed."""
+    w = pruned(out, inputs, 0.0)
+    strength = w.reshape(out // rows, rows, inputs).norm(dim=1)
+    kept = round(strength.numel() * (1 - sparsity))
+    threshold = strength.flatten().kthvalue(strength.numel() - kept).values
+    return w * (strength > threshold).repeat_interleave(rows, 0)
+
+
 def candidates(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, sparse: bool
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, packed: pared.ops.PackedWeight, sparse: bool = False
 ) -> dict[str, Callable[[], Any]]:
     """The same layer by every engine, each with its weight prepared once."""
-    packed = pared.ops.CSR.from_dense(w)
     reordered = torch.ops.mkldnn._reorder_linear_weight(w, x.shape[0])
     calls: dict[str, Callable[[], Any]] = {
         "nn.Linear": lambda: functional.linear(x, w, bias),
@@ -56,26 +65,60 @@ def candidates(
     return calls
 
 
+def run(
+    versus: Callable[..., Any],
+    kind: str,
+    cell: str,
+    w: torch.Tensor,
+    packed: pared.ops.PackedWeight,
+    tokens: int,
+    threads: int,
+    sparse: bool = False,
+) -> None:
+    """One row: all engines on ``[tokens, in] x w^T``."""
+    out, inputs = w.shape
+    nnz = int(w.count_nonzero())
+    versus(
+        candidates(torch.randn(tokens, inputs), w, torch.randn(out), packed, sparse),
+        suite=f"linear {kind} float32, {'>= 128' if tokens >= 128 else '16'} tokens",
+        case=f"{out}x{inputs}, {tokens} tokens",
+        cell=cell,
+        rivals=DENSE,
+        work=2.0 * tokens * nnz,
+        limit_s=linear_limit(
+            measure(threads), out, inputs, tokens, nnz, shared=1 if isinstance(packed, pared.ops.CSR) else 4
+        ),
+        facts={"out": out, "in": inputs, "tokens": tokens, "nnz": nnz, "dtype": "float32"},
+    )
+
+
 @THREADS
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("out", "inputs"), SHAPES)
 def test_csr(versus, request, out: int, inputs: int, tokens: int, sparsity: float, threads: int) -> None:
     w = pruned(out, inputs, sparsity)
-    nnz = int(w.count_nonzero())
-    calls = candidates(
-        torch.randn(tokens, inputs), w, torch.randn(out), sparse=request.config.getoption("--full")
-    )
-    versus(
-        calls,
-        suite=f"linear CSR float32, {'>= 128' if tokens >= 128 else '16'} tokens",
-        case=f"{out}x{inputs}, {tokens} tokens",
-        cell=f"{sparsity * 100:.0f} %",
-        rivals=DENSE,
-        work=2.0 * tokens * nnz,
-        limit_s=linear_limit(measure(threads), out, inputs, tokens, nnz),
-        facts={"out": out, "in": inputs, "tokens": tokens, "sparsity": sparsity, "dtype": "float32"},
-    )
+    full = request.config.getoption("--full")
+    run(versus, "CSR", f"{sparsity * 100:.0f} %", w, pared.ops.CSR.from_dense(w), tokens, threads, full)
+
+
+@THREADS
+@pytest.mark.parametrize("rows", [4, pytest.param(16, marks=pytest.mark.full)])
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("tokens", FEWER_TOKENS)
+@pytest.mark.parametrize(("out", "inputs"), SHAPES)
+def test_blocks(versus, out: int, inputs: int, tokens: int, sparsity: float, rows: int, threads: int) -> None:
+    w = block_pruned(out, inputs, sparsity, rows)
+    packed = pared.ops.BSR.from_dense(w, block=(rows, 1))
+    run(versus, f"blocks {rows}x1", f"{sparsity * 100:.0f} %", w, packed, tokens, threads)
+
+
+@THREADS
+@pytest.mark.parametrize("tokens", FEWER_TOKENS)
+@pytest.mark.parametrize(("out", "inputs"), SHAPES)
+def test_dense(versus, out: int, inputs: int, tokens: int, threads: int) -> None:
+    w = pruned(out, inputs, 0.0)
+    run(versus, "Dense", "0 %", w, pared.ops.Dense.from_dense(w), tokens, threads)
 
 
 @THREADS

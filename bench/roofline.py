@@ -1,7 +1,8 @@
 """This machine's ceilings, and the least time that they allow a kernel: ``python -m bench.roofline``.
 
 Model of a panel product: ``t_nnz + t_io``. Each non-zero is a multiply-add with a memory operand for every
-position (and a broadcast for every eight vectors), at the rate that the same loop reaches on a panel in L1.
+position (and a broadcast for every eight vectors), at the rate that the same loop reaches on a panel in L1;
+where rows share the loaded vectors, at up to the rate of multiply-adds in registers.
 Input and output move once: the input is loaded, transposed into the panel and stored there; the output is
 stored; at the rates of the cache level that holds them. The weight streams beside the multiply-adds.
 """
@@ -119,9 +120,14 @@ def measure(threads: int = 1) -> Ceilings:
     )
 
 
-def linear_limit(c: Ceilings, out: int, inputs: int, tokens: int, nnz: int, itemsize: int = 4) -> float:
-    """The least seconds that the ceilings allow a sparse Linear with `nnz` non-zeros."""
-    t_nnz = 2.0 * nnz * tokens / c.panel
+def linear_limit(
+    c: Ceilings, out: int, inputs: int, tokens: int, nnz: int, shared: int = 1, itemsize: int = 4
+) -> float:
+    """The least seconds that the ceilings allow ``[tokens, inputs] x [out, inputs]^T`` with `nnz` non-zeros.
+
+    `shared` rows use each vector that was loaded: 1 for unstructured weights, 4 for blocks of four rows.
+    """
+    t_nnz = 2.0 * nnz * tokens / min(c.fma, shared * c.panel)
     x, y = float(itemsize * tokens * inputs), float(itemsize * tokens * out)
     panel = 4.0 * tokens * inputs
     t_io = x / c.level(x / c.threads).load + panel / c.levels[0].store + y / c.level(y / c.threads).store

@@ -86,7 +86,7 @@ def _table(suite: str, rows: Sequence[Row]) -> Table:
             line(label, (f"{geometric_mean(m):.0f}" if m else "" for m in means), style="dim")
     verdicts = [verdict(suite, c, by_cell[c]) for c in cells]
     if any(goal is not None for goal, _ in verdicts):
-        line(f"goal ({SOURCE})", ("" if goal is None else f"{goal:.1f}" for goal, _ in verdicts))
+        line(f"goal ({SOURCE})", ("" if goal is None else f"{goal:g}" for goal, _ in verdicts))
         line("reached", ("" if goal is None else "[green]yes" if ok else "[red]no" for goal, ok in verdicts))
     return table
 
