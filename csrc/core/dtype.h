@@ -1,7 +1,7 @@
 // Element types that cross the Python boundary.
 #pragma once
 
-#include <cstdint>
+#include <stdint.h>
 
 namespace pared {
 

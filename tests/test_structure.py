@@ -1,0 +1,188 @@
+"""The rules that keep the code easy to change: who includes what, one list, no leak between levels."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in {".cc", ".h", ".cu", ".cuh"})
+KERNEL_LINE = re.compile(r"^PARED_KERNEL\((\w+), (\w+), (\w+)\)$", re.M)
+KERNELS = KERNEL_LINE.findall((CSRC / "kernels" / "kernels.def").read_text())
+
+
+def includes(text: str) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', text, re.M)
+
+
+# ---- includes
+
+
+def foreign_includes(text: str) -> list[str]:
+    """Headers of Python or torch."""
+    return [i for i in includes(text) if re.match(r"(Python\.h|pybind11|torch|ATen|c10|numpy)(/|$)", i)]
+
+
+def test_only_the_bindings_include_python_and_nothing_includes_torch():
+    assert len(SOURCES) > 30
+    for path in SOURCES:
+        found = foreign_includes(path.read_text())
+        if path.parent.name == "bindings":
+            found = [i for i in found if not i.startswith(("pybind11", "Python.h"))]
+        assert not found, f"{path.relative_to(ROOT)} includes {found}"
+
+
+def test_a_planted_include_is_caught():
+    planted = "#include <vector>\n #  include <pybind11/pybind11.h>\n#include <torch/extension.h>\n"
+    assert foreign_includes(planted) == ["pybind11/pybind11.h", "torch/extension.h"]
+
+
+def test_only_the_cuda_part_includes_cuda():
+    for path in SOURCES:
+        if path.parent.name != "cuda":
+            assert not [i for i in includes(path.read_text()) if i.startswith("cuda_")], path
+
+
+def test_kernel_files_include_templates_and_c_headers_alone():
+    """A C++ header defines functions: compiled under AVX-512 flags, the linker may keep that copy."""
+    kernels = CSRC / "kernels"
+    allowed = {"stddef.h", "stdint.h", "string.h", "math.h", "float.h", "limits.h", "immintrin.h"}
+    queue = [p for p in kernels.rglob("*.cc") if p.parent != kernels]
+    assert queue
+    seen = set()
+    while queue:
+        path = queue.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for name in includes(path.read_text()):
+            if (CSRC / name).is_file():
+                queue.append(CSRC / name)
+            else:
+                assert name in allowed, f"{path.relative_to(ROOT)} includes <{name}>"
+    assert kernels / "types.h" in seen
+
+
+# ---- the one list
+
+
+def test_kernels_def_has_only_lines_that_cmake_reads():
+    text = (CSRC / "kernels" / "kernels.def").read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("//")]
+    assert len(lines) == len(KERNELS) == len(set(KERNELS)) > 0
+
+
+def test_each_listed_kernel_has_its_file_and_each_file_its_line():
+    listed = {f"{isa}/{op}_{variant}__{isa}.cc" for op, variant, isa in KERNELS}
+    kernels = CSRC / "kernels"
+    files = {p.relative_to(kernels).as_posix() for p in kernels.rglob("*.cc") if p.parent != kernels}
+    assert files == listed
+
+
+def test_each_op_is_listed_once_and_has_a_kernel():
+    ops = re.findall(r"^PARED_OP\((\w+)\)$", (CSRC / "kernels" / "ops.def").read_text(), re.M)
+    assert len(ops) == len(set(ops))
+    assert set(ops) == {op for op, _, _ in KERNELS}
+
+
+# ---- flags
+
+
+def test_no_flag_depends_on_the_building_machine():
+    # Comments may speak of what is avoided.
+    text = re.sub(r"#.*", "", (ROOT / "CMakeLists.txt").read_text())
+    assert "-m" in text
+    for flag in ("native", "-ffast-math", "-Ofast", "-funsafe-math", "CMAKE_CXX_FLAGS "):
+        assert flag not in text
+
+
+# ---- objects
+
+
+def leaks(objects: list[Path]) -> dict[str, list[str]]:
+    """Symbols and sections of each object that could reach code of a lower level.
+
+    A weak or unique symbol (an inline function, a template instance) is merged with those of the same name in
+    other objects, so a copy compiled under AVX-512 may serve the scalar path. A constructor runs when the
+    library is loaded, whatever the processor.
+    """
+    found: dict[str, list[str]] = {}
+    nm = subprocess.run(
+        ["nm", "--defined-only", "--demangle", "-A", *map(str, objects)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for line in nm.stdout.splitlines():
+        match = re.match(r"(.*?\.o):\S* *(\S) (.*)$", line)
+        assert match, line
+        path, kind, name = match.groups()
+        own = Path(path).name.removesuffix(".o").removesuffix(".cc")
+        if kind in "VvWwu" or (kind.isupper() and f"pared::{own}" not in name):
+            found.setdefault(path, []).append(f"{kind} {name}")
+    for path in objects:
+        headers = subprocess.run(["objdump", "-h", path], capture_output=True, text=True, check=True).stdout
+        if ".init_array" in headers or ".ctors" in headers:
+            found.setdefault(str(path), []).append("a constructor")
+    return found
+
+
+def kernel_objects() -> list[Path]:
+    """The kernels' objects in the newest build folder of this checkout, one for each that is listed."""
+    if shutil.which("nm") is None or shutil.which("objdump") is None:
+        pytest.skip("no binutils here")
+    built = [
+        p.parent
+        for p in ROOT.glob("build/*/libpared_core.a")
+        if "PARED_SANITIZE:BOOL=OFF" in (p.parent / "CMakeCache.txt").read_text()
+    ]
+    if not built:
+        # A wheel was installed from elsewhere. Where everything is built, this must not pass unseen.
+        assert "CI" not in os.environ, "no build folder below build/"
+        pytest.skip("no build folder in this checkout")
+    folder = max(built, key=lambda p: (p / "libpared_core.a").stat().st_mtime)
+    objects = sorted(folder.glob("CMakeFiles/pared_core.dir/csrc/kernels/*/*.o"))
+    names = {p.name.removesuffix(".cc.o") for p in objects}
+    x86 = {f"{op}_{variant}__{isa}" for op, variant, isa in KERNELS}
+    assert names >= {n for n in x86 if n.endswith("__scalar")}
+    return [p for p in objects if p.name.removesuffix(".cc.o") in x86]
+
+
+def test_objects_of_a_level_define_their_kernel_and_nothing_that_can_leak():
+    objects = kernel_objects()
+    assert objects
+    assert not leaks(objects)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("inline int twice(int x) { return 2 * x; } int (*planted)(int) = twice;", "W twice(int)"),
+        ("template <class T> T v = 7; int* planted() { return &v<int>; }", "u v<int>"),
+        ("int helper(int x) { return x; }", "T helper(int)"),
+        ("int f(); static int planted = f(); int* g() { return &planted; }", "a constructor"),
+    ],
+)
+def test_a_planted_leak_is_caught(tmp_path, code, message):
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler here")
+    source, target = tmp_path / "planted.cc", tmp_path / "planted.cc.o"
+    source.write_text(code)
+    subprocess.run([compiler, "-std=c++17", "-O1", "-mavx2", "-c", source, "-o", target], check=True)
+    assert message in leaks([target])[str(target)]
+
+
+# ---- Python
+
+
+def test_importing_pared_does_not_import_torch():
+    code = "import sys, pared, pared.ops; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
