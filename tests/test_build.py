@@ -43,7 +43,7 @@ def pins() -> dict[str, Requirement]:
 
 @pytest.fixture
 def installed() -> list[str]:
-    """Paths in the installed distribution, where the package under test is one (not a source tree on the path)."""
+    """Paths in the installed distribution; skips where a source tree is tested instead."""
     try:
         dist = importlib.metadata.distribution("pared")
     except importlib.metadata.PackageNotFoundError:
