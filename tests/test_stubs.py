@@ -80,8 +80,8 @@ def test_stub_matches_the_module(name):
         ("def isa() -> str: ...", "def isa() -> int: ...", "isa: result int in the stub, str in the module"),
         ("def isa(", "def new() -> None: ...\ndef isa(", "new: not in the module"),
         ("def set_isa(name:", "def set_isa(nom:", "set_isa: arguments ['nom']"),
-        ("groups: int = 1", "groups: int = 2", "csr_pack_dense: defaults {'groups': '2'}"),
-        ("groups: int = 1", "groups: int", "csr_pack_dense: defaults {}"),
+        ("(weight: Any, groups: int = 1)", "(weight: Any, groups: int = 2)", "csr_pack_dense: defaults"),
+        ("(weight: Any, groups: int = 1)", "(weight: Any, groups: int)", "csr_pack_dense: defaults {}"),
     ],
 )
 def test_a_planted_difference_is_caught(old, new, message):
