@@ -35,7 +35,8 @@ const char* kind_name(PackedKind kind) {
 }
 
 template <class View>
-py::array_t<uint8_t> pack(const View& w, const ConvShape& conv, const std::string& kind_name, int entry_rows) {
+py::array_t<uint8_t> pack(const View& w, const ConvShape& conv, const std::string& kind_name,
+                          int entry_rows) {
   const PackedKind kind = parse_kind(kind_name);
   PARED_CHECK(entry_rows == 1 || entry_rows == kQuadRows, "entry_rows: expected 1 or ", kQuadRows, ", got ",
               entry_rows);
@@ -104,7 +105,8 @@ void register_csr(py::module_& m) {
                                                    : static_cast<const int64_t*>(p.data)[rows];
         PARED_CHECK(last == c.shape[0], "crow_indices: expected the last entry to be ", c.shape[0],
                     " (the number of values), got ", last);
-        return pack(CsrView{rows, cols, p.data, c.data, p.dtype, v.data, v.dtype}, ConvShape{}, kind, entry_rows);
+        return pack(CsrView{rows, cols, p.data, c.data, p.dtype, v.data, v.dtype}, ConvShape{}, kind,
+                    entry_rows);
       },
       py::arg("crow_indices"), py::arg("col_indices"), py::arg("values"), py::arg("rows"), py::arg("cols"),
       py::arg("kind") = "csr", py::arg("entry_rows") = 1);

@@ -145,7 +145,8 @@ def sentence_encoder(s: Settings) -> Result:
         seconds=2.0 if s.quick else 15.0,
         note=f"recall@1: a docstring's body found by its first sentence, among {len(test)}. cosine: "
         "between the dense and the pruned model's embeddings of a text. Pruned are the Linear layers, "
-        f"not the embedding table (half of the weights). {steps} steps of distillation are a taste; a real run takes thousands",
+        f"not the embedding table (half of the weights). {steps} steps of distillation are a taste; "
+        "a real run takes thousands",
     )
 
 

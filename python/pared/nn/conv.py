@@ -14,7 +14,7 @@ from pared.nn._base import PackedModule, pack
 from pared.ops._formats import FORMATS
 from pared.ops._library import conv2d_op, empty_images, grad_error, images
 from pared.ops.conv import IntPair, _pair, resolve_padding
-from pared.ops.csr import CSR
+from pared.ops.packed import PackedWeight
 
 _KERNELS = {f.name: f.conv2d for f in FORMATS.values() if f.conv2d is not None}
 _MODES = ("zeros", "reflect", "replicate", "circular")
@@ -47,7 +47,7 @@ class Conv2d(PackedModule):
 
     def __init__(
         self,
-        weight: CSR,
+        weight: PackedWeight,
         bias: Tensor | None = None,
         stride: IntPair = 1,
         padding: IntPair | str = 0,
@@ -79,7 +79,7 @@ class Conv2d(PackedModule):
         *,
         format: str = "csr",
         activation: str | None = None,
-        weight: CSR | None = None,
+        weight: PackedWeight | None = None,
     ) -> Self:
         if not isinstance(module, nn.Conv2d):
             raise TypeError(f"module: expected nn.Conv2d, got {type(module).__name__}")
