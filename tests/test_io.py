@@ -133,7 +133,7 @@ def rejects(data: bytes, model: Any, match: str | None = None) -> None:
 
 def accelerated(model: nn.Module, *inputs: torch.Tensor) -> nn.Module:
     """Every layer that a kernel exists for, faster or not; deterministic."""
-    fast = pared.accelerate(model, inputs, min_speedup=0, progress=False)
+    fast = pared.accelerate(model, inputs, min_speedup=0, progress=False, formats=["csr"])
     assert any(isinstance(m, pared.nn.PackedModule) for m in fast.modules())
     return fast
 
@@ -401,7 +401,12 @@ def test_the_file_holds_logical_weights_once(fast):
     model, fast, _ = fast
     data = saved(fast)
     meta = metadata(data)
-    assert meta["layers"]["body.0"] == {"type": "Linear", "format": "csr", "activation": "gelu"}
+    assert meta["layers"]["body.0"] == {
+        "type": "Linear",
+        "format": "csr",
+        "norm": None,
+        "activation": "gelu",
+    }
     assert meta["fused"] == {"body.1": "gelu", "body.3": "silu"}
     ties = {"head.weight": "embed.weight", "again.weight": "shared.weight", "again.bias": "shared.bias"}
     assert meta["ties"] == ties
@@ -561,9 +566,15 @@ def test_layers_that_the_target_does_not_have(target, match):
         (("layers", "0", "activation"), "exec", "unknown activation 'exec'"),
         (("layers", "0", "format"), "zip", "unknown format 'zip', known are csr"),
         (("layers", "0", "type"), "os.system", "expected 'os.system'"),
+        (("layers", "0", "norm"), "1", "expected a batch normalisation at '1'"),
+        (("layers", "0", "norm"), "nowhere", "got nothing"),
         (("layers", "0"), "csr", "expected an object"),
         (("layers", "0", "more"), 1, "expected the fields"),
-        (("layers", "__class__"), {"type": "Linear", "format": "csr", "activation": None}, "found none"),
+        (
+            ("layers", "__class__"),
+            {"type": "Linear", "format": "csr", "norm": None, "activation": None},
+            "found none",
+        ),
         (("fused", "0"), "relu", "expected activation 'relu' at '0'"),
         (("fused", "1"), 3, "expected str, got 3"),
         (("report",), [], "expected an object"),

@@ -27,6 +27,7 @@ def report() -> Report:
             0.9,
             "csr",
             "gelu",
+            False,
             ["b.0"],
             2,
             [[4, 32]],
@@ -105,7 +106,7 @@ def test_table(report: Report) -> None:
 
 def test_sizes_are_measured() -> None:
     model = nn.Sequential(sparse_linear(256, 256, 0.1))
-    fast = pared.accelerate(model, torch.randn(2, 256), min_speedup=0, progress=False)
+    fast = pared.accelerate(model, torch.randn(2, 256), min_speedup=0, progress=False, formats=["csr"])
     report = pared.report(fast)
     state = model.state_dict()
     dense = sum(t.nbytes for t in state.values())

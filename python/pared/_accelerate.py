@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
@@ -15,9 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from pared import _core
-from pared._fusion import Fusion, find_fusions
+from pared._fusion import activation_of, find_fusions
 from pared._inputs import Difference, Example, compare, examples, run, tolerance
-from pared._report import _ATTRIBUTE, LayerReport, ModelTime, Report
+from pared._report import _ATTRIBUTE, KEPT, LayerReport, ModelTime, Report
 from pared._sparsity import bake, base_type, effective_weight
 from pared._surgery import (
     adopt_hooks,
@@ -28,8 +28,9 @@ from pared._surgery import (
     tied_parameters,
 )
 from pared._timing import interleave
-from pared.nn import RULES, DenseWeightError, Fused, PackedModule
+from pared.nn import RULES, DenseWeightError, FoldedBatchNorm2d, Fused, PackedModule
 from pared.nn._base import pack
+from pared.ops._formats import FORMATS
 from pared.ops.packed import PackedWeight
 
 __all__ = ["accelerate"]
@@ -59,6 +60,7 @@ class Variant:
     """One way to accelerate a layer, its error and its time."""
 
     module: PackedModule
+    fused: int
     error: float
     bound: float
     after: float = 0.0
@@ -75,15 +77,21 @@ class Candidate:
     row: LayerReport
     calls: dict[Signature, int] = field(default_factory=dict)
     samples: dict[Signature, Tensor] = field(default_factory=dict)
-    fusion: Fusion | None = None
+    steps: list[tuple[str, nn.Module]] = field(default_factory=list)  # what may be fused behind it
     chosen: PackedModule | None = None
+    fused: int = 0  # steps that `chosen` computes
     refused: str | None = None  # why it is not even tried
+
+    def norm(self, fused: int) -> nn.BatchNorm2d | None:
+        """The batch normalisation among the first `fused` steps."""
+        first = self.steps[0][1] if fused else None
+        return first if isinstance(first, nn.BatchNorm2d) else None
 
     def keep_dense(self, reason: str) -> None:
         """Give the layer up; what was measured stays in the report."""
         self.chosen = None
-        self.row.kernel = "dense"
-        self.row.activation = None
+        self.row.kernel = KEPT
+        self.row.activation, self.row.norm = None, False
         self.row.after = self.row.before
         self.row.reason = reason
 
@@ -95,6 +103,7 @@ def accelerate(
     max_error: float | None = None,
     min_speedup: float = 1.05,
     *,
+    formats: Sequence[str] | None = None,
     fuse: bool = True,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -118,7 +127,9 @@ def accelerate(
         rounding.
     min_speedup : a layer is converted when it is this many times faster. 0 converts whatever a kernel exists
         for.
-    fuse : fuse activations.
+    formats : packed formats to try, of ``"csr"``, ``"bsr"`` (blocks of four outputs) and ``"dense"`` (packed
+        once, where torch packs on every call); None: all that suit a layer's zeros.
+    fuse : fuse activations, and fold batch normalisation into convolutions.
     progress : show a progress bar; None: when the work takes more than two seconds and stderr is a terminal.
 
     Returns
@@ -131,6 +142,7 @@ def accelerate(
         model's own error is chained) and for weights that are not finite. Nothing has changed then.
     """
     _check_arguments(model, precision, max_error, min_speedup)
+    formats = _check_formats(formats)
     inputs = examples(example_inputs)
     with _progress(progress) as advance, torch.no_grad(), torch.random.fork_rng(devices=[]):
         dense = copy_model(model).eval()
@@ -155,7 +167,7 @@ def accelerate(
         packed: dict[Any, PackedWeight] = {}
         for i, c in enumerate(candidates):
             advance(f"timing {c.name or type(c.module).__name__}", 0.05 + 0.75 * i / len(candidates))
-            _decide(c, packed, min_speedup)
+            _decide(c, packed, formats, min_speedup)
         advance("checking the outputs", 0.8)
         fast = _settle(dense, inputs, reference, candidates, report, max_error)
         advance("timing the model", 0.9)
@@ -195,6 +207,17 @@ def _check_arguments(model: Any, precision: Any, max_error: Any, min_speedup: An
         raise ValueError(f"max_error: expected a number of at least 0 or None, got {max_error!r}")
     if not (_is_number(min_speedup) and min_speedup >= 0):
         raise ValueError(f"min_speedup: expected a number of at least 0, got {min_speedup!r}")
+
+
+def _check_formats(formats: Any) -> Sequence[str]:
+    if formats is None:
+        return tuple(FORMATS)
+    if isinstance(formats, str) or not isinstance(formats, Sequence):
+        raise TypeError(f"formats: expected a list of names or None, got {formats!r}")
+    for name in formats:
+        if name not in FORMATS:
+            raise ValueError(f"formats: expected names among {', '.join(FORMATS)}, got {name!r}")
+    return formats
 
 
 def _is_number(x: Any) -> bool:
@@ -263,8 +286,8 @@ def _record(model: nn.Module, inputs: list[Example], candidates: list[Candidate]
             handle.remove()
     for c in candidates:
         proposed = fusions.get(id(c.module))
-        if proposed is not None and proposed.confirmed():
-            c.fusion = proposed
+        if proposed is not None and proposed.settle():
+            c.steps = [(s.name, s.module) for s in proposed.steps]
         c.row.calls = sum(c.calls.values())
         c.row.inputs = [list(s.shape) for s in c.calls]
 
@@ -288,50 +311,73 @@ def _timing_input(s: Signature) -> Tensor:
     return _like(s).copy_(x)
 
 
-def _decide(c: Candidate, packed: dict[Any, PackedWeight], min_speedup: float) -> None:
+def _decide(
+    c: Candidate, packed: dict[Any, PackedWeight], formats: Sequence[str], min_speedup: float
+) -> None:
     """Pack, check and time one layer; sets `chosen` or says why not."""
     row = c.row
-    reason = c.refused or _hopeless(c, min_speedup)
+    reason = c.refused or _hopeless(c)
     if reason:
         return c.keep_dense(reason)
-    rule = RULES[type(c.module)]
-    # A fused activation saves a pass over memory, but torch's own may be the faster code: both are timed.
-    activations = [None, c.fusion.activation] if c.fusion else [None]
+    suitable = _suitable(c, formats, min_speedup)
+    if not suitable:
+        return c.keep_dense(f"no kernel is faster with {100 * row.sparsity:.1f}% zeros at these shapes")
+    # Fusing saves passes over memory, but torch's own code for an activation may be faster: all are timed.
     variants: dict[str, Variant] = {}
     weight = c.module.weight
     groups = getattr(c.module, "groups", 1)
-    for name in rule.formats:
+    for name in suitable:
         key = (id(weight), groups, name)
         if key not in packed:
             try:
                 packed[key] = pack(name, weight, groups)  # type: ignore[arg-type]
             except ValueError as e:
                 raise ValueError(f"model: layer {c.name!r}: {e}") from e
-        for activation in activations:
-            module = rule.module.from_module(c.module, activation=activation, weight=packed[key])
+        for fused in range(len(c.steps) + 1):
+            try:
+                module = _convert(c, name, packed[key], fused)
+            except ValueError:  # a batch normalisation that cannot be undone
+                continue
             adopt_hooks(module, c.module)
-            error, bound = _layer_error(c, module)
+            error, bound = _layer_error(c, module, fused)
+            if math.isinf(error):
+                return c.keep_dense(f"{name} is not finite in the same places: zeros skip inf and NaN inputs")
             if error > bound:
-                if math.isinf(error):
-                    return c.keep_dense(
-                        f"{name} is not finite in the same places: zeros skip inf and NaN inputs"
-                    )
                 return c.keep_dense(f"{name} differs by {error:.1e}, more than its bound {bound:.1e}")
-            variants[f"{name} + {activation}" if activation else name] = Variant(module, error, bound)
+            variants[_kernel_text(module)] = Variant(module, fused, error, bound)
     before = _time_layer(c, variants)
-    best, v = max(variants.items(), key=lambda item: item[1].speedup)
+    # Within the noise, the variant with fewer modules to call is the better one.
+    close = 0.98 * max(v.speedup for v in variants.values())
+    near = {name: v for name, v in variants.items() if v.speedup >= close}
+    best, v = max(near.items(), key=lambda item: (item[1].fused, item[1].speedup))
     row.before, row.speedup, row.error, row.bound = before, v.speedup, v.error, v.bound
     if v.speedup < min_speedup:
         return c.keep_dense(f"{best} is {v.speedup:.2f}x, less than {min_speedup:g}x")
-    c.chosen = v.module
-    row.kernel, row.after, row.activation = v.module.format, v.after, v.module.activation
+    c.chosen, c.fused = v.module, v.fused
+    row.kernel, row.after = v.module.format, v.after
+    row.activation, row.norm = v.module.activation, c.norm(v.fused) is not None
     row.reason = f"{v.speedup:.2f}x faster than dense"
     if v.speedup < 1:
         row.reason = f"min_speedup={min_speedup:g} asks for it"
 
 
-def _hopeless(c: Candidate, min_speedup: float) -> str | None:
-    """A reason to keep the layer without trying, from what is known already."""
+def _convert(c: Candidate, format: str, weight: PackedWeight, fused: int) -> PackedModule:
+    """The accelerated layer with the first `fused` steps in it."""
+    norm = c.norm(fused)
+    activation = None if fused == 0 else activation_of(c.steps[fused - 1][1])
+    rule = RULES[type(c.module)]
+    if norm is None:
+        return rule.module.from_module(c.module, format=format, activation=activation, weight=weight)
+    return rule.module.from_module(c.module, format=format, activation=activation, norm=norm)
+
+
+def _kernel_text(module: PackedModule) -> str:
+    norm = " + batchnorm" if "fold_scale" in module._buffers else ""
+    return f"{module.format}{norm}{f' + {module.activation}' if module.activation else ''}"
+
+
+def _hopeless(c: Candidate) -> str | None:
+    """A reason to keep the layer that no kernel can change."""
     if not c.calls:
         return "not called with the example inputs"
     for s in c.calls:
@@ -339,21 +385,33 @@ def _hopeless(c: Candidate, min_speedup: float) -> str | None:
             return f"called with {s.dtype}; kernels take float32, bfloat16 and float16"
     if min(c.row.shape) == 0 or not any(math.prod(s.shape) for s in c.calls):
         return "nothing to compute"
-    density = 1.0 - c.row.sparsity
-    # A sparse kernel spends at least as long on a non-zero as a dense one on a weight.
-    if density * min_speedup > 1.0:
-        return f"{100 * c.row.sparsity:.1f}% zeros cannot give {min_speedup:g}x: at most {1 / density:.2f}x"
     return None
 
 
-def _layer_error(c: Candidate, module: PackedModule) -> tuple[float, float]:
+def _suitable(c: Candidate, formats: Sequence[str], min_speedup: float) -> list[str]:
+    """The formats that are worth packing and timing; all that exist when everything is to be converted."""
+    known = [name for name in RULES[type(c.module)].formats if name in formats]
+    if min_speedup == 0:
+        return known
+    weight = c.module.weight.flatten(1)  # type: ignore[operator]
+    rows = weight.shape[0]
+    quads = nn.functional.pad(weight != 0, (0, 0, 0, -rows % 4)).reshape(-1, 4, weight.shape[1]).any(1)
+    occupied = float(torch.count_nonzero(quads)) * 4 / max(1, weight.numel())
+    if isinstance(c.module, nn.Conv2d):
+        positions = max(math.prod(s.shape[-2:]) * (s.shape[0] if len(s.shape) == 4 else 1) for s in c.calls)
+    else:
+        positions = max(math.prod(s.shape[:-1]) for s in c.calls)
+    return [n for n in known if FORMATS[n].suits(1.0 - c.row.sparsity, min(1.0, occupied), positions)]
+
+
+def _layer_error(c: Candidate, module: PackedModule, fused: int) -> tuple[float, float]:
     """(max |new - dense|, its bound) on the recorded inputs, where it comes closest to the bound.
 
     Two float32 sums of the same K products in different orders differ by at most ``K * eps * S`` with S the
     sum of the products' magnitudes; an activation's slope is at most 1.13, and its own evaluation and the
     output's rounding add a few ulps.
     """
-    act = c.fusion.apply if c.fusion and module.activation else lambda y: y
+    steps = [copy_model(m).float() for _, m in c.steps[:fused]]
     eps = torch.finfo(torch.float32).eps
     plain = copy_model(c.module).float()
     magnitude = copy_model(plain)
@@ -366,11 +424,11 @@ def _layer_error(c: Candidate, module: PackedModule) -> tuple[float, float]:
         x = c.samples.get(s)
         x = _timing_input(s) if x is None else x
         new = module(x).float()
-        old = act(plain.forward(x.float()))
+        old, size = plain.forward(x.float()), magnitude.forward(x.float().abs())
+        for step in steps:
+            old, size = step(old), _magnitude(step, size)
         rounding = 0.5 * torch.finfo(s.dtype).eps if s.dtype != torch.float32 else 0.0
-        bound = (
-            1.13 * (depth + 8) * eps * magnitude.forward(x.float().abs()) + 2 * rounding * old.abs() + 1e-30
-        )
+        bound = 1.13 * (depth + 8) * eps * size + 2 * rounding * old.abs() + 1e-30
         difference = (new - old).abs()
         finite = old.isfinite()
         if not torch.equal(finite, new.isfinite()):
@@ -387,19 +445,32 @@ def _layer_error(c: Candidate, module: PackedModule) -> tuple[float, float]:
     return worst
 
 
+def _magnitude(step: nn.Module, size: Tensor) -> Tensor:
+    """How large the terms are that make up the output of a step, given its input's."""
+    if not isinstance(step, nn.BatchNorm2d):
+        return size
+    assert step.running_mean is not None  # can_fold has looked
+    assert step.running_var is not None
+    scale = torch.rsqrt(step.running_var + step.eps)
+    shift = scale.new_zeros(scale.shape)
+    if step.weight is not None:
+        scale, shift = scale * step.weight.abs(), step.bias.abs()
+    channel = (-1, 1, 1)
+    return (size + step.running_mean.abs().reshape(channel)) * scale.reshape(channel) + shift.reshape(channel)
+
+
 def _time_layer(c: Candidate, variants: dict[str, Variant]) -> float:
     """Time the variants; returns the dense layer's seconds. All sums are over the calls that one pass makes.
 
-    Where an activation can be fused, its time is part of every variant.
+    The time of what can be fused is part of every variant.
     """
-    act = c.fusion.apply if c.fusion else None
     before = 0.0
     scaled = dict.fromkeys(variants, 0.0)  # dense time over the ratio: a disturbed median does not tilt it
     for s, count in c.calls.items():
         x = _timing_input(s)
-        calls = {"dense": _call(c.module, x, act)}
+        calls = {"dense": _call(c.module, x, c.steps)}
         for name, v in variants.items():
-            calls[name] = _call(v.module, x, None if v.module.activation else act)
+            calls[name] = _call(v.module, x, c.steps[v.fused :])
         seconds = _LAYER_SECONDS * len(variants) / len(c.calls)
         t = interleave(calls, budget=seconds, min_rounds=7, max_rounds=200, precision=0.02, warmup=1)
         before += count * t.median("dense")
@@ -411,8 +482,16 @@ def _time_layer(c: Candidate, variants: dict[str, Variant]) -> float:
     return before
 
 
-def _call(module: nn.Module, x: Tensor, act: Callable[[Tensor], Tensor] | None) -> Callable[[], Tensor]:
-    return (lambda: module(x)) if act is None else (lambda: act(module(x)))
+def _call(module: nn.Module, x: Tensor, steps: list[tuple[str, nn.Module]]) -> Callable[[], Tensor]:
+    chain = [module, *(m for _, m in steps)]
+
+    def call() -> Tensor:
+        y = x
+        for m in chain:
+            y = m(y)
+        return y
+
+    return call
 
 
 def _build(dense: nn.Module, candidates: list[Candidate]) -> nn.Module:
@@ -422,9 +501,13 @@ def _build(dense: nn.Module, candidates: list[Candidate]) -> nn.Module:
         if c.chosen is None:
             continue
         fast = replace(fast, c.names, c.chosen)
-        if c.fusion is not None and c.chosen.activation is not None:
-            old = fast.get_submodule(c.fusion.name)
-            fast = replace(fast, [c.fusion.name], Fused(old))
+        for name, old in c.steps[: c.fused]:
+            new = (
+                FoldedBatchNorm2d.from_module(old, c.chosen)
+                if isinstance(old, nn.BatchNorm2d)
+                else Fused(old)
+            )
+            fast = replace(fast, [name], new)
     return fast
 
 

@@ -1,32 +1,30 @@
-"""Which activations can be computed by the layer before them."""
+"""Which modules can be computed by the layer before them: batch normalisation, and activations.
+
+Two witnesses have to agree. The structure says that the output of one module goes into the next and nowhere
+else: neighbours in an ``nn.Sequential``, or a graph that ``torch.fx`` traces of one module's forward with
+everything below it as leaves (so that large models need not be traceable as a whole). And hooks, while the
+example inputs run, see that the very tensor that comes out of the one goes into the other, in every call.
+"""
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
-from pared._surgery import module_names
+from pared._surgery import module_names, shared_copy
+from pared.nn._fold import can_fold
 
-__all__ = ["Fusion", "activation_of", "find_fusions"]
+__all__ = ["Fusion", "Step", "activation_of", "find_fusions"]
 
-
-def activation_of(module: nn.Module) -> str | None:
-    """The kernel's name of an activation module, or None."""
-    if type(module) is nn.ReLU:
-        return "relu"
-    if type(module) is nn.SiLU:
-        return "silu"
-    if type(module) is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
-    return None
-
-
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+_REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
     "gelu": nn.functional.gelu,
     "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
@@ -34,73 +32,186 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def activation_of(module: nn.Module) -> str | None:
+    """The kernel's name of an activation module, or None.
+
+    The classes of transformers, which has several of its own for each function, are known by their values.
+    """
+    if type(module) is nn.ReLU:
+        return "relu"
+    if type(module) is nn.SiLU:
+        return "silu"
+    if type(module) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    if type(module).__module__ == "transformers.activations" and not module.state_dict():
+        return _by_value(module)
+    return None
+
+
+def _by_value(module: nn.Module) -> str | None:
+    x = torch.linspace(-12.0, 12.0, 4801)
+    with torch.no_grad():
+        y = module(x.clone())
+    for name, function in _REFERENCES.items():
+        # The nearest two, gelu and gelu_tanh, are 5e-4 apart.
+        if (
+            isinstance(y, Tensor)
+            and y.shape == x.shape
+            and torch.allclose(y, function(x), rtol=1e-5, atol=1e-6)
+        ):
+            return name
+    return None
+
+
+@dataclass
+class Step:
+    """A module behind a layer, and what the hooks saw of the way to it."""
+
+    name: str
+    module: nn.Module
+    pending: Tensor | None = None
+    passed: int = 0
+    broken: bool = False
+
+    def watch(self, before: nn.Module) -> list[RemovableHandle]:
+        """Hooks on the module before and on this one."""
+
+        def leaves(module: nn.Module, args: Any, output: Any) -> None:
+            self.broken |= self.pending is not None
+            self.pending = output
+
+        def enters(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.broken |= self.pending is None or not args or args[0] is not self.pending
+            self.pending = None
+            self.passed += 1
+
+        return [before.register_forward_hook(leaves), self.module.register_forward_pre_hook(enters)]
+
+    def confirmed(self) -> bool:
+        """Whether every call went from the module before into this one."""
+        pending, self.pending = self.pending, None
+        return self.passed > 0 and not self.broken and pending is None
+
+
 @dataclass
 class Fusion:
-    """A layer and the activation module that takes its output.
+    """A layer and what may be fused into it: a batch normalisation, an activation, or both.
 
-    The structure of the model proposes it; `watch` then sees whether the calls really go that way: each
-    output of the layer into the activation, once, and nothing else into the activation.
+    Attributes
+    ----------
+    steps : the modules behind the layer, in order.
     """
 
     layer: nn.Module
-    name: str
-    module: nn.Module
-    activation: str
-    _pending: Tensor | None = None
-    _passed: int = 0
-    _broken: bool = False
-    _handles: list[RemovableHandle] = field(default_factory=list)
-
-    @property
-    def apply(self) -> Callable[[Tensor], Tensor]:
-        """The activation as a function."""
-        return _FUNCTIONS[self.activation]
+    steps: list[Step] = field(default_factory=list)
 
     def watch(self) -> list[RemovableHandle]:
-        """Hooks that note how the two are called."""
+        """Hooks for the time in which the example inputs run."""
+        modules = [self.layer, *(s.module for s in self.steps)]
+        return [h for before, s in zip(modules, self.steps, strict=False) for h in s.watch(before)]
 
-        def after_layer(module: nn.Module, args: Any, output: Any) -> None:
-            self._broken |= self._pending is not None
-            self._pending = output
-
-        def before_activation(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._broken |= not args or args[0] is not self._pending or self._pending is None
-            self._pending = None
-            self._passed += 1
-
-        return [
-            self.layer.register_forward_hook(after_layer),
-            self.module.register_forward_pre_hook(before_activation),
-        ]
-
-    def confirmed(self) -> bool:
-        """Whether every call went from the layer into the activation."""
-        pending, self._pending = self._pending, None
-        return self._passed > 0 and not self._broken and pending is None
+    def settle(self) -> bool:
+        """Keep the steps that every call confirmed; whether there are any."""
+        self.steps = list(itertools.takewhile(Step.confirmed, self.steps))
+        return bool(self.steps)
 
 
-def find_fusions(model: nn.Module, layers: set[int]) -> dict[int, Fusion]:
-    """id of a layer (one of `layers`) -> the activation that can be fused into it.
+def find_fusions(model: nn.Module, layers: set[int], norms: bool = True) -> dict[int, Fusion]:
+    """id of a layer (one of `layers`) -> what can be fused into it.
 
-    Neighbours in an ``nn.Sequential``; both occur once in the model and carry no hooks, which would see other
-    values.
+    `norms`: batch normalisations too. All modules concerned occur once in the model and carry no hooks, which
+    would see other values.
     """
     names = module_names(model)
+    modules = dict(model.named_modules())
+    single = {
+        name
+        for name, m in modules.items()
+        if len(names[id(m)]) == 1 and not (m._forward_hooks or m._forward_pre_hooks)
+    }
+    following: dict[str, str] = {}
+    for prefix, name, follower in _followers(model):
+        a, b = (f"{prefix}.{n}" if prefix else n for n in (name, follower))
+        if a in single and b in single:
+            following[a] = b
     found: dict[int, Fusion] = {}
-    for prefix, parent in model.named_modules():
-        if type(parent).forward is not nn.Sequential.forward:
+    for name, layer in modules.items():
+        if id(layer) not in layers:
             continue
-        children = list(parent.named_children())
-        for (_, layer), (child, follower) in itertools.pairwise(children):
-            activation = activation_of(follower)
-            if id(layer) not in layers or activation is None:
-                continue
-            if any(len(names[id(m)]) > 1 or _has_hooks(m) for m in (layer, follower)):
-                continue
-            name = f"{prefix}.{child}" if prefix else child
-            found[id(layer)] = Fusion(layer, name, follower, activation)
+        steps = []
+        after = following.get(name)
+        if norms and after is not None and can_fold(layer, modules[after]):
+            steps.append(Step(after, modules[after]))
+            after = following.get(after)
+        if after is not None and activation_of(modules[after]) is not None:
+            steps.append(Step(after, modules[after]))
+        if steps:
+            found[id(layer)] = Fusion(layer, steps)
     return found
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _followers(model: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """(prefix, a, b): in module `prefix`, the output of its submodule `a` goes into `b` and nowhere else."""
+    scratch: nn.Module | None = None
+    for prefix, parent in model.named_modules():
+        children = list(parent._modules)
+        if not children:
+            continue
+        if type(parent).forward is nn.Sequential.forward:
+            for a, b in itertools.pairwise(children):
+                yield prefix, a, b
+            continue
+        if scratch is None:
+            scratch = shared_copy(model)  # a forward that runs on proxies may leave some behind in attributes
+        pairs = _trace(scratch.get_submodule(prefix))
+        for a, b in pairs:
+            yield prefix, a, b
+
+
+class _Tracer(fx.Tracer):
+    """Traces the forward of one module; what it calls is left alone."""
+
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        return True
+
+
+def _trace(module: nn.Module) -> set[tuple[str, str]]:
+    """Pairs of submodules of which the second alone takes the first one's output; empty where fx cannot tell.
+
+    A default argument takes a forward down either branch of ``if x is not None``: both are traced.
+    """
+    defaults = {
+        name: p.default
+        for name, p in inspect.signature(module.forward).parameters.items()
+        if p.default is not inspect.Parameter.empty
+    }
+    pairs: set[tuple[str, str]] | None = None
+    for concrete in [{}, defaults] if defaults else [{}]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                graph = _Tracer().trace(module, concrete_args=concrete)
+        except Exception:  # whatever a model's forward raises when it is given proxies
+            return set()
+        if any(isinstance(v, fx.Proxy) for m in module.modules() for v in vars(m).values()):
+            return set()  # kept in an attribute: it has a user that the graph does not show
+        found = _pairs(graph)
+        pairs = found if pairs is None else pairs & found
+    return pairs or set()
+
+
+def _pairs(graph: fx.Graph) -> set[tuple[str, str]]:
+    calls = [n for n in graph.nodes if n.op == "call_module"]
+    targets = [n.target for n in calls]
+    found = set()
+    for node in calls:
+        users = list(node.users)
+        if (
+            len(users) == 1
+            and users[0].op == "call_module"
+            and users[0].args == (node,)
+            and not users[0].kwargs
+            and targets.count(node.target) == targets.count(users[0].target) == 1
+        ):
+            found.add((str(node.target), str(users[0].target)))
+    return found

@@ -40,8 +40,9 @@ from pared._fusion import activation_of
 from pared._report import _ATTRIBUTE, Report
 from pared._sparsity import bake
 from pared._surgery import adopt_hooks, copy_model, module_names, replace
-from pared.nn import RULES, Fused, PackedModule
+from pared.nn import RULES, FoldedBatchNorm2d, Fused, PackedModule
 from pared.nn._base import ACTIVATIONS
+from pared.nn._fold import can_fold
 
 __all__ = ["FormatError", "load", "save"]
 
@@ -245,12 +246,14 @@ def _collect_packed(
         contents.setdefault((group.get(name, name), entry.content), name)
     layers = {}
     first: dict[object, str] = {}
+    norms = {id(m.layer): name for name, m in model.named_modules() if isinstance(m, FoldedBatchNorm2d)}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, PackedModule):
             continue
         layers[prefix] = {
             "type": module.plain.__name__,
             "format": module.format,
+            "norm": norms.get(id(module)),
             "activation": module.activation,
         }
         for attribute, tensor in module.to_module().named_parameters():
@@ -278,10 +281,19 @@ def _plain_bytes(module: PackedModule, attribute: str) -> Bytes:
 
 @dataclass(frozen=True)
 class _Layer:
-    """How an accelerated layer is stored: plain class, packed format, fused activation."""
+    """How an accelerated layer is stored.
+
+    Attributes
+    ----------
+    type : plain class.
+    format : packed format.
+    norm : name of the batch normalisation that is folded into it.
+    activation : fused activation.
+    """
 
     type: str
     format: str
+    norm: str | None
     activation: str | None
 
 
@@ -375,6 +387,7 @@ class _Target:
     module: torch.nn.Module
     names: list[str]
     layer: _Layer
+    norm: torch.nn.Module | None
     waiting: set[str]  # names of tensors
 
 
@@ -401,7 +414,20 @@ def _match_layers(model: torch.nn.Module, about: _About) -> dict[int, _Target]:
         same = all(about.layers.get(n) == layer for n in mine)
         require(same, f"model: layer {name!r}: shared in the model as {mine}, not so in the file")
         tensors = {_join(n, t) for n in mine for t, _ in module.named_parameters(recurse=False)}
-        targets[id(module)] = _Target(module, mine, layer, tensors)
+        norm = None if layer.norm is None else modules.get(layer.norm)
+        if layer.norm is not None:
+            if norm is None or not can_fold(module, norm) or len(names[id(norm)]) > 1 or id(norm) in targets:
+                found = "nothing" if norm is None else type(norm).__name__
+                refuse(
+                    f"model: layer {name!r}: expected a batch normalisation at {shorten(layer.norm)}, "
+                    f"as in the file, got {found}"
+                )
+            own = [*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]
+            tensors |= {_join(layer.norm, t) for t, _ in own}
+        target = _Target(module, mine, layer, norm, tensors)
+        targets[id(module)] = target
+        if norm is not None:
+            targets[id(norm)] = target
     for name, activation in about.fused.items():
         module = modules.get(name)
         if module is None or activation_of(module) != activation:
@@ -515,12 +541,17 @@ def _pack(
             format=target.layer.format,
             activation=target.layer.activation,
             weight=packed.get(key),
+            norm=cast(Any, target.norm),
         )
     except (TypeError, ValueError) as e:
         refuse(f"file: layer {target.names[0]!r}: {e}")
-    packed[key] = new.packed_weight()
     adopt_hooks(new, target.module)
     model = replace(model, target.names, new)
+    if target.norm is None:
+        packed[key] = new.packed_weight()
+    else:
+        folded = FoldedBatchNorm2d.from_module(cast(torch.nn.BatchNorm2d, target.norm), new)
+        model = replace(model, [cast(str, target.layer.norm)], folded)
     target.module = new
     return model
 

@@ -13,6 +13,8 @@ from rich.text import Text
 __all__ = ["LayerReport", "Report", "report"]
 
 _ATTRIBUTE = "_pared_report"
+# LayerReport.kernel of a layer that was not converted.
+KEPT = "torch"
 
 
 @dataclass
@@ -25,8 +27,9 @@ class LayerReport:
     type : class of the plain module, for example ``"Linear"``.
     shape : of the weight.
     sparsity : share of zeros in the weight, 0 to 1.
-    kernel : packed format that runs, or ``"dense"``.
+    kernel : packed format that runs, or ``"torch"`` where the plain layer was kept.
     activation : activation fused into the layer, or None.
+    norm : whether the batch normalisation behind it is folded into the layer.
     calls : calls in one pass over all example inputs.
     inputs : input shapes seen.
     before, after : seconds that all those calls take, dense (with the activation that is fused) and as kept;
@@ -42,8 +45,9 @@ class LayerReport:
     type: str
     shape: list[int]
     sparsity: float
-    kernel: str = "dense"
+    kernel: str = KEPT
     activation: str | None = None
+    norm: bool = False
     aliases: list[str] = field(default_factory=list)
     calls: int = 0
     inputs: list[list[int]] = field(default_factory=list)
@@ -105,7 +109,7 @@ class Report:
     @property
     def converted(self) -> list[LayerReport]:
         """The layers that run a packed kernel."""
-        return [layer for layer in self.layers if layer.kernel != "dense"]
+        return [layer for layer in self.layers if layer.kernel != KEPT]
 
     def to_json(self, indent: int | None = 2) -> str:
         """Everything as JSON; times in seconds, sizes in bytes."""
@@ -138,13 +142,15 @@ class Report:
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("why", overflow="fold")
         for layer in self.layers:
-            kept = layer.kernel == "dense"
+            kept = layer.kernel == KEPT
             # As Text: names are not rich's markup.
             cells = (
                 "\n".join([layer.name or "(model)", *(f"= {a}" for a in layer.aliases)]),
                 "x".join(map(str, layer.shape)),
                 f"{100 * layer.sparsity:.1f}%",
-                layer.kernel + (f" + {layer.activation}" if layer.activation else ""),
+                " + ".join(
+                    [layer.kernel, *(["batchnorm"] if layer.norm else []), *filter(None, [layer.activation])]
+                ),
                 _seconds(layer.before),
                 _seconds(layer.after),
                 "" if layer.speedup is None else f"{layer.speedup:.2f}x",

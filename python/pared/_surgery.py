@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pared._report import _ATTRIBUTE
-from pared.nn import Fused, PackedModule
+from pared.nn import FoldedBatchNorm2d, Fused, PackedModule
 
 __all__ = ["copy_model", "module_names", "replace", "restore", "shared_copy", "tied_parameters"]
 
@@ -124,6 +124,8 @@ def restore(model: nn.Module) -> nn.Module:
     for module in list(plain.modules()):
         if isinstance(module, Fused):
             new: nn.Module = module.original.eval()
+        elif isinstance(module, FoldedBatchNorm2d):
+            new = module.to_module()
         elif isinstance(module, PackedModule):
             new = module.to_module()
             new.weight = weights.setdefault(id(module.packed), new.weight)  # type: ignore[arg-type]

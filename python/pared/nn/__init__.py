@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pared.nn._base import DenseWeightError, PackedModule
+from pared.nn._fold import FoldedBatchNorm2d
 from pared.nn._fused import Fused
 from pared.nn.conv import Conv2d
 from pared.nn.linear import Linear
@@ -26,8 +27,17 @@ class Rule:
 
 # By exact type: a subclass may compute something else.
 RULES: dict[type[nn.Module], Rule] = {
-    nn.Linear: Rule(Linear, ("csr",)),
-    nn.Conv2d: Rule(Conv2d, ("csr",)),
+    nn.Linear: Rule(Linear, ("csr", "bsr", "dense")),
+    nn.Conv2d: Rule(Conv2d, ("csr", "bsr", "dense")),
 }
 
-__all__ = ["RULES", "Conv2d", "DenseWeightError", "Fused", "Linear", "PackedModule", "Rule"]
+__all__ = [
+    "RULES",
+    "Conv2d",
+    "DenseWeightError",
+    "FoldedBatchNorm2d",
+    "Fused",
+    "Linear",
+    "PackedModule",
+    "Rule",
+]

@@ -134,6 +134,7 @@ class PackedModule(nn.Module):
         format: str = "csr",
         activation: str | None = None,
         weight: PackedWeight | None = None,
+        norm: nn.BatchNorm2d | None = None,
     ) -> Self:
         """Convert a plain module; the tensors of the original are copied.
 
@@ -143,6 +144,8 @@ class PackedModule(nn.Module):
         format : packed format.
         activation : activation to fuse behind it.
         weight : the packed weight, where it has been packed already (tied modules).
+        norm : batch normalisation in eval mode to fold into a convolution, before the activation; `weight` is
+            then not taken.
 
         Raises
         ------
@@ -176,10 +179,12 @@ class PackedModule(nn.Module):
                 f"device: {type(self).__name__} has a {self.format} kernel for cpu only, got {device}; "
                 "pared.restore(model) gives plain modules that run anywhere"
             )
-        bias = self.bias
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if bias is not None and self._buffers["bias"].dtype != torch.float32:  # type: ignore[union-attr]
-            self._buffers["bias"] = bias
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old
         self._align()
         return self
 
@@ -210,6 +215,9 @@ class PackedModule(nn.Module):
                 error_msgs.append(f'While loading the packed weight "{key}": {e}')
             # The sizes of two packed weights differ with their zeros: torch's own code would refuse that.
             state_dict = {**state_dict, key: self._buffers["packed"]}
+        delta = state_dict.get(prefix + "fold_delta")
+        if "fold_delta" in self._buffers and isinstance(delta, Tensor) and delta.dtype == torch.int8:
+            self._buffers["fold_delta"] = delta.detach().clone()  # one byte a non-zero: sizes differ as well
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -234,7 +242,8 @@ class PackedModule(nn.Module):
                 f"packed: expected a weight of shape {list(mine.shape)} in {mine.groups} group(s), got "
                 f"{list(weight.shape)} in {weight.groups}"
             )
-        self.weight_dtype = getattr(torch, weight.dtype)
+        if "fold_delta" not in self._buffers:
+            self.weight_dtype = getattr(torch, weight.dtype)
         _replaced[old] = new
         return new
 

@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from pared import _core
 from pared.nn._base import PackedModule, pack
+from pared.nn._fold import can_fold, fold, unfold_weight
 from pared.ops._formats import FORMATS
 from pared.ops._library import conv2d_op, empty_images, grad_error, images
 from pared.ops.conv import IntPair, _pair, resolve_padding
@@ -44,6 +45,10 @@ class Conv2d(PackedModule):
     """
 
     plain = nn.Conv2d
+    # What undoes the folding of a batch normalisation, where there was one.
+    fold_scale: Tensor
+    fold_delta: Tensor
+    fold_bias: Tensor | None
 
     def __init__(
         self,
@@ -80,23 +85,40 @@ class Conv2d(PackedModule):
         format: str = "csr",
         activation: str | None = None,
         weight: PackedWeight | None = None,
+        norm: nn.BatchNorm2d | None = None,
     ) -> Self:
         if not isinstance(module, nn.Conv2d):
             raise TypeError(f"module: expected nn.Conv2d, got {type(module).__name__}")
+        dense: Tensor = module.weight
+        bias: Tensor | None = module.bias
+        undo: dict[str, Tensor | None] = {}
+        if norm is not None:
+            if not can_fold(module, norm):
+                raise ValueError(
+                    "norm: expected a float32 nn.BatchNorm2d with statistics for the channels of module"
+                )
+            dense, bias, undo = fold(module, norm)
+            weight = None
         new = cls(
-            weight or pack(format, module.weight, module.groups),
-            module.bias,
+            weight or pack(format, dense, module.groups),
+            bias,
             module.stride,
             module.padding,
             module.dilation,
             module.padding_mode,
             activation,
         )
+        new.weight_dtype = module.weight.dtype
+        for name, tensor in undo.items():
+            new.register_buffer(name, tensor)
         new._requires_grad = (module.weight.requires_grad, getattr(module.bias, "requires_grad", True))
         return new
 
     def to_module(self) -> nn.Conv2d:
-        w = torch.as_tensor(self.packed_weight().to_dense())
+        w, bias = torch.as_tensor(self.packed_weight().to_dense()), self.bias
+        if "fold_scale" in self._buffers:
+            w = unfold_weight(w, self.fold_scale, self.fold_delta).to(self.weight_dtype)
+            bias = self.fold_bias
         plain = nn.Conv2d(
             self.in_channels,
             self.out_channels,
@@ -105,13 +127,13 @@ class Conv2d(PackedModule):
             self.padding,
             self.dilation,
             self.groups,
-            self.bias is not None,
+            bias is not None,
             self.padding_mode,  # type: ignore[arg-type]
             device="meta",
         )
         plain.weight = nn.Parameter(w, self._requires_grad[0])
-        if self.bias is not None:
-            plain.bias = nn.Parameter(self.bias.to(w.dtype, copy=True), self._requires_grad[1])
+        if bias is not None:
+            plain.bias = nn.Parameter(bias.to(w.dtype, copy=True), self._requires_grad[1])
         return plain.eval()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -176,4 +198,6 @@ class Conv2d(PackedModule):
         ]
         plain = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
         parts += [f"{k}={getattr(self, k)}" for k, default in plain.items() if getattr(self, k) != default]
+        if "fold_scale" in self._buffers:
+            parts.append("batchnorm=True")
         return ", ".join([*parts, self._repr_tail()])

@@ -58,7 +58,10 @@ class Linear(PackedModule):
         format: str = "csr",
         activation: str | None = None,
         weight: PackedWeight | None = None,
+        norm: nn.BatchNorm2d | None = None,
     ) -> Self:
+        if norm is not None:
+            raise ValueError("norm: expected None for a linear layer, got a batch normalisation")
         if not isinstance(module, nn.Linear):
             raise TypeError(f"module: expected nn.Linear, got {type(module).__name__}")
         new = cls(weight or pack(format, module.weight), module.bias, activation)

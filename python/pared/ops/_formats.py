@@ -24,6 +24,9 @@ class Format:
     linear : ``(x, packed, bias, out, activation)``, or None where the format has no such kernel.
     conv2d : ``(x, packed, bias, out, stride, padding, dilation, activation)``, or None.
     exact : the products are float32's own, so that the error bound of float32 holds.
+    suits : whether it is worth trying, from what is known before anything is timed: ``(density, quads,
+        positions)``, the shares of non-zero weights and of non-zero blocks of four outputs by one input, and
+        the output positions (tokens, pixels) of a call.
     """
 
     name: str
@@ -32,14 +35,21 @@ class Format:
     linear: Callable[..., None] | None
     conv2d: Callable[..., None] | None
     exact: bool
+    suits: Callable[[float, float, int], bool]
 
 
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
-        Format("csr", 1, CSR, linear=_core.linear_csr, conv2d=_core.conv2d_csr, exact=True),
-        Format("bsr", 2, BSR, linear=_core.linear_csr, conv2d=_core.conv2d_csr, exact=True),
-        Format("dense", 3, Dense, linear=_core.linear_csr, conv2d=_core.conv2d_csr, exact=True),
+        Format("csr", 1, CSR, _core.linear_csr, _core.conv2d_csr, True, lambda d, q, n: d <= 0.85),
+        # Where the four rows of a quad share few non-zeros, a row of its own is the faster way to each.
+        Format(
+            "bsr", 2, BSR, _core.linear_csr, _core.conv2d_csr, True, lambda d, q, n: q <= min(0.85, 2 * d)
+        ),
+        # Below a tile of positions, reading the weight is the cost, and torch's copy is no larger.
+        Format(
+            "dense", 3, Dense, _core.linear_csr, _core.conv2d_csr, True, lambda d, q, n: d > 0.4 and n >= 32
+        ),
     )
 }
 
