@@ -40,7 +40,7 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/installed-test
-	$(BIN)/python -m pytest bench -o python_files='bench_*.py' $(ARGS)
+	$(BIN)/python -m pytest bench $(ARGS)
 
 lint: $(VENV)/installed-test $(VENV)/linters
 	$(BIN)/ruff check .
