@@ -99,6 +99,10 @@ struct ConvPackArgs {
   const ConvRun* runs;         // ascending by vector, every vector at least once
   int32_t run_count;
   const uint16_t* lanes;  // [taps][run_count]: bit l set when the run holds lane l and it is no padding
+  const uint8_t* whole;   // [taps]: every lane of every run is set
+  // Elements of x that are memory of the input, relative to x: inside, a whole vector may be read and masked
+  // afterwards, which is twice as fast as a masked load.
+  int64_t begin, end;
   int64_t k0;
   int32_t units, vectors;
   int32_t stride;  // floats between units of the panel

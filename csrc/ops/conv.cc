@@ -30,7 +30,20 @@ struct Planes {
   const void* x;
   DType dtype;
   int64_t image_stride, channel_stride;
+  int64_t begin, end;  // elements that are memory of the input, relative to x
 };
+
+// [begin, end) of images by channels by planes of `plane` elements; strides of either sign.
+Planes planes_of(const void* x, DType dtype, int64_t images, int64_t image_stride, int64_t channels,
+                 int64_t channel_stride, int64_t plane) {
+  const int64_t image = (images - 1) * image_stride, channel = (channels - 1) * channel_stride;
+  return {x,
+          dtype,
+          image_stride,
+          channel_stride,
+          std::min<int64_t>(image, 0) + std::min<int64_t>(channel, 0),
+          std::max<int64_t>(image, 0) + std::max<int64_t>(channel, 0) + plane};
+}
 
 int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
@@ -71,6 +84,7 @@ class ConvGeometry {
   struct Tile {
     std::vector<ConvRun> runs;
     std::vector<uint16_t> lanes;  // [taps][runs]
+    std::vector<uint8_t> whole;   // [taps]
     std::vector<uint16_t> run_lanes, row_lanes, column_lanes;
   };
 
@@ -111,13 +125,18 @@ class ConvGeometry {
     }
     const size_t n = out.runs.size();
     out.lanes.resize(static_cast<size_t>(kh_) * kw_ * n);
+    out.whole.clear();
     uint16_t* lanes = out.lanes.data();
     for (int i = 0; i < kh_; ++i)
-      for (int j = 0; j < kw_; ++j)
+      for (int j = 0; j < kw_; ++j) {
+        uint16_t all = 0xffff;
         for (size_t r = 0; r < n; ++r) {
           const int32_t v = out.runs[r].vector;
-          *lanes++ = out.run_lanes[r] & out.row_lanes[i * vectors + v] & out.column_lanes[j * vectors + v];
+          *lanes = out.run_lanes[r] & out.row_lanes[i * vectors + v] & out.column_lanes[j * vectors + v];
+          all &= *lanes++;
         }
+        out.whole.push_back(all == 0xffff);
+      }
   }
 
   ConvPackArgs pack_args(const PanelTile& t, const Tile& tile, int64_t k0, int32_t units, int32_t stride,
@@ -131,6 +150,9 @@ class ConvGeometry {
             tile.runs.data(),
             static_cast<int32_t>(tile.runs.size()),
             tile.lanes.data(),
+            tile.whole.data(),
+            planes_.begin,
+            planes_.end,
             k0,
             units,
             t.vectors,
@@ -191,7 +213,8 @@ void product(const ConvArgs& args, const CsrPacked& w, const Planes& planes, con
 void conv_nchw(const ConvArgs& a, const CsrPacked& w) {
   const auto store = kernel_for<conv_store>(active_isa()).fn;
   const int64_t plane = a.out_h * a.out_w, element = dtype_size(a.dtype);
-  product(a, w, {a.x, a.dtype, a.image_stride, a.channel_stride},
+  product(a, w,
+          planes_of(a.x, a.dtype, a.images, a.image_stride, a.channels, a.channel_stride, a.height * a.width),
           [&](const PanelTile& t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
             ConvSpan spans[kPanelMaxGroups * kPanelGroup];
             int32_t n = 0;
@@ -284,7 +307,8 @@ void conv_nhwc(const ConvArgs& a, const CsrPacked& w) {
     transpose_planes(a, n0, n1, pitch, scratch);
     ConvArgs some = a;
     some.images = n1 - n0;
-    product(some, w, {scratch, DType::f32, a.channels * pitch, pitch},
+    product(some, w,
+            planes_of(scratch, DType::f32, some.images, a.channels * pitch, a.channels, pitch, pitch),
             [&](const PanelTile& t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
               store({acc, acc_stride, rows, t.positions, a.bias ? a.bias + row0 : nullptr, a.activation,
                      y_of(n0) + (t.first * h.rows + row0) * element, h.rows, a.dtype});

@@ -48,6 +48,7 @@ struct ScalarConv {
   static PARED_INLINE S::V merge(S::V into, const void* x, int64_t i, uint32_t bits, int step, DType t) {
     return bits & 1u ? conv_element(x, i, t) : into;
   }
+  static PARED_INLINE S::V keep(S::V v, uint32_t bits) { return bits & 1u ? v : 0.0f; }
 };
 
 #if defined(__AVX2__)
@@ -57,6 +58,9 @@ struct Avx2Conv {
   static PARED_INLINE __m256i lane_mask(uint32_t bits) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
+  }
+  static PARED_INLINE S::V keep(S::V v, uint32_t bits) {
+    return _mm256_and_ps(v, _mm256_castsi256_ps(lane_mask(bits)));
   }
   template <ConvRead R>
   static PARED_INLINE S::V merge(S::V into, const void* x, int64_t i, uint32_t bits, int step, DType t) {
@@ -84,6 +88,9 @@ struct Avx2Conv {
 struct Avx512Conv {
   using Io = Avx512Io;
   using S = Avx512F32;
+  static PARED_INLINE S::V keep(S::V v, uint32_t bits) {
+    return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v);
+  }
   template <ConvRead R>
   static PARED_INLINE S::V merge(S::V into, const void* x, int64_t i, uint32_t bits, int step, DType t) {
     const __mmask16 mask = static_cast<__mmask16>(bits);
@@ -116,41 +123,96 @@ struct Avx512Conv {
 };
 #endif
 
-template <class C, ConvRead R>
-void pack_conv_as(const ConvPackArgs& a) {
+// One run a vector: most tiles of stride 1. VECTORS is a constant, so that nothing but loads, masks and
+// stores is left in the loop.
+template <class C, ConvRead R, int VECTORS>
+PARED_INLINE void pack_whole_vectors(const ConvPackArgs& args) {
   using S = typename C::S;
   constexpr int W = S::width;
+  const ConvPackArgs a = args;  // a copy: a store to the panel cannot change it
+  int64_t offsets[VECTORS], low = a.runs[0].offset, high = low;
+  for (int v = 0; v < VECTORS; ++v) {
+    offsets[v] = a.runs[v].offset;
+    low = offsets[v] < low ? offsets[v] : low;
+    high = offsets[v] > high ? offsets[v] : high;
+  }
+  int tap = static_cast<int>(a.k0 % a.taps);
+  int64_t channel = a.k0 / a.taps * a.channel_stride;
+  float* row = a.panel;
+  for (int u = 0; u < a.units; ++u, row += a.stride) {
+    const int64_t base = channel + a.tap_offsets[tap];
+    const uint16_t* lanes = a.lanes + static_cast<int64_t>(tap) * VECTORS;
+    const bool inside = R == ConvRead::f32_1 && base + low >= a.begin && base + high + kPanelGroup <= a.end;
+    const float* x = static_cast<const float*>(a.x) + (inside ? base : 0);
+    if (inside && a.whole[tap]) {
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v)
+        for (int h = 0; h < kPanelGroup; h += W)
+          S::store(row + v * kPanelGroup + h, S::loadu(x + offsets[v] + h));
+    } else if (inside) {
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v)
+        for (int h = 0; h < kPanelGroup; h += W)
+          S::store(row + v * kPanelGroup + h, C::keep(S::loadu(x + offsets[v] + h), lanes[v] >> h));
+    } else {
+      for (int v = 0; v < VECTORS; ++v)
+        for (int h = 0; h < kPanelGroup; h += W)
+          S::store(row + v * kPanelGroup + h,
+                   C::template merge<R>(S::zero(), a.x, base + offsets[v] + h * a.step,
+                                        (lanes[v] >> h) & ((1u << W) - 1u), a.step, a.dtype));
+    }
+    if (++tap == a.taps) {
+      tap = 0;
+      channel += a.channel_stride;
+    }
+  }
+}
+
+// Vectors that cross output rows or images are put together from several runs.
+template <class C, ConvRead R>
+PARED_INLINE void pack_runs(const ConvPackArgs& args) {
+  using S = typename C::S;
+  constexpr int W = S::width;
+  const ConvPackArgs a = args;
   int tap = static_cast<int>(a.k0 % a.taps);
   int64_t channel = a.k0 / a.taps * a.channel_stride;
   float* row = a.panel;
   for (int u = 0; u < a.units; ++u, row += a.stride) {
     const int64_t base = channel + a.tap_offsets[tap];
     const uint16_t* lanes = a.lanes + static_cast<int64_t>(tap) * a.run_count;
-    if (a.run_count == a.vectors) {  // one run a vector: most tiles of stride 1
-      for (int r = 0; r < a.vectors; ++r)
-        for (int h = 0; h < kPanelGroup; h += W)
-          S::store(row + r * kPanelGroup + h,
-                   C::template merge<R>(S::zero(), a.x, base + a.runs[r].offset + h * a.step,
-                                        (lanes[r] >> h) & ((1u << W) - 1u), a.step, a.dtype));
-    } else {
-      for (int r = 0; r < a.run_count;) {
-        const int vector = a.runs[r].vector;
-        int end = r + 1;
-        while (end < a.run_count && a.runs[end].vector == vector) ++end;
-        for (int h = 0; h < kPanelGroup; h += W) {
-          typename S::V v = S::zero();
-          for (int i = r; i < end; ++i)
-            v = C::template merge<R>(v, a.x, base + a.runs[i].offset + h * a.step,
-                                     (lanes[i] >> h) & ((1u << W) - 1u), a.step, a.dtype);
-          S::store(row + vector * kPanelGroup + h, v);
-        }
-        r = end;
+    for (int r = 0; r < a.run_count;) {
+      const int vector = a.runs[r].vector;
+      int end = r + 1;
+      while (end < a.run_count && a.runs[end].vector == vector) ++end;
+      for (int h = 0; h < kPanelGroup; h += W) {
+        typename S::V v = S::zero();
+        for (int i = r; i < end; ++i)
+          v = C::template merge<R>(v, a.x, base + a.runs[i].offset + h * a.step,
+                                   (lanes[i] >> h) & ((1u << W) - 1u), a.step, a.dtype);
+        S::store(row + vector * kPanelGroup + h, v);
       }
+      r = end;
     }
     if (++tap == a.taps) {
       tap = 0;
       channel += a.channel_stride;
     }
+  }
+}
+
+template <class C, ConvRead R>
+void pack_conv_as(const ConvPackArgs& a) {
+  static_assert(kPanelMaxGroups == 8, "a case for each number of vectors");
+  if (a.run_count != a.vectors) return pack_runs<C, R>(a);
+  switch (a.vectors) {
+    case 1: return pack_whole_vectors<C, R, 1>(a);
+    case 2: return pack_whole_vectors<C, R, 2>(a);
+    case 3: return pack_whole_vectors<C, R, 3>(a);
+    case 4: return pack_whole_vectors<C, R, 4>(a);
+    case 5: return pack_whole_vectors<C, R, 5>(a);
+    case 6: return pack_whole_vectors<C, R, 6>(a);
+    case 7: return pack_whole_vectors<C, R, 7>(a);
+    default: return pack_whole_vectors<C, R, 8>(a);
   }
 }
 
@@ -167,30 +229,38 @@ void pack_conv(const ConvPackArgs& a) {
   }
 }
 
-template <class C>
-void store_conv(const ConvStoreArgs& a) {
+template <class C, bool F32>
+void store_conv_as(const ConvStoreArgs& a) {
   using S = typename C::S;
   using Io = typename C::Io;
   constexpr int W = S::width;
   const bool bf16 = a.dtype == DType::bf16;
   for (int r = 0; r < a.rows; ++r) {
     const typename S::V bias = S::set1(a.bias ? a.bias[r] : 0.0f);
-    const float* acc = a.acc + static_cast<int64_t>(r) * a.acc_stride;
     for (const ConvSpan* s = a.spans; s != a.spans + a.span_count; ++s) {
+      const float* acc = a.acc + static_cast<int64_t>(r) * a.acc_stride + s->first;
       const int64_t to = s->offset + r * a.row_stride;
-      for (int m = 0; m < s->count; m += W) {
-        const int n = s->count - m < W ? s->count - m : W;
-        typename S::V v =
-            C::template merge<ConvRead::f32_1>(S::zero(), acc, s->first + m, (1u << n) - 1u, 1, DType::f32);
-        v = activate<S>(S::add(v, bias), a.activation);
-        if (a.dtype == DType::f32) {
-          Io::store_first(static_cast<float*>(a.y) + to + m, v, n);
-        } else {
-          Io::store_first(static_cast<uint16_t*>(a.y) + to + m, v, n, bf16);
-        }
+      int m = 0;
+      // Whole vectors without masks: on Zen a masked store costs several plain ones.
+      for (; m + W <= s->count; m += W) {
+        const typename S::V v = activate<S>(S::add(S::loadu(acc + m), bias), a.activation);
+        if constexpr (F32) S::storeu(static_cast<float*>(a.y) + to + m, v);
+        else Io::store_first(static_cast<uint16_t*>(a.y) + to + m, v, W, bf16);
       }
+      if (m == s->count) continue;
+      const int n = s->count - m;
+      typename S::V v = C::template merge<ConvRead::f32_1>(S::zero(), acc, m, (1u << n) - 1u, 1, DType::f32);
+      v = activate<S>(S::add(v, bias), a.activation);
+      if constexpr (F32) Io::store_first(static_cast<float*>(a.y) + to + m, v, n);
+      else Io::store_first(static_cast<uint16_t*>(a.y) + to + m, v, n, bf16);
     }
   }
+}
+
+template <class C>
+void store_conv(const ConvStoreArgs& a) {
+  if (a.dtype == DType::f32) store_conv_as<C, true>(a);
+  else store_conv_as<C, false>(a);
 }
 
 }  // namespace
