@@ -36,7 +36,7 @@ def _digits(
 ) -> Result:
     """Train, prune on a polynomial schedule while fine-tuning, accelerate, measure."""
     data = digits.load()
-    epochs, more = (2, 3) if s.quick else (12, 18)
+    epochs, more = (2, 3) if s.quick else (8, 10)
     per_epoch = digits.steps_per_epoch(data)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -72,7 +72,7 @@ def _digits(
 def digits_cnn(s: Settings) -> Result:
     """A small CNN on the digits, 90 % of its weights removed."""
     return _digits(
-        s, "digits CNN", lambda: digits.cnn(16 if s.quick else 32), batch=64, sparsity=0.9, channels_last=True
+        s, "digits CNN", lambda: digits.cnn(16 if s.quick else 64), batch=64, sparsity=0.9, channels_last=True
     )
 
 
