@@ -117,7 +117,7 @@ def test_bench_prints_and_writes_what_it_measured(run: Run, tmp_path: Path) -> N
 
 def _result(speedup: float) -> results.Result:
     dense = results.Variant("dense", {"accuracy": 0.98}, 100, 100, 400, 0.002, 0.003, 1.0)
-    fast = results.Variant("90% pruned", {"accuracy": 0.97}, 100, 10, 80, 0.002 / speedup, 0.003, speedup)
+    fast = results.Variant("90 % pruned", {"accuracy": 0.97}, 100, 10, 80, 0.002 / speedup, 0.003, speedup)
     return results.Result("net", "batch 1", (dense, fast), "a note")
 
 

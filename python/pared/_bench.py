@@ -124,7 +124,7 @@ def table(rows: Sequence[Row], machine: str) -> Table:
         color = "green" if r.ratio.low > 1 else "red" if r.ratio.high < 1 else "yellow"
         t.add_row(
             f"{r.shape.out} x {r.shape.inp}, {r.shape.tokens}" if first else "",
-            f"{r.sparsity:.0%}",
+            f"{100 * r.sparsity:g} %",
             f"{r.dense_s * 1e3:.3f}",
             f"{r.dense_gflops:.0f}",
             f"{r.sparse_s * 1e3:.3f}",

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pared
-from pared import _core
+from pared import _core, _cuda
 
 if TYPE_CHECKING:
     pass
@@ -76,7 +76,7 @@ def machine() -> dict[str, Any]:
         "supported": _core.supported_isas(),
         "threads": _core.num_threads(),
         "parallel": _core.parallel_backend(),
-        "cuda": importlib.util.find_spec("pared._cuda") is not None,
+        "cuda": _cuda.status(),
     }
 
 
@@ -95,7 +95,7 @@ def info() -> None:
     t.add_row("instruction set", f"{m['isa']} (supported: {', '.join(m['supported'])}; PARED_ISA chooses)")
     t.add_row("threads", f"{m['threads']}, {m['parallel']}")
     t.add_row("torch", m["torch"] or "not installed: pared.ops works on numpy arrays")
-    t.add_row("CUDA part", "built" if m["cuda"] else "not built")
+    t.add_row("CUDA", m["cuda"])
     t.add_row("python", sys.version.split()[0])
     console.print(t)
     k = Table(title="kernels", box=box.SIMPLE, title_justify="left")
@@ -230,7 +230,7 @@ def main() -> None:
         sys.exit(e.exit_code)
     except typer.Abort:
         sys.exit(130)
-    except (ValueError, TypeError, OSError) as e:
+    except (ValueError, OSError) as e:
         print(f"pared: error: {e}", file=sys.stderr)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)

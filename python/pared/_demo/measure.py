@@ -22,7 +22,7 @@ from pared._timing import Timings, interleave
 Inputs = tuple[torch.Tensor, ...]
 
 _COLUMNS = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-_SLICES = 10
+_SLICES = 5
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def time_in_turns(
     parts: list[Timings] = []
     with torch.inference_mode(), bar(console, label, _SLICES, live=False) as advance:
         for i in range(_SLICES):
-            parts.append(interleave(calls, budget=seconds / _SLICES, min_rounds=2, seed=i))
+            parts.append(interleave(calls, budget=seconds / _SLICES, min_rounds=4, seed=i))
             advance()
     samples = {name: np.concatenate([p.samples[name] for p in parts]) for name in calls}
     return Timings(samples, parts[0].inner)

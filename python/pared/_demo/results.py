@@ -58,7 +58,7 @@ def _metrics(v: Variant) -> str:
 def table(results: list[Result], baseline: str) -> Table:
     """The table of all results; `baseline` says what the dense models ran on."""
     t = Table(title="Dense and pared, measured here in turns", box=box.SIMPLE_HEAVY, caption_justify="left")
-    t.add_column("model")
+    t.add_column("model", no_wrap=True)
     t.add_column("variant", no_wrap=True)
     t.add_column("quality", justify="right", no_wrap=True)
     t.add_column("weights\nnon-zero", justify="right")
@@ -73,7 +73,7 @@ def table(results: list[Result], baseline: str) -> Table:
                 f"[bold]{r.model}[/]\n{r.workload}" if i == 0 else "",
                 v.name,
                 _metrics(v),
-                f"{v.nonzero:,}",
+                f"{v.nonzero / 1e6:.3f} M",
                 _bytes(v.file_bytes),
                 _ms(v.p50_s),
                 _ms(v.p95_s),
