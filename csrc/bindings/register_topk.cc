@@ -9,6 +9,7 @@
 #include "bindings/array.h"
 #include "bindings/register.h"
 #include "core/check.h"
+#include "core/huge_pages.h"
 #include "ops/topk.h"
 
 namespace pared {
@@ -134,8 +135,9 @@ class Sources {
     return out;
   }
 
-  // Masks for members(): pointers into `out`, checked against the tensors.
-  std::vector<uint8_t*> masks(const py::list& out, bool many) const {
+  // Masks for members(): pointers into `out`, checked against the tensors. `fresh`: just allocated for this
+  // call.
+  std::vector<uint8_t*> masks(const py::list& out, bool many, bool fresh) const {
     PARED_CHECK(out.size() == items_.size(), "out: expected ", items_.size(), " masks, got ", out.size());
     std::vector<uint8_t*> pointers;
     std::vector<Array> arrays;
@@ -153,6 +155,7 @@ class Sources {
       }
       for (const Array& before : arrays) require_disjoint(a, before);
       arrays.push_back(a);
+      if (fresh) advise_huge_pages(a.data, a.size());
       for (int64_t part = 0; part < s.parts(); ++part)
         pointers.push_back(static_cast<uint8_t*>(a.data) + part * (a.size() / s.parts()));
     }
@@ -247,10 +250,10 @@ void register_topk(py::module_& m) {
   m.def(
       "topk_mask",
       [](const py::list& scores, int64_t k, const std::string& key, const py::object& other,
-         const py::object& col_scale, const std::string& nan, bool many, const py::list& out) {
+         const py::object& col_scale, const std::string& nan, bool many, const py::list& out, bool fresh) {
         Sources sources(scores, "scores", many, key, other, col_scale, false);
         const NanRule rule = parse_nan(nan, "scores");
-        const std::vector<uint8_t*> masks = sources.masks(out, many);
+        const std::vector<uint8_t*> masks = sources.masks(out, many, fresh);
         Threshold t;
         {
           py::gil_scoped_release unlocked;
@@ -259,15 +262,15 @@ void register_topk(py::module_& m) {
         return describe(t);
       },
       py::arg("scores"), py::arg("k"), py::arg("key"), py::arg("other"), py::arg("col_scale"), py::arg("nan"),
-      py::arg("many"), py::arg("out"));
+      py::arg("many"), py::arg("out"), py::arg("fresh"));
 
   m.def(
       "topk_mask_rows",
       [](const py::list& scores, int64_t k, const std::string& key, const py::object& other,
-         const py::object& col_scale, const std::string& nan, bool many, const py::list& out) {
+         const py::object& col_scale, const std::string& nan, bool many, const py::list& out, bool fresh) {
         const Sources sources(scores, "scores", many, key, other, col_scale, true);
         const NanRule rule = parse_nan(nan, "scores");
-        const std::vector<uint8_t*> masks = sources.masks(out, many);
+        const std::vector<uint8_t*> masks = sources.masks(out, many, fresh);
         py::gil_scoped_release unlocked;
         auto mask = masks.begin();
         for (const Source& s : sources.items())
@@ -277,7 +280,7 @@ void register_topk(py::module_& m) {
           for (int64_t part = 0; part < s.parts(); ++part) select_mask_rows(s.matrix(part), k, rule, *mask++);
       },
       py::arg("scores"), py::arg("k"), py::arg("key"), py::arg("other"), py::arg("col_scale"), py::arg("nan"),
-      py::arg("many"), py::arg("out"));
+      py::arg("many"), py::arg("out"), py::arg("fresh"));
 
   m.def(
       "topk",
@@ -310,11 +313,11 @@ void register_topk(py::module_& m) {
   m.def(
       "block_mask",
       [](const py::list& x, int64_t k, int64_t r, int64_t c, const std::string& key, const py::object& other,
-         const py::object& col_scale, const std::string& nan, bool many, const py::list& out) {
+         const py::object& col_scale, const std::string& nan, bool many, const py::list& out, bool fresh) {
         PARED_CHECK(r >= 1 && c >= 1, "block: expected two positive sizes, got (", r, ", ", c, ")");
         const Sources sources(x, "x", many, key, other, col_scale, true);
         const NanRule rule = parse_nan(nan, "x");
-        const std::vector<uint8_t*> masks = sources.masks(out, many);
+        const std::vector<uint8_t*> masks = sources.masks(out, many, fresh);
         std::vector<SelectRows> matrices;
         std::vector<BlockShape> shapes;
         int64_t total = 0;
@@ -347,17 +350,17 @@ void register_topk(py::module_& m) {
         return describe(t);
       },
       py::arg("x"), py::arg("k"), py::arg("r"), py::arg("c"), py::arg("key"), py::arg("other"),
-      py::arg("col_scale"), py::arg("nan"), py::arg("many"), py::arg("out"));
+      py::arg("col_scale"), py::arg("nan"), py::arg("many"), py::arg("out"), py::arg("fresh"));
 
   m.def(
       "nm_mask",
       [](const py::list& x, int64_t n, int64_t group, const std::string& key, const py::object& other,
-         const py::object& col_scale, const std::string& nan, bool many, const py::list& out) {
+         const py::object& col_scale, const std::string& nan, bool many, const py::list& out, bool fresh) {
         PARED_CHECK(group >= 1 && n >= 0 && n <= group, "n, m: expected 0 <= n <= m and m >= 1, got ", n, ":",
                     group);
         const Sources sources(x, "x", many, key, other, col_scale, true);
         const NanRule rule = parse_nan(nan, "x");
-        const std::vector<uint8_t*> masks = sources.masks(out, many);
+        const std::vector<uint8_t*> masks = sources.masks(out, many, fresh);
         py::gil_scoped_release unlocked;
         auto mask = masks.begin();
         for (const Source& s : sources.items())
@@ -365,7 +368,7 @@ void register_topk(py::module_& m) {
             select_mask_groups(s.matrix(part), std::max<int64_t>(s.taps, 1), n, group, rule, *mask++);
       },
       py::arg("x"), py::arg("n"), py::arg("m"), py::arg("key"), py::arg("other"), py::arg("col_scale"),
-      py::arg("nan"), py::arg("many"), py::arg("out"));
+      py::arg("nan"), py::arg("many"), py::arg("out"), py::arg("fresh"));
 
   m.def("select_sample_positions", &select_sample_positions, py::arg("n"));
 }

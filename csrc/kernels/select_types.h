@@ -38,12 +38,15 @@ struct select_keys {
   static constexpr const char* doc = "floats to ordered int32 keys";
 };
 
-// One pass of the selection: counts the keys above `hi` and those equal to `hi` or `lo`, and appends those
-// strictly between to `out`. Runs of at most 2^24 elements. With lo == hi only above and at_hi are counted.
+// One pass of the selection: gathers the keys strictly between `lo` and `hi` into `out`, in order, and counts
+// those above. Keys equal to `hi` or `lo` are counted apart if `ends` says so (with lo == hi all as at_hi);
+// otherwise those equal to `hi` count as above and those equal to `lo` nowhere. Runs of less than 2^28
+// elements.
 inline constexpr int kSelectPad = 16;  // `out` is written up to this many keys beyond the last
 struct SelectBracketArgs {
   SelectRun run;
   int32_t lo, hi;
+  bool ends;
   int32_t* out;
 };
 struct SelectCounts {
@@ -66,6 +69,7 @@ struct SelectMaskArgs {
   SelectRun run;
   int32_t threshold;
   int64_t ties;
+  bool nans;  // there may be NaNs
   uint8_t* mask;
 };
 struct select_mask {

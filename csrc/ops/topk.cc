@@ -20,13 +20,17 @@ constexpr int64_t kChunk = 1 << 15;
 constexpr int64_t kMinChunksPerThread = 3;
 // Below this the keys are written out and selected from directly.
 constexpr int64_t kDirect = 1 << 15;
-// Half-width of the bracket in standard deviations of the sample: it misses once in a million selections.
-constexpr double kSigmas = 5.0;
+// Half-width of the bracket in standard deviations of the sample: it misses once in ten thousand selections,
+// and then costs three more passes.
+constexpr double kSigmas = 4.0;
+// Keys that make up more than this share of the sample are counted, not gathered.
+constexpr int64_t kHeavyShare = 128;
 
-// Balances what a sample costs (a cache miss each) against what the bracket gathers (falls as its root).
-int64_t sample_size(int64_t n) {
-  const double m = 0.5 * std::cbrt(static_cast<double>(n) * static_cast<double>(n));
-  return std::clamp<int64_t>(static_cast<int64_t>(m), 256, int64_t{1} << 20);
+// log2 of the sample's size. A sample costs a cache miss each; what the bracket gathers falls with its root.
+int log_sample_size(int64_t n) {
+  int log_n = 0;
+  while (n >> (log_n + 1)) ++log_n;
+  return std::clamp(2 * log_n / 3 - 2, 8, 20);
 }
 
 struct Chunk {
@@ -84,7 +88,7 @@ class Selection {
     Threshold t;
     if (k == 0) {
       // Nothing to find, but a NaN is refused whatever k is.
-      if (nan_.raise) pass(INT32_MAX, INT32_MAX);
+      if (nan_.raise) pass(INT32_MAX, INT32_MAX, false);
       check_nans(pass_.sum.nans);
     } else if (total_ <= kDirect) {
       t = direct(k);
@@ -115,7 +119,7 @@ class Selection {
   // The mask of one chunk, into `mask`, and its keys' runs with it.
   void write_mask(const Threshold& t, const Chunk& c, int64_t ties, uint8_t* mask) const {
     for_runs(members_[c.member], c.begin, c.end, [&](const SelectRun& run) {
-      ties -= kernels_.mask({run, t.key, ties, mask});
+      ties -= kernels_.mask({run, t.key, ties, t.nans > 0, mask});
       mask += run.n;
     });
   }
@@ -127,15 +131,27 @@ class Selection {
     });
   }
 
-  // Calls fn(part, chunk index) for all chunks, on all threads.
+  // Calls fn(part, chunk index) for all chunks, on all threads. A part goes through chunks that follow each
+  // other, as the kernels' prefetches expect, and helps the other parts when it is done.
   template <class F>
   void for_chunks(F fn) const {
-    std::atomic<int64_t> next{0};
+    struct alignas(kCacheLine) Stretch {
+      std::atomic<int64_t> next;
+      int64_t end;
+    };
+    std::vector<Stretch> stretches(parts_);
     const auto count = static_cast<int64_t>(chunks_.size());
+    for (int64_t p = 0; p < parts_; ++p) {
+      stretches[p].next = count * p / parts_;
+      stretches[p].end = count * (p + 1) / parts_;
+    }
     parallel_for(0, parts_, 1, [&](int64_t p0, int64_t p1) {
       const IeeeDenormals mode;
       for (int64_t p = p0; p < p1; ++p)
-        for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < count;) fn(p, c);
+        for (int64_t q = 0; q < parts_; ++q) {
+          Stretch& s = stretches[(p + q) % parts_];
+          for (int64_t c; (c = s.next.fetch_add(1, std::memory_order_relaxed)) < s.end;) fn(p, c);
+        }
     });
   }
 
@@ -151,7 +167,7 @@ class Selection {
   }
 
   // One read of the data: counts against the bracket, and gathers what lies inside into the pool.
-  void pass(int32_t lo, int32_t hi) {
+  void pass(int32_t lo, int32_t hi, bool ends) {
     Pass p;
     lo_ = lo;
     hi_ = hi;
@@ -162,7 +178,7 @@ class Selection {
       int32_t* const keys = chunk_keys();
       SelectCounts n = {0, 0, 0, 0, 0};
       for_runs(members_[c.member], c.begin, c.end, [&](const SelectRun& run) {
-        const SelectCounts r = kernels_.bracket({run, lo, hi, keys + n.inside});
+        const SelectCounts r = kernels_.bracket({run, lo, hi, ends, keys + n.inside});
         n = {n.above + r.above, n.at_hi + r.at_hi, n.at_lo + r.at_lo, n.inside + r.inside, n.nans + r.nans};
       });
       const int64_t at = used.fetch_add(n.inside, std::memory_order_relaxed);
@@ -207,18 +223,32 @@ class Selection {
   }
 
   // The keys of a sample, one in each of m equal stretches of the selection.
-  void sample(int64_t m, int32_t* out) const {
+  void sample(int log_m, int32_t* out) const {
+    const int64_t m = int64_t{1} << log_m;
     parallel_for(0, m, std::max<int64_t>(4096, (m + parts_ - 1) / parts_), [&](int64_t i, int64_t end) {
       const IeeeDenormals mode;
       while (i < end) {
-        const auto member = std::upper_bound(starts_.begin(), starts_.end(), sample_position(i, m, total_)) -
-                            starts_.begin() - 1;
+        const auto member =
+            std::upper_bound(starts_.begin(), starts_.end(), sample_position(i, log_m, total_)) -
+            starts_.begin() - 1;
         const SelectMember& source = members_[member];
         const int64_t first = starts_[member], last = starts_[member + 1];
         with_key({source.w, source.g, source.n, source.dtype, source.g_dtype, source.key}, [&](auto keyed) {
           using K = decltype(keyed);
-          for (int64_t at; i < end && (at = sample_position(i, m, total_)) < last; ++i)
-            out[i] = sample_key<K>(source, at - first);
+          while (i < end) {
+            // Every sample is a miss in the caches and in the TLB: a batch of them at once.
+            constexpr int kBatch = 64;
+            int64_t at[kBatch];
+            int count = 0;
+            for (; count < kBatch && i + count < end; ++count) {
+              at[count] = sample_position(i + count, log_m, total_) - first;
+              if (at[count] >= last - first) break;
+              __builtin_prefetch(static_cast<const char*>(source.w) + at[count] * K::w_size);
+            }
+            if (count == 0) break;
+            for (int j = 0; j < count; ++j) out[i + j] = sample_key<K>(source, at[j]);
+            i += count;
+          }
           return 0;
         });
       }
@@ -240,20 +270,28 @@ class Selection {
 
   Threshold sampled(int64_t k) {
     thread_local Scratch sample_memory, pool_memory;
-    const int64_t m = sample_size(total_);
+    const int log_m = log_sample_size(total_);
+    const int64_t m = int64_t{1} << log_m;
     int32_t* const keys = sample_memory.get<int32_t>(m);
-    sample(m, keys);
+    sample(log_m, keys);
     const SampleRanks ranks = bracket_ranks(k, total_, m, kSigmas);
-    const int32_t hi = ranks.hi < 1 ? INT32_MAX : key_select()(kernels_, keys, m, ranks.hi).key;
-    const int32_t lo = ranks.lo > m ? kSelectNone : key_select()(kernels_, keys, m, ranks.lo).key;
+    Ranked hi = {INT32_MAX, 0, 0}, lo = {kSelectNone, 0, 0};
+    if (ranks.hi >= 1) hi = key_select()(kernels_, keys, m, ranks.hi);
+    if (ranks.lo <= m) lo = key_select()(kernels_, keys, m, ranks.lo);
     // Half as much again as is expected inside.
     const int64_t width = std::min(ranks.lo, m) - std::max<int64_t>(ranks.hi, 0) + 1;
-    const auto expected = static_cast<int64_t>(static_cast<double>(total_) / static_cast<double>(m) *
-                                               static_cast<double>(width));
-    capacity_ = std::min<int64_t>({total_, expected + expected / 2 + kChunk, int64_t{1} << 30});
+    const bool heavy = std::max(hi.equal, lo.equal) > m / kHeavyShare;
+    const double share =
+        static_cast<double>(width + (heavy ? 0 : hi.equal + lo.equal)) / static_cast<double>(m);
+    capacity_ = std::min<int64_t>(
+        {total_, static_cast<int64_t>(1.5 * share * static_cast<double>(total_)) + kChunk, int64_t{1} << 30});
     pool_ = pool_memory.get<int32_t>(capacity_ + kSelectPad);
 
-    pass(lo, hi);
+    if (!heavy) {  // the ends are few: gathered too
+      if (hi.key != INT32_MAX) ++hi.key;
+      if (lo.key != kSelectNone) --lo.key;
+    }
+    pass(lo.key, hi.key, heavy);
     check_nans(pass_.sum.nans);
     Threshold t;
     return settle(k, t) ? t : radix(k);
@@ -303,7 +341,7 @@ class Selection {
       first += static_cast<uint32_t>(bin) << left;
       if (bins[bin] <= capacity_ || left == 0) break;
     }
-    pass(from_ordered(first), from_ordered(first + ((uint32_t{1} << left) - 1)));
+    pass(from_ordered(first), from_ordered(first + ((uint32_t{1} << left) - 1)), true);
     Threshold t;
     settle(k, t);
     t.path = SelectPath::radix;
@@ -325,7 +363,7 @@ class Selection {
       int64_t* const count = counts[part].data();
       int64_t at_hi = 0, at_lo = 0, inside = 0;
       for_runs(members_[c.member], c.begin, c.end, [&](const SelectRun& run) {
-        const SelectCounts r = kernels_.bracket({run, lo, hi, keys + inside});
+        const SelectCounts r = kernels_.bracket({run, lo, hi, true, keys + inside});
         at_hi += r.at_hi;
         at_lo += r.at_lo;
         inside += r.inside;
@@ -343,14 +381,14 @@ class Selection {
 
   // equal[c] = elements of chunk c whose key is the threshold, from what the last pass left behind.
   void count_equal(const Threshold& t, std::vector<int64_t>& equal) {
-    if (t.path == SelectPath::direct) pass(t.key, t.key);
+    if (t.path == SelectPath::direct) pass(t.key, t.key, true);
     int32_t unused[kSelectPad];
     for (size_t c = 0; c < equal.size(); ++c) {
       const ChunkCounts& n = pass_.chunks[c];
       if (t.key == hi_ || t.key == lo_) {
         equal[c] = t.key == hi_ ? n.at_hi : n.at_lo;
       } else {
-        equal[c] = kernels_.bracket({raw_run(pool_ + n.offset, n.inside), t.key, t.key, unused}).at_hi;
+        equal[c] = kernels_.bracket({raw_run(pool_ + n.offset, n.inside), t.key, t.key, true, unused}).at_hi;
       }
     }
   }
@@ -487,9 +525,9 @@ void select_sorted(const SelectMember& m, int64_t k, const NanRule& nan, void* v
 }
 
 std::vector<int64_t> select_sample_positions(int64_t n) {
-  const int64_t m = n <= kDirect ? 0 : sample_size(n);
-  std::vector<int64_t> out(m);
-  for (int64_t i = 0; i < m; ++i) out[i] = sample_position(i, m, n);
+  const int log_m = log_sample_size(n);
+  std::vector<int64_t> out(n <= kDirect ? 0 : size_t{1} << log_m);
+  for (size_t i = 0; i < out.size(); ++i) out[i] = sample_position(static_cast<int64_t>(i), log_m, n);
   return out;
 }
 

@@ -36,11 +36,11 @@ inline uint32_t mix(uint64_t i) {
   return static_cast<uint32_t>((i ^ (i >> 33)) >> 16);
 }
 
-// Sample i of m among n elements: somewhere in the i-th of m equal stretches.
-inline int64_t sample_position(int64_t i, int64_t m, int64_t n) {
-  const auto jitter = static_cast<int64_t>(
-      static_cast<unsigned __int128>(mix(static_cast<uint64_t>(i))) * static_cast<uint64_t>(n) >> 32);
-  return static_cast<int64_t>((static_cast<__int128>(i) * n + jitter) / m);
+// Sample i of 2^log_m among n elements: somewhere in the i-th of as many equal stretches. i * n < 2^63.
+inline int64_t sample_position(int64_t i, int log_m, int64_t n) {
+  const auto jitter =
+      static_cast<uint64_t>(static_cast<unsigned __int128>(mix(static_cast<uint64_t>(i))) * n >> 32);
+  return static_cast<int64_t>((static_cast<uint64_t>(i) * n + jitter) >> log_m);
 }
 
 // The ranks (from the top, 1-based) that bracket rank k of n in a sample of m, `sigmas` standard deviations
@@ -73,8 +73,8 @@ class KeySelect {
     for (int turn = 0;; turn ^= 1) {
       if (n <= kSelectSmall) {
         const int32_t key = kernels.small(keys, static_cast<int32_t>(n), static_cast<int32_t>(k));
-        int32_t unused[kSelectSmall + kSelectPad];
-        const SelectCounts c = kernels.bracket({raw_run(keys, n), key, key, unused});
+        int32_t unused[kSelectPad];
+        const SelectCounts c = kernels.bracket({raw_run(keys, n), key, key, true, unused});
         return {key, above + c.above, c.at_hi};
       }
       int32_t lo, hi;
@@ -84,11 +84,11 @@ class KeySelect {
         pivots(kernels, keys, n, k, depth, lo, hi);
       }
       int32_t* left = buffers_[depth][turn].get<int32_t>(n + kSelectPad);
-      const SelectCounts c = kernels.bracket({raw_run(keys, n), lo, hi, left});
+      const SelectCounts c = kernels.bracket({raw_run(keys, n), lo, hi, true, left});
       const int64_t before_inside = c.above + c.at_hi, before_lo = before_inside + c.inside;
       int64_t dropped, count;
       if (k <= c.above) {
-        count = kernels.bracket({raw_run(keys, n), hi, INT32_MAX, left}).inside;
+        count = kernels.bracket({raw_run(keys, n), hi, INT32_MAX, false, left}).inside;
         dropped = 0;
         floor = hi;
       } else if (k <= before_inside) {
@@ -101,7 +101,7 @@ class KeySelect {
       } else if (k <= before_lo + c.at_lo) {
         return {lo, above + before_lo, c.at_lo};
       } else {
-        count = kernels.bracket({raw_run(keys, n), kSelectNone, lo, left}).inside;
+        count = kernels.bracket({raw_run(keys, n), kSelectNone, lo, false, left}).inside;
         dropped = n - count;
         ceiling = lo;
       }
@@ -116,13 +116,14 @@ class KeySelect {
   }
 
  private:
-  static constexpr int64_t kLargeSample = 1024;
+  static constexpr int kLargeSample = 10;  // of all these the logarithm
 
   void pivots(const SelectKernels& kernels, const int32_t* keys, int64_t n, int64_t k, int depth, int32_t& lo,
               int32_t& hi) {
-    const int64_t m = n <= 4096 ? 64 : n <= 65536 ? kSelectSmall : kLargeSample;
-    int32_t sample[kLargeSample];
-    for (int64_t i = 0; i < m; ++i) sample[i] = keys[sample_position(i, m, n)];
+    const int log_m = n <= 4096 ? 6 : n <= 65536 ? 7 : kLargeSample;
+    const int64_t m = int64_t{1} << log_m;
+    int32_t sample[1 << kLargeSample];
+    for (int64_t i = 0; i < m; ++i) sample[i] = keys[sample_position(i, log_m, n)];
     const SampleRanks ranks = bracket_ranks(k, n, m, m <= kSelectSmall ? 2.0 : 3.0);
     const auto at = [&](int64_t rank) {
       if (rank < 1) return INT32_MAX;

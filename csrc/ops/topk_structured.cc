@@ -54,7 +54,7 @@ void mask_keys(const SelectKernels& kernels, const int32_t* keys, int64_t n, int
     return;
   }
   const Ranked r = key_select()(kernels, keys, n, k);
-  kernels.mask({raw_run(keys, n), r.key, k - r.above, mask});
+  kernels.mask({raw_run(keys, n), r.key, k - r.above, false, mask});
 }
 
 }  // namespace

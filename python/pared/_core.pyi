@@ -113,6 +113,7 @@ def topk_mask(
     nan: str,
     many: bool,
     out: list[Any],
+    fresh: bool,
 ) -> _Threshold: ...
 def topk_mask_rows(
     scores: list[Any],
@@ -123,6 +124,7 @@ def topk_mask_rows(
     nan: str,
     many: bool,
     out: list[Any],
+    fresh: bool,
 ) -> None: ...
 def topk(x: Any, k: int, key: str, other: list[Any] | None, nan: str, values: Any, indices: Any) -> None: ...
 def block_mask(
@@ -136,6 +138,7 @@ def block_mask(
     nan: str,
     many: bool,
     out: list[Any],
+    fresh: bool,
 ) -> _Threshold: ...
 def nm_mask(
     x: list[Any],
@@ -147,6 +150,7 @@ def nm_mask(
     nan: str,
     many: bool,
     out: list[Any],
+    fresh: bool,
 ) -> None: ...
 def select_sample_positions(n: int) -> list[int]: ...
 def machine_probe(probe: str, bytes: int, repeats: int, threads: int = 1) -> tuple[float, float, float]: ...

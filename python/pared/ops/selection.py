@@ -136,7 +136,7 @@ def topk_mask(
         raise ValueError(f"dim: expected None or 1, got {dim!r}")
     masks = _masks(tensors, out, many)
     run = _core.topk_mask if dim is None else _core.topk_mask_rows
-    run(tensors, _int(k, "k"), key, *_factors(other, col_scale, many), nan, many, masks)
+    run(tensors, _int(k, "k"), key, *_factors(other, col_scale, many), nan, many, masks, out is None)
     return masks if many else masks[0]
 
 
@@ -239,7 +239,9 @@ def block_mask(
         raise ValueError(f"block: expected (rows, columns), got {block!r}")
     r, c = _int(block[0], "block"), _int(block[1], "block")
     masks = _masks(tensors, out, many)
-    _core.block_mask(tensors, _int(k, "k"), r, c, key, *_factors(other, col_scale, many), nan, many, masks)
+    _core.block_mask(
+        tensors, _int(k, "k"), r, c, key, *_factors(other, col_scale, many), nan, many, masks, out is None
+    )
     return masks if many else masks[0]
 
 
@@ -302,7 +304,15 @@ def nm_mask(
     tensors, many = _tensors(x, "x")
     masks = _masks(tensors, out, many)
     _core.nm_mask(
-        tensors, _int(n, "n"), _int(m, "m"), key, *_factors(other, col_scale, many), nan, many, masks
+        tensors,
+        _int(n, "n"),
+        _int(m, "m"),
+        key,
+        *_factors(other, col_scale, many),
+        nan,
+        many,
+        masks,
+        out is None,
     )
     return masks if many else masks[0]
 
