@@ -223,7 +223,8 @@ def _check_demo(data: dict[str, Any], sparsities: list[float]) -> None:
     (result,) = data["results"]
     dense = [v for v in result["variants"] if v["name"].startswith("dense")]
     pruned = result["variants"][len(dense) :]
-    # The fastest dense variant by its median is the baseline; another may still win a little more than half of the rounds.
+    # The fastest dense variant by its median is the baseline; another may still win a little more than half
+    # of the rounds.
     assert min(dense, key=lambda v: v["p50_s"])["speedup"] == 1.0
     assert len(pruned) == len(sparsities)
     for v in pruned:

@@ -21,6 +21,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   pared::active_isa();
   pared::own_threads();
   pared::register_info(m);
+  pared::register_packed(m);
   pared::register_csr(m);
   pared::register_conv(m);
   pared::register_reference(m);

@@ -7,6 +7,7 @@ namespace pared {
 namespace py = pybind11;
 
 void register_info(py::module_& m);
+void register_packed(py::module_& m);
 void register_csr(py::module_& m);
 void register_conv(py::module_& m);
 void register_reference(py::module_& m);

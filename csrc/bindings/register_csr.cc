@@ -15,23 +15,11 @@
 namespace pared {
 namespace {
 
-// A numpy uint8 array whose data is 64-byte aligned, as packed weights are.
-py::array_t<uint8_t> aligned_bytes(int64_t bytes) {
-  void* p = std::aligned_alloc(64, bytes);
-  if (!p) throw std::bad_alloc();
-  py::capsule owner(p, [](void* q) { std::free(q); });
-  return py::array_t<uint8_t>(bytes, static_cast<uint8_t*>(p), owner);
-}
-
 PackedKind parse_kind(const std::string& kind) {
   if (kind == "csr") return PackedKind::csr;
   if (kind == "bsr") return PackedKind::bsr;
   if (kind == "dense") return PackedKind::dense;
   throw ValueError(str("kind: expected csr, bsr or dense, got '", kind, "'"));
-}
-
-const char* kind_name(PackedKind kind) {
-  return kind == PackedKind::csr ? "csr" : kind == PackedKind::bsr ? "bsr" : "dense";
 }
 
 template <class View>
@@ -46,13 +34,7 @@ py::array_t<uint8_t> pack(const View& w, const ConvShape& conv, const std::strin
     py::gil_scoped_release unlocked;
     plan = plan_csr(w, conv, kind, entry_rows);
   }
-  auto out = aligned_bytes(static_cast<int64_t>(plan.header.bytes));
-  uint8_t* data = out.mutable_data();
-  {
-    py::gil_scoped_release unlocked;
-    pack_csr(w, plan, data);
-  }
-  return out;
+  return packed_array(plan.header, [&](uint8_t* out) { pack_csr(w, plan, out); });
 }
 
 // A [rows, cols] view of a linear weight, or of a convolution weight with the trailing axes flattened.
@@ -112,39 +94,6 @@ void register_csr(py::module_& m) {
       py::arg("kind") = "csr", py::arg("entry_rows") = 1);
 
   m.def(
-      "csr_info",
-      [](py::handle packed) {
-        const Array a = parse_array(packed, "packed");
-        const PackedHeader& h = *packed_csr(a).header;
-        py::dict d;
-        d["rows"] = h.rows;
-        d["cols"] = h.cols;
-        d["kind"] = kind_name(h.kind);
-        d["nnz"] = h.nnz;
-        d["dtype"] = dtype_name(h.dtype);
-        d["channels"] = h.channels;
-        d["kh"] = h.kh;
-        d["kw"] = h.kw;
-        d["groups"] = h.groups;
-        d["tile"] = h.tile;
-        d["block_k"] = h.block_k;
-        d["entry_rows"] = h.entry_rows;
-        d["entries"] = h.entries;
-        return d;
-      },
-      py::arg("packed"));
-
-  m.def(
-      "csr_validate",
-      [](py::handle packed) {
-        const Array a = parse_array(packed, "packed");
-        const CsrPacked w = packed_csr(a);
-        py::gil_scoped_release unlocked;
-        validate_csr(w);
-      },
-      py::arg("packed"));
-
-  m.def(
       "csr_unpack",
       [](py::handle packed) {
         const Array a = parse_array(packed, "packed");
@@ -162,47 +111,11 @@ void register_csr(py::module_& m) {
       py::arg("packed"));
 
   m.def(
-      "csr_unpack_dense",
-      [](py::handle packed, py::handle out) {
-        const Array a = parse_array(packed, "packed"), o = parse_array(out, "out");
-        const CsrPacked w = packed_csr(a);
-        require_dtype(o, kFloatTypes);
-        require_contiguous(o);
-        require_writable(o);
-        const int64_t size = w.header->rows * dense_cols(*w.header);
-        PARED_CHECK(o.size() == size, "out: expected ", size, " elements, got ", o.shape_text());
-        py::gil_scoped_release unlocked;
-        unpack_csr_dense(w, o.dtype, o.data);
-      },
-      py::arg("packed"), py::arg("out"));
-
-  m.def(
       "linear_csr",
       [](py::handle x, py::handle packed, py::handle bias, py::handle out, const std::string& activation) {
-        const Array ax = parse_array(x, "x"), ap = parse_array(packed, "packed"),
-                    ay = parse_array(out, "out");
+        const Array ap = parse_array(packed, "packed");
         const CsrPacked w = packed_csr(ap);
-        require_dtype(ax, kFloatTypes);
-        require_dtype(ay, {ax.dtype});
-        require_writable(ay);
-        const Rows rx = fold_rows(ax), ry = fold_rows(ay);
-        PARED_CHECK(rx.cols == w.header->cols, "x: expected a last dimension of ", w.header->cols,
-                    " (the weight's inputs), got ", ax.shape_text());
-        PARED_CHECK(ry.rows == rx.rows && ry.cols == w.header->rows, "out: expected shape [..., ",
-                    w.header->rows, "] with the leading dimensions of x, got ", ay.shape_text());
-        PARED_CHECK(ry.rows <= 1 || std::abs(ry.stride) >= ry.cols,
-                    "out: expected rows that do not overlap, got stride ", ry.stride, " for ", ry.cols,
-                    " elements");
-        require_disjoint(ay, ax);
-        require_disjoint(ay, ap);
-        LinearArgs args{ax.data,
-                        rx.stride,
-                        rx.rows,
-                        ax.dtype,
-                        parse_bias(bias, w.header->rows, ay),
-                        parse_activation(activation),
-                        ay.data,
-                        ry.stride};
+        const LinearArgs args = parse_linear(x, ap, *w.header, bias, out, activation);
         py::gil_scoped_release unlocked;
         linear_csr(args, w);
       },

@@ -1,23 +1,49 @@
 // What every operation on packed weights reads from its Python arguments.
 #pragma once
 
+#include <pybind11/numpy.h>
+
+#include <cstdlib>
 #include <string>
 
 #include "bindings/array.h"
 #include "formats/csr.h"
 #include "kernels/types.h"
+#include "ops/linear.h"
 
 namespace pared {
 
 inline constexpr std::initializer_list<DType> kFloatTypes = {DType::f32, DType::f16, DType::bf16};
 
+// The bytes of a packed weight of any format: a contiguous uint8 vector. Throws TypeError or ValueError.
+const uint8_t* packed_bytes(const Array& a);
+
 // A packed CSR weight; throws TypeError or ValueError when the array holds none.
 CsrPacked packed_csr(const Array& a);
+
+// A numpy uint8 array of the size that `header` says, 64-byte aligned as packed weights are, filled by
+// write(uint8_t*) without the GIL.
+template <class Write>
+py::array_t<uint8_t> packed_array(const PackedHeader& header, const Write& write) {
+  void* p = std::aligned_alloc(64, header.bytes);
+  if (!p) throw std::bad_alloc();
+  py::capsule owner(p, [](void* q) { std::free(q); });
+  {
+    py::gil_scoped_release unlocked;
+    write(static_cast<uint8_t*>(p));
+  }
+  return py::array_t<uint8_t>(static_cast<py::ssize_t>(header.bytes), static_cast<uint8_t*>(p), owner);
+}
 
 // "" and "none" are no activation; throws ValueError on an unknown name.
 Activation parse_activation(const std::string& name);
 
 // The bias of an operation whose output is `out`: float32 [rows], or null for None.
 const float* parse_bias(py::handle bias, int64_t rows, const Array& out);
+
+// The arguments of a linear operation with the weight `packed`, which has header `h`; checks them against
+// each other. The views borrow.
+LinearArgs parse_linear(py::handle x, const Array& packed, const PackedHeader& h, py::handle bias,
+                        py::handle out, const std::string& activation);
 
 }  // namespace pared

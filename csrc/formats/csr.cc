@@ -10,13 +10,13 @@
 #include "core/aligned.h"
 #include "core/check.h"
 #include "core/parallel.h"
+#include "formats/formats.h"
 #include "kernels/generic/half.h"
 
 namespace pared {
 namespace {
 
 constexpr int64_t kGroupsPerTask = 8;
-constexpr int64_t kMaxSize = int64_t{1} << 48;  // rows or columns: sums and products of a few stay in 64 bits
 constexpr int64_t kMaxNonZeros = int64_t{1} << 32;  // starts are 32 bits
 
 float value_at(const void* data, int64_t i, DType t) {
@@ -147,13 +147,8 @@ CsrPlan make_plan(const View& w, const ConvShape& conv, PackedKind kind, int ent
   const Tiling tiling = choose_tiling(w.rows, cols, nnz.load(), entry_rows);
   CsrPlan plan{};
   PackedHeader& h = plan.header;
-  std::memcpy(h.magic, kPackedMagic, sizeof(h.magic));
-  h.kind = kind;
-  h.version = kPackedVersion;
-  h.dtype = w.dtype;
+  h = new_header(kind, w.dtype, w.rows, cols);
   h.entry_rows = static_cast<uint8_t>(entry_rows);
-  h.rows = w.rows;
-  h.cols = cols;
   h.nnz = nnz.load();
   h.channels = conv.channels;
   h.kh = conv.kh;
@@ -198,25 +193,6 @@ CsrPlan make_plan(const View& w, const ConvShape& conv, PackedKind kind, int ent
   return plan;
 }
 
-// FNV-1a over 8-byte words: fast enough to run at load, and any flipped bit changes it.
-uint64_t hash_words(const uint8_t* data, size_t bytes, uint64_t hash) {
-  for (size_t i = 0; i + 8 <= bytes; i += 8) {
-    uint64_t word;
-    std::memcpy(&word, data + i, 8);
-    hash = (hash ^ word) * 0x100000001b3u;
-    hash ^= hash >> 29;
-  }
-  return hash;
-}
-
-// Of the header, its checksum field taken as zero, and of everything behind it in `buffer`.
-uint64_t checksum(PackedHeader header, const uint8_t* buffer) {
-  header.checksum = 0;
-  const uint64_t hash =
-      hash_words(reinterpret_cast<const uint8_t*>(&header), sizeof(header), 0xcbf29ce484222325u);
-  return hash_words(buffer + sizeof(header), header.bytes - sizeof(header), hash);
-}
-
 template <class View>
 void write(const View& w, const CsrPlan& plan, uint8_t* out) {
   const PackedHeader& h = plan.header;
@@ -247,9 +223,7 @@ void write(const View& w, const CsrPlan& plan, uint8_t* out) {
         });
     }
   });
-  PackedHeader header = h;
-  header.checksum = checksum(h, out);
-  std::memcpy(out, &header, sizeof(header));
+  seal(h, out);
 }
 
 }  // namespace
@@ -262,10 +236,6 @@ CsrPlan plan_csr(const CsrView& w, const ConvShape& conv, PackedKind kind, int e
 }
 void pack_csr(const DenseView& w, const CsrPlan& plan, uint8_t* out) { write(w, plan, out); }
 void pack_csr(const CsrView& w, const CsrPlan& plan, uint8_t* out) { write(w, plan, out); }
-
-int64_t dense_cols(const PackedHeader& h) {
-  return h.kh ? static_cast<int64_t>(h.channels) * h.kh * h.kw : h.cols;
-}
 
 namespace {
 
@@ -281,22 +251,10 @@ bool is_product(int64_t product, std::initializer_list<int64_t> factors) {
 }  // namespace
 
 CsrPacked view_csr(const uint8_t* data, int64_t bytes) {
-  PARED_CHECK(bytes >= static_cast<int64_t>(sizeof(PackedHeader)), "packed weight: expected at least ",
-              sizeof(PackedHeader), " bytes, got ", bytes);
-  PARED_CHECK(reinterpret_cast<uintptr_t>(data) % kCacheLine == 0,
-              "packed weight: expected 64-byte aligned memory");
-  const auto* h = reinterpret_cast<const PackedHeader*>(data);
-  PARED_CHECK(std::memcmp(h->magic, kPackedMagic, sizeof(h->magic)) == 0,
-              "packed weight: expected a buffer that pared packed, got other data");
-  PARED_CHECK(h->version == kPackedVersion, "packed weight: expected version ", kPackedVersion, ", got ",
-              h->version);
+  const PackedHeader* h = &checked_header(data, bytes);
   PARED_CHECK(h->kind == PackedKind::csr || h->kind == PackedKind::bsr || h->kind == PackedKind::dense,
               "packed weight: expected CSR, BSR or dense, got kind ", static_cast<int>(h->kind));
-  PARED_CHECK(h->bytes == static_cast<uint64_t>(bytes), "packed weight: expected ", h->bytes, " bytes, got ",
-              bytes);
-  const bool float_type = h->dtype == DType::f32 || h->dtype == DType::f16 || h->dtype == DType::bf16;
-  PARED_CHECK(float_type && h->rows >= 0 && h->rows < kMaxSize && h->cols >= 0 && h->cols < kMaxSize &&
-                  h->nnz >= 0 && h->nnz < kMaxNonZeros && h->block_k > 0 && h->block_k <= 255 &&
+  PARED_CHECK(h->nnz >= 0 && h->nnz < kMaxNonZeros && h->block_k > 0 && h->block_k <= 255 &&
                   (h->tile == 64 || h->tile == 96 || h->tile == 128) &&
                   (h->entry_rows == 1 || h->entry_rows == kQuadRows) && h->entries >= 0 &&
                   h->entries < kMaxNonZeros && h->block_k * h->tile * 4 <= kMaxOffset + 1,
@@ -312,14 +270,10 @@ CsrPacked view_csr(const uint8_t* data, int64_t bytes) {
   // First by division: the products below cannot overflow then.
   PARED_CHECK(groups == 0 || blocks < bytes / groups,
               "packed weight: expected a buffer of the size of its matrix, got a corrupt header");
-  const auto inside = [&](uint64_t at, uint64_t size) {
-    return at % kCacheLine == 0 && at <= h->bytes && size <= h->bytes - at;
-  };
-  PARED_CHECK(inside(h->starts_at, groups * (blocks + 1) * sizeof(uint32_t)) &&
-                  inside(h->counts_at, groups * blocks * w.slots()) &&
-                  inside(h->values_at, h->entries * h->entry_rows * sizeof(float)) &&
-                  inside(h->offsets_at, h->entries * sizeof(uint16_t)),
-              "packed weight: expected sections inside the buffer, got a corrupt header");
+  check_section(*h, h->starts_at, groups * (blocks + 1) * sizeof(uint32_t));
+  check_section(*h, h->counts_at, groups * blocks * w.slots());
+  check_section(*h, h->values_at, h->entries * h->entry_rows * sizeof(float));
+  check_section(*h, h->offsets_at, h->entries * sizeof(uint16_t));
   w.starts = reinterpret_cast<const uint32_t*>(data + h->starts_at);
   w.counts = data + h->counts_at;
   w.values = reinterpret_cast<const float*>(data + h->values_at);
@@ -329,8 +283,7 @@ CsrPacked view_csr(const uint8_t* data, int64_t bytes) {
 
 void validate_csr(const CsrPacked& w) {
   const PackedHeader& h = *w.header;
-  PARED_CHECK(checksum(h, reinterpret_cast<const uint8_t*>(w.header)) == h.checksum,
-              "packed weight: expected checksum ", h.checksum, ", the contents give another");
+  check_sum(h);
   const int64_t groups = w.groups(), blocks = w.blocks();
   const int slots = w.slots(), R = h.entry_rows;
   uint64_t at = 0;

@@ -86,7 +86,4 @@ void validate_csr(const CsrPacked& w);
 void unpack_csr(const CsrPacked& w, int64_t* row_ptr, int64_t* columns, float* values);
 // [rows, cols] contiguous; for a convolution [rows, channels * kh * kw], the block diagonal folded back.
 void unpack_csr_dense(const CsrPacked& w, DType dtype, void* out);
-// Columns of the weight as the user knows it.
-int64_t dense_cols(const PackedHeader& h);
-
 }  // namespace pared

@@ -8,7 +8,7 @@
 
 namespace pared {
 
-// All three share the layout of formats/csr.h; the kind says what the user packed.
+// The first three share the layout of formats/csr.h; the kind says what the user packed.
 enum class PackedKind : uint16_t { csr = 1, bsr = 2, dense = 3 };
 
 struct PackedHeader {
@@ -31,5 +31,18 @@ struct PackedHeader {
 };
 inline constexpr char kPackedMagic[8] = {'P', 'A', 'R', 'E', 'D', 'P', 'K', '1'};
 inline constexpr uint16_t kPackedVersion = 1;
+inline constexpr int64_t kMaxSize = int64_t{1} << 48;  // rows or columns: sums of a few products fit 64 bits
+
+// A header with what every format fills the same way; sizes and sections are the format's.
+PackedHeader new_header(PackedKind kind, DType dtype, int64_t rows, int64_t cols);
+// The header of a buffer; throws ValueError when it is not a packed weight of this version and of `bytes`
+// bytes, with float dtype and sizes in range. Cheap: for every call. What belongs to a kind, its view checks.
+const PackedHeader& checked_header(const uint8_t* data, int64_t bytes);
+// Throws ValueError unless the buffer holds `size` bytes, 64-byte aligned, at `at`.
+void check_section(const PackedHeader& h, uint64_t at, uint64_t size);
+// Writes the header, with the checksum, before contents that are complete.
+void seal(const PackedHeader& h, uint8_t* out);
+// Throws ValueError when the contents do not give the header's checksum.
+void check_sum(const PackedHeader& h);
 
 }  // namespace pared

@@ -145,7 +145,7 @@ def tampered(w: np.ndarray, section: str, change) -> ops.CSR:
     room = np.zeros(good.size + 64, np.uint8)
     packed = room[-room.ctypes.data % 64 :][: good.size]
     packed[:] = good
-    at = {"values": 88, "offsets": 96}[section]
+    at = {"values": 96, "offsets": 104}[section]
     start = int(packed[at : at + 8].view(np.uint64)[0])
     change(packed[start:].view(np.float32 if section == "values" else np.uint16))
     return ops.CSR(packed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from pared import _core
 from pared._types import Array
@@ -23,7 +24,8 @@ class Format:
     weight : the class with ``from_dense``, ``to_dense``, ``packed``, ``sparsity``.
     linear : ``(x, packed, bias, out, activation)``, or None where the format has no such kernel.
     conv2d : ``(x, packed, bias, out, stride, padding, dilation, activation)``, or None.
-    exact : the products are float32's own, so that the error bound of float32 holds.
+    precision : ``"float32"``: the products are float32's own, so that the error bound of float32 holds.
+        ``"int8"``: weights and activations are rounded to 8 bits or fewer.
     suits : whether it is worth trying, from what is known before anything is timed: ``(density, quads,
         positions)``, the shares of non-zero weights and of non-zero blocks of four outputs by one input, and
         the output positions (tokens, pixels) of a call.
@@ -34,21 +36,33 @@ class Format:
     weight: type[PackedWeight]
     linear: Callable[..., None] | None
     conv2d: Callable[..., None] | None
-    exact: bool
+    precision: Literal["float32", "int8"]
     suits: Callable[[float, float, int], bool]
 
 
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
-        Format("csr", 1, CSR, _core.linear_csr, _core.conv2d_csr, True, lambda d, q, n: d <= 0.85),
+        Format("csr", 1, CSR, _core.linear_csr, _core.conv2d_csr, "float32", lambda d, q, n: d <= 0.85),
         # Where the four rows of a quad share few non-zeros, a row of its own is the faster way to each.
         Format(
-            "bsr", 2, BSR, _core.linear_csr, _core.conv2d_csr, True, lambda d, q, n: q <= min(0.85, 2 * d)
+            "bsr",
+            2,
+            BSR,
+            _core.linear_csr,
+            _core.conv2d_csr,
+            "float32",
+            lambda d, q, n: q <= min(0.85, 2 * d),
         ),
         # Below a tile of positions, reading the weight is the cost, and torch's copy is no larger.
         Format(
-            "dense", 3, Dense, _core.linear_csr, _core.conv2d_csr, True, lambda d, q, n: d > 0.4 and n >= 32
+            "dense",
+            3,
+            Dense,
+            _core.linear_csr,
+            _core.conv2d_csr,
+            "float32",
+            lambda d, q, n: d > 0.4 and n >= 32,
         ),
     )
 }

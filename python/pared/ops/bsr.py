@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from pared._types import Array
-from pared.ops.packed import PackedWeight
+from pared.ops._panel import PanelWeight
 
 # Rows that the quad kernel takes together (kQuadRows in csrc/formats/csr.h).
 _QUAD = 4
 
 
-class BSR(PackedWeight):
+class BSR(PanelWeight):
     """A block-sparse weight: zeros in blocks of R consecutive outputs by C consecutive inputs.
 
     With R a multiple of 4 an entry is four rows of one input, 4.5 bytes a non-zero; other blocks are stored
@@ -62,7 +62,7 @@ class BSR(PackedWeight):
         return cls.from_dense(matrix.toarray(), block=(int(rows), int(columns)))
 
 
-class Dense(PackedWeight):
+class Dense(PanelWeight):
     """A weight without a pattern of zeros, packed once: 4.5 bytes an element.
 
     Worth having because torch's dense product packs the weight on every call.

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pared import _core
 from pared._types import Array
 from pared.ops._arrays import is_torch, refuse_grad, require_array
+from pared.ops._formats import FORMATS
 from pared.ops.packed import PackedWeight
 
 IntPair = int | Sequence[int]
@@ -98,7 +99,11 @@ def conv2d(
     """
     require_array(x, "x")
     if not isinstance(w, PackedWeight):
-        raise TypeError(f"w: expected a packed weight (CSR, BSR, Dense), got {type(w).__name__}")
+        known = ", ".join(f.weight.__name__ for f in FORMATS.values() if f.conv2d is not None)
+        raise TypeError(f"w: expected a packed weight ({known}), got {type(w).__name__}")
+    kernel = FORMATS[w.kind].conv2d
+    if kernel is None:
+        raise ValueError(f"w: expected a format with a conv2d kernel, got {type(w).__name__}")
     if len(w.shape) != 4:
         raise ValueError(
             f"w: expected a weight [out, in/groups, kh, kw], got shape {list(w.shape)}; use linear"
@@ -115,6 +120,6 @@ def conv2d(
     n, _, height, width = images.shape
     out_h, out_w = _core.conv2d_output_size(height, width, kh, kw, strides, pads, dilations)
     out: Any = _empty_images(images, (n, out_channels, out_h, out_w))
-    _core.conv2d_csr(images, w.packed, bias, out, strides, pads, dilations, activation or "")
+    kernel(images, w.packed, bias, out, strides, pads, dilations, activation or "")
     result: Array = out if x.ndim == 4 else out[0]
     return result

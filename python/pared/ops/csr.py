@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from pared import _core
-from pared.ops.packed import PackedWeight
+from pared.ops._panel import PanelWeight
 
 
-class CSR(PackedWeight):
+class CSR(PanelWeight):
     """An unstructured sparse weight, about 6.2 bytes a non-zero.
 
     Build it with `from_dense`, `from_scipy` or `from_torch`.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pared import _core
 from pared._types import Array
 from pared.ops._arrays import empty_like_kind, refuse_grad, require_array
+from pared.ops._formats import FORMATS
 from pared.ops.packed import PackedWeight
 
 
@@ -29,10 +29,14 @@ def linear(x: Array, w: PackedWeight, bias: Array | None = None, activation: str
     """
     require_array(x, "x")
     if not isinstance(w, PackedWeight):
-        raise TypeError(f"w: expected a packed weight (CSR, BSR, Dense), got {type(w).__name__}")
+        known = ", ".join(f.weight.__name__ for f in FORMATS.values() if f.linear is not None)
+        raise TypeError(f"w: expected a packed weight ({known}), got {type(w).__name__}")
     if len(w.shape) != 2:
         raise ValueError(f"w: expected a linear weight [out, in], got shape {list(w.shape)}; use conv2d")
+    kernel = FORMATS[w.kind].linear
+    if kernel is None:
+        raise ValueError(f"w: expected a format with a linear kernel, got {type(w).__name__}")
     refuse_grad(x, "x")
     out = empty_like_kind(x, (*x.shape[:-1], w.shape[0]))
-    _core.linear_csr(x, w.packed, bias, out, activation or "")
+    kernel(x, w.packed, bias, out, activation or "")
     return out

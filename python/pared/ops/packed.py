@@ -6,19 +6,20 @@ import math
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pared import _core
 from pared._types import Array
-from pared.ops._arrays import is_torch, require_array
+from pared.ops._arrays import is_torch
 
 W = TypeVar("W", bound="PackedWeight")
 
 
 class PackedWeight:
-    """A weight packed for the panel kernels: ``[out, in]``, or a convolution's ``[out, in/groups, kh, kw]``.
+    """A weight packed for the kernels: ``[out, in]``, or a convolution's ``[out, in/groups, kh, kw]``.
 
-    Holds one buffer and nothing else: the matrix is recovered from it. Zeros and denormals are not stored.
+    Holds one buffer and nothing else: the matrix is recovered from it. A format is a subclass with a `kind`
+    and a `from_dense`, a line in ``pared.ops._formats.FORMATS`` and one in csrc/formats/formats.cc, which
+    knows what the buffer holds.
 
     Attributes
     ----------
@@ -29,10 +30,9 @@ class PackedWeight:
 
     __slots__ = ("_info", "packed")
     kind: ClassVar[str]
-    _entry_rows: ClassVar[int]  # output rows that share an offset (csrc/formats/csr.h)
 
     def __init__(self, packed: Array) -> None:
-        info = _core.csr_info(packed)
+        info = _core.packed_info(packed)
         if info["kind"] != self.kind:
             raise ValueError(f"packed weight: expected a {self.kind} buffer, got a {info['kind']} one")
         self._info = info
@@ -41,13 +41,7 @@ class PackedWeight:
     @classmethod
     def from_dense(cls: type[W], weight: Array, *, groups: int = 1) -> W:
         """Pack a dense weight of float32, bfloat16 or float16. Raises ``ValueError`` on NaN or infinity."""
-        return cls._pack_dense(weight, groups, cls._entry_rows)
-
-    @classmethod
-    def _pack_dense(cls: type[W], weight: Array, groups: int, entry_rows: int) -> W:
-        require_array(weight, "weight")
-        dense = weight.detach() if is_torch(weight) else weight
-        return cls(_core.csr_pack_dense(dense, groups, cls.kind, entry_rows))
+        raise NotImplementedError
 
     @classmethod
     def _copied(cls: type[W], packed: Array) -> W:
@@ -106,24 +100,12 @@ class PackedWeight:
             out: Array = torch.empty(self.shape, dtype=getattr(torch, self.dtype))
         else:
             out = np.empty(self.shape, dtype=np.float16 if self.dtype == "float16" else np.float32)
-        _core.csr_unpack_dense(self.packed, out)
+        _core.packed_unpack_dense(self.packed, out)
         return out
-
-    def to_csr_arrays(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-        """``(row pointers, columns, values)`` of the matrix ``[out, in]``; for a convolution
-        ``[out, in * kh * kw]``, block-diagonal over groups."""
-        return _core.csr_unpack(self.packed)
-
-    def to_scipy(self) -> Any:
-        """A ``scipy.sparse.csr_array`` of the matrix."""
-        import scipy.sparse
-
-        p, c, v = self.to_csr_arrays()
-        return scipy.sparse.csr_array((v, c, p), shape=(self._info["rows"], self._info["cols"]))
 
     def validate(self) -> None:
         """Check every invariant and the checksum; raises ``ValueError``."""
-        _core.csr_validate(self.packed)
+        _core.packed_validate(self.packed)
 
     def __repr__(self) -> str:
         return (

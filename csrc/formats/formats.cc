@@ -1,0 +1,34 @@
+#include "formats/formats.h"
+
+#include "core/check.h"
+#include "formats/csr.h"
+
+namespace pared {
+namespace {
+
+void check_panel(const uint8_t* data, int64_t bytes) { view_csr(data, bytes); }
+void validate_panel(const uint8_t* data, int64_t bytes) { validate_csr(view_csr(data, bytes)); }
+void unpack_panel(const uint8_t* data, int64_t bytes, DType dtype, void* out) {
+  unpack_csr_dense(view_csr(data, bytes), dtype, out);
+}
+
+constexpr PackedFormat kFormats[] = {
+    {PackedKind::csr, "csr", check_panel, validate_panel, unpack_panel},
+    {PackedKind::bsr, "bsr", check_panel, validate_panel, unpack_panel},
+    {PackedKind::dense, "dense", check_panel, validate_panel, unpack_panel},
+};
+
+}  // namespace
+
+const PackedFormat& format_of(const uint8_t* data, int64_t bytes) {
+  const PackedHeader& h = checked_header(data, bytes);
+  for (const PackedFormat& f : kFormats)
+    if (f.kind == h.kind) return f;
+  throw ValueError(str("packed weight: expected a known format, got kind ", static_cast<int>(h.kind)));
+}
+
+int64_t dense_cols(const PackedHeader& h) {
+  return h.kh ? static_cast<int64_t>(h.channels) * h.kh * h.kw : h.cols;
+}
+
+}  // namespace pared
