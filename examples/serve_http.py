@@ -49,7 +49,7 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    timeout = 10  # seconds without a byte from the client
+    timeout = 30  # seconds without a byte from the client
 
     def do_POST(self) -> None:
         if self.path != "/predict":
@@ -92,7 +92,7 @@ class Handler(BaseHTTPRequestHandler):
 def post(url: str, content: object) -> tuple[int, dict]:
     request = urllib.request.Request(url, json.dumps(content).encode())
     try:
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as e:
         with e:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
+
+import pared._accelerate as acc
+from pared.nn import PackedModule
 
 
 def sparse_linear(
@@ -35,3 +40,22 @@ def sparse_conv(
             p.copy_(torch.randn(p.shape, generator=generator))
         layer.weight.mul_(torch.rand(layer.weight.shape, generator=generator) < density)
     return layer
+
+
+def set_times(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str, PackedModule | None], float]) -> None:
+    """Give `pared.accelerate` the time of each layer (name, module; None for the dense one): what it decides
+    then does not depend on how busy the machine is."""
+
+    def time_layer(c: acc.Candidate, variants: dict[str, acc.Variant]) -> float:
+        before = seconds(c.name, None)
+        for v in variants.values():
+            v.after = seconds(c.name, v.module)
+            v.speedup = before / v.after
+        return before
+
+    monkeypatch.setattr(acc, "_time_layer", time_layer)
+
+
+def fused_is_faster(name: str, module: PackedModule | None) -> float:
+    """For `set_times`: every kernel beats the dense layer, and one with a fused activation the others."""
+    return 1.0 if module is None else 0.5 if module.activation is None else 0.25

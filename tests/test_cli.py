@@ -41,7 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> I
 
 def test_module_runs_as_a_program() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pared", "--version"], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-m", "pared", "--version"], capture_output=True, text=True, timeout=600, check=True
     )
     assert done.stdout == f"pared {pared.__version__}\n"
 

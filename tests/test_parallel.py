@@ -50,7 +50,7 @@ def check_in_threads(count=8, rounds=20):
     for t in threads: t.join()
     assert not errors, errors
 
-def in_fork(action, seconds=60):
+def in_fork(action, seconds=300):
     import os, time
     pid = os.fork()
     if pid == 0:
@@ -83,7 +83,7 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
         env=clean | env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 
@@ -169,34 +169,44 @@ def test_the_extension_brings_no_openmp_runtime():
 
 
 def test_work_runs_on_torch_workers():
-    """The operating system's account of who was busy: torch's worker as much as the caller."""
+    """The operating system's account of who was busy: half of the work is torch's worker's.
+
+    Processor time, which does not grow while a loaded machine lets a thread wait. The caller's own says
+    nothing about two threads: it spins where the worker is late.
+    """
     passes(
         """
         import os, time, torch
 
-        def helper_share():
+        def busy():
+            return {
+                int(t): int(open(f"/proc/self/task/{t}/schedstat").read().split()[0])
+                for t in os.listdir("/proc/self/task")
+            }
+        def others(times):
+            return {t: v for t, v in times.items() if t != me}
+        def spent(threads):
             torch.set_num_threads(2)
             torch.ones(10_000_000).sum()
-            time.sleep(0.3)  # an idle worker spins for a while, which would count as work
-            def busy():
-                return {
-                    int(t): int(open(f"/proc/self/task/{t}/schedstat").read().split()[0])
-                    for t in os.listdir("/proc/self/task")
-                }
+            before = busy()
+            while True:  # an idle worker spins for a while, which would count as work
+                time.sleep(0.2)
+                now = busy()
+                if others(now) == others(before):
+                    break
+                before = now
             torch.set_num_threads(threads)
             before = busy()
             for _ in range(100):
                 ops.linear(x, packed)
             after = busy()
             assert set(after) == set(before)
-            spent = {t: after[t] - before[t] for t in after}
-            return max(v for t, v in spent.items() if t != me) / spent[me]
+            return {t: after[t] - before[t] for t in after}
 
         me = threading.get_native_id()
-        threads = 1
-        assert helper_share() < 0.1
-        threads = 2
-        assert helper_share() > 0.3
+        alone = spent(1)
+        assert not any(others(alone).values())
+        assert max(others(spent(2)).values()) > 0.25 * alone[me]
         """
     )
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from _models import sparse_conv, sparse_linear
+from _models import fused_is_faster, set_times, sparse_conv, sparse_linear
 from torch import Tensor, nn
 
 import pared
+import pared._accelerate
 from pared.nn import Conv2d, Fused, Linear, PackedModule
 
 
@@ -29,6 +30,13 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.stem(x).mean((2, 3)) + self.embed(torch.tensor(1))
         return self.frozen(self.head(y) * self.scale)
+
+
+@pytest.fixture(autouse=True)
+def known_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever can be fused is, however busy the machine."""
+    set_times(monkeypatch, fused_is_faster)
+    monkeypatch.setattr(pared._accelerate, "_MODEL_SECONDS", 0.0)
 
 
 def convert(model: nn.Module, x: Any) -> nn.Module:
