@@ -1,0 +1,182 @@
+"""Draws the plots of the documents from benchmark files: ``python -m bench.plots results.json --out FOLDER``.
+
+- ``speedup_<threads>t.svg``: times faster than the fastest dense rival, against the share of zeros; a line
+  for each kernel, the geometric mean over its shapes.
+- ``tokens_<threads>t.svg``: time of a layer against the number of tokens, for suites that sweep it.
+- ``roofline_<threads>t.svg``: GFLOP/s reached against the operations a byte of weights, under the machine's
+  ceilings (measured when the plot is drawn: draw it where the file was made).
+
+Needs matplotlib: ``pip install 'pared[report]'``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.table import Row, geometric_mean, load, ratio_to_best
+
+# Colours that the colour-blind can tell apart (Okabe and Ito), and a marker each for print.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A00")
+_MARKERS = "osD^vPX*"
+
+
+def _sparsity(row: Row) -> float | None:
+    found = re.fullmatch(r"([\d.]+) %", row["cell"])
+    return float(found[1]) / 100 if found else None
+
+
+def _figure() -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # The same file from the same numbers: no random ids, no date.
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "pared", "font.size": 10, "axes.grid": True, "grid.alpha": 0.3}
+    )
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(7.2, 4.4), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return path
+
+
+def _machine(rows: Sequence[Row]) -> str:
+    threads = rows[0]["threads"]
+    return f"{rows[0]['cpu']}, {rows[0]['isa']}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _style(i: int) -> dict[str, Any]:
+    return {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)], "markersize": 5}
+
+
+def speedup(rows: Sequence[Row], out: Path) -> Path | None:
+    """Speed-up over the best rival against sparsity, one line a suite and cache state."""
+    lines: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        s = _sparsity(row)
+        if s is not None and s > 0:
+            name = f"{row['suite']}{', cold' if row['cold'] else ''}"
+            lines.setdefault(name, {}).setdefault(s, []).append(ratio_to_best(row))
+    lines = {name: points for name, points in lines.items() if len(points) > 1}
+    if not lines:
+        return None
+    figure, axes = _figure()
+    for i, (name, points) in enumerate(sorted(lines.items())):
+        xs = sorted(points)
+        axes.plot([100 * x for x in xs], [geometric_mean(points[x]) for x in xs], label=name, **_style(i))
+    axes.axhline(1.0, color="gray", linewidth=1)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}x")
+    axes.set_xlabel("zeros, %")
+    axes.set_ylabel("times faster than the fastest dense rival")
+    axes.set_title(_machine(rows), fontsize=9)
+    axes.legend(fontsize=7)
+    return _save(figure, out)
+
+
+def tokens(rows: Sequence[Row], out: Path) -> Path | None:
+    """Milliseconds against tokens, for layers and cells that were measured at five counts or more."""
+    layers: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row.get("tokens"):
+            name = (re.split(r" (float32|int8)", row["suite"])[0], row.get("out"), row.get("in"), row["cell"])
+            layers.setdefault(name, []).append(row)
+    layers = {k: v for k, v in layers.items() if len({r["tokens"] for r in v}) >= 5}
+    if not layers:
+        return None
+    figure, axes = _figure()
+    for i, ((kernel, n, k, cell), found) in enumerate(sorted(layers.items(), key=str)):
+        points: dict[int, list[float]] = {}
+        for r in found:
+            points.setdefault(r["tokens"], []).append(r["times"][r["target"]]["median_s"])
+        xs = sorted(points)
+        label = f"{kernel}, {n}x{k}, {cell}"
+        axes.plot(xs, [1e3 * geometric_mean(points[x]) for x in xs], label=label, **_style(i))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("ms a call")
+    axes.set_title(_machine(rows), fontsize=9)
+    axes.legend(fontsize=7)
+    return _save(figure, out)
+
+
+def roofline(rows: Sequence[Row], out: Path) -> Path | None:
+    """GFLOP/s of the non-zeros against operations a byte of input, weight and output, under the ceilings."""
+    from bench.roofline import measure
+
+    suites: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["gflops"] is None or "nnz" not in row or not row.get("tokens"):
+            continue
+        work = 2.0 * row["tokens"] * row["nnz"]
+        moved = 4.0 * row["tokens"] * (row["in"] + row["out"]) + 6.0 * row["nnz"]
+        suites.setdefault(row["suite"], []).append((work / moved, row["gflops"]))
+    if not suites:
+        return None
+    ceilings = measure(rows[0]["threads"])
+    figure, axes = _figure()
+    reach = [x for points in suites.values() for x, _ in points]
+    xs = [min(reach) / 2 * (4 * max(reach) / min(reach)) ** (i / 99) for i in range(100)]
+    for level in ceilings.levels:
+        ys = [min(ceilings.fma, level.load * x) * 1e-9 for x in xs]
+        axes.plot(xs, ys, color="gray", linewidth=1)
+        axes.annotate(level.name, (xs[4], ys[4]), fontsize=7, color="gray")
+    axes.axhline(ceilings.panel * 1e-9, color="gray", linestyle=":", linewidth=1)
+    axes.annotate("one load a multiply-add", (xs[55], ceilings.panel * 1e-9), fontsize=7, color="gray")
+    for i, (name, points) in enumerate(sorted(suites.items())):
+        axes.plot(*zip(*points, strict=True), label=name, linestyle="", **_style(i))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.set_xlabel("operations a byte of input, weight and output")
+    axes.set_ylabel("GFLOP/s of the non-zeros")
+    axes.set_title(_machine(rows), fontsize=9)
+    axes.legend(fontsize=7, loc="lower right")
+    return _save(figure, out)
+
+
+def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Every plot that the rows have data for."""
+    made: list[Path | None] = []
+    for n in sorted({r["threads"] for r in rows}):
+        mine = [r for r in rows if r["threads"] == n]
+        made += (
+            speedup(mine, folder / f"speedup_{n}t.svg"),
+            tokens(mine, folder / f"tokens_{n}t.svg"),
+            roofline(mine, folder / f"roofline_{n}t.svg"),
+        )
+    return [path for path in made if path is not None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.plots", description="Draw the plots.")
+    parser.add_argument("results", nargs="+", help="files of pytest's --benchmark-json")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder (default docs/images)")
+    args = parser.parse_args(argv)
+    rows: Iterable[Row] = (row for file in args.results for row in load(file))
+    args.out.mkdir(parents=True, exist_ok=True)
+    made = draw(list(rows), args.out)
+    for path in made:
+        print(path)
+    if not made:
+        print("no rows that a plot could show", file=sys.stderr)
+    return 0 if made else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
