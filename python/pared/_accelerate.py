@@ -324,6 +324,7 @@ def _decide(
         return c.keep_dense(f"no kernel is faster with {100 * row.sparsity:.1f}% zeros at these shapes")
     # Fusing saves passes over memory, but torch's own code for an activation may be faster: all are timed.
     variants: dict[str, Variant] = {}
+    references: dict[int, list[Reference]] = {}
     weight = c.module.weight
     groups = getattr(c.module, "groups", 1)
     for name in suitable:
@@ -338,8 +339,9 @@ def _decide(
                 module = _convert(c, name, packed[key], fused)
             except ValueError:  # a batch normalisation that cannot be undone
                 continue
-            adopt_hooks(module, c.module)
-            error, bound = _layer_error(c, module, fused)
+            if fused not in references:
+                references[fused] = _references(c, fused)
+            error, bound = _layer_error(module, references[fused])
             if math.isinf(error):
                 return c.keep_dense(f"{name} is not finite in the same places: zeros skip inf and NaN inputs")
             if error > bound:
@@ -353,6 +355,7 @@ def _decide(
     row.before, row.speedup, row.error, row.bound = before, v.speedup, v.error, v.bound
     if v.speedup < min_speedup:
         return c.keep_dense(f"{best} is {v.speedup:.2f}x, less than {min_speedup:g}x")
+    adopt_hooks(v.module, c.module)
     c.chosen, c.fused = v.module, v.fused
     row.kernel, row.after = v.module.format, v.after
     row.activation, row.norm = v.module.activation, c.norm(v.fused) is not None
@@ -404,44 +407,58 @@ def _suitable(c: Candidate, formats: Sequence[str], min_speedup: float) -> list[
     return [n for n in known if FORMATS[n].suits(1.0 - c.row.sparsity, min(1.0, occupied), positions)]
 
 
-def _layer_error(c: Candidate, module: PackedModule, fused: int) -> tuple[float, float]:
-    """(max |new - dense|, its bound) on the recorded inputs, where it comes closest to the bound.
+@dataclass(frozen=True)
+class Reference:
+    """What a layer has to compute for one input, and how far from it a kernel may be."""
+
+    x: Tensor
+    output: Tensor
+    bound: Tensor
+
+
+def _references(c: Candidate, fused: int) -> list[Reference]:
+    """For each recorded input, what the layer and the steps to be fused into it give, in float32.
 
     Two float32 sums of the same K products in different orders differ by at most ``K * eps * S`` with S the
     sum of the products' magnitudes; an activation's slope is at most 1.13, and its own evaluation and the
     output's rounding add a few ulps.
     """
-    steps = [copy_model(m).float() for _, m in c.steps[:fused]]
     eps = torch.finfo(torch.float32).eps
     plain = copy_model(c.module).float()
     magnitude = copy_model(plain)
     # forward(), not a call: hooks that the user put on the layer are not asked.
     for p in magnitude.parameters():
         p.abs_()
+    steps = [copy_model(m).float() for _, m in c.steps[:fused]]
     depth = math.prod(c.row.shape[1:])
-    worst = (0.0, 0.0)
+    found = []
     for s in c.calls:
-        x = c.samples.get(s)
-        x = _timing_input(s) if x is None else x
-        new = module(x).float()
-        old, size = plain.forward(x.float()), magnitude.forward(x.float().abs())
+        sample = c.samples.get(s)
+        x = _timing_input(s) if sample is None else sample
+        y, size = plain.forward(x.float()), magnitude.forward(x.float().abs())
         for step in steps:
-            old, size = step(old), _magnitude(step, size)
-        rounding = 0.5 * torch.finfo(s.dtype).eps if s.dtype != torch.float32 else 0.0
-        bound = 1.13 * (depth + 8) * eps * size + 2 * rounding * old.abs() + 1e-30
-        difference = (new - old).abs()
-        finite = old.isfinite()
+            y, size = step(y), _magnitude(step, size)
+        rounding = 0.0 if s.dtype == torch.float32 else torch.finfo(s.dtype).eps
+        found.append(Reference(x, y, 1.13 * (depth + 8) * eps * size + rounding * y.abs() + 1e-30))
+    return found
+
+
+def _layer_error(module: PackedModule, references: list[Reference]) -> tuple[float, float]:
+    """(|new - dense|, its bound) at the output where the first is the largest share of the second."""
+    worst = (0.0, 0.0)
+    for r in references:
+        new = module(r.x).float()
+        finite = r.output.isfinite()
         if not torch.equal(finite, new.isfinite()):
             return math.inf, 0.0
         if not finite.any():
             continue
-        share = torch.where(finite, difference / bound, 0.0)
-        at = share.argmax()
-        error, limit = float(difference.flatten()[at]), float(bound.flatten()[at])
+        difference = (new - r.output).abs()
+        at = torch.where(finite, difference / r.bound, 0.0).argmax()
+        error, limit = float(difference.flatten()[at]), float(r.bound.flatten()[at])
         if error > limit:
             return error, limit
-        if error >= worst[0]:
-            worst = (error, limit)
+        worst = max(worst, (error, limit))
     return worst
 
 

@@ -15,7 +15,6 @@ from pared.ops._library import foldable, grad_error, linear_op
 from pared.ops.packed import PackedWeight
 
 _KERNELS = {f.name: f.linear for f in FORMATS.values() if f.linear is not None}
-_empty = torch.empty
 _strided = torch.strided
 _grad_enabled = torch.is_grad_enabled
 _mode_depth = torch._C._len_torch_dispatch_stack
@@ -95,7 +94,7 @@ class Linear(PackedModule):
             raise grad_error("pared.nn.Linear")
         if not x.is_contiguous():
             x = foldable(x)
-        out = _empty((*x.shape[:-1], self.out_features), dtype=x.dtype, device=x.device)
+        out = x.new_empty((*x.shape[:-1], self.out_features))
         _KERNELS[self.format](x, buffers["packed"], buffers["bias"], out, self._act)
         return out
 

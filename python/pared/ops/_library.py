@@ -86,6 +86,8 @@ linear_op = _define(
 
 def images(x: Tensor) -> Tensor:
     """`x` [N, C, H, W] itself where the convolution reads it (whole planes, or pixels), else a copy."""
+    if x.is_contiguous():
+        return x
     _, channels, _, width = x.shape
     _, c, h, w = x.stride()
     if (w == 1 and h == width) or (c == 1 and w >= channels and h == width * w):
@@ -95,8 +97,10 @@ def images(x: Tensor) -> Tensor:
 
 def empty_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An uninitialised output for `images` of `x`, in its dtype and layout."""
+    if x.is_contiguous():
+        return x.new_empty(shape)
     strides = x.stride()
-    last = strides[1] == 1 and strides[3] != 1 and not x.is_contiguous()
+    last = strides[1] == 1 and strides[3] != 1
     layout = torch.channels_last if last else torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
