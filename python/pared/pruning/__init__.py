@@ -5,18 +5,46 @@ The public names are `pared.prune` (a function), `pared.Pruner` and `pared.sched
 ``pared.prune`` would replace the function `pared.prune` as soon as anything imported it.
 """
 
+from pared.pruning.calibration import Observer
+from pared.pruning.criteria import (
+    Activation,
+    BNScale,
+    ChangeRate,
+    Entropy,
+    Fisher,
+    GeometricMedian,
+    Gradient,
+    MutualInformation,
+    OutputWeight,
+    Propagation,
+    Taylor,
+    Wanda,
+)
 from pared.pruning.importance import Criterion, Magnitude, Random, Statistics
 from pared.pruning.oneshot import prune
 from pared.pruning.pruner import Pruner
 from pared.pruning.report import LayerReport, PruneReport
 
 __all__ = [
+    "Activation",
+    "BNScale",
+    "ChangeRate",
     "Criterion",
+    "Entropy",
+    "Fisher",
+    "GeometricMedian",
+    "Gradient",
     "LayerReport",
     "Magnitude",
+    "MutualInformation",
+    "Observer",
+    "OutputWeight",
+    "Propagation",
     "PruneReport",
     "Pruner",
     "Random",
     "Statistics",
+    "Taylor",
+    "Wanda",
     "prune",
 ]

@@ -1,24 +1,39 @@
 """How much a weight matters: the criteria, and the protocol that a user's own follows.
 
-A criterion gives each weight a score; the units with the smallest scores are pruned. Built in:
-``"magnitude"`` (``|w|``; the L1 norm over a block, see `Magnitude` for L2) and ``"random"`` (the baseline
-that every other criterion has to beat). A plain callable ``module -> scores`` is accepted wherever a name
-is.
+A criterion gives each weight a score; the units with the smallest scores are pruned. `NAMES` lists those that
+are built in; each class says its formula and its source. Those that look at weights alone are here, the
+others in `pared.pruning.criteria`. A plain callable ``module -> scores`` is accepted wherever a name is.
+
+A criterion that needs data or gradients says what it wants to see of each tensor with ``observe(target,
+pattern)``, which returns an `pared.pruning.calibration.Observer`; one that runs the model itself, or looks at
+other layers, has ``measure(model, targets, data, loss_fn)``, which returns a dict by tensor name. Either
+result is ``statistics.observed`` when `score` is called.
 """
 
 from __future__ import annotations
 
+import importlib
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import nn
 
 from pared._errors import choice_error
 
-__all__ = ["Criterion", "Importance", "Magnitude", "Random", "Statistics", "resolve"]
+__all__ = [
+    "NAMES",
+    "Criterion",
+    "Importance",
+    "Magnitude",
+    "Random",
+    "Statistics",
+    "resolve",
+    "selection_key",
+    "spread_units",
+]
 
 
 @dataclass(frozen=True)
@@ -31,11 +46,30 @@ class Statistics:
     parameter : name of the tensor in it, for example ``"weight"`` or ``"in_proj_weight"``.
     weight : the tensor as the forward pass uses it (masks of other tools applied), detached. Do not write
         to it.
+    observed : what the criterion's observer (or ``measure``) returned; None without one.
+    transposed : whether the weight is stored as [in, out] (transformers' Conv1D).
+    blocks : whether units of more than one weight are scored, RxC.
     """
 
     layer: str
     parameter: str
     weight: torch.Tensor
+    observed: Any = None
+    transposed: bool = False
+    blocks: bool = False
+
+
+def spread_units(units: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+    """One score an output, [outputs], as scores of the weight's shape: each weight has its output's."""
+    weight = statistics.weight
+    shape = [1] * weight.ndim
+    shape[1 if statistics.transposed else 0] = -1
+    return units.to(weight.device).reshape(shape).expand(weight.shape)
+
+
+def selection_key(criterion: Criterion) -> str:
+    """The key by which scores are compared once those of blocks have been put together."""
+    return "abs" if criterion.key == "abs_sum" else criterion.key
 
 
 @runtime_checkable
@@ -48,8 +82,8 @@ class Criterion(Protocol):
     needs_data, needs_gradients : whether `score` reads activations or gradients from its statistics.
     scope : where scores may be compared when the user does not say: "global", "layer" or "row".
     key : how the selection reads a score: "identity" as it is, "abs" its absolute value, "square" its
-        square; summed over a block. With the latter two the weight can be its own score: nothing is
-        allocated.
+        square; summed over a block. "abs_sum" is the absolute value of a block's sum. With "abs" and "square"
+        the weight can be its own score: nothing is allocated.
     """
 
     name: str
@@ -133,7 +167,25 @@ class _Callable:
 
 Importance: TypeAlias = "str | Criterion | Callable[[nn.Module], torch.Tensor | Mapping[str, torch.Tensor]]"
 
-_BUILT_IN: dict[str, type[Magnitude | Random]] = {"magnitude": Magnitude, "random": Random}
+# Name -> (module, class, arguments). The criteria in other modules are imported when they are asked for.
+_BUILT_IN: dict[str, tuple[str, str, tuple[object, ...]]] = {
+    "magnitude": ("importance", "Magnitude", ()),
+    "gradient": ("criteria", "Gradient", ()),
+    "taylor": ("criteria", "Taylor", ()),
+    "fisher": ("criteria", "Fisher", ()),
+    "wanda": ("criteria", "Wanda", ()),
+    "activation": ("criteria", "Activation", ()),
+    "apoz": ("criteria", "Activation", ("apoz",)),
+    "entropy": ("criteria", "Entropy", ()),
+    "mutual_information": ("criteria", "MutualInformation", ()),
+    "output_weight": ("criteria", "OutputWeight", ()),
+    "propagation": ("criteria", "Propagation", ()),
+    "bn_scale": ("criteria", "BNScale", ()),
+    "geometric_median": ("criteria", "GeometricMedian", ()),
+    "change_rate": ("criteria", "ChangeRate", ()),
+    "random": ("importance", "Random", ()),
+}
+NAMES = tuple(_BUILT_IN)
 
 
 def resolve(importance: object) -> Criterion:
@@ -141,7 +193,10 @@ def resolve(importance: object) -> Criterion:
     if isinstance(importance, str):
         if importance not in _BUILT_IN:
             raise choice_error("importance", importance, _BUILT_IN, "a callable module -> scores")
-        return _BUILT_IN[importance]()
+        module, name, arguments = _BUILT_IN[importance]
+        made = getattr(importlib.import_module(f"pared.pruning.{module}"), name)(*arguments)
+        assert isinstance(made, Criterion)
+        return made
     if not isinstance(importance, type):
         if hasattr(importance, "score"):
             required = ("name", "needs_data", "needs_gradients", "scope", "key")

@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
@@ -24,7 +24,7 @@ from pared.pruning.importance import Criterion, Statistics, checked_score
 from pared.pruning.patterns import Pattern
 from pared.pruning.targets import Target
 
-__all__ = ["SCOPES", "Scored", "check_finite", "check_writable", "choose", "score"]
+__all__ = ["SCOPES", "Blocks", "Scored", "check_finite", "check_writable", "choose", "score"]
 
 SCOPES = ("global", "layer", "row")
 
@@ -61,19 +61,42 @@ def check_writable(target: Target) -> None:
         )
 
 
-def score(criterion: Criterion, target: Target, pattern: Pattern, *, zeros_last: bool = True) -> Scored:
-    """Score one target.
+def score(
+    criterion: Criterion,
+    target: Target,
+    pattern: Pattern,
+    *,
+    observed: Any = None,
+    zeros_last: bool = True,
+) -> Scored:
+    """Score one target. `observed`: what the criterion saw of it in the data.
 
     `zeros_last` ranks weights that are zero already below everything else. A weight that is its own score
     does so by itself; scores of other criteria are changed in a copy.
     """
     weight = target.weight
     check_finite(target, weight)
-    scores = checked_score(criterion, target.module, Statistics(target.layer, target.parameter, weight))
+    blocks = pattern.kind == "block"
+    # The criterion scores a block as one: the score is in its first element, or becomes it here.
+    joint = blocks and (criterion.key == "abs_sum" or getattr(criterion, "joint", False))
+    scores = checked_score(
+        criterion,
+        target.module,
+        Statistics(target.layer, target.parameter, weight, observed, target.transposed, blocks),
+    )
+    if blocks and criterion.key == "abs_sum":
+        whole = Blocks(weight.shape, target, pattern)
+        sums = [part.sum((2, 4)) for part in whole.split(scores, fill=0.0)]
+        scores = whole.corners(sums)
+    elif any(size > 1 and stride == 0 for size, stride in zip(scores.shape, scores.stride(), strict=True)):
+        scores = scores.contiguous()  # one number a unit, expanded
     if zeros_last and scores is not weight:
         dead = weight == 0
         if bool(dead.any()):
-            if criterion.key != "identity":
+            if joint:
+                lowest = -math.inf if criterion.key == "identity" else 0.0
+                scores = scores.masked_fill(_dead_blocks(dead, target, pattern), lowest)
+            elif criterion.key != "identity":
                 scores = scores.masked_fill(dead, 0)
             elif pattern.kind == "block":
                 scores = scores.masked_fill(dead, 0).masked_fill(
@@ -90,11 +113,11 @@ def score(criterion: Criterion, target: Target, pattern: Pattern, *, zeros_last:
 
 def _dead_blocks(dead: torch.Tensor, target: Target, pattern: Pattern) -> torch.Tensor:
     """Elements whose whole block is dead."""
-    blocks = _Blocks(dead.shape, target, pattern)
+    blocks = Blocks(dead.shape, target, pattern)
     return blocks.spread([part.amin((2, 4)) for part in blocks.split(dead.float(), fill=1.0)]) > 0
 
 
-class _Blocks:
+class Blocks:
     """The blocks of one weight as axes of a view, for the few places that no selection kernel covers.
 
     Blocks lie in [out, in] at one tap and stay inside a convolution's group, whose outputs share their
@@ -121,8 +144,21 @@ class _Blocks:
     def spread(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """From one number a block, [taps, block rows, block columns], to the weight's shape."""
         r, c = self.unit
-        grown = [p.repeat_interleave(r, 1)[:, : self.part].repeat_interleave(c, 2) for p in parts]
-        x = torch.cat(grown, 1)[:, : self.out, : self.channels].permute(1, 2, 0)
+        return self._join([p.repeat_interleave(r, 1).repeat_interleave(c, 2) for p in parts])
+
+    def corners(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """As `spread`, with the number in each block's first element and zeros in the others."""
+        grown = []
+        for p in parts:
+            (r, c), (taps, rows, cols) = self.unit, p.shape
+            block = p.new_zeros(taps, rows, r, cols, c)
+            block[:, :, 0, :, 0] = p
+            grown.append(block.reshape(taps, rows * r, cols * c))
+        return self._join(grown)
+
+    def _join(self, grown: Sequence[torch.Tensor]) -> torch.Tensor:
+        x = torch.cat([p[:, : self.part] for p in grown], 1)
+        x = x[:, : self.out, : self.channels].permute(1, 2, 0)
         x = x.reshape(self.out, self.channels) if len(self.shape) == 2 else x.reshape(self.shape)
         return x.t() if self.transposed else x
 
@@ -250,7 +286,7 @@ def _rows(s: Scored, key: str, sparsity: float, pattern: Pattern) -> torch.Tenso
         return mask.t() if s.target.transposed else mask
     if not s.scores.numel():
         return torch.zeros_like(s.scores, dtype=torch.bool)
-    blocks = _Blocks(s.scores.shape, s.target, pattern)
+    blocks = Blocks(s.scores.shape, s.target, pattern)
     masks = []
     for part in blocks.split(s.scores.float(), fill=0.0):
         size = {"abs": part.abs, "square": part.square, "identity": part.clone}[key]().sum((2, 4))

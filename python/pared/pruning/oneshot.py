@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import nn
 
 from pared._errors import choice_error
 from pared._sparsity import bake, masked_names, weight_format
-from pared.pruning.importance import Criterion, Importance, resolve
-from pared.pruning.masks import SCOPES, check_writable, choose, score
+from pared.pruning import calibration
+from pared.pruning.calibration import InputNorms, LossFn, MeanGradient
+from pared.pruning.importance import Criterion, Importance, resolve, selection_key
+from pared.pruning.masks import SCOPES, Scored, check_finite, check_writable, choose, score
 from pared.pruning.patterns import Pattern, parse_pattern
 from pared.pruning.report import LayerReport, PruneReport
 from pared.pruning.targets import Filters, Target, collect, unwrap
@@ -55,11 +57,11 @@ def make_plan(
         raise TypeError(
             f"loss_fn: expected a callable (model, batch) -> scalar, got {type(loss_fn).__name__}"
         )
-    if criterion.needs_data or criterion.needs_gradients:
-        what = "gradients" if criterion.needs_gradients else "activations"
+    if data is None and (criterion.needs_data or criterion.needs_gradients):
+        raise ValueError(f"data: expected batches, which {criterion.name!r} needs, got None")
+    if loss_fn is None and criterion.needs_gradients:
         raise ValueError(
-            f"importance: expected a criterion that scores weights alone, got {criterion.name!r}, which "
-            f"needs {what}; statistics over data are not collected"
+            f"loss_fn: expected a callable (model, batch) -> scalar, which {criterion.name!r} needs, got None"
         )
     targets, dense = collect(module, include, exclude, keep_first, keep_last)
     for target in targets:
@@ -70,6 +72,43 @@ def make_plan(
     return Plan(
         module, parsed, criterion, scope if isinstance(scope, str) else criterion.scope, targets, dense
     )
+
+
+def observe(plan: Plan, data: object, loss_fn: LossFn | None) -> Mapping[str, Any]:
+    """What the criterion wants to know of each target: one pass over `data`, or the criterion's own measure.
+
+    By the target's name. Criteria that say only that they need gradients or data get the gradient of the mean
+    loss, or the norms of the inputs' columns.
+    """
+    criterion: Any = plan.criterion
+    if hasattr(criterion, "measure"):
+        found: Mapping[str, Any] = criterion.measure(plan.model, plan.targets, data, loss_fn)
+        return found
+    make = getattr(criterion, "observe", None)
+    if make is None:
+        if not (criterion.needs_data or criterion.needs_gradients):
+            return {}
+        make = MeanGradient if criterion.needs_gradients else InputNorms
+    observers = {target.name: make(target, plan.pattern) for target in plan.targets}
+    calibration.collect(plan.model, plan.targets, observers, data, loss_fn, repr(criterion.name))
+    return {name: observer.result() for name, observer in observers.items()}
+
+
+def score_all(plan: Plan, observed: Mapping[str, Any], *, zeros_last: bool = True) -> Iterator[Scored]:
+    """The targets with their scores, one after the other."""
+    for target in plan.targets:
+        seen = observed.get(target.name)
+        yield score(plan.criterion, target, plan.pattern, observed=seen, zeros_last=zeros_last)
+
+
+def choose_masks(
+    plan: Plan, observed: Mapping[str, Any], sparsity: float, *, zeros_last: bool = True
+) -> list[torch.Tensor]:
+    """Masks of all targets; only a global selection holds more than one layer's scores at a time."""
+    scored, key = score_all(plan, observed, zeros_last=zeros_last), selection_key(plan.criterion)
+    if plan.scope == "global" and plan.pattern.kind != "nm":
+        return choose(list(scored), key, sparsity, plan.pattern, plan.scope)
+    return [choose([s], key, sparsity, plan.pattern, plan.scope)[0] for s in scored]
 
 
 def _check_ties(target: Target) -> None:
@@ -172,14 +211,19 @@ def prune(
         already count. None only with N:M, which fixes it.
     pattern : "unstructured"; "RxC", blocks of R consecutive outputs by C consecutive inputs (of one tap, for
         convolutions), such as "1x4", "4x1", "16x1"; "N:M", the N best of every M inputs, such as "2:4".
-    importance : "magnitude" (``|w|``, the L1 norm of a block), "random", an object that follows
-        `pared.pruning.Criterion`, or a callable ``module -> scores`` (of the weight's shape, larger is more
-        important; a dict by tensor name for modules with several weights).
+    importance : a name: "magnitude" (``|w|``, the L1 norm of a block), "random"; with `data` "wanda",
+        "activation", "apoz", "entropy", "mutual_information", "change_rate"; with `data` and `loss_fn`
+        "taylor", "fisher", "gradient"; from the layers around "output_weight", "propagation", "bn_scale",
+        "geometric_median". Or an object that follows `pared.pruning.Criterion`, or a callable ``module ->
+        scores`` (of the weight's shape, larger is more important; a dict by tensor name for modules with
+        several weights). The classes in `pared.pruning` say what each is, and take options.
     scope : where scores compete. "global": over all layers; "layer": each layer loses the same share;
-        "row": each output (block row) does. None: the criterion's own, global for those above. N:M is the
-        same for each.
-    data, loss_fn : batches and ``loss_fn(model, batch) -> scalar`` for criteria that need them; the criteria
-        above do not, and ignore them.
+        "row": each output (block row) does. None: the criterion's own: row for wanda, layer for those that
+        rank units, global for the others. N:M is the same for each.
+    data : batches, for criteria that need them; one pass. Tensors (the model's argument), tuples (its
+        arguments, or ``(input, label)``) or dicts (its keyword arguments).
+    loss_fn : ``loss_fn(model, batch) -> scalar``, the batch's mean loss, for criteria that need gradients;
+        where given, it is also how other criteria run the model.
     include, exclude : filters: a glob over names ("encoder.*", "*.fc1"), a regular expression (compiled,
         or a string after "re:"), a module type, a module, a callable ``(layer name, module) -> bool``, or a
         list of those. What matches a container selects everything in it; exclude wins. Embeddings, and
@@ -194,13 +238,17 @@ def prune(
     Raises
     ------
     TypeError, ValueError : naming the argument, what was expected and what came: among others non-finite
-        weights, an unknown parametrisation, a filter that matches nothing. The model is then untouched.
+        weights, an unknown parametrisation, a filter that matches nothing; no data or no loss where the
+        criterion needs it, a loss without a gradient, an exhausted loader, NaN in the data (which batch,
+        which layer). The model is then untouched.
 
     Notes
     -----
     Of n units ``n - round(sparsity * n)`` are kept, exactly, ties going to the lowest index, and at least
     one in each layer (in each row, with ``scope="row"``), so that no layer is emptied. Tied weights are
     pruned once and stay tied. Parameters stay the same objects. float64 weights are ranked in float32.
+    Statistics are streamed: sums stay, activations do not. The model runs in eval mode, and its mode, its
+    ``.grad`` and its ``requires_grad`` flags are as before afterwards.
 
     Zeros alone are not faster: `pared.accelerate` is the next step. To fine-tune a pruned model with its
     zeros held, use `pared.Pruner`.
@@ -209,9 +257,10 @@ def prune(
         model, pattern, importance, scope, data, loss_fn, include, exclude, keep_first, keep_last
     )
     target_sparsity = check_sparsity(sparsity, plan.pattern)
-    scored = [score(plan.criterion, target, plan.pattern) for target in plan.targets]
-    masks = choose(scored, plan.criterion.key, target_sparsity, plan.pattern, plan.scope)
-    before = [int(torch.count_nonzero(s.weight)) for s in scored]
+    for target in plan.targets:
+        check_finite(target, target.weight)  # before the data: a model that is broken says so at once
+    masks = choose_masks(plan, observe(plan, data, loss_fn), target_sparsity)
+    before = [int(torch.count_nonzero(target.weight)) for target in plan.targets]
     bake_targets(plan.targets)
     for target, mask in zip(plan.targets, masks, strict=True):
         zero(target.tensor, mask.logical_not_())

@@ -12,8 +12,15 @@ import torch
 from torch import nn
 
 from pared.pruning.importance import Importance
-from pared.pruning.masks import Scored, choose, score
-from pared.pruning.oneshot import bake_targets, check_sparsity, make_plan, make_report, zero
+from pared.pruning.oneshot import (
+    bake_targets,
+    check_sparsity,
+    choose_masks,
+    make_plan,
+    make_report,
+    observe,
+    zero,
+)
 from pared.pruning.report import PruneReport
 from pared.pruning.targets import Filters, Target
 from pared.schedules import Schedule
@@ -40,7 +47,8 @@ class Pruner:
     Parameters
     ----------
     model, pattern, importance, scope, data, loss_fn, include, exclude, keep_first, keep_last : as in
-        `pared.prune`.
+        `pared.prune`. A criterion that needs `data` goes through it at every choice of masks (see
+        `update_every`): batches in a list, or a loader, not an iterator.
     schedule : callable ``step -> sparsity`` in [0, 1); see `pared.schedules`. After n calls of `step` the
         masks are those of ``schedule(n)``. With N:M the number kept of each M falls from M to N as the
         sparsity rises to ``1 - N/M``, which it may not exceed.
@@ -109,6 +117,13 @@ class Pruner:
         self._plan = make_plan(
             model, pattern, importance, scope, data, loss_fn, include, exclude, keep_first, keep_last
         )
+        if self._plan.criterion.needs_data and data is not None and iter(data) is data:
+            raise TypeError(
+                "data: expected batches that can be gone through at every choice of masks, such as a list "
+                "or a "
+                f"DataLoader, got an iterator ({type(data).__name__})"
+            )
+        self._data, self._loss_fn = data, loss_fn
         final = getattr(schedule, "final", getattr(schedule, "sparsity", None))
         if self._plan.pattern.kind == "nm" and isinstance(final, float):
             check_sparsity(final, self._plan.pattern)
@@ -198,8 +213,8 @@ class Pruner:
 
     def _choose(self, sparsity: float) -> list[torch.Tensor | None]:
         plan, held = self._plan, not self._allow_regrowth
-        scored: list[Scored] = [score(plan.criterion, t, plan.pattern, zeros_last=held) for t in plan.targets]
-        masks = choose(scored, plan.criterion.key, sparsity, plan.pattern, plan.scope)
+        observed = observe(plan, self._data, self._loss_fn)
+        masks = choose_masks(plan, observed, sparsity, zeros_last=held)
         dropped: list[torch.Tensor | None] = []
         for mask, old in zip(masks, self._dropped, strict=True):
             new = mask.logical_not_()
