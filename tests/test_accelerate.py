@@ -375,6 +375,29 @@ def test_several_shapes_are_decided_on_summed_time(monkeypatch: pytest.MonkeyPat
     assert v.speedup == pytest.approx(1.3)
 
 
+def test_layers_alike_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    set_times(monkeypatch, lambda name, module: asked.append(name) or (1.0 if module is None else 0.5))
+    model = nn.Sequential(
+        sparse_linear(64, 64),
+        sparse_linear(64, 64, seed=1),
+        sparse_linear(64, 64, 0.4, seed=2),  # another density
+        sparse_linear(64, 64, bias=False, seed=3),
+        nn.Sequential(nn.Unflatten(0, (2, 3)), sparse_linear(64, 64, seed=4)),  # another input
+        nn.Sequential(sparse_linear(64, 64, seed=5), nn.ReLU()),  # other variants
+    )
+    fast = convert(model, torch.randn(6, 64), min_speedup=1.0)
+    assert list(dict.fromkeys(asked)) == ["0", "2", "3", "4.1", "5.0"]
+    assert (row(fast, "1").before, row(fast, "1").after, row(fast, "1").speedup) == (1.0, 0.5, 2.0)
+    assert row(fast, "1").reason == "2.00x faster than dense, as timed for 0"
+    assert isinstance(fast[1], Linear)
+    monkeypatch.undo()
+    set_times(monkeypatch, lambda name, module: 1.0)
+    fast = convert(model, torch.randn(6, 64), min_speedup=1.5)
+    assert row(fast, "1").reason == "csr is 1.00x, less than 1.5x, as timed for 0"
+    assert not layers(fast)
+
+
 def test_strided_inputs_are_timed_as_they_come() -> None:
     x = torch.randn(3, 6, 8)
     for view in (x[:, 0], x.transpose(0, 1), x[..., ::2], x[:1].expand(4, 6, 8), x[0, 0], x[:0]):
