@@ -386,6 +386,8 @@ def test_layers_alike_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         nn.Sequential(nn.Unflatten(0, (2, 3)), sparse_linear(64, 64, seed=4)),  # another input
         nn.Sequential(sparse_linear(64, 64, seed=5), nn.ReLU()),  # other variants
     )
+    with torch.no_grad():
+        model[1].weight.copy_(model[0].weight.flip(0))  # as many non-zeros
     fast = convert(model, torch.randn(6, 64), min_speedup=1.0)
     assert list(dict.fromkeys(asked)) == ["0", "2", "3", "4.1", "5.0"]
     assert (row(fast, "1").before, row(fast, "1").after, row(fast, "1").speedup) == (1.0, 0.5, 2.0)
