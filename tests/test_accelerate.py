@@ -710,7 +710,18 @@ def test_formats_that_suit(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pared.accelerate(model, torch.randn(64, 32))
     assert tried == {"0": ["csr"], "1": ["dense"], "2": ["csr", "bsr"], "3": ["csr", "dense"]}
     fast = pared.accelerate(model, torch.randn(1, 32))
+    assert tried["0"] == ["csr", "bitmap"]
+    assert tried["2"] == ["csr", "bsr", "bitmap"]
     assert "no kernel is faster with 0.0% zeros" in row(fast, "1").reason
+
+
+def test_a_linear_format_converts_and_comes_back() -> None:
+    model, x = mlp(), torch.randn(3, 16)
+    fast = convert(model, x, formats=["bitmap"])
+    assert {m.format for m in fast.modules() if isinstance(m, PackedModule)} == {"bitmap"}
+    torch.testing.assert_close(fast(x), model.eval()(x).detach(), atol=1e-5, rtol=1e-5)
+    assert equal_states(pared.restore(fast), model)
+    torch.testing.assert_close(torch.compile(fast, fullgraph=True, backend="aot_eager")(x), fast(x))
 
 
 @pytest.mark.parametrize("name", ["csr", "bsr", "dense"])

@@ -12,24 +12,11 @@ import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_check import HEADER, aligned_copy, checksum, header
 
 from pared import _core
 from pared.ops import CSR
 
-# csrc/formats/packed.h, version 1.
-HEADER = np.dtype(
-    [
-        ("magic", "S8"),
-        *((name, "u2") for name in ("kind", "version")),
-        *((name, "u1") for name in ("dtype", "entry_rows")),
-        ("reserved", "2u1"),
-        ("bytes", "u8"),
-        *((name, "i8") for name in ("rows", "cols", "nnz", "entries")),
-        *((name, "i4") for name in ("channels", "kh", "kw", "groups")),
-        *((name, "u4") for name in ("tile", "block_k")),
-        *((name, "u8") for name in ("starts_at", "counts_at", "values_at", "offsets_at", "checksum")),
-    ]
-)
 SIZES = [0, 1, 2, 15, 16, 17, 79, 80, 81, 97, 127, 128, 129, 239, 240, 241, 257]
 
 
@@ -37,19 +24,6 @@ def random_weight(rng, rows: int, cols: int, sparsity: float, dtype=np.float32) 
     w = rng.standard_normal((rows, cols))
     w[rng.random((rows, cols)) < sparsity] = 0
     return w.astype(dtype)
-
-
-def aligned_copy(packed: np.ndarray, extra: int = 0) -> np.ndarray:
-    """A writable copy at a 64-byte boundary, `extra` bytes longer."""
-    room = np.zeros(packed.size + extra + 64, np.uint8)
-    at = -room.ctypes.data % 64
-    out = room[at : at + packed.size + extra]
-    out[: packed.size] = packed
-    return out
-
-
-def header(packed: np.ndarray) -> np.ndarray:
-    return packed[: HEADER.itemsize].view(HEADER)[0]
 
 
 # ---- round trips
@@ -353,17 +327,6 @@ def test_planted_faults_behind_a_valid_checksum(packed):
         section[name][at] = old
     h["checksum"] = checksum(packed)
     check(packed)
-
-
-def checksum(packed: np.ndarray) -> int:
-    """Second implementation of the header's checksum."""
-    data = packed.copy()
-    data[: HEADER.itemsize].view(HEADER)[0]["checksum"] = 0
-    value, mask = 0xCBF29CE484222325, (1 << 64) - 1
-    for word in data.view(np.uint64).tolist():
-        value = ((value ^ word) * 0x100000001B3) & mask
-        value ^= value >> 29
-    return value
 
 
 def test_truncated_grown_and_misaligned_buffers(packed):

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
@@ -11,25 +10,13 @@
 #include "core/check.h"
 #include "core/parallel.h"
 #include "formats/formats.h"
-#include "kernels/generic/half.h"
+#include "formats/values.h"
 
 namespace pared {
 namespace {
 
 constexpr int64_t kGroupsPerTask = 8;
 constexpr int64_t kMaxNonZeros = int64_t{1} << 32;  // starts are 32 bits
-
-float value_at(const void* data, int64_t i, DType t) {
-  switch (t) {
-    case DType::f32: return static_cast<const float*>(data)[i];
-    case DType::bf16: return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
-    default: return f16_to_float(static_cast<const uint16_t*>(data)[i]);
-  }
-}
-
-// Zeros and denormals are not stored: a denormal operand slows a multiply-add a hundredfold on some
-// processors and moves no result by more than 1e-38 of an input.
-bool is_stored(float v) { return std::fabs(v) >= FLT_MIN; }
 
 // Calls fn(column, value) for each element of a row that may be stored. One loop for every source.
 template <class F>

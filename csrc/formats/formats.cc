@@ -1,6 +1,7 @@
 #include "formats/formats.h"
 
 #include "core/check.h"
+#include "formats/bitmap.h"
 #include "formats/csr.h"
 
 namespace pared {
@@ -12,10 +13,17 @@ void unpack_panel(const uint8_t* data, int64_t bytes, DType dtype, void* out) {
   unpack_csr_dense(view_csr(data, bytes), dtype, out);
 }
 
+void check_bitmap(const uint8_t* data, int64_t bytes) { view_bitmap(data, bytes); }
+void validate_bitmap_bytes(const uint8_t* data, int64_t bytes) { validate_bitmap(view_bitmap(data, bytes)); }
+void unpack_bitmap(const uint8_t* data, int64_t bytes, DType dtype, void* out) {
+  unpack_bitmap_dense(view_bitmap(data, bytes), dtype, out);
+}
+
 constexpr PackedFormat kFormats[] = {
     {PackedKind::csr, "csr", check_panel, validate_panel, unpack_panel},
     {PackedKind::bsr, "bsr", check_panel, validate_panel, unpack_panel},
     {PackedKind::dense, "dense", check_panel, validate_panel, unpack_panel},
+    {PackedKind::bitmap, "bitmap", check_bitmap, validate_bitmap_bytes, unpack_bitmap},
 };
 
 }  // namespace

@@ -79,6 +79,56 @@ struct panel_store {
   static constexpr const char* doc = "bias, activation, transpose and narrow into the output";
 };
 
+// Few tokens against a weight of masks and packed values (formats/bitmap.h): 16 outputs a vector, each vector
+// expanded once and used for every token. One call covers consecutive groups of one K block.
+inline constexpr int kBitmapMaxTokens = 16;
+// Floats between the tokens of `x`: a K block, and a line more so that tokens do not share cache sets.
+inline constexpr int kBitmapStride = 512 + 16;
+struct BitmapArgs {
+  const uint16_t* masks;  // [groups][vectors]
+  const float* values;    // the non-zeros of all of them, and 64 readable bytes
+  const float* x;         // [tokens][kBitmapStride], zero up to `vectors`
+  float* acc;             // [groups][tokens][16], 64-byte aligned
+  int32_t groups;
+  int32_t vectors;  // of a group; a multiple of 4
+  bool accumulate;  // false: acc is written, not read
+};
+struct bitmap_f32 {
+  // One function for each number of tokens, 1..kBitmapMaxTokens, at index tokens - 1.
+  using Fn = void(const BitmapArgs&);
+  using Table = Fn* const[kBitmapMaxTokens];
+  static constexpr const char* doc = "masked weights, expanded in registers, times few tokens, float32";
+};
+
+// Rows of any of the float types to float32: to[row * to_stride + i] for i < units, and zeros up to `padded`.
+struct RowsWidenArgs {
+  const void* x;
+  int64_t x_stride;  // elements
+  DType dtype;       // f32, f16 or bf16
+  int32_t rows, units, padded;
+  float* to;
+  int32_t to_stride;
+};
+struct rows_widen {
+  using Fn = void(const RowsWidenArgs&);
+  static constexpr const char* doc = "widen rows of activations to float32";
+};
+
+// Epilogue of products with outputs in lanes: y[token][i] = activation(acc[i / 16][token][i % 16] + bias[i]).
+struct RowsStoreArgs {
+  const float* acc;  // [outputs / 16, rounded up][tokens][16]
+  int32_t tokens, outputs;
+  const float* bias;  // [outputs], or null
+  Activation activation;
+  void* y;
+  int64_t y_stride;  // elements between tokens
+  DType dtype;       // f32, f16 or bf16: rounded to nearest even
+};
+struct rows_store {
+  using Fn = void(const RowsStoreArgs&);
+  static constexpr const char* doc = "bias, activation and narrowing of rows of outputs";
+};
+
 // Lanes of one vector of a convolution's panel row that lie at even steps in the input: lane l reads element
 // `offset + l * step` of the tap's view of a channel plane. A vector whose positions cross an output row or
 // an image is several runs.

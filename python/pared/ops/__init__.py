@@ -1,5 +1,6 @@
 """Functional operations over numpy arrays and torch tensors: the same kind comes out as goes in."""
 
+from pared.ops.bitmap import Bitmap
 from pared.ops.bsr import BSR, Dense
 from pared.ops.conv import conv2d
 from pared.ops.csr import CSR
@@ -10,6 +11,7 @@ from pared.ops.selection import Threshold, block_mask, nm_mask, select_threshold
 __all__ = [
     "BSR",
     "CSR",
+    "Bitmap",
     "Dense",
     "PackedWeight",
     "Threshold",

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pared import _core
 from pared._types import Array
+from pared.ops.bitmap import Bitmap
 from pared.ops.bsr import BSR, Dense
 from pared.ops.csr import CSR
 from pared.ops.packed import PackedWeight
@@ -63,6 +64,16 @@ FORMATS: dict[str, Format] = {
             _core.conv2d_csr,
             "float32",
             lambda d, q, n: d > 0.4 and n >= 32,
+        ),
+        # For few positions: its multiply-adds do not get fewer with the zeros.
+        Format(
+            "bitmap",
+            5,
+            Bitmap,
+            _core.linear_bitmap,
+            None,
+            "float32",
+            lambda d, q, n: d <= 0.85 and n <= 32,
         ),
     )
 }

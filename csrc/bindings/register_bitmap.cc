@@ -1,0 +1,40 @@
+// Bitmap weights: pack, and the linear operation on them.
+#include "bindings/array.h"
+#include "bindings/register.h"
+#include "bindings/weights.h"
+#include "core/check.h"
+#include "formats/bitmap.h"
+#include "ops/bitmap.h"
+
+namespace pared {
+
+void register_bitmap(py::module_& m) {
+  m.def(
+      "bitmap_pack_dense",
+      [](py::handle weight) {
+        const Array a = parse_array(weight, "weight");
+        require_dtype(a, kFloatTypes);
+        require_shape(a, {-1, -1});
+        const DenseView w{a.data, a.dtype, a.shape[0], a.shape[1], a.strides[0], a.strides[1]};
+        BitmapPlan plan;
+        {
+          py::gil_scoped_release unlocked;
+          plan = plan_bitmap(w);
+        }
+        return packed_array(plan.header, [&](uint8_t* out) { pack_bitmap(w, plan, out); });
+      },
+      py::arg("weight"));
+
+  m.def(
+      "linear_bitmap",
+      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const std::string& activation) {
+        const Array ap = parse_array(packed, "packed");
+        const BitmapPacked w = view_bitmap(packed_bytes(ap), ap.size());
+        const LinearArgs args = parse_linear(x, ap, *w.header, bias, out, activation);
+        py::gil_scoped_release unlocked;
+        linear_bitmap(args, w);
+      },
+      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation") = "");
+}
+
+}  // namespace pared

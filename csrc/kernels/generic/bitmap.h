@@ -1,0 +1,145 @@
+// Few tokens against masked weights. A vector's non-zeros are loaded from where the popcounts of the masks
+// before it lead to, expanded to their lanes, and multiplied with each token's activation, which is broadcast
+// from memory. E is one level's expansion (Avx512Expand, ...).
+#pragma once
+
+#include "kernels/generic/simd.h"
+#include "kernels/types.h"
+
+namespace pared {
+namespace {
+
+constexpr int kBitmapVector = 16;  // outputs
+// Bytes ahead of the values and of the masks that are fetched: the out-of-order window holds 60 vectors,
+// under 1 KB of a sparse weight, and memory is further away.
+constexpr int kValuesAhead = 4096, kMasksAhead = 512;
+
+struct ScalarExpand {
+  using S = ScalarF32;
+  static constexpr int kTokens = 4;  // of one pass over a group: what the registers hold
+  static PARED_INLINE void expand(unsigned mask, const float* values, float out[16]) {
+    for (int i = 0; i < 16; ++i) out[i] = mask >> i & 1 ? *values++ : 0.0f;
+  }
+};
+
+#if defined(__AVX2__)
+// For each 8-bit mask and lane: the lane's place among the non-zeros, or the sign bit where there is none.
+struct ExpandTable {
+  uint8_t place[256][8];
+  constexpr ExpandTable() : place() {
+    for (int mask = 0; mask < 256; ++mask)
+      for (int i = 0, n = 0; i < 8; ++i)
+        place[mask][i] = mask >> i & 1 ? static_cast<uint8_t>(n++) : static_cast<uint8_t>(0x80);
+  }
+};
+alignas(64) constexpr ExpandTable kExpandTable;
+
+struct Avx2Expand {
+  using S = Avx2F32;
+  static constexpr int kTokens = 6;
+  static PARED_INLINE __m256 half(unsigned mask, const float* values) {
+    const __m256i place = _mm256_cvtepi8_epi32(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpandTable.place[mask & 0xff])));
+    const __m256 v = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), place);
+    return _mm256_blendv_ps(v, _mm256_setzero_ps(), _mm256_castsi256_ps(place));
+  }
+  static PARED_INLINE void expand(unsigned mask, const float* values, __m256 out[2]) {
+    out[0] = half(mask, values);
+    out[1] = half(mask >> 8, values + __builtin_popcount(mask & 0xff));
+  }
+};
+#endif
+
+#if defined(__AVX512F__)
+struct Avx512Expand {
+  using S = Avx512F32;
+  static constexpr int kTokens = 16;
+  static PARED_INLINE void expand(unsigned mask, const float* values, __m512 out[1]) {
+    // Zen 5 lets an expansion wait for the old content of its destination even when it zeroes: five cycles
+    // each for one. A fresh zero that the compiler cannot see through keeps them apart.
+    __m512 zero = _mm512_setzero_ps();
+    __asm__("" : "+v"(zero));
+    out[0] = _mm512_mask_expandloadu_ps(zero, static_cast<__mmask16>(mask), values);
+  }
+};
+#endif
+
+// Sums that run beside each other for each token: what the latency of a multiply-add needs while an
+// expansion, not the multiply-adds, sets the pace.
+constexpr int partial_sums(int tokens, int vectors) {
+  return tokens * vectors <= 2 ? 4 : tokens * vectors <= 7 ? 2 : 1;
+}
+
+// TOKENS tokens of one group, the values behind `values`; returns the values behind the group.
+template <class E, int TOKENS>
+PARED_INLINE const float* bitmap_group(const uint16_t* masks, const float* values, const float* x, float* acc,
+                                       int vectors, bool accumulate) {
+  using S = typename E::S;
+  constexpr int N = kBitmapVector / S::width;
+  constexpr int P = S::width == 1 ? 1 : partial_sums(TOKENS, N);
+  typename S::V sum[P][TOKENS][N];
+  for (int p = 0; p < P; ++p)
+    for (int t = 0; t < TOKENS; ++t)
+      for (int n = 0; n < N; ++n)
+        sum[p][t][n] = accumulate && p == 0 ? S::load(acc + t * kBitmapVector + n * S::width) : S::zero();
+  for (int v = 0; v < vectors; v += 4) {
+    uint64_t four;
+    __builtin_memcpy(&four, masks + v, 8);
+    __builtin_prefetch(reinterpret_cast<const char*>(masks + v) + kMasksAhead);
+    __builtin_prefetch(reinterpret_cast<const char*>(values) + kValuesAhead);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const unsigned mask = static_cast<unsigned>(four >> (16 * i)) & 0xffffu;
+      typename S::V w[N];
+      E::expand(mask, values, w);
+      values += __builtin_popcount(mask);
+#pragma GCC unroll 16
+      for (int t = 0; t < TOKENS; ++t) {
+        const auto a = S::set1(x[t * kBitmapStride + v + i]);
+        for (int n = 0; n < N; ++n) sum[i % P][t][n] = S::fma(w[n], a, sum[i % P][t][n]);
+      }
+    }
+  }
+  for (int t = 0; t < TOKENS; ++t)
+    for (int n = 0; n < N; ++n) {
+      typename S::V s = sum[0][t][n];
+      if constexpr (P == 2) s = S::add(s, sum[1][t][n]);
+      if constexpr (P == 4) s = S::add(S::add(s, sum[1][t][n]), S::add(sum[2][t][n], sum[3][t][n]));
+      S::store(acc + t * kBitmapVector + n * S::width, s);
+    }
+  return values;
+}
+
+// Tokens [FIRST, TOKENS) of a group, as many at a time as the registers hold, in shares of equal size.
+template <class E, int TOKENS, int FIRST = 0>
+PARED_INLINE const float* bitmap_shares(const uint16_t* masks, const float* values, const float* x,
+                                        float* acc, int vectors, bool accumulate) {
+  constexpr int kLeft = TOKENS - FIRST, kShares = (kLeft + E::kTokens - 1) / E::kTokens;
+  constexpr int kShare = (kLeft + kShares - 1) / kShares;
+  const float* end = bitmap_group<E, kShare>(masks, values, x + FIRST * kBitmapStride,
+                                             acc + FIRST * kBitmapVector, vectors, accumulate);
+  if constexpr (kShares > 1)
+    bitmap_shares<E, TOKENS, FIRST + kShare>(masks, values, x, acc, vectors, accumulate);
+  return end;
+}
+
+template <class E, int TOKENS>
+void bitmap_groups(const BitmapArgs& a) {
+  const uint16_t* masks = a.masks;
+  const float* values = a.values;
+  float* acc = a.acc;
+  for (int g = 0; g < a.groups; ++g) {
+    values = bitmap_shares<E, TOKENS>(masks, values, a.x, acc, a.vectors, a.accumulate);
+    masks += a.vectors;
+    acc += TOKENS * kBitmapVector;
+  }
+}
+
+#define PARED_BITMAP_TABLE(E)                                                              \
+  {bitmap_groups<E, 1>,  bitmap_groups<E, 2>,  bitmap_groups<E, 3>,  bitmap_groups<E, 4>,  \
+   bitmap_groups<E, 5>,  bitmap_groups<E, 6>,  bitmap_groups<E, 7>,  bitmap_groups<E, 8>,  \
+   bitmap_groups<E, 9>,  bitmap_groups<E, 10>, bitmap_groups<E, 11>, bitmap_groups<E, 12>, \
+   bitmap_groups<E, 13>, bitmap_groups<E, 14>, bitmap_groups<E, 15>, bitmap_groups<E, 16>}
+
+}  // namespace
+}  // namespace pared

@@ -1,0 +1,12 @@
+// y = activation(x W^T + bias) with a weight of masks and packed values, for few tokens.
+#pragma once
+
+#include "formats/bitmap.h"
+#include "ops/linear.h"
+
+namespace pared {
+
+// Any number of tokens; more than kBitmapMaxTokens go in batches, each of which reads the weight.
+void linear_bitmap(const LinearArgs& args, const BitmapPacked& w);
+
+}  // namespace pared

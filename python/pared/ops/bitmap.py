@@ -1,0 +1,41 @@
+"""Bitmap weights: unstructured sparsity for few tokens."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pared import _core
+from pared._types import Array
+from pared.ops._arrays import is_torch, require_array
+from pared.ops.packed import PackedWeight
+
+
+class Bitmap(PackedWeight):
+    """An unstructured sparse weight for few tokens: 4 bytes a non-zero and one bit an element.
+
+    With one token, or up to about 16, reading the weight is the cost of a linear layer. This format is the
+    smallest, and it is read once, in order. More tokens go in batches of 16; from there on `CSR` is faster.
+    Unlike `CSR`, absent weights are multiplied: an infinity in an input reaches every output of its token as
+    NaN, as it does in a dense product.
+    """
+
+    __slots__ = ()
+    kind: ClassVar[str] = "bitmap"
+
+    @classmethod
+    def from_dense(cls, weight: Array, *, groups: int = 1) -> Bitmap:
+        """Pack a dense linear weight.
+
+        Parameters
+        ----------
+        weight : [out, in], float32, bfloat16 or float16, of any strides. Zeros and denormals are not stored.
+        groups : 1: there is no kernel for convolutions.
+
+        Raises
+        ------
+        TypeError, ValueError : another shape or dtype; NaN or infinity in the weight.
+        """
+        require_array(weight, "weight")
+        if groups != 1:
+            raise ValueError(f"groups: expected 1 for a linear weight, got {groups}")
+        return cls(_core.bitmap_pack_dense(weight.detach() if is_torch(weight) else weight))
