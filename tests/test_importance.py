@@ -84,7 +84,10 @@ def state(model: nn.Module) -> dict[str, bytes]:
 # ---------------------------------------------------------------- all of them
 
 
-@pytest.mark.parametrize("name", importance.NAMES)
+REWRITES = {"sparsegpt", "obc"}
+
+
+@pytest.mark.parametrize("name", sorted({*importance.NAMES} - REWRITES))
 @pytest.mark.parametrize("pattern", ["unstructured", "1x4", "2:4"])
 def test_every_name_prunes_to_the_exact_count_and_leaves_the_rest(name: str, pattern: str) -> None:
     model = chain().train()

@@ -23,9 +23,11 @@ from pared.pruning.criteria import (
 from pared.pruning.importance import Criterion, Magnitude, Random, Statistics
 from pared.pruning.oneshot import prune
 from pared.pruning.pruner import Pruner
+from pared.pruning.reconstruct import OBC, SparseGPT
 from pared.pruning.report import LayerReport, PruneReport
 
 __all__ = [
+    "OBC",
     "Activation",
     "BNScale",
     "ChangeRate",
@@ -43,6 +45,7 @@ __all__ = [
     "PruneReport",
     "Pruner",
     "Random",
+    "SparseGPT",
     "Statistics",
     "Taylor",
     "Wanda",

@@ -174,6 +174,8 @@ _BUILT_IN: dict[str, tuple[str, str, tuple[object, ...]]] = {
     "taylor": ("criteria", "Taylor", ()),
     "fisher": ("criteria", "Fisher", ()),
     "wanda": ("criteria", "Wanda", ()),
+    "sparsegpt": ("reconstruct", "SparseGPT", ()),
+    "obc": ("reconstruct", "OBC", ()),
     "activation": ("criteria", "Activation", ()),
     "apoz": ("criteria", "Activation", ("apoz",)),
     "entropy": ("criteria", "Entropy", ()),

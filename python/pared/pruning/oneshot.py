@@ -141,6 +141,26 @@ def check_sparsity(sparsity: object, pattern: Pattern) -> float:
     return float(sparsity)
 
 
+def reconstruct(plan: Plan, sparsity: float, data: object, loss_fn: LossFn | None) -> None:
+    """Let the criterion prune and rewrite the weights itself."""
+    if plan.scope != "layer":
+        raise ValueError(
+            f"scope: expected 'layer' or None with {plan.criterion.name!r}, which prunes each layer for "
+            f"itself, "
+            f"got {plan.scope!r}"
+        )
+    for target in plan.targets:
+        if any(weight_format(module, parameter) != "plain" for module, parameter in target.places):
+            raise ValueError(
+                f"model: expected plain weights, which {plan.criterion.name!r} rewrites, got masks of "
+                f"another "
+                f"tool on {target.name!r}; make them permanent first, for example with pared.prune(model, "
+                f"0.0)"
+            )
+    criterion: Any = plan.criterion
+    criterion.reconstruct(plan.model, plan.targets, sparsity, plan.pattern, data, loss_fn)
+
+
 def bake_targets(targets: Iterable[Target]) -> None:
     """Make the masks of other tools permanent on the targets' modules."""
     for target in targets:
@@ -212,7 +232,8 @@ def prune(
     pattern : "unstructured"; "RxC", blocks of R consecutive outputs by C consecutive inputs (of one tap, for
         convolutions), such as "1x4", "4x1", "16x1"; "N:M", the N best of every M inputs, such as "2:4".
     importance : a name: "magnitude" (``|w|``, the L1 norm of a block), "random"; with `data` "wanda",
-        "activation", "apoz", "entropy", "mutual_information", "change_rate"; with `data` and `loss_fn`
+        "activation", "apoz", "entropy", "mutual_information", "change_rate",
+        "sparsegpt" and "obc", which also rewrite the weights that stay; with `data` and `loss_fn`
         "taylor", "fisher", "gradient"; from the layers around "output_weight", "propagation", "bn_scale",
         "geometric_median". Or an object that follows `pared.pruning.Criterion`, or a callable ``module ->
         scores`` (of the weight's shape, larger is more important; a dict by tensor name for modules with
@@ -259,9 +280,12 @@ def prune(
     target_sparsity = check_sparsity(sparsity, plan.pattern)
     for target in plan.targets:
         check_finite(target, target.weight)  # before the data: a model that is broken says so at once
-    masks = choose_masks(plan, observe(plan, data, loss_fn), target_sparsity)
     before = [int(torch.count_nonzero(target.weight)) for target in plan.targets]
-    bake_targets(plan.targets)
-    for target, mask in zip(plan.targets, masks, strict=True):
-        zero(target.tensor, mask.logical_not_())
+    if hasattr(plan.criterion, "reconstruct"):
+        reconstruct(plan, target_sparsity, data, loss_fn)
+    else:
+        masks = choose_masks(plan, observe(plan, data, loss_fn), target_sparsity)
+        bake_targets(plan.targets)
+        for target, mask in zip(plan.targets, masks, strict=True):
+            zero(target.tensor, mask.logical_not_())
     return make_report(plan, target_sparsity, before)
