@@ -34,24 +34,29 @@ const float* parse_bias(py::handle bias, int64_t rows, const Array& out) {
   return static_cast<const float*>(a.data);
 }
 
-LinearArgs parse_linear(py::handle x, const Array& packed, const PackedHeader& h, py::handle bias,
-                        py::handle out, const std::string& activation) {
-  const Array ax = parse_array(x, "x"), ay = parse_array(out, "out");
-  require_dtype(ax, kFloatTypes);
-  require_dtype(ay, {ax.dtype});
-  require_writable(ay);
-  const Rows rx = fold_rows(ax), ry = fold_rows(ay);
-  PARED_CHECK(rx.cols == h.cols, "x: expected a last dimension of ", h.cols, " (the weight's inputs), got ",
-              ax.shape_text());
-  PARED_CHECK(ry.rows == rx.rows && ry.cols == h.rows, "out: expected shape [..., ", h.rows,
-              "] with the leading dimensions of x, got ", ay.shape_text());
+RowsPair parse_rows(const Array& x, const Array& out, int64_t cols, int64_t rows) {
+  require_dtype(x, kFloatTypes);
+  require_dtype(out, {x.dtype});
+  require_writable(out);
+  const Rows rx = fold_rows(x), ry = fold_rows(out);
+  PARED_CHECK(rx.cols == cols, "x: expected a last dimension of ", cols, " (the weight's inputs), got ",
+              x.shape_text());
+  PARED_CHECK(ry.rows == rx.rows && ry.cols == rows, "out: expected shape [..., ", rows,
+              "] with the leading dimensions of x, got ", out.shape_text());
   PARED_CHECK(ry.rows <= 1 || std::abs(ry.stride) >= ry.cols,
               "out: expected rows that do not overlap, got stride ", ry.stride, " for ", ry.cols,
               " elements");
-  require_disjoint(ay, ax);
+  require_disjoint(out, x);
+  return {rx, ry};
+}
+
+LinearArgs parse_linear(py::handle x, const Array& packed, const PackedHeader& h, py::handle bias,
+                        py::handle out, const std::string& activation) {
+  const Array ax = parse_array(x, "x"), ay = parse_array(out, "out");
+  const RowsPair r = parse_rows(ax, ay, h.cols, h.rows);
   require_disjoint(ay, packed);
-  return {ax.data, rx.stride, rx.rows, ax.dtype, parse_bias(bias, h.rows, ay), parse_activation(activation),
-          ay.data, ry.stride};
+  return {ax.data, r.x.stride, r.x.rows, ax.dtype, parse_bias(bias, h.rows, ay), parse_activation(activation),
+          ay.data, r.y.stride};
 }
 
 }  // namespace pared

@@ -41,6 +41,12 @@ Activation parse_activation(const std::string& name);
 // The bias of an operation whose output is `out`: float32 [rows], or null for None.
 const float* parse_bias(py::handle bias, int64_t rows, const Array& out);
 
+// Input and output of a linear operation from `cols` to `rows` features, checked against each other.
+struct RowsPair {
+  Rows x, y;
+};
+RowsPair parse_rows(const Array& x, const Array& out, int64_t cols, int64_t rows);
+
 // The arguments of a linear operation with the weight `packed`, which has header `h`; checks them against
 // each other. The views borrow.
 LinearArgs parse_linear(py::handle x, const Array& packed, const PackedHeader& h, py::handle bias,

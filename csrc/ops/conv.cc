@@ -206,6 +206,7 @@ void product(const ConvArgs& args, const CsrPacked& w, const Planes& planes, con
           tile_first = t.first;
         }
         pack(geometry.pack_args(t, tile, k0, units, stride, panel));
+        return panel;
       },
       store);
 }

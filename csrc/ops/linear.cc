@@ -14,6 +14,7 @@ void linear_csr(const LinearArgs& args, const CsrPacked& w) {
       [&](const PanelTile& t, int64_t k0, int32_t units, int32_t stride, float* panel) {
         pack({static_cast<const char*>(args.x) + (t.first * args.x_stride + k0) * element, args.x_stride,
               args.dtype, t.positions, t.vectors, units, stride, panel});
+        return panel;
       },
       [&](const PanelTile& t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
         store({acc, acc_stride, rows, t.positions, args.bias ? args.bias + row0 : nullptr, args.activation,

@@ -1,8 +1,9 @@
 #include "ops/panel_product.h"
 
-namespace pared::panel_product_detail {
+namespace pared {
 
-std::vector<PanelTile> cut_tiles(int64_t positions, int max_vectors) {
+std::vector<PanelTile> cut_panel_tiles(const CsrPacked& w, int64_t positions) {
+  const int64_t max_vectors = w.header->tile / kPanelGroup;
   const int64_t vectors = (positions + kPanelGroup - 1) / kPanelGroup;
   const int64_t tiles = (vectors + max_vectors - 1) / max_vectors;
   std::vector<PanelTile> out;
@@ -15,4 +16,4 @@ std::vector<PanelTile> cut_tiles(int64_t positions, int max_vectors) {
   return out;
 }
 
-}  // namespace pared::panel_product_detail
+}  // namespace pared

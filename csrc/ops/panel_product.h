@@ -29,6 +29,10 @@ struct PanelTile {
   int32_t vectors;
 };
 
+// The positions cut into tiles for `w`, of nearly equal numbers of vectors: 128 positions are 64 + 64, not
+// 96 + 32, because a short tile pays the same loads of weights for less work.
+std::vector<PanelTile> cut_panel_tiles(const CsrPacked& w, int64_t positions);
+
 namespace panel_product_detail {
 
 // Accumulators of one pass: 256 KB suits second-level caches of 512 KB and more.
@@ -37,10 +41,6 @@ inline constexpr int64_t kAccFloats = 64 * 1024;
 inline constexpr size_t kPanelFloats = (kMaxOffset + 1) / sizeof(float) + kPanelMaxGroups * kPanelGroup;
 // Below this many multiply-adds a second thread (about 10 us to wake) does not pay.
 inline constexpr int64_t kMinWorkPerThread = 1 << 19;
-
-// Positions cut into tiles of nearly equal numbers of vectors: 128 positions are 64 + 64, not 96 + 32,
-// because a short tile pays the same loads of weights for less work.
-std::vector<PanelTile> cut_tiles(int64_t positions, int max_vectors);
 
 // Row groups weighed by their non-zeros, with a constant a row for its epilogue and loop ends.
 class GroupWeights {
@@ -78,23 +78,22 @@ void run_tile(const CsrPacked& w, csr_panel_f32::Fn* const* micro, const PanelTi
   for (int64_t p0 = g0; p0 < g1; p0 += groups_per_pass) {
     const int64_t p1 = std::min(g1, p0 + groups_per_pass);
     for (int64_t b = 0; b <= last; ++b) {
-      bool packed = false;
+      const float* x = nullptr;
       for (int64_t g = p0; g < p1; ++g) {
         float* group_acc = acc + (g - p0) * kCsrGroup * acc_stride;
         const int32_t rows = static_cast<int32_t>(std::min<int64_t>(kCsrGroup, h.rows - g * kCsrGroup));
         const uint32_t* starts = w.starts + g * (blocks + 1);
         const bool touched = starts[b] > starts[0];
         if (b < blocks && starts[b + 1] > starts[b]) {
-          if (!packed) {
+          if (!x) {
             const int64_t k0 = b * h.block_k;
-            pack(t, k0, static_cast<int32_t>(std::min<int64_t>(h.block_k, h.cols - k0)),
-                 static_cast<int32_t>(h.tile), panel);
-            packed = true;
+            x = pack(t, k0, static_cast<int32_t>(std::min<int64_t>(h.block_k, h.cols - k0)),
+                     static_cast<int32_t>(h.tile), panel);
           }
           micro[t.vectors - 1]({w.counts + (g * blocks + b) * w.slots(),
                                 w.values + static_cast<int64_t>(starts[b]) * h.entry_rows,
-                                w.offsets + starts[b], panel, group_acc,
-                                (rows + h.entry_rows - 1) / h.entry_rows, touched});
+                                w.offsets + starts[b], x, group_acc, (rows + h.entry_rows - 1) / h.entry_rows,
+                                touched});
         } else if (b == last && !touched) {
           std::fill_n(group_acc, static_cast<int64_t>(rows) * acc_stride, 0.0f);  // rows without non-zeros
         }
@@ -109,7 +108,8 @@ void run_tile(const CsrPacked& w, csr_panel_f32::Fn* const* micro, const PanelTi
 // Runs the product of `w` with `positions` panel columns on the active instruction set and the calling
 // thread's pool.
 //   pack(tile, k0, units, stride, panel): write units [k0, k0 + units) of the reduction for the tile's
-//     positions to panel[(k - k0) * stride + position], and zero up to tile.vectors * kPanelGroup;
+//     positions to panel[(k - k0) * stride + position], and zero up to tile.vectors * kPanelGroup; returns
+//     `panel`, or where the same already lies, 64-byte aligned and readable for kPanelFloats;
 //   store(tile, row0, rows, acc, acc_stride): take the finished acc[rows][tile.positions]. Called once for
 //     each tile and row group (at most kCsrGroup rows), from several threads at once.
 template <class Pack, class Store>
@@ -118,8 +118,7 @@ void csr_panel_product(const CsrPacked& w, int64_t positions, const Pack& pack, 
   if (positions == 0 || w.header->rows == 0) return;
   const auto micro = w.header->entry_rows == 1 ? kernel_for<csr_panel_f32>(active_isa()).fn
                                                : kernel_for<quad_panel_f32>(active_isa()).fn;
-  const std::vector<PanelTile> tiles =
-      detail::cut_tiles(positions, static_cast<int>(w.header->tile) / kPanelGroup);
+  const std::vector<PanelTile> tiles = cut_panel_tiles(w, positions);
   const int64_t groups = w.groups();
 
   // All (tile, row group) pairs in one line, cut into equal shares of weight: a thread's share is a run of

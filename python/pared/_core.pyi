@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -61,6 +62,9 @@ def csr_unpack(packed: Any) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArr
 def linear_csr(x: Any, packed: Any, bias: Any, out: Any, activation: str = "") -> None: ...
 def bitmap_pack_dense(weight: Any) -> NDArray[np.uint8]: ...
 def linear_bitmap(x: Any, packed: Any, bias: Any, out: Any, activation: str = "") -> None: ...
+def linear_chain_csr(
+    x: Any, packed: Sequence[Any], bias: Sequence[Any], out: Any, activation: Sequence[str]
+) -> None: ...
 def conv2d_output_size(
     height: int,
     width: int,

@@ -2,6 +2,7 @@
 
 from pared.ops.bitmap import Bitmap
 from pared.ops.bsr import BSR, Dense
+from pared.ops.chain import linear_chain
 from pared.ops.conv import conv2d
 from pared.ops.csr import CSR
 from pared.ops.linear import linear
@@ -18,6 +19,7 @@ __all__ = [
     "block_mask",
     "conv2d",
     "linear",
+    "linear_chain",
     "nm_mask",
     "select_threshold",
     "topk",

@@ -1,0 +1,125 @@
+#include "ops/linear_chain.h"
+
+#include <algorithm>
+
+#include "ops/linear.h"
+#include "ops/panel_product.h"
+
+namespace pared {
+namespace {
+
+// Tokens that go through all stages together: few enough that what lies between two stages stays in the
+// second-level cache, or close to it, and as many as the widest tile.
+constexpr int64_t kTogether = kPanelMaxGroups * kPanelGroup;
+
+// What one stage leaves for the next: the next one's tiles, each a panel [units][stride] of its own.
+class Handed {
+ public:
+  Handed(const CsrPacked& next, int64_t tokens)
+      : tiles_(cut_panel_tiles(next, tokens)), units_(next.header->cols), stride_(next.header->tile) {}
+
+  size_t floats() const { return tiles_.size() * units_ * stride_; }
+  void place(float* memory) { memory_ = memory; }
+
+  // For the next stage: unit k0 of a tile's panel.
+  const float* block(const PanelTile& t, int64_t k0) const {
+    return memory_ + (index_of(t.first) * units_ + k0) * stride_;
+  }
+
+  // For the stage before, whose tiles may be cut otherwise: where positions [first, first + count) of a row
+  // lie, elements from row 0 of the first panel.
+  int32_t spans(int64_t first, int32_t count, ConvSpan* out) const {
+    int32_t n = 0;
+    for (int32_t m = 0; m < count; ++n) {
+      const int64_t i = index_of(first + m);
+      const PanelTile& t = tiles_[i];
+      const int64_t at = first + m - t.first;
+      const int32_t run = static_cast<int32_t>(std::min<int64_t>(t.vectors * kPanelGroup - at, count - m));
+      out[n] = {m, run, i * units_ * stride_ + at};
+      m += run;
+    }
+    return n;
+  }
+  int64_t row_stride() const { return stride_; }
+  float* data() const { return memory_; }
+
+ private:
+  int64_t index_of(int64_t position) const {
+    int64_t i = static_cast<int64_t>(tiles_.size()) - 1;
+    while (tiles_[i].first > position) --i;
+    return i;
+  }
+
+  std::vector<PanelTile> tiles_;
+  int64_t units_, stride_;
+  float* memory_ = nullptr;
+};
+
+// Tokens [begin, end) through all stages.
+void run_stages(const ChainArgs& a, const std::vector<ChainStage>& stages, int64_t begin, int64_t end) {
+  const Isa isa = active_isa();
+  const auto pack_rows = kernel_for<panel_pack>(isa).fn;
+  const auto store_rows = kernel_for<panel_store>(isa).fn;
+  const auto store_panel = kernel_for<conv_store>(isa).fn;
+  const int64_t element = dtype_size(a.dtype), tokens = end - begin;
+
+  std::vector<Handed> handed;
+  handed.reserve(stages.size() - 1);
+  size_t largest = 0;
+  for (size_t i = 1; i < stages.size(); ++i) {
+    handed.emplace_back(stages[i].w, tokens);
+    largest = std::max(largest, handed.back().floats());
+  }
+  // Two buffers in turn, each with room behind it for any 16-bit offset.
+  const size_t room = round_up(largest + panel_product_detail::kPanelFloats, kCacheLine / sizeof(float));
+  thread_local Scratch memory;
+  float* buffers = memory.get<float>(std::min<size_t>(2, handed.size()) * room);
+  for (size_t i = 0; i < handed.size(); ++i) handed[i].place(buffers + i % 2 * room);
+
+  for (size_t i = 0; i < stages.size(); ++i) {
+    const ChainStage& stage = stages[i];
+    const Handed* from = i > 0 ? &handed[i - 1] : nullptr;
+    const Handed* to = i < handed.size() ? &handed[i] : nullptr;
+    csr_panel_product(
+        stage.w, tokens,
+        [&](const PanelTile& t, int64_t k0, int32_t units, int32_t stride, float* panel) -> const float* {
+          if (from) return from->block(t, k0);
+          pack_rows({static_cast<const char*>(a.x) + ((begin + t.first) * a.x_stride + k0) * element,
+                     a.x_stride, a.dtype, t.positions, t.vectors, units, stride, panel});
+          return panel;
+        },
+        [&](const PanelTile& t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
+          const float* bias = stage.bias ? stage.bias + row0 : nullptr;
+          if (!to)
+            return store_rows({acc, acc_stride, rows, t.positions, bias, stage.activation,
+                               static_cast<char*>(a.y) + ((begin + t.first) * a.y_stride + row0) * element,
+                               a.y_stride, a.dtype});
+          // The lanes behind the last token as well: the next stage computes with them, and what memory held
+          // before may be denormal, which is slow.
+          ConvSpan spans[kPanelMaxGroups];
+          const int32_t n = to->spans(t.first, t.vectors * kPanelGroup, spans);
+          store_panel({acc, acc_stride, rows, spans, n, bias, stage.activation,
+                       to->data() + row0 * to->row_stride(), to->row_stride(), DType::f32});
+        });
+  }
+}
+
+}  // namespace
+
+void linear_chain_csr(const ChainArgs& a, const std::vector<ChainStage>& stages) {
+  if (a.tokens == 0) return;
+  const int64_t vectors = (a.tokens + kPanelGroup - 1) / kPanelGroup;
+  const int64_t threads = num_threads();
+  // Whole groups of tokens for each thread, as many groups as a multiple of the threads: then no thread waits
+  // between stages. With too few tokens for that the stages are shared out one after the other.
+  int64_t groups = (vectors * kPanelGroup + kTogether - 1) / kTogether;
+  groups = (groups + threads - 1) / threads * threads;
+  if (vectors / groups < kPanelMaxGroups / 2) return run_stages(a, stages, 0, a.tokens);
+  parallel_for(0, groups, 1, [&](int64_t g0, int64_t g1) {
+    for (int64_t g = g0; g < g1; ++g)
+      run_stages(a, stages, vectors * g / groups * kPanelGroup,
+                 std::min(a.tokens, vectors * (g + 1) / groups * kPanelGroup));
+  });
+}
+
+}  // namespace pared

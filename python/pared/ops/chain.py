@@ -1,0 +1,61 @@
+"""Several linear operations in one call, with the panel handed from each to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pared import _core
+from pared._types import Array
+from pared.ops._arrays import empty_like_kind, refuse_grad, require_array
+from pared.ops._formats import FORMATS
+from pared.ops.packed import PackedWeight
+
+
+def chainable(w: PackedWeight) -> bool:
+    """Whether `linear_chain` takes the weight: a linear one in a format of the float32 panel kernels."""
+    return len(w.shape) == 2 and FORMATS[w.kind].linear is _core.linear_csr
+
+
+def linear_chain(
+    x: Array,
+    weights: Sequence[PackedWeight],
+    biases: Sequence[Array | None] | None = None,
+    activations: Sequence[str | None] | None = None,
+) -> Array:
+    """``linear`` for each weight in turn, as in the feed-forward part of a transformer.
+
+    Between two layers the activations stay in the layout that the kernels compute in (reduction outermost)
+    and in the cache, instead of being transposed into rows of tokens and back. They are float32 there,
+    whatever the dtype of `x`.
+
+    Parameters
+    ----------
+    x : [..., in], float32, bfloat16 or float16, last axis contiguous.
+    weights : two or more of CSR, BSR and Dense, [out, in] each; `in` of each is `out` of the one before.
+    biases : [out] float32 or None for each weight; None: no biases.
+    activations : a name as `linear` takes it, or None, for each weight; None: no activations.
+
+    Returns
+    -------
+    [..., out of the last weight], of `x`'s kind and dtype.
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument, what was expected and what came.
+    """
+    require_array(x, "x")
+    weights = list(weights)
+    for i, w in enumerate(weights):
+        if not isinstance(w, PackedWeight) or not chainable(w):
+            known = ", ".join(f.weight.__name__ for f in FORMATS.values() if f.linear is _core.linear_csr)
+            got = f" of shape {list(w.shape)}" if isinstance(w, PackedWeight) else ""
+            raise TypeError(f"weights: expected linear weights ({known}), got {type(w).__name__}{got} at {i}")
+    n = len(weights)
+    bias = [None] * n if biases is None else list(biases)
+    activation = [""] * n if activations is None else [a or "" for a in activations]
+    if n < 2:
+        raise ValueError(f"weights: expected two or more, got {n}")
+    refuse_grad(x, "x")
+    out = empty_like_kind(x, (*x.shape[:-1], weights[-1].shape[0]))
+    _core.linear_chain_csr(x, [w.packed for w in weights], bias, out, activation)
+    return out
