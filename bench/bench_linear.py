@@ -122,6 +122,45 @@ def test_dense(versus, out: int, inputs: int, tokens: int, threads: int) -> None
 
 
 @THREADS
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("tokens", FEWER_TOKENS)
+@pytest.mark.parametrize(("width", "hidden"), [(768, 3072), (384, 1536)])
+def test_chain(versus, width: int, hidden: int, tokens: int, sparsity: float, threads: int) -> None:
+    """The feed-forward part of BERT-base and MiniLM: Linear, GELU, Linear, the panel handed over between."""
+    up, down = pruned(hidden, width, sparsity), pruned(width, hidden, sparsity, seed=1)
+    bias = (torch.randn(hidden), torch.randn(width))
+    x = torch.randn(tokens, width)
+    packed = [pared.ops.CSR.from_dense(w) for w in (up, down)]
+    reordered = [torch.ops.mkldnn._reorder_linear_weight(w, tokens) for w in (up, down)]
+    linear, gelu, onednn = functional.linear, functional.gelu, torch.ops.mkldnn._linear_pointwise
+
+    def prepacked() -> torch.Tensor:
+        y = onednn(x, reordered[0], bias[0], "gelu", [], "none")
+        return onednn(y, reordered[1], bias[1], "none", [], "")  # type: ignore[no-any-return]
+
+    calls: dict[str, Callable[[], Any]] = {
+        "nn.Linear": lambda: linear(gelu(linear(x, up, bias[0])), down, bias[1]),
+        "oneDNN prepacked": prepacked,
+        "pared, a call a layer": lambda: pared.ops.linear(
+            pared.ops.linear(x, packed[0], bias[0], "gelu"), packed[1], bias[1]
+        ),
+        "pared": lambda: pared.ops.linear_chain(x, packed, bias, ("gelu", None)),
+    }
+    expected = calls["nn.Linear"]()
+    for call in calls.values():
+        torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-4)
+    versus(
+        calls,
+        suite="linear chain CSR float32, >= 128 tokens",
+        case=f"{width}-{hidden}-{width}, {tokens} tokens",
+        cell=f"{sparsity * 100:.0f} %",
+        rivals=DENSE,
+        work=2.0 * tokens * sum(p.nnz for p in packed),
+        facts={"tokens": tokens, "sparsity": sparsity, "dtype": "float32"},
+    )
+
+
+@THREADS
 @pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])
 @pytest.mark.parametrize(
     "tokens", [1, pytest.param(4, marks=pytest.mark.full), 8, pytest.param(16, marks=pytest.mark.full)]

@@ -114,7 +114,7 @@ void linear_chain_csr(const ChainArgs& a, const std::vector<ChainStage>& stages)
   // between stages. With too few tokens for that the stages are shared out one after the other.
   int64_t groups = (vectors * kPanelGroup + kTogether - 1) / kTogether;
   groups = (groups + threads - 1) / threads * threads;
-  if (vectors / groups < kPanelMaxGroups / 2) return run_stages(a, stages, 0, a.tokens);
+  if (vectors / groups < kPanelMaxGroups * 3 / 4) return run_stages(a, stages, 0, a.tokens);
   parallel_for(0, groups, 1, [&](int64_t g0, int64_t g1) {
     for (int64_t g = g0; g < g1; ++g)
       run_stages(a, stages, vectors * g / groups * kPanelGroup,
