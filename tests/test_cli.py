@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -44,6 +45,27 @@ def test_module_runs_as_a_program() -> None:
         [sys.executable, "-m", "pared", "--version"], capture_output=True, text=True, timeout=600, check=True
     )
     assert done.stdout == f"pared {pared.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("PARED_ISA", "avx1024", f"expected one of {', '.join(_core.supported_isas())} on this machine"),
+        ("PARED_NUM_THREADS", "many", "expected a number from 1 to 4096"),
+    ],
+)
+def test_a_bad_environment_is_one_line_and_exit_code_2(variable: str, value: str, says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pared", "info"],
+        env=os.environ | {variable: value},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"pared: error: {variable}: {says}, got '{value}'")
+    assert done.stderr.count("\n") == 1
 
 
 def test_info_names_the_machine_and_every_kernel(run: Run) -> None:
@@ -246,7 +268,8 @@ def test_demo_on_digits(run: Run, tmp_path: Path, model: str) -> None:
     variants = data["results"][0]["variants"]
     # Weights are pruned, biases are not: 90 % of nearly all.
     assert 0.1 <= variants[-1]["nonzero"] / variants[-1]["parameters"] < 0.12
-    assert variants[0]["metrics"]["accuracy"] > 0.5  # two epochs; chance is 0.1
+    # A few epochs; chance is 0.1. Over seeds, 0.88 and 0.84 were the lowest.
+    assert all(v["metrics"]["accuracy"] > 0.8 for v in variants)
     assert f"{100 * variants[-1]['metrics']['accuracy']:.1f} %" in out
     assert "layers accelerated" in out
 

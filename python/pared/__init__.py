@@ -9,12 +9,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pared._info import isa, kernels
-
 if TYPE_CHECKING:
     from pared import nn, ops, schedules
     from pared._accelerate import accelerate
     from pared._format import FormatError
+    from pared._info import isa, kernels
     from pared._io import load, save
     from pared._report import Report, report
     from pared._surgery import restore
@@ -30,6 +29,8 @@ _LAZY: dict[str, str] = {
     "Pruner": "pared.pruning",
     "Report": "pared._report",
     "accelerate": "pared._accelerate",
+    "isa": "pared._info",
+    "kernels": "pared._info",
     "load": "pared._io",
     "prune": "pared.pruning",
     "report": "pared._report",

@@ -43,7 +43,7 @@ _NEVER_SLOWER = 0.98
 # data.
 _RECORD_BYTES = 512 << 20
 _LAYER_SECONDS = 0.15
-_MODEL_SECONDS = 2.0
+_MODEL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -524,7 +524,7 @@ def _time_layer(c: Candidate, variants: dict[str, Variant]) -> float:
         for name, v in variants.items():
             calls[name] = _call(v.module, x, c.steps[v.fused :])
         seconds = _LAYER_SECONDS * len(variants) / len(c.calls)
-        t = interleave(calls, budget=seconds, min_rounds=7, max_rounds=200, precision=0.02, warmup=1)
+        t = interleave(calls, budget=seconds, min_rounds=7, max_rounds=200, precision=0.05, warmup=1)
         before += count * t.median("dense")
         for name, v in variants.items():
             v.after += count * t.median(name)
@@ -620,7 +620,7 @@ def _race(
             budget=_MODEL_SECONDS,
             min_rounds=5,
             max_rounds=400,
-            precision=0.01,
+            precision=0.02,
             warmup=1,
         )
         speedup = t.speedup("pared", "dense").value

@@ -36,7 +36,7 @@ def _digits(
 ) -> Result:
     """Train, prune on a polynomial schedule while fine-tuning, accelerate, measure."""
     data = digits.load()
-    epochs, more = (2, 3) if s.quick else (8, 10)
+    epochs, more = (4, 8) if s.quick else (8, 10)
     per_epoch = digits.steps_per_epoch(data)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -67,7 +67,7 @@ def _digits(
             )
         ],
         inputs=(x,),
-        seconds=1.0 if s.quick else 5.0,
+        seconds=0.5 if s.quick else 5.0,
         note=f"{epochs} epochs dense, {more} more while pruning; {len(data.x_test)} test images, "
         "so one standard error is about 0.8 points",
     )
@@ -97,7 +97,7 @@ def sentence_encoder(s: Settings) -> Result:
     title = "MiniLM-L6"
     console = s.console
     dense, tokenizer = minilm.load()
-    questions, steps, rows, tokens = (40, 4, 2, 64) if s.quick else (300, 60, 8, 128)
+    questions, steps, rows, tokens = (40, 4, 1, 64) if s.quick else (300, 60, 8, 128)
     files = minilm.library_files()[:: 5 if s.quick else 1]
     with bar(console, f"{title}: reading the standard library's docstrings", len(files)) as advance:
         pairs = minilm.corpus(files, advance=advance)
@@ -141,12 +141,12 @@ def sentence_encoder(s: Settings) -> Result:
     return compare(
         console,
         title,
-        f"{rows} texts of {tokens} tokens",
+        f"{rows} text{'s' if rows > 1 else ''} of {tokens} tokens",
         dense={"dense": (dense, inputs)},
         metrics=metrics(queries, bodies),
         candidates=candidates,
         inputs=inputs,
-        seconds=2.0 if s.quick else 12.0,
+        seconds=1.0 if s.quick else 12.0,
         note=f"recall@1: a docstring's body found by its first sentence, among {len(test)}. cosine: "
         "between the dense and the pruned model's embeddings of a text. Pruned are the Linear layers, "
         "not the embedding table (half of the weights). Distilled: "
