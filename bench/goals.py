@@ -27,6 +27,8 @@ GOALS: dict[str, dict[str, float]] = {
     "linear blocks 16x1 float32, >= 128 tokens": _BLOCKS,
     "conv2d CSR float32, ResNet-50": {"80 %": 3.0, "90 %": 5.0},
     "conv2d CSR float32, ResNet-50, 8 images": {"80 %": 3.0, "90 %": 5.0},
+    "linear Int8, dynamic": {">= 128 tokens": 4.3, "16 tokens": 5.0},
+    "linear Int8, dynamic, few tokens": {"1 token": 3.9},
     "selection, against torch.kthvalue": {"10^8 keys": 35.0},
     "selection, against numpy.partition": {"10^8 keys": 5.0},
 }

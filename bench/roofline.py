@@ -51,6 +51,7 @@ class Ceilings:
     isa: str
     fma: float  # FLOP/s, operands in registers
     panel: float  # FLOP/s, one operand from a panel in L1, a broadcast for every eight vectors
+    dot8: float  # OP/s, byte products in registers
     levels: tuple[Level, ...]
     pack: float  # elements/s that the package packs into panels
     store: float  # elements/s that it stores from accumulators
@@ -96,6 +97,11 @@ def _kernel_rates() -> tuple[float, float]:
     return x.size / t.best("pack"), tokens * width / t.best("store")
 
 
+def _width() -> int:
+    """Floats in a vector of the level in force."""
+    return {"scalar": 1, "avx2": 8}.get(pared.isa(), 16)
+
+
 @lru_cache(maxsize=8)
 def measure(threads: int = 1) -> Ceilings:
     """Measure the ceilings; about a second. Torch's thread count is left as it is."""
@@ -114,6 +120,8 @@ def measure(threads: int = 1) -> Ceilings:
         isa=pared.isa(),
         fma=2 * _rate("fma", 4096, threads),
         panel=2 * _rate("panel", l1 * 2 // 3, threads),
+        # A vector of the probe's floats stands for 64 byte products.
+        dot8=2 * 64 / _width() * _rate("dot8", 4096, threads),
         levels=tuple(levels),
         pack=pack,
         store=store,
@@ -134,10 +142,23 @@ def linear_limit(
     return t_nnz + t_io
 
 
+def int8_limit(c: Ceilings, out: int, inputs: int, tokens: int) -> float:
+    """The least seconds for the dense int8 product of float32 tokens, quantized on the way in.
+
+    The products at the rate of registers; the input read twice (for its largest magnitudes, and to round) and
+    its bytes written; the output stored. The weight streams beside the products.
+    """
+    x, y = 4.0 * tokens * inputs, 4.0 * tokens * out
+    level = c.level(x / c.threads)
+    t_io = x / level.load + x / c.levels[0].load + x / 4 / c.levels[0].store
+    return 2.0 * tokens * out * inputs / c.dot8 + t_io + y / c.level(y / c.threads).store
+
+
 def print_ceilings(console: Console, ceilings: list[Ceilings]) -> None:
     table = Table("", *(f"{c.threads} thread{'s' if c.threads > 1 else ''}" for c in ceilings))
     table.add_row("multiply-add, registers, GFLOP/s", *(f"{c.fma * 1e-9:.0f}" for c in ceilings))
     table.add_row("multiply-add, panel in L1, GFLOP/s", *(f"{c.panel * 1e-9:.0f}" for c in ceilings))
+    table.add_row("byte products, registers, GOP/s", *(f"{c.dot8 * 1e-9:.0f}" for c in ceilings))
     for i, level in enumerate(ceilings[0].levels):
         rates = (f"{c.levels[i].load * 1e-9:.0f} / {c.levels[i].store * 1e-9:.0f}" for c in ceilings)
         table.add_row(f"{level.name} load / store, GB/s", *rates)

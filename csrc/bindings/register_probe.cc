@@ -11,7 +11,8 @@ MachineProbe parse_probe(const std::string& name) {
   if (name == "load") return MachineProbe::load;
   if (name == "store") return MachineProbe::store;
   if (name == "panel") return MachineProbe::panel;
-  throw ValueError(str("probe: expected one of fma, load, store, panel, got '", name, "'"));
+  if (name == "dot8") return MachineProbe::dot8;
+  throw ValueError(str("probe: expected one of fma, load, store, panel, dot8, got '", name, "'"));
 }
 
 }  // namespace

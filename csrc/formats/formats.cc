@@ -3,6 +3,7 @@
 #include "core/check.h"
 #include "formats/bitmap.h"
 #include "formats/csr.h"
+#include "formats/int8.h"
 
 namespace pared {
 namespace {
@@ -19,11 +20,18 @@ void unpack_bitmap(const uint8_t* data, int64_t bytes, DType dtype, void* out) {
   unpack_bitmap_dense(view_bitmap(data, bytes), dtype, out);
 }
 
+void check_int8(const uint8_t* data, int64_t bytes) { view_int8(data, bytes); }
+void validate_int8_bytes(const uint8_t* data, int64_t bytes) { validate_int8(view_int8(data, bytes)); }
+void unpack_int8(const uint8_t* data, int64_t bytes, DType dtype, void* out) {
+  unpack_int8_dense(view_int8(data, bytes), dtype, out);
+}
+
 constexpr PackedFormat kFormats[] = {
     {PackedKind::csr, "csr", check_panel, validate_panel, unpack_panel},
     {PackedKind::bsr, "bsr", check_panel, validate_panel, unpack_panel},
     {PackedKind::dense, "dense", check_panel, validate_panel, unpack_panel},
     {PackedKind::bitmap, "bitmap", check_bitmap, validate_bitmap_bytes, unpack_bitmap},
+    {PackedKind::int8, "int8", check_int8, validate_int8_bytes, unpack_int8},
 };
 
 }  // namespace

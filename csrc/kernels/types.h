@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "core/dtype.h"
+#include "kernels/int8_types.h"
 #include "kernels/select_types.h"
 
 namespace pared {
@@ -189,7 +190,7 @@ struct conv_store {
 
 // What benchmarks measure the kernels against. `floats` is a multiple of 128 and data[0 ... floats) ones; the
 // loop goes over them `repeats` times. *done: steps of eight vectors that were carried out.
-enum class MachineProbe : uint8_t { fma, load, store, panel };
+enum class MachineProbe : uint8_t { fma, load, store, panel, dot8 };
 struct MachineProbeArgs {
   MachineProbe probe;
   float* data;  // 64-byte aligned

@@ -220,13 +220,14 @@ def _check_arguments(model: Any, precision: Any, max_error: Any, min_speedup: An
 
 
 def _check_formats(formats: Any) -> Sequence[str]:
+    exact = tuple(name for name, f in FORMATS.items() if f.precision == "float32")
     if formats is None:
-        return tuple(FORMATS)
+        return exact
     if isinstance(formats, str) or not isinstance(formats, Sequence):
         raise TypeError(f"formats: expected a list of names or None, got {formats!r}")
     for name in formats:
-        if name not in FORMATS:
-            raise ValueError(f"formats: expected names among {', '.join(FORMATS)}, got {name!r}")
+        if name not in exact:
+            raise ValueError(f"formats: expected names among {', '.join(exact)}, got {name!r}")
     return formats
 
 

@@ -9,7 +9,7 @@ from pared import _core
 WIDTH = {"scalar": 1, "avx2": 8}
 
 
-@pytest.mark.parametrize("probe", ["fma", "load", "store", "panel"])
+@pytest.mark.parametrize("probe", ["fma", "load", "store", "panel", "dot8"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_every_step_is_carried_out(isa, probe, threads):
     kernel_isa = isa if isa in WIDTH else "avx512"
@@ -24,7 +24,7 @@ def test_every_step_is_carried_out(isa, probe, threads):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("walk", 1, 1), r"probe: expected one of fma, load, store, panel, got 'walk'"),
+        (("walk", 1, 1), r"probe: expected one of fma, load, store, panel, dot8, got 'walk'"),
         (("fma", 0, 1), r"bytes: expected 1 to .*, got 0"),
         (("fma", 1, 0), r"repeats: expected at least 1, got 0"),
         (("fma", 1, 1, 0), r"threads: expected 1 to 1024, got 0"),

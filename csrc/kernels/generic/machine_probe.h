@@ -2,6 +2,7 @@
 // leaves a result that says how much work it did, so that a test can tell that the compiler left it whole.
 #pragma once
 
+#include "kernels/generic/gemm_u8s8.h"
 #include "kernels/generic/simd.h"
 #include "kernels/types.h"
 
@@ -18,7 +19,8 @@ PARED_INLINE float first_lane(typename S::V v) {
   return lanes[0];
 }
 
-template <class S>
+// S: the level's float32 vectors, D: its int8 dot product.
+template <class S, class D>
 void run_probe(const MachineProbeArgs& a) {
   using V = typename S::V;
   constexpr int N = kProbeVectors, step = N * S::width;
@@ -60,6 +62,28 @@ void run_probe(const MachineProbeArgs& a) {
           for (int v = 0; v < N; ++v) sum[v] = S::fma(w, S::load(a.data + i + v * S::width), sum[v]);
         }
       break;
+    case MachineProbe::dot8: {
+      // Every "vector" is 64 byte products in registers; ones in the first byte of each unit are counted.
+      alignas(64) int8_t w[kInt8Panel * kInt8Unit] = {};
+      const uint8_t x[kInt8Unit] = {1, 0, 0, 0};
+      for (int j = 0; j < kInt8Panel; ++j) w[j * kInt8Unit] = 1;
+      const typename D::W weights = D::weights(w);
+      const typename D::A unit = D::unit(x);
+      typename D::Acc dots[N];
+      for (int v = 0; v < N; ++v) dots[v] = D::zero();
+      for (int64_t r = 0; r < a.repeats; ++r)
+        for (int64_t i = 0; i < a.floats; i += step)
+#pragma GCC unroll 8
+          for (int v = 0; v < N; ++v) D::dot(dots[v], unit, weights);
+      int64_t counted = 0;
+      alignas(64) int32_t sums[kInt8Panel];
+      for (int v = 0; v < N; ++v) {
+        D::store(sums, dots[v], false);
+        counted += sums[v];
+      }
+      *a.done = static_cast<float>(counted) / N;
+      return;
+    }
   }
   float total = 0.0f;
   for (int v = 0; v < N; ++v) total += first_lane<S>(sum[v]);

@@ -2,6 +2,6 @@
 
 namespace pared {
 
-void machine_probe_f32__scalar(const MachineProbeArgs& a) { run_probe<ScalarF32>(a); }
+void machine_probe_f32__scalar(const MachineProbeArgs& a) { run_probe<ScalarF32, ScalarDot>(a); }
 
 }  // namespace pared

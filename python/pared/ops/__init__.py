@@ -5,6 +5,7 @@ from pared.ops.bsr import BSR, Dense
 from pared.ops.chain import linear_chain
 from pared.ops.conv import conv2d
 from pared.ops.csr import CSR
+from pared.ops.int8 import Int8, gemm_s8
 from pared.ops.linear import linear
 from pared.ops.packed import PackedWeight
 from pared.ops.selection import Threshold, block_mask, nm_mask, select_threshold, topk, topk_mask
@@ -14,10 +15,12 @@ __all__ = [
     "CSR",
     "Bitmap",
     "Dense",
+    "Int8",
     "PackedWeight",
     "Threshold",
     "block_mask",
     "conv2d",
+    "gemm_s8",
     "linear",
     "linear_chain",
     "nm_mask",

@@ -11,6 +11,7 @@ from pared._types import Array
 from pared.ops.bitmap import Bitmap
 from pared.ops.bsr import BSR, Dense
 from pared.ops.csr import CSR
+from pared.ops.int8 import Int8
 from pared.ops.packed import PackedWeight
 
 
@@ -75,6 +76,7 @@ FORMATS: dict[str, Format] = {
             "float32",
             lambda d, q, n: d <= 0.85 and n <= 32,
         ),
+        Format("int8", 4, Int8, _core.linear_int8, None, "int8", lambda d, q, n: True),
     )
 }
 

@@ -1,0 +1,137 @@
+// Int8 weights: pack, unpack, the linear operation on them, and the plain integer product.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include "bindings/array.h"
+#include "bindings/register.h"
+#include "bindings/weights.h"
+#include "core/check.h"
+#include "formats/int8.h"
+#include "ops/linear_int8.h"
+
+namespace pared {
+namespace {
+
+Int8Packed packed_int8(const Array& a) { return view_int8(packed_bytes(a), a.size()); }
+
+// None, or (scale, zero, low, high) with the last three as unsigned bytes.
+ActivationRange parse_activations(py::handle given) {
+  if (given.is_none()) return {};
+  const auto [scale, zero, low, high] = py::cast<std::tuple<double, int, int, int>>(given);
+  PARED_CHECK(scale != 0.0, "activation_scale: expected a positive number, got 0");
+  return {static_cast<float>(scale), zero, low, high};
+}
+
+template <class View>
+py::array_t<uint8_t> pack(const View& w, const ActivationRange& activations) {
+  const PackedHeader header = plan_int8(w.rows, w.cols, w.dtype, activations);
+  return packed_array(header, [&](uint8_t* out) { pack_int8(w, activations, header, out); });
+}
+
+// [rows, cols] with unit stride along cols; any row stride.
+Rows matrix(const Array& a, DType dtype) {
+  require_dtype(a, {dtype});
+  require_shape(a, {-1, -1});
+  return fold_rows(a);
+}
+
+}  // namespace
+
+void register_int8(py::module_& m) {
+  m.def(
+      "int8_pack_dense",
+      [](py::handle weight, py::handle activations) {
+        const Array a = parse_array(weight, "weight");
+        require_dtype(a, kFloatTypes);
+        PARED_CHECK(a.ndim == 2, "weight: expected [out, in], got ", a.shape_text());
+        return pack(DenseView{a.data, a.dtype, a.shape[0], a.shape[1], a.strides[0], a.strides[1]},
+                    parse_activations(activations));
+      },
+      py::arg("weight"), py::arg("activations") = py::none());
+
+  m.def(
+      "int8_pack_quantized",
+      [](py::handle q, py::handle scales, const std::string& dtype, py::handle activations) {
+        const Array a = parse_array(q, "q"), s = parse_array(scales, "scales");
+        require_dtype(a, {DType::i8});
+        require_shape(a, {-1, -1});
+        require_dtype(s, {DType::f32});
+        require_shape(s, {a.shape[0]});
+        require_contiguous(s);
+        for (DType t : kFloatTypes)
+          if (dtype == dtype_name(t))
+            return pack(QuantizedView{static_cast<const int8_t*>(a.data), a.shape[0], a.shape[1],
+                                      a.strides[0], a.strides[1], static_cast<const float*>(s.data), t},
+                        parse_activations(activations));
+        throw ValueError(str("dtype: expected float32, float16 or bfloat16, got '", dtype, "'"));
+      },
+      py::arg("q"), py::arg("scales"), py::arg("dtype") = "float32", py::arg("activations") = py::none());
+
+  m.def(
+      "int8_activations",
+      [](py::handle packed) -> py::object {
+        const Array a = parse_array(packed, "packed");
+        const ActivationRange& r = *packed_int8(a).activations;
+        if (r.scale == 0.0f) return py::none();
+        return py::make_tuple(r.scale, r.zero, r.low, r.high);
+      },
+      py::arg("packed"));
+
+  m.def(
+      "int8_unpack",
+      [](py::handle packed) {
+        const Array a = parse_array(packed, "packed");
+        const Int8Packed w = packed_int8(a);
+        py::array_t<int8_t> q({w.header->rows, w.header->cols});
+        py::array_t<float> scales(w.header->rows);
+        auto* to = q.mutable_data();
+        auto* s = scales.mutable_data();
+        {
+          py::gil_scoped_release unlocked;
+          unpack_int8(w, to, s);
+        }
+        return py::make_tuple(q, scales);
+      },
+      py::arg("packed"));
+
+  m.def(
+      "linear_int8",
+      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const std::string& activation) {
+        const Array ap = parse_array(packed, "packed");
+        const Int8Packed w = packed_int8(ap);
+        const LinearArgs args = parse_linear(x, ap, *w.header, bias, out, activation);
+        py::gil_scoped_release unlocked;
+        linear_int8(args, w);
+      },
+      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation") = "");
+
+  m.def(
+      "gemm_s8",
+      [](py::handle a, py::handle b, py::handle out) {
+        const Array aa = parse_array(a, "a"), ab = parse_array(b, "b"), ac = parse_array(out, "out");
+        const Rows ra = matrix(aa, DType::i8), rb = matrix(ab, DType::i8), rc = matrix(ac, DType::i32);
+        PARED_CHECK(ra.cols == rb.cols, "b: expected shape [any, ", ra.cols,
+                    "] as the last dimension of a, got ", ab.shape_text());
+        PARED_CHECK(ra.cols <= kGemmMaxCols, "a: expected a last dimension of at most ", kGemmMaxCols,
+                    ", beyond which int32 sums could overflow, got ", aa.shape_text());
+        require_shape(ac, {ra.rows, rb.rows});
+        require_contiguous(ac);
+        require_writable(ac);
+        require_disjoint(ac, aa);
+        require_disjoint(ac, ab);
+        const GemmS8Args args{static_cast<const int8_t*>(aa.data),
+                              ra.stride,
+                              ra.rows,
+                              static_cast<const int8_t*>(ab.data),
+                              rb.stride,
+                              rb.rows,
+                              ra.cols,
+                              static_cast<int32_t*>(ac.data),
+                              rc.stride};
+        py::gil_scoped_release unlocked;
+        gemm_s8(args);
+      },
+      py::arg("a"), py::arg("b"), py::arg("out"));
+}
+
+}  // namespace pared

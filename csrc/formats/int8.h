@@ -1,0 +1,70 @@
+// Dense int8 weights for u8 x s8 products: w[n][k] ~ scale[n] * q[n][k].
+//
+// Invariants (validate_int8 checks them all; view_int8 the header, on each call):
+//   behind the PackedHeader, at kInt8TailAt, an Int8Tail;
+//   weights (values_at): [panels][units][16 outputs][4 of the reduction] bytes, panels and units rounded up,
+//   what is beyond the matrix zero;
+//   scales: float32, one an output, padded to whole panels with zeros; finite, not negative;
+//   compensation: int32, zero * sum over k of q[n][k], padded likewise;
+//   activations: scale 0 is dynamic by row with zero 128, low 1, high 255; else static, positive and normal,
+//   0 <= low <= zero <= high <= 255.
+// Limit: cols <= kInt8MaxCols, so that sum |u - zero| |q| <= cols * 255 * 128 stays below 2^31.
+// Size: one byte an element and 8 an output.
+#pragma once
+
+#include <cstdint>
+
+#include "formats/csr.h"
+#include "formats/packed.h"
+#include "kernels/types.h"
+
+namespace pared {
+
+inline constexpr int64_t kInt8MaxCols = 65793;
+
+// How a layer's input becomes bytes: u = clamp(round(x / scale) + zero, low, high).
+struct ActivationRange {
+  float scale = 0.0f;  // 0: dynamic
+  int32_t zero = 128, low = 1, high = 255;
+};
+
+struct Int8Tail {
+  uint64_t scales_at, compensation_at;
+  ActivationRange activations;
+};
+inline constexpr size_t kInt8TailAt = 128;
+
+struct Int8Packed {
+  const PackedHeader* header;
+  const ActivationRange* activations;
+  const int8_t* weights;
+  const float* scales;
+  const int32_t* compensation;
+
+  int64_t panels() const { return (header->rows + kInt8Panel - 1) / kInt8Panel; }
+  int64_t units() const { return (header->cols + kInt8Unit - 1) / kInt8Unit; }
+  int64_t panel_bytes() const { return units() * kInt8Panel * kInt8Unit; }
+};
+
+// A weight that is quantized already: q [rows, cols] with strides in elements, scales [rows].
+struct QuantizedView {
+  const int8_t* q;
+  int64_t rows, cols, row_stride, col_stride;
+  const float* scales;
+  DType dtype;  // that to_dense gives back
+};
+
+// Sizes and checks: throws ValueError. The weight may have any finite values.
+PackedHeader plan_int8(int64_t rows, int64_t cols, DType dtype, const ActivationRange& activations);
+// Symmetric by output: scale = max|w| / 127, q = round(w / scale). A row whose largest magnitude is below
+// kSmallestMax is zero. Throws ValueError on NaN and infinity.
+void pack_int8(const DenseView& w, const ActivationRange& activations, PackedHeader header, uint8_t* out);
+void pack_int8(const QuantizedView& w, const ActivationRange& activations, PackedHeader header, uint8_t* out);
+
+Int8Packed view_int8(const uint8_t* data, int64_t bytes);
+void validate_int8(const Int8Packed& w);
+// Both validate first.
+void unpack_int8(const Int8Packed& w, int8_t* q, float* scales);  // [rows, cols], [rows]
+void unpack_int8_dense(const Int8Packed& w, DType dtype, void* out);
+
+}  // namespace pared

@@ -1,0 +1,159 @@
+// Activations to unsigned bytes: one pass for the largest magnitude, one for the bytes, both over a row that
+// stays in L1. Bit-identical at every level: magnitudes are compared as integers, which orders NaN above
+// infinity above everything else, and a product is rounded to the nearest even integer.
+#pragma once
+
+#include "kernels/generic/half.h"
+#include "kernels/generic/simd.h"
+#include "kernels/types.h"
+
+namespace pared {
+namespace {
+
+struct ScalarBytes {
+  static constexpr int width = 1;
+  using V = float;
+  using I = uint32_t;
+  static PARED_INLINE V load(const float* p) { return *p; }
+  static PARED_INLINE V load(const uint16_t* p, bool bf16) {
+    return bf16 ? bf16_to_float(*p) : f16_to_float(*p);
+  }
+  static PARED_INLINE I zero() { return 0; }
+  static PARED_INLINE I max_magnitude(I m, V v) {
+    const uint32_t b = float_bits(v) & 0x7fffffffu;
+    return b > m ? b : m;
+  }
+  static PARED_INLINE uint32_t reduce(I m) { return m; }
+  // clamp(v * inverse, low, high), rounded, plus zero.
+  static PARED_INLINE void store(uint8_t* out, V v, float inverse, float low, float high, int32_t zero) {
+    float q = v * inverse;
+    q = q > low ? q : low;  // NaN becomes low, as vmaxps has it
+    q = q < high ? q : high;
+    // Adding 1.5 * 2^23 rounds to the nearest even integer.
+    const int32_t i = static_cast<int32_t>(float_bits(q + 12582912.0f) - 0x4b400000u);
+    *out = static_cast<uint8_t>(i + zero);
+  }
+};
+
+#if defined(__AVX2__)
+struct Avx2Bytes {
+  static constexpr int width = 8;
+  using V = __m256;
+  using I = __m256i;
+  static PARED_INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
+  static PARED_INLINE V load(const uint16_t* p, bool bf16) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return bf16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)) : _mm256_cvtph_ps(h);
+  }
+  static PARED_INLINE I zero() { return _mm256_setzero_si256(); }
+  static PARED_INLINE I max_magnitude(I m, V v) {
+    return _mm256_max_epi32(m, _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)));
+  }
+  static PARED_INLINE uint32_t reduce(I m) {
+    __m128i a = _mm_max_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+    a = _mm_max_epi32(a, _mm_shuffle_epi32(a, 0x4e));
+    a = _mm_max_epi32(a, _mm_shuffle_epi32(a, 0xb1));
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(a));
+  }
+  static PARED_INLINE void store(uint8_t* out, V v, float inverse, float low, float high, int32_t zero) {
+    const __m256 q = _mm256_min_ps(
+        _mm256_max_ps(_mm256_mul_ps(v, _mm256_set1_ps(inverse)), _mm256_set1_ps(low)), _mm256_set1_ps(high));
+    const __m256i i = _mm256_add_epi32(_mm256_cvtps_epi32(q), _mm256_set1_epi32(zero));
+    const __m128i h = _mm_packus_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(h, h));
+  }
+};
+#endif
+
+#if defined(__AVX512F__)
+struct Avx512Bytes {
+  static constexpr int width = 16;
+  using V = __m512;
+  using I = __m512i;
+  static PARED_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
+  static PARED_INLINE V load(const uint16_t* p, bool bf16) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return bf16 ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)) : _mm512_cvtph_ps(h);
+  }
+  static PARED_INLINE I zero() { return _mm512_setzero_si512(); }
+  static PARED_INLINE I max_magnitude(I m, V v) {
+    return _mm512_max_epi32(m, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
+  }
+  static PARED_INLINE uint32_t reduce(I m) { return static_cast<uint32_t>(_mm512_reduce_max_epi32(m)); }
+  static PARED_INLINE void store(uint8_t* out, V v, float inverse, float low, float high, int32_t zero) {
+    const __m512 q = _mm512_min_ps(
+        _mm512_max_ps(_mm512_mul_ps(v, _mm512_set1_ps(inverse)), _mm512_set1_ps(low)), _mm512_set1_ps(high));
+    const __m512i i = _mm512_add_epi32(_mm512_cvtps_epi32(q), _mm512_set1_epi32(zero));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(i));
+  }
+};
+#endif
+
+// Elements [c, c + width) of a row, those beyond its end zero: `tail` is scratch of `width` elements.
+template <class B>
+PARED_INLINE typename B::V row_vector(const float* row, int c, int cols, bool, float* tail) {
+  if (c + B::width <= cols) return B::load(row + c);
+  for (int i = 0; i < B::width; ++i) tail[i] = c + i < cols ? row[c + i] : 0.0f;
+  return B::load(tail);
+}
+template <class B>
+PARED_INLINE typename B::V row_vector(const uint16_t* row, int c, int cols, bool bf16, uint16_t* tail) {
+  if (c + B::width <= cols) return B::load(row + c, bf16);
+  for (int i = 0; i < B::width; ++i) tail[i] = c + i < cols ? row[c + i] : uint16_t{0};
+  return B::load(tail, bf16);
+}
+
+template <class B, class T>
+PARED_INLINE void quantize_rows_of(const QuantizeArgs& a) {
+  constexpr int W = B::width;
+  const bool bf16 = a.dtype == DType::bf16;
+  const float nan = bits_float(0x7fc00000u);
+  T tail[W];
+  for (int r = 0; r < a.rows; ++r) {
+    const T* row = static_cast<const T*>(a.x) + r * a.x_stride;
+    uint8_t* out = a.out + r * a.out_stride;
+    typename B::I m0 = B::zero(), m1 = B::zero();
+    int c = 0;
+    for (; c + 2 * W <= a.cols; c += 2 * W) {
+      m0 = B::max_magnitude(m0, row_vector<B>(row, c, a.cols, bf16, tail));
+      m1 = B::max_magnitude(m1, row_vector<B>(row, c + W, a.cols, bf16, tail));
+    }
+    for (; c < a.cols; c += W) m0 = B::max_magnitude(m0, row_vector<B>(row, c, a.cols, bf16, tail));
+    const uint32_t b0 = B::reduce(m0), b1 = B::reduce(m1), bits = b0 > b1 ? b0 : b1;
+    const bool finite = bits < 0x7f800000u;
+    const float largest = bits_float(bits);
+    float inverse, low, high;
+    int32_t zero;
+    if (a.scale == 0.0f) {
+      const bool some = finite && largest >= kSmallestMax;
+      inverse = some ? 127.0f / largest : 0.0f;
+      a.scales[r] = !finite ? nan : some ? largest / 127.0f : 0.0f;
+      low = -127.0f;
+      high = 127.0f;
+      zero = 128;
+    } else {
+      inverse = 1.0f / a.scale;
+      a.scales[r] = finite ? a.scale : nan;
+      low = static_cast<float>(a.low - a.zero);
+      high = static_cast<float>(a.high - a.zero);
+      zero = a.zero;
+    }
+    for (c = 0; c + W <= a.cols; c += W)
+      B::store(out + c, row_vector<B>(row, c, a.cols, bf16, tail), inverse, low, high, zero);
+    if (c < a.cols) {
+      uint8_t bytes[W];
+      B::store(bytes, row_vector<B>(row, c, a.cols, bf16, tail), inverse, low, high, zero);
+      for (int i = 0; c < a.cols; ++i, ++c) out[c] = bytes[i];
+    }
+    for (; c % kInt8Unit; ++c) out[c] = 0;
+  }
+}
+
+template <class B>
+void quantize_rows(const QuantizeArgs& a) {
+  if (a.dtype == DType::f32) quantize_rows_of<B, float>(a);
+  else quantize_rows_of<B, uint16_t>(a);
+}
+
+}  // namespace
+}  // namespace pared

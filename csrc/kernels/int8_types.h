@@ -1,0 +1,82 @@
+// The signatures of the int8 kernels; included by kernels/types.h.
+//
+// One representation for every level: activations are unsigned bytes u = q + zero, weights signed bytes w,
+// and a product is sum_k u w in int32, modulo 2^32. The caller subtracts zero * sum_k w ("compensation"). All
+// results are the same bits at every level.
+#pragma once
+
+#include <stdint.h>
+
+#include "core/dtype.h"
+
+namespace pared {
+
+enum class Activation : uint8_t;
+
+inline constexpr int kInt8Panel =
+    16;                              // outputs of a weight vector: 16 outputs by 4 of the reduction, 64 bytes
+inline constexpr int kInt8Unit = 4;  // bytes of the reduction in a unit
+inline constexpr int kGemmTokens = 6;  // tokens and panels of the largest tile: 24 accumulators, 4 weight
+inline constexpr int kGemmPanels = 4;  // vectors and a broadcast fill AVX-512's 32 registers
+
+// Rows of activations to bytes. scale == 0: dynamic and symmetric, each row by its own largest magnitude,
+// s = max|x| / 127, u = round(x * (127 / max|x|)) + 128, round to nearest even; a row whose largest magnitude
+// is below kSmallestMax counts as zeros. Otherwise static: u = clamp(round(x / scale) + zero, low, high).
+// scales[r] is s or `scale`; NaN for a row that holds a NaN or an infinity, so that its output is NaN.
+inline constexpr float kSmallestMax = 7.888609052210118e-31f;  // 2^-100: 127 / max must not overflow
+struct QuantizeArgs {
+  const void* x;
+  int64_t x_stride;  // elements between rows
+  DType dtype;       // f32, f16 or bf16
+  int32_t rows, cols;
+  float scale;
+  int32_t zero, low, high;
+  uint8_t* out;
+  int64_t out_stride;  // bytes, at least cols rounded up to kInt8Unit, which is filled with zero bytes
+  float* scales;       // [rows]
+};
+struct quantize_u8 {
+  using Fn = void(const QuantizeArgs&);
+  static constexpr const char* doc = "activations to 8 bits, dynamically by row or with a given scale";
+};
+
+// acc[m][16 v + j] (+)= sum over units of x[m] . w[v][unit][j], for the tokens and panels of the table's
+// entry.
+struct GemmArgs {
+  const uint8_t* x;  // [tokens][x_stride]
+  int64_t x_stride;
+  const int8_t* w;   // [panels][w_stride]: [units][16][4], 64-byte aligned
+  int64_t w_stride;  // bytes between panels
+  int32_t units;
+  int32_t* acc;  // 64-byte aligned
+  int64_t acc_stride;
+  bool accumulate;  // false: acc is written, not read
+};
+struct gemm_u8s8 {
+  // One function for each tile: index (tokens - 1) * kGemmPanels + panels - 1.
+  using Fn = void(const GemmArgs&);
+  using Table = Fn* const[kGemmTokens * kGemmPanels];
+  static constexpr const char* doc = "unsigned bytes times packed signed bytes, int32 sums";
+};
+
+// y[m][n] = activation(float(acc[m][n] - compensation[n]) * x_scales[m] * w_scales[n] + bias[n]), rounded
+// after each operation, in this order.
+struct DequantizeArgs {
+  const int32_t* acc;
+  int64_t acc_stride;
+  const int32_t* compensation;  // padded to whole panels, as w_scales is
+  const float* x_scales;        // [tokens]
+  const float* w_scales;
+  int32_t tokens, outputs;
+  const float* bias;  // [outputs], or null
+  Activation activation;
+  void* y;
+  int64_t y_stride;  // elements between tokens
+  DType dtype;       // f32, f16 or bf16
+};
+struct dequantize_store {
+  using Fn = void(const DequantizeArgs&);
+  static constexpr const char* doc = "int32 sums to scaled outputs with bias and activation";
+};
+
+}  // namespace pared

@@ -1,0 +1,174 @@
+// The loop nest around the int8 micro-kernel:
+//
+//   for each thread's share of tokens, or of outputs where there are few tokens:
+//     for each block of tokens whose bytes fit L2 beside the weights:      quantize it
+//       for each four panels (64 outputs):
+//         for each K block (32 KB of weights: they stay in L1 while all the tokens pass):
+//           for each group of up to 6 tokens: micro-kernel, sums in L1 or L2
+//             after the last block: scales, bias, activation, while the sums are in L1
+//
+// Where threads share the outputs each quantizes the tokens for itself: they are few, and a barrier costs
+// more.
+#include "ops/linear_int8.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "core/aligned.h"
+#include "core/parallel.h"
+#include "kernels/registry.h"
+
+namespace pared {
+namespace {
+
+constexpr int64_t kBlockBytes = 192 * 1024;  // of quantized tokens
+constexpr int64_t kMaxBlockTokens = 192;
+constexpr int64_t kBlockUnits = 128;  // of the reduction: 64 outputs by 512, 32 KB
+// Below this many multiply-adds a second thread (about 10 us to wake) does not pay.
+constexpr int64_t kMinWorkPerThread = 1 << 22;
+// From here on threads share the tokens, so that each quantizes its own alone.
+constexpr int64_t kMinTokensPerThread = 32;
+
+// Rows of bytes lie apart by an odd number of cache lines, lest those of a power of two fall into one set.
+int64_t byte_stride(int64_t cols) {
+  const int64_t lines = static_cast<int64_t>(round_up(cols, kCacheLine) / kCacheLine);
+  return (lines | 1) * static_cast<int64_t>(kCacheLine);
+}
+
+struct Product {
+  const int8_t* weights;
+  int64_t panels, units, panel_bytes;
+};
+
+// Sums of `tokens` rows of bytes with panels [p0, p1); done(token, tokens, panel, panels, acc, stride) takes
+// each tile.
+template <class Done>
+void run_product(const Product& w, gemm_u8s8::Fn* const* table, const uint8_t* x, int64_t x_stride,
+                 int64_t tokens, int64_t p0, int64_t p1, int32_t* acc, const Done& done) {
+  constexpr int64_t acc_stride = kGemmPanels * kInt8Panel;
+  const int64_t groups = (tokens + kGemmTokens - 1) / kGemmTokens;
+  for (int64_t p = p0; p < p1; p += kGemmPanels) {
+    const int panels = static_cast<int>(std::min<int64_t>(kGemmPanels, p1 - p));
+    int64_t k = 0;
+    do {
+      const int64_t units = std::min(kBlockUnits, w.units - k);
+      const bool last = k + units == w.units;
+      for (int64_t g = 0; g < groups; ++g) {
+        // Groups of nearly equal size: one token alone after a full group would wait out latencies.
+        const int64_t t0 = tokens * g / groups, t1 = tokens * (g + 1) / groups;
+        int32_t* to = acc + t0 * acc_stride;
+        table[(t1 - t0 - 1) * kGemmPanels + panels - 1](
+            {x + t0 * x_stride + k * kInt8Unit, x_stride,
+             w.weights + p * w.panel_bytes + k * kInt8Panel * kInt8Unit, w.panel_bytes,
+             static_cast<int32_t>(units), to, acc_stride, k > 0});
+        if (last) done(t0, t1 - t0, p, panels, to, acc_stride);
+      }
+      k += units;
+    } while (k < w.units);
+  }
+}
+
+// Shares of tokens and panels: fn(token begin, end, panel begin, end), one call a thread.
+template <class Fn>
+void share(int64_t tokens, int64_t panels, int64_t units, const Fn& fn) {
+  const int64_t work = tokens * panels * units * kInt8Panel * kInt8Unit;
+  const int64_t parts = std::min<int64_t>(num_threads(), std::max<int64_t>(1, work / kMinWorkPerThread));
+  const bool by_tokens = tokens >= parts * kMinTokensPerThread || panels < parts;
+  parallel_for(0, parts, 1, [&](int64_t i0, int64_t i1) {
+    if (by_tokens) fn(tokens * i0 / parts, tokens * i1 / parts, 0, panels);
+    else fn(0, tokens, panels * i0 / parts, panels * i1 / parts);
+  });
+}
+
+}  // namespace
+
+void linear_int8(const LinearArgs& args, const Int8Packed& w) {
+  const int64_t rows = w.header->rows, cols = w.header->cols;
+  if (args.tokens == 0 || rows == 0) return;
+  const Isa isa = active_isa();
+  const auto quantize = kernel_for<quantize_u8>(isa).fn;
+  const auto table = kernel_for<gemm_u8s8>(isa).fn;
+  const auto store = kernel_for<dequantize_store>(isa).fn;
+  const int64_t element = dtype_size(args.dtype), x_stride = byte_stride(cols);
+  const int64_t block = std::clamp<int64_t>(kBlockBytes / x_stride, kGemmTokens, kMaxBlockTokens);
+  const Product product{w.weights, w.panels(), w.units(), w.panel_bytes()};
+  const ActivationRange& range = *w.activations;
+  share(args.tokens, w.panels(), w.units(), [&](int64_t t0, int64_t t1, int64_t p0, int64_t p1) {
+    thread_local Scratch bytes_memory, acc_memory, scales_memory;
+    const int64_t most = std::min(block, t1 - t0);
+    auto* bytes = bytes_memory.get<uint8_t>(most * x_stride);
+    auto* acc = acc_memory.get<int32_t>(most * kGemmPanels * kInt8Panel);
+    auto* scales = scales_memory.get<float>(most);
+    const int64_t blocks = (t1 - t0 + block - 1) / block;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t m0 = t0 + (t1 - t0) * b / blocks, m1 = t0 + (t1 - t0) * (b + 1) / blocks;
+      quantize({static_cast<const char*>(args.x) + m0 * args.x_stride * element, args.x_stride, args.dtype,
+                static_cast<int32_t>(m1 - m0), static_cast<int32_t>(cols), range.scale, range.zero, range.low,
+                range.high, bytes, x_stride, scales});
+      run_product(
+          product, table, bytes, x_stride, m1 - m0, p0, p1, acc,
+          [&](int64_t token, int64_t tokens, int64_t panel, int panels, const int32_t* sums, int64_t stride) {
+            const int64_t n = panel * kInt8Panel;
+            store({sums, stride, w.compensation + n, scales + token, w.scales + n,
+                   static_cast<int32_t>(tokens),
+                   static_cast<int32_t>(std::min<int64_t>(panels * kInt8Panel, rows - n)),
+                   args.bias ? args.bias + n : nullptr, args.activation,
+                   static_cast<char*>(args.y) + ((m0 + token) * args.y_stride + n) * element, args.y_stride,
+                   args.dtype});
+          });
+    }
+  });
+}
+
+void gemm_s8(const GemmS8Args& args) {
+  if (args.rows == 0 || args.outputs == 0) return;
+  const auto table = kernel_for<gemm_u8s8>(active_isa()).fn;
+  const int64_t units = (args.cols + kInt8Unit - 1) / kInt8Unit, x_stride = byte_stride(args.cols);
+  const int64_t panels = (args.outputs + kInt8Panel - 1) / kInt8Panel;
+  const int64_t panel_bytes = units * kInt8Panel * kInt8Unit;
+  const int64_t block = std::clamp<int64_t>(kBlockBytes / x_stride, kGemmTokens, kMaxBlockTokens);
+  // b is packed once for all threads; its column sums take the bias of a's unsigned form away again.
+  thread_local Scratch packed_memory, sums_memory;
+  auto* packed = packed_memory.get<int8_t>(panels * panel_bytes);
+  auto* sums = sums_memory.get<uint32_t>(panels * kInt8Panel);
+  parallel_for(0, panels, 8, [&](int64_t p0, int64_t p1) {
+    for (int64_t p = p0; p < p1; ++p) {
+      int8_t* to = packed + p * panel_bytes;
+      for (int64_t j = 0; j < kInt8Panel; ++j) {
+        const int64_t n = p * kInt8Panel + j;
+        uint32_t sum = 0;
+        for (int64_t k = 0; k < units * kInt8Unit; ++k) {
+          const int8_t v = n < args.outputs && k < args.cols ? args.b[n * args.b_stride + k] : int8_t{0};
+          to[(k / kInt8Unit * kInt8Panel + j) * kInt8Unit + k % kInt8Unit] = v;
+          sum += static_cast<uint32_t>(int32_t{v});
+        }
+        sums[n] = 128u * sum;
+      }
+    }
+  });
+  share(args.rows, panels, units, [&](int64_t t0, int64_t t1, int64_t p0, int64_t p1) {
+    thread_local Scratch bytes_memory, acc_memory;
+    const int64_t most = std::min(block, t1 - t0);
+    auto* bytes = bytes_memory.get<uint8_t>(most * x_stride);
+    auto* acc = acc_memory.get<int32_t>(most * kGemmPanels * kInt8Panel);
+    for (int64_t m0 = t0; m0 < t1; m0 += block) {
+      const int64_t m1 = std::min(t1, m0 + block);
+      for (int64_t m = m0; m < m1; ++m)
+        for (int64_t k = 0; k < units * kInt8Unit; ++k)
+          bytes[(m - m0) * x_stride + k] =
+              k < args.cols ? static_cast<uint8_t>(args.a[m * args.a_stride + k] + 128) : uint8_t{0};
+      run_product(
+          {packed, panels, units, panel_bytes}, table, bytes, x_stride, m1 - m0, p0, p1, acc,
+          [&](int64_t token, int64_t tokens, int64_t panel, int count, const int32_t* from, int64_t stride) {
+            const int64_t n = panel * kInt8Panel;
+            const int64_t outputs = std::min<int64_t>(count * kInt8Panel, args.outputs - n);
+            for (int64_t m = 0; m < tokens; ++m)
+              for (int64_t j = 0; j < outputs; ++j)
+                args.c[(m0 + token + m) * args.c_stride + n + j] =
+                    static_cast<int32_t>(static_cast<uint32_t>(from[m * stride + j]) - sums[n + j]);
+          });
+    }
+  });
+}
+
+}  // namespace pared

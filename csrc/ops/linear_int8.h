@@ -1,0 +1,27 @@
+// Products of int8 weights: the linear operation with its activations quantized on the way in, and the plain
+// integer product.
+#pragma once
+
+#include <cstdint>
+
+#include "formats/int8.h"
+#include "ops/linear.h"
+
+namespace pared {
+
+void linear_int8(const LinearArgs& args, const Int8Packed& w);
+
+// c[m][n] = sum_k a[m][k] b[n][k], exact for every int8 value, cols <= kGemmMaxCols. Strides in elements.
+inline constexpr int64_t kGemmMaxCols = 131071;  // cols * 128 * 128 < 2^31
+struct GemmS8Args {
+  const int8_t* a;
+  int64_t a_stride, rows;
+  const int8_t* b;
+  int64_t b_stride, outputs;
+  int64_t cols;
+  int32_t* c;
+  int64_t c_stride;
+};
+void gemm_s8(const GemmS8Args& args);
+
+}  // namespace pared

@@ -1,0 +1,153 @@
+"""Int8 weights, and the plain integer product."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pared import _core
+from pared._types import Array
+from pared.ops._arrays import empty_like_kind, is_torch, require_array
+from pared.ops.packed import PackedWeight
+
+# How a layer's input becomes bytes, as _core takes it: (scale, zero, low, high), the last three unsigned.
+Activations = tuple[float, int, int, int]
+
+
+def check_activations(scale: float | None, zero: int, dtype: str) -> Activations | None:
+    """Static activation parameters as the kernels take them; None where activations are dynamic."""
+    if dtype not in ("int8", "uint8"):
+        raise ValueError(f"activation_dtype: expected 'int8' or 'uint8', got {dtype!r}")
+    offset = 128 if dtype == "int8" else 0
+    if not isinstance(zero, int) or isinstance(zero, bool) or not -offset <= zero <= 255 - offset:
+        raise ValueError(f"activation_zero: expected an integer in the range of {dtype}, got {zero!r}")
+    if scale is None:
+        if zero != 0:
+            raise ValueError("activation_zero: expected 0 without an activation_scale: dynamic is symmetric")
+        return None
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ValueError(f"activation_scale: expected a positive number or None, got {scale!r}")
+    return float(scale), zero + offset, 0, 255
+
+
+class Int8(PackedWeight):
+    """A dense int8 weight with one scale an output: ``w[n, k]`` is about ``scales[n] * q[n, k]``.
+
+    `pared.ops.linear` quantizes its input on the way in: by token, symmetrically, by the token's own largest
+    magnitude; or with a given scale and zero point. Sums are exact in int32, the same bits on every
+    instruction set. A token that holds NaN or infinity gives NaN in all of its outputs.
+
+    Build it with `from_dense` or `from_quantized`. At most 65793 inputs.
+    """
+
+    __slots__ = ()
+    kind: ClassVar[str] = "int8"
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: Array,
+        *,
+        groups: int = 1,
+        activation_scale: float | None = None,
+        activation_zero: int = 0,
+        activation_dtype: str = "int8",
+    ) -> Int8:
+        """Quantize a dense weight: ``scales[n] = max|w[n]| / 127``, ``q = round(w / scales)``.
+
+        Parameters
+        ----------
+        weight : [out, in], float32, bfloat16 or float16. Outputs whose largest magnitude is below 2**-100 are
+            zero.
+        groups : 1.
+        activation_scale, activation_zero, activation_dtype : None for activations that are quantized by
+            token; else ``x`` is about ``activation_scale * (q - activation_zero)`` with q of ``"int8"`` or
+            ``"uint8"``.
+
+        Raises
+        ------
+        TypeError, ValueError : naming the argument; NaN or infinity in the weight.
+        """
+        require_array(weight, "weight")
+        if groups != 1:
+            raise ValueError(f"groups: expected 1 for an int8 weight, got {groups!r}")
+        activations = check_activations(activation_scale, activation_zero, activation_dtype)
+        dense = weight.detach() if is_torch(weight) else weight
+        return cls(_core.int8_pack_dense(dense, activations))
+
+    @classmethod
+    def from_quantized(
+        cls,
+        q: Array,
+        scales: Any,
+        *,
+        dtype: str = "float32",
+        activation_scale: float | None = None,
+        activation_zero: int = 0,
+        activation_dtype: str = "int8",
+    ) -> Int8:
+        """Take over a weight that is quantized already; nothing is rounded a second time.
+
+        Parameters
+        ----------
+        q : [out, in], int8, any values (-128 included).
+        scales : [out] or a number, finite and at least 0.
+        dtype : float dtype that `to_dense` gives a tensor.
+        activation_scale, activation_zero, activation_dtype : as for `from_dense`.
+
+        Raises
+        ------
+        TypeError, ValueError : naming the argument, what was expected and what came.
+        """
+        require_array(q, "q")
+        if q.ndim != 2:
+            raise ValueError(f"q: expected [out, in], got shape {list(q.shape)}")
+        s = np.asarray(scales.detach().cpu().numpy() if is_torch(scales) else scales, dtype=np.float32)
+        if s.ndim == 0:
+            s = np.full(q.shape[0], s, np.float32)
+        activations = check_activations(activation_scale, activation_zero, activation_dtype)
+        return cls(_core.int8_pack_quantized(q, np.ascontiguousarray(s), dtype, activations))
+
+    @property
+    def activation(self) -> tuple[float, int] | None:
+        """``(scale, zero)`` of the input, zero as of uint8; None where it is quantized by token."""
+        found = _core.int8_activations(self.packed)
+        return None if found is None else (found[0], found[1])
+
+    def to_quantized(self) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """``(q [out, in], scales [out])``."""
+        return _core.int8_unpack(self.packed)
+
+
+def gemm_s8(a: Array, b: Array) -> Array:
+    """``a @ b.T`` of int8 matrices, exact in int32.
+
+    Parameters
+    ----------
+    a : [M, K], int8; b : [N, K], int8. All values, -128 included; K at most 131071. Rows may lie apart.
+
+    Returns
+    -------
+    [M, N], int32, of `a`'s kind. `b` is packed on every call: keep an `Int8` weight where it stays the same.
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument, what was expected and what came.
+    """
+    require_array(a, "a")
+    require_array(b, "b")
+    for x, name in ((a, "a"), (b, "b")):
+        if x.ndim != 2:
+            raise ValueError(f"{name}: expected two dimensions, got shape {list(x.shape)}")
+    if is_torch(a):
+        import torch
+
+        dtype: Any = torch.int32
+    else:
+        dtype = np.int32
+    out = empty_like_kind(a, (a.shape[0], b.shape[0]), dtype)
+    _core.gemm_s8(a, b, out)
+    return out
