@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pared import nn, ops, schedules
+    from pared import nn, ops, quant, schedules
     from pared._accelerate import accelerate
     from pared._format import FormatError
     from pared._info import isa, kernels
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pared._report import Report, report
     from pared._surgery import restore
     from pared.pruning import Pruner, prune
+    from pared.quant import quantize
 
 __version__ = "0.1.0"
 
@@ -33,11 +34,12 @@ _LAZY: dict[str, str] = {
     "kernels": "pared._info",
     "load": "pared._io",
     "prune": "pared.pruning",
+    "quantize": "pared.quant",
     "report": "pared._report",
     "restore": "pared._surgery",
     "save": "pared._io",
 }
-_SUBMODULES = ("nn", "ops", "schedules")
+_SUBMODULES = ("nn", "ops", "quant", "schedules")
 
 __all__ = [
     "FormatError",
@@ -50,6 +52,8 @@ __all__ = [
     "nn",
     "ops",
     "prune",
+    "quant",
+    "quantize",
     "report",
     "restore",
     "save",

@@ -1,0 +1,25 @@
+"""Quantisation: grids, ranges, GPTQ, equalisation, training. The public name is `pared.quantize`."""
+
+from pared.quant.equalize import equalize, smooth
+from pared.quant.grid import Grid, QuantizedWeight
+from pared.quant.observers import ActivationGrid, Distribution, InputRange
+from pared.quant.qat import finish_qat, prepare_qat
+from pared.quant.report import QuantLayer, QuantReport
+from pared.quant.weights import quantize, quantized, simulate
+
+__all__ = [
+    "ActivationGrid",
+    "Distribution",
+    "Grid",
+    "InputRange",
+    "QuantLayer",
+    "QuantReport",
+    "QuantizedWeight",
+    "equalize",
+    "finish_qat",
+    "prepare_qat",
+    "quantize",
+    "quantized",
+    "simulate",
+    "smooth",
+]

@@ -1,0 +1,393 @@
+"""`pared.quantize`: weights onto integer grids, layer by layer, with what `accelerate` needs to realise
+it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pared._errors import choice_error
+from pared._sparsity import weight_format
+from pared.pruning import calibration, obs, reconstruct
+from pared.pruning.calibration import LossFn, Observer, columns
+from pared.pruning.masks import check_finite, check_writable
+from pared.pruning.oneshot import check_sparsity
+from pared.pruning.patterns import Pattern, parse_pattern
+from pared.pruning.targets import Filters, Target, _matchers, collect, unwrap
+from pared.quant.grid import METHODS, GridRounding, QuantizedWeight, check_bits, fit
+from pared.quant.observers import OBSERVERS, ActivationGrid, InputRange
+from pared.quant.report import QuantLayer, QuantReport
+
+__all__ = ["quantize", "quantized", "simulate"]
+
+_RECORD = "_pared_quantized"
+# "auto" takes the first of these whose error is small enough: 8 bits have kernels, 16 are stored.
+AUTO = (8, 16)
+
+
+def quantized(module: nn.Module) -> QuantizedWeight | None:
+    """What `pared.quantize` left on a layer; None where it has not been."""
+    record = module.__dict__.get(_RECORD)
+    return record if isinstance(record, QuantizedWeight) else None
+
+
+def quantize(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    bits: int | str | Mapping[str, int] = "auto",
+    method: str = "gptq",
+    sparsity: float | None = None,
+    pattern: str = "unstructured",
+    symmetric: bool = True,
+    group: int | None = None,
+    scales: str | None = None,
+    activations: str = "token",
+    observer: str = "mse",
+    bias_correction: bool = False,
+    max_error: float = 0.01,
+    damping: float = 0.01,
+    loss_fn: LossFn | None = None,
+    include: Filters = None,
+    exclude: Filters = None,
+    progress: bool = False,
+) -> QuantReport:
+    """Put a model's weights onto integer grids, in place, so that each layer's outputs stay.
+
+    The weights are then floating-point numbers that lie on their grids; what the grids are stays with the
+    layers (`pared.quant.quantized`), for `pared.accelerate` to realise without a second calibration. A width
+    without a kernel is stored and is not promised to be faster.
+
+    Parameters
+    ----------
+    model : as in `pared.prune`; embeddings need an include filter of their own.
+    data : batches that can be gone through several times, as in `pared.prune`.
+    bits : 2 to 16; a mapping from filters (globs over names) to bits, the first match counts and what none
+        matches stays as it is; or "auto": 8, or 16 where 8 leave an error above `max_error`.
+    method : "gptq", columns from left to right, errors made up by those to the right (arXiv 2210.17323); or
+        "rtn", each weight to its nearest.
+    sparsity, pattern : prune in the same pass, SparseGPT and GPTQ together. Weights that are zero already
+        stay exactly zero, with every method.
+    symmetric, group : a grid with or without a zero point; columns that share a scale (a divisor of 128),
+        None for one scale a row.
+    scales : "minmax", of the whole range; "mse", of the part with the least squared error. None: min-max from
+        8 bits on, else mse.
+    activations : "token", inputs are quantised as they come; "static", by one scale and zero point a layer,
+        which `observer` takes from the data: "minmax", "percentile", "mse" or "kl" (arXiv 1810.05723).
+    bias_correction : add ``(W - W_q) E[x]`` to the biases, so that mean outputs stay.
+    max_error : relative output error that "auto" accepts, ``|y - y_q| / |y|``.
+    damping, progress : as in `pared.pruning.SparseGPT`.
+    loss_fn, include, exclude : as in `pared.prune`.
+
+    Returns
+    -------
+    QuantReport : per layer bits, zeros, relative output error on the data, and the input's grid.
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument, what was expected and what came. The model is then untouched.
+    """
+    module = unwrap(model)
+    chosen, parsed, target_sparsity = _check(
+        bits, method, sparsity, pattern, group, scales, activations, observer
+    )
+    targets, kept = collect(module, include, exclude, 0, 0)
+    assigned = _assign(module, targets, chosen)
+    kept += [(t.name, "no filter in bits matches") for t in targets if t.name not in assigned]
+    targets = [t for t in targets if t.name in assigned]
+    for target in targets:
+        check_writable(target)
+        check_finite(target, target.weight)
+        if any(weight_format(m, p) != "plain" for m, p in target.places):
+            raise ValueError(
+                f"model: expected plain weights, which quantisation rewrites, got masks of another tool on "
+                f"{target.name!r}; make them permanent first, for example with pared.prune(model, 0.0)"
+            )
+    reconstruct.check_repeatable(data, "'quantize'")
+    ranges: dict[str, Observer] = {t.name: InputRange(t) for t in targets}
+    means: dict[str, Observer] = {t.name: InputMean(t) for t in targets} if bias_correction else {}
+    calibration.collect(module, targets, ranges, data, loss_fn, "'quantize'")
+    if means:
+        calibration.collect(module, targets, means, data, loss_fn, "'quantize'")
+
+    settled: dict[str, tuple[QuantizedWeight, float]] = {}
+    before = {t.name: t.weight.clone() for t in targets} if bias_correction else {}
+
+    def settle(target: Target, hessians: list[torch.Tensor]) -> torch.Tensor:
+        new, record, error = _settle(
+            target,
+            hessians,
+            assigned[target.name],
+            sweep=method == "gptq" or target_sparsity is not None,
+            sparsity=target_sparsity,
+            pattern=parsed,
+            symmetric=symmetric,
+            group=group,
+            scales=scales,
+            max_error=max_error,
+            damping=damping,
+        )
+        seen = ranges[target.name].result()
+        if activations == "static":
+            grid = seen.grid(observer, symmetric=False)
+            record = _with_input(record, grid)
+        settled[target.name] = record, error
+        return new
+
+    reconstruct.walk(
+        module,
+        targets,
+        settle,
+        data,
+        loss_fn,
+        why="'quantize'",
+        settings={"method": method},
+        progress=progress,
+    )
+    layers = []
+    for target in targets:
+        record, error = settled[target.name]
+        for owner, _ in target.places:
+            owner.__dict__[_RECORD] = record
+        if target.name in before:
+            _correct_bias(target, before[target.name], means[target.name].result())
+        layers.append(_layer_report(target, record, error, ranges[target.name].result()))
+    return QuantReport(method, observer if activations == "static" else None, tuple(layers), tuple(kept))
+
+
+def _check(
+    bits: object,
+    method: object,
+    sparsity: object,
+    pattern: object,
+    group: object,
+    scales: object,
+    activations: object,
+    observer: object,
+) -> tuple[int | str | dict[str, int], Pattern, float | None]:
+    if method not in ("gptq", "rtn"):
+        raise choice_error("method", method, ("gptq", "rtn"))
+    if scales is not None and scales not in METHODS:
+        raise choice_error("scales", scales, METHODS, "None")
+    if activations not in ("token", "static"):
+        raise choice_error("activations", activations, ("token", "static"))
+    if observer not in OBSERVERS:
+        raise choice_error("observer", observer, OBSERVERS)
+    if group is not None and (isinstance(group, bool) or not isinstance(group, int)):
+        raise TypeError(f"group: expected a number of columns or None, got {type(group).__name__}")
+    if isinstance(group, int) and (group < 1 or obs.SPAN % group):
+        raise ValueError(f"group: expected a divisor of {obs.SPAN} or None, got {group}")
+    parsed = parse_pattern(pattern)
+    target = None if sparsity is None and parsed.kind != "nm" else check_sparsity(sparsity, parsed)
+    if isinstance(bits, Mapping):
+        if not bits:
+            raise ValueError("bits: expected at least one filter, got an empty mapping")
+        return {str(k): check_bits(v, f"bits[{k!r}]") for k, v in bits.items()}, parsed, target
+    if isinstance(bits, str):
+        if bits != "auto":
+            raise ValueError(
+                f"bits: expected 2 to 16, a mapping from filters to bits or 'auto', got {bits!r}"
+            )
+        return bits, parsed, target
+    return check_bits(bits), parsed, target
+
+
+def _assign(
+    model: nn.Module, targets: Sequence[Target], bits: int | str | dict[str, int]
+) -> dict[str, tuple[int, ...]]:
+    """For each tensor the widths to try, narrowest first."""
+    if isinstance(bits, str):
+        return {t.name: AUTO for t in targets}
+    if isinstance(bits, int):
+        return {t.name: (bits,) for t in targets}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    assigned: dict[str, tuple[int, ...]] = {}
+    for text, width in bits.items():
+        (matcher,) = _matchers("bits", text)
+        found = [t for t in targets if matcher.selects(t, modules)]
+        if not found:
+            names = ", ".join(t.name for t in targets[:5])
+            raise ValueError(
+                f"bits: expected filters that match a selected weight, got {text!r}; weights: {names}"
+            )
+        for target in found:
+            assigned.setdefault(target.name, (width,))
+    return assigned
+
+
+def _settle(
+    target: Target,
+    hessians: list[torch.Tensor],
+    widths: tuple[int, ...],
+    *,
+    sweep: bool,
+    sparsity: float | None,
+    pattern: Pattern,
+    symmetric: bool,
+    group: int | None,
+    scales: str | None,
+    max_error: float,
+    damping: float,
+) -> tuple[torch.Tensor, QuantizedWeight, float]:
+    """The weight on the narrowest grid that is good enough (or the last), its grid, and its output error."""
+    matrices = obs.Matrices(target)
+    parts = [w.to(h.dtype) for w, h in zip(matrices.split(target.weight), hessians, strict=True)]
+    inverses = [obs.invert(h, damping, f" at layer {target.layer!r}") for h in hessians] if sweep else []
+    width = 1 if pattern.kind == "unstructured" else pattern.cols
+    units = matrices.units(width) if sparsity is not None else None
+    for bits in widths:
+        how = scales or ("minmax" if bits >= 8 else "mse")
+        rounded, grids = [], []
+        for i, w in enumerate(parts):
+            rounding = GridRounding(bits, symmetric=symmetric, group=group, method=how)
+            if sweep:
+                new, _ = obs.sweep(
+                    w,
+                    inverses[i],
+                    units=units,
+                    sparsity=sparsity or 0.0,
+                    pattern=None if sparsity is None else pattern,
+                    alive=w != 0 if sparsity is not None or bool((w == 0).any()) else None,
+                    rounding=rounding,
+                )
+                own = rounding.grids
+            else:
+                own = [
+                    fit(part, bits, symmetric=symmetric, method=how)
+                    for part in torch.split(w, group or max(1, w.shape[1]), dim=1)
+                ]
+                size = group or max(1, w.shape[1])
+                pieces = [g.round(p) for g, p in zip(own, torch.split(w, size, dim=1), strict=True)]
+                new = torch.cat(pieces, 1)
+            rounded.append(new)
+            grids.append((torch.cat([g.scale for g in own], 1), torch.cat([g.zero for g in own], 1)))
+        lost = sum(obs.output_error(a, b, h) for a, b, h in zip(rounded, parts, hessians, strict=True))
+        size2 = sum(obs.output_error(w, torch.zeros_like(w), h) for w, h in zip(parts, hessians, strict=True))
+        error = math.sqrt(max(lost, 0.0) / size2) if size2 > 0 else 0.0
+        record = QuantizedWeight(
+            bits,
+            symmetric,
+            group,
+            torch.cat([s for s, _ in grids]).float(),
+            torch.cat([z for _, z in grids]).float(),
+        )
+        if error <= max_error:
+            break
+    return matrices.join(rounded), record, error
+
+
+def _with_input(record: QuantizedWeight, grid: ActivationGrid) -> QuantizedWeight:
+    return dataclasses.replace(
+        record, activation_scale=grid.scale, activation_zero=grid.zero, activation_dtype=grid.dtype
+    )
+
+
+def _layer_report(target: Target, record: QuantizedWeight, error: float, seen: InputRange) -> QuantLayer:
+    weight = target.weight
+    zeros = 1.0 - int(torch.count_nonzero(weight)) / max(1, weight.numel())
+    grid = None
+    if record.activation_scale is not None:
+        grid = (record.activation_scale, record.activation_zero, record.activation_dtype)
+    return QuantLayer(
+        target.name,
+        target.type,
+        tuple(weight.shape),
+        record.bits,
+        zeros,
+        error,
+        grid,
+        seen.distribution().fit,
+    )
+
+
+class InputMean(Observer):
+    """Mean of every column of a layer's input matrix, in the order of `obs.Matrices`, one a part."""
+
+    events = frozenset({calibration.INPUT})
+
+    def __init__(self, target: Target) -> None:
+        self.target, self.matrices = target, obs.Matrices(target)
+        self.sums = [
+            torch.zeros(self.matrices.inputs, dtype=torch.float64) for _ in range(self.matrices.parts)
+        ]
+        self.rows = [0] * self.matrices.parts
+        self.turn = 0
+
+    def input(self, x: torch.Tensor) -> None:
+        module = self.target.module
+        if isinstance(module, calibration._CONVOLUTIONS):
+            taps = torch.stack(
+                [c.transpose(0, 1).flatten(1).sum(1, dtype=torch.float64) for c in columns(module, x)]
+            )
+            n = next(iter(columns(module, x)))[:, 0].numel()
+            for part, own in enumerate(taps.chunk(self.matrices.parts, dim=1)):
+                self.sums[part] += own.reshape(-1).cpu()
+                self.rows[part] += n
+        else:
+            part = self.turn % len(self.sums)
+            self.sums[part] += x.sum(0, dtype=torch.float64).cpu()
+            self.rows[part] += x.shape[0]
+            self.turn += 1
+
+    def result(self) -> list[torch.Tensor]:
+        return [s / max(1, n) for s, n in zip(self.sums, self.rows, strict=True)]
+
+
+def _correct_bias(target: Target, before: torch.Tensor, means: list[torch.Tensor]) -> None:
+    """``bias += (W - W_q) E[x]``: Nagel et al., arXiv 1906.04721. Layers without a bias stay as they are."""
+    bias = target.module._parameters.get("bias" if target.parameter == "weight" else "in_proj_bias")
+    if bias is None or len(target.places) > 1:
+        return
+    matrices = obs.Matrices(target)
+    shift = torch.cat(
+        [
+            (old - new).double().cpu() @ mean
+            for old, new, mean in zip(
+                matrices.split(before), matrices.split(target.weight), means, strict=True
+            )
+        ]
+    )
+    with torch.no_grad():
+        bias.add_(shift.to(bias.device, bias.dtype))
+
+
+@contextmanager
+def simulate(model: nn.Module) -> Iterator[None]:
+    """Inside, the inputs of quantised layers are rounded as int8 kernels round them: to measure accuracy
+    anywhere.
+
+    Static inputs by their grid; others by token, symmetrically, by the token's own largest magnitude (of a
+    convolution's input, by the sample's).
+    """
+    handles = []
+
+    def hook(record: QuantizedWeight) -> Callable[..., Any]:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = args[0]
+            if record.activation_scale is not None:
+                grid = ActivationGrid(
+                    record.activation_scale, record.activation_zero, record.activation_dtype
+                )
+                return (grid.round(x), *args[1:])
+            over = list(range(1, x.ndim)) if isinstance(module, calibration._CONVOLUTIONS) else [-1]
+            scale = x.abs().amax(over, keepdim=True) / 127
+            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+            return ((x / scale).round().clamp(-127, 127) * scale, *args[1:])
+
+        return before
+
+    try:
+        for module in unwrap(model).modules():
+            if (record := quantized(module)) is not None and record.bits <= 8:
+                handles.append(module.register_forward_pre_hook(hook(record)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
