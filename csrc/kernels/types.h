@@ -31,6 +31,7 @@ struct CsrPanelArgs {
   float* acc;               // [rows][vectors * 16], 64-byte aligned
   int32_t rows;
   bool accumulate;  // false: acc is written, not read
+  int32_t shift;    // the panel's units lie 2^shift times closer than the offsets say
 };
 struct csr_panel_f32 {
   // One function for each number of vectors, 1..kPanelMaxGroups, at index vectors - 1.
@@ -130,30 +131,25 @@ struct rows_store {
   static constexpr const char* doc = "bias, activation and narrowing of rows of outputs";
 };
 
-// Lanes of one vector of a convolution's panel row that lie at even steps in the input: lane l reads element
-// `offset + l * step` of the tap's view of a channel plane. A vector whose positions cross an output row or
-// an image is several runs.
+// Lanes of one vector of a convolution's panel row that lie side by side in the input: lane l reads element
+// `offset + l` of the tap's view of a channel plane. A vector whose positions cross an output row or an image
+// may be several runs.
 struct ConvRun {
   int64_t offset;  // elements; may point outside the plane for lanes that no tap reads
   int32_t vector;
 };
 
 // Fills units [k0, k0 + units) of the reduction (channel, kernel row, kernel column) with the input elements
-// that the tile's output positions read: im2col, a tile at a time. Padding is a cleared lane bit.
+// that the tile's output positions read: im2col, a tile at a time. Padding is a cleared lane bit; a lane that
+// is off touches no memory.
 struct ConvPackArgs {
-  const void* x;               // first image, first channel
-  DType dtype;                 // f32, f16 or bf16: widened to float32
+  const float* x;              // first image, first channel
   int64_t channel_stride;      // elements
   int32_t taps;                // kernel rows * kernel columns
   const int64_t* tap_offsets;  // [taps], elements
-  int32_t step;                // elements between neighbouring positions: the column stride
   const ConvRun* runs;         // ascending by vector, every vector at least once
   int32_t run_count;
   const uint16_t* lanes;  // [taps][run_count]: bit l set when the run holds lane l and it is no padding
-  const uint8_t* whole;   // [taps]: every lane of every run is set
-  // Elements of x that are memory of the input, relative to x: inside, a whole vector may be read and masked
-  // afterwards, which is twice as fast as a masked load.
-  int64_t begin, end;
   int64_t k0;
   int32_t units, vectors;
   int32_t stride;  // floats between units of the panel
@@ -161,7 +157,23 @@ struct ConvPackArgs {
 };
 struct conv_pack {
   using Fn = void(const ConvPackArgs&);
-  static constexpr const char* doc = "gather and widen a convolution's input into a panel";
+  static constexpr const char* doc = "gather a convolution's input into a panel";
+};
+
+// One phase of a strided convolution's input plane: y[r * y_stride + i] = x[r * x_stride + i * step],
+// widened. Whole vectors of 16 are written: up to 15 elements behind a row are anything, so rows are given in
+// ascending order of memory.
+struct ConvSplitArgs {
+  const void* x;
+  DType dtype;  // f32, f16 or bf16
+  int64_t step;
+  int64_t x_stride, y_stride;  // elements between rows
+  int64_t rows, count;
+  float* y;
+};
+struct conv_split {
+  using Fn = void(const ConvSplitArgs&);
+  static constexpr const char* doc = "every n-th row and column of an image plane, as float32";
 };
 
 // Positions of a tile that are contiguous in the output: one image's share of it.

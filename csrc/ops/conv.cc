@@ -1,12 +1,13 @@
 // Three ways into the panel product, none of which materialises an im2col matrix:
 //   nchw: a tile of output positions is gathered into L1 for each K block (conv_pack), the product is already
-//     in the output's order (conv_store);
+//     in the output's order (conv_store). Strided convolutions first split each plane into the phases of the
+//     stride (conv_split), a few images at a time: in a phase neighbouring outputs read neighbouring
+//     elements, and rows follow each other without a gap, as they do without a stride. 16-bit planes become
+//     float32 so;
 //   nhwc, 1x1: pixels are tokens, so it is the linear operation; with a stride, or padding, on the pixels
-//   that
-//     the output uses, copied together first;
+//     that the output uses, copied together first;
 //   nhwc, larger kernels: each pixel is read kh * kw times, so images are transposed to planes once, a few at
-//   a
-//     time, and gathered as in nchw; the epilogue transposes back.
+//     a time, and gathered as in nchw; the epilogue transposes back.
 #include "ops/conv.h"
 
 #include <algorithm>
@@ -20,61 +21,116 @@
 namespace pared {
 namespace {
 
-// Transposed planes of a few images at a time: beyond the second-level cache, well inside the last.
+// Planes of a few images at a time: beyond the second-level cache, well inside the last.
 constexpr int64_t kPlaneFloats = int64_t{2} << 20;
 // Deepest transpose that panel_pack does in one call.
 constexpr int64_t kTransposeUnits = 256;
-
-// Planes as conv_pack reads them.
-struct Planes {
-  const void* x;
-  DType dtype;
-  int64_t image_stride, channel_stride;
-  int64_t begin, end;  // elements that are memory of the input, relative to x
-};
-
-// [begin, end) of images by channels by planes of `plane` elements; strides of either sign.
-Planes planes_of(const void* x, DType dtype, int64_t images, int64_t image_stride, int64_t channels,
-                 int64_t channel_stride, int64_t plane) {
-  const int64_t image = (images - 1) * image_stride, channel = (channels - 1) * channel_stride;
-  return {x,
-          dtype,
-          image_stride,
-          channel_stride,
-          std::min<int64_t>(image, 0) + std::min<int64_t>(channel, 0),
-          std::max<int64_t>(image, 0) + std::max<int64_t>(channel, 0) + plane};
-}
+// Below this many elements to a thread, copying in parallel does not pay.
+constexpr int64_t kCopyGrain = int64_t{1} << 15;
 
 int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+int64_t tap_row(const ConvArgs& a, int i) { return i * a.dilation_h - a.pad_top; }
+int64_t tap_column(const ConvArgs& a, int j) { return j * a.dilation_w - a.pad_left; }
+
+// Planes in which neighbouring outputs read neighbouring elements: output (y, x) of tap t reads element
+// y * pitch + x + tap_offsets[t] of its channel.
+struct Planes {
+  const float* x;
+  int64_t image_stride, channel_stride, pitch;
+  std::vector<int64_t> tap_offsets;
+};
+
+// A float32 image without strides, as it is.
+Planes planes_of(const ConvArgs& a, int kh, int kw) {
+  Planes planes{static_cast<const float*>(a.x), a.image_stride, a.channel_stride, a.width, {}};
+  for (int i = 0; i < kh; ++i)
+    for (int j = 0; j < kw; ++j) planes.tap_offsets.push_back(tap_row(a, i) * a.width + tap_column(a, j));
+  return planes;
+}
+
+// The phases of a stride that some tap reads: a tap reads phase `of` at `shift` elements from the output.
+struct Phases {
+  std::vector<int64_t> distinct;
+  std::vector<int64_t> of, shift;
+
+  void add(int64_t tap, int64_t stride) {
+    shift.push_back(floor_div(tap, stride));
+    const int64_t phase = tap - shift.back() * stride;
+    const auto at = std::find(distinct.begin(), distinct.end(), phase);
+    of.push_back(at - distinct.begin());
+    if (at == distinct.end()) distinct.push_back(phase);
+  }
+};
+
+class SplitPlanes {
+ public:
+  SplitPlanes(const ConvArgs& a, int kh, int kw) : a_(a) {
+    for (int i = 0; i < kh; ++i) rows_.add(tap_row(a, i), a.stride_h);
+    for (int j = 0; j < kw; ++j) columns_.add(tap_column(a, j), a.stride_w);
+    const int64_t width = ceil_div(a.width, a.stride_w), height = ceil_div(a.height, a.stride_h);
+    // As wide as the output where that costs little: a tile of positions is then one run in memory.
+    pitch_ = width <= a.out_w && a.out_w <= 2 * width ? a.out_w : width;
+    // Rows are written as whole vectors.
+    phase_stride_ = static_cast<int64_t>(round_up(height * pitch_ + kPanelGroup - 1, kPanelGroup));
+    channel_stride_ = phase_stride_ * phases();
+    // A multiple of the page would put all channels of a tile into the same few sets of the L1 cache.
+    if (channel_stride_ % 1024 == 0) channel_stride_ += kPanelGroup;
+  }
+
+  int64_t image_floats() const { return channel_stride_ * a_.channels; }
+
+  // Images [n0, n1) to `to`.
+  Planes split(int64_t n0, int64_t n1, float* to) const {
+    const auto kernel = kernel_for<conv_split>(active_isa()).fn;
+    const int64_t element = dtype_size(a_.dtype);
+    parallel_for(0, (n1 - n0) * a_.channels, std::max<int64_t>(1, kCopyGrain / (a_.height * a_.width)),
+                 [&](int64_t p0, int64_t p1) {
+                   for (int64_t p = p0; p < p1; ++p) {
+                     const int64_t n = n0 + p / a_.channels, c = p % a_.channels;
+                     float* plane = to + p * channel_stride_;
+                     for (int64_t r : rows_.distinct)
+                       for (int64_t q : columns_.distinct) {
+                         const int64_t at = n * a_.image_stride + c * a_.channel_stride + r * a_.width + q;
+                         kernel({static_cast<const char*>(a_.x) + at * element, a_.dtype, a_.stride_w,
+                                 a_.stride_h * a_.width, pitch_, ceil_div(a_.height - r, a_.stride_h),
+                                 ceil_div(a_.width - q, a_.stride_w), plane});
+                         plane += phase_stride_;
+                       }
+                   }
+                 });
+    Planes planes{to, image_floats(), channel_stride_, pitch_, {}};
+    for (size_t i = 0; i < rows_.of.size(); ++i)
+      for (size_t j = 0; j < columns_.of.size(); ++j) {
+        const int64_t phase = rows_.of[i] * static_cast<int64_t>(columns_.distinct.size()) + columns_.of[j];
+        planes.tap_offsets.push_back(phase * phase_stride_ + rows_.shift[i] * pitch_ + columns_.shift[j]);
+      }
+    return planes;
+  }
+
+ private:
+  int64_t phases() const { return static_cast<int64_t>(rows_.distinct.size() * columns_.distinct.size()); }
+
+  const ConvArgs& a_;
+  Phases rows_, columns_;
+  int64_t pitch_, phase_stride_, channel_stride_;
+};
 
 // Where output positions read: the same for every channel, so computed once a call, and for each tile once.
 class ConvGeometry {
  public:
   ConvGeometry(const ConvArgs& a, int kh, int kw, const Planes& planes)
-      : images_(a.images),
-        height_(a.height),
-        width_(a.width),
-        out_h_(a.out_h),
-        out_w_(a.out_w),
-        kh_(kh),
-        kw_(kw),
-        stride_h_(a.stride_h),
-        stride_w_(a.stride_w),
-        pad_top_(a.pad_top),
-        pad_left_(a.pad_left),
-        planes_(planes) {
-    if (kh == 1 && kw == 1 && stride_h_ == 1 && stride_w_ == 1 && out_h_ == height_ && out_w_ == width_) {
-      width_ *= height_;  // the plane is one row
-      out_w_ = width_;
-      height_ = out_h_ = 1;
+      : images_(a.images), out_h_(a.out_h), out_w_(a.out_w), kh_(kh), kw_(kw), planes_(planes) {
+    flat_ = out_w_ == planes_.pitch;
+    int64_t height = a.height, width = a.width;
+    if (kh == 1 && kw == 1 && flat_ && out_h_ == height && out_w_ == width) {
+      width *= height;  // the plane is one row
+      out_w_ = width;
+      height = out_h_ = 1;
     }
-    flat_ = stride_h_ == 1 && stride_w_ == 1 && out_w_ == width_;
-    for (int i = 0; i < kh; ++i) {
-      rows_.push_back(valid(height_, out_h_, stride_h_, pad_top_ - i * a.dilation_h));
-      for (int j = 0; j < kw; ++j) tap_offsets_.push_back(i * a.dilation_h * width_ + j * a.dilation_w);
-    }
-    for (int j = 0; j < kw; ++j)
-      columns_.push_back(valid(width_, out_w_, stride_w_, pad_left_ - j * a.dilation_w));
+    for (int i = 0; i < kh; ++i) rows_.push_back(valid(height, out_h_, a.stride_h, -tap_row(a, i)));
+    for (int j = 0; j < kw; ++j) columns_.push_back(valid(width, out_w_, a.stride_w, -tap_column(a, j)));
   }
 
   int64_t plane_positions() const { return out_h_ * out_w_; }
@@ -84,7 +140,6 @@ class ConvGeometry {
   struct Tile {
     std::vector<ConvRun> runs;
     std::vector<uint16_t> lanes;  // [taps][runs]
-    std::vector<uint8_t> whole;   // [taps]
     std::vector<uint16_t> run_lanes, row_lanes, column_lanes;
   };
 
@@ -109,15 +164,14 @@ class ConvGeometry {
       }
       // In flat planes the next output row continues where this one ends in the input too.
       const bool continues = flat_ && m > 0 && in_plane > 0;
-      const int64_t source =
-          image * planes_.image_stride + (oy * stride_h_ - pad_top_) * width_ + ox * stride_w_ - pad_left_;
+      const int64_t source = image * planes_.image_stride + oy * planes_.pitch + ox;
       for (int32_t v = m / kPanelGroup; v * kPanelGroup < m + count; ++v) {
         const int32_t b = std::max(m, v * kPanelGroup), e = std::min(m + count, (v + 1) * kPanelGroup);
         const uint16_t bits = static_cast<uint16_t>(((1u << (e - b)) - 1u) << (b - v * kPanelGroup));
         if (continues && out.runs.back().vector == v) {
           out.run_lanes.back() |= bits;
         } else {
-          out.runs.push_back({source + (static_cast<int64_t>(v) * kPanelGroup - m) * stride_w_, v});
+          out.runs.push_back({source + static_cast<int64_t>(v) * kPanelGroup - m, v});
           out.run_lanes.push_back(bits);
         }
       }
@@ -125,34 +179,24 @@ class ConvGeometry {
     }
     const size_t n = out.runs.size();
     out.lanes.resize(static_cast<size_t>(kh_) * kw_ * n);
-    out.whole.clear();
     uint16_t* lanes = out.lanes.data();
     for (int i = 0; i < kh_; ++i)
-      for (int j = 0; j < kw_; ++j) {
-        uint16_t all = 0xffff;
+      for (int j = 0; j < kw_; ++j)
         for (size_t r = 0; r < n; ++r) {
           const int32_t v = out.runs[r].vector;
-          *lanes = out.run_lanes[r] & out.row_lanes[i * vectors + v] & out.column_lanes[j * vectors + v];
-          all &= *lanes++;
+          *lanes++ = out.run_lanes[r] & out.row_lanes[i * vectors + v] & out.column_lanes[j * vectors + v];
         }
-        out.whole.push_back(all == 0xffff);
-      }
   }
 
   ConvPackArgs pack_args(const PanelTile& t, const Tile& tile, int64_t k0, int32_t units, int32_t stride,
                          float* panel) const {
     return {planes_.x,
-            planes_.dtype,
             planes_.channel_stride,
-            static_cast<int32_t>(tap_offsets_.size()),
-            tap_offsets_.data(),
-            static_cast<int32_t>(stride_w_),
+            static_cast<int32_t>(planes_.tap_offsets.size()),
+            planes_.tap_offsets.data(),
             tile.runs.data(),
             static_cast<int32_t>(tile.runs.size()),
             tile.lanes.data(),
-            tile.whole.data(),
-            planes_.begin,
-            planes_.end,
             k0,
             units,
             t.vectors,
@@ -177,18 +221,17 @@ class ConvGeometry {
     }
   }
 
-  int64_t images_, height_, width_, out_h_, out_w_;
+  int64_t images_, out_h_, out_w_;
   int kh_, kw_;
-  int64_t stride_h_, stride_w_, pad_top_, pad_left_;
-  Planes planes_;
+  const Planes& planes_;
   bool flat_;
   std::vector<Range> rows_, columns_;  // by kernel row, by kernel column
-  std::vector<int64_t> tap_offsets_;
 };
 
-// The product over gathered planes; `store` takes finished tiles.
+// The product of some images' planes; `store` takes finished tiles, positions counted from `first`.
 template <class Store>
-void product(const ConvArgs& args, const CsrPacked& w, const Planes& planes, const Store& store) {
+void product(const ConvArgs& args, const CsrPacked& w, const Planes& planes, int64_t first,
+             const Store& store) {
   const ConvGeometry geometry(args, w.header->kh, w.header->kw, planes);
   const auto pack = kernel_for<conv_pack>(active_isa()).fn;
   // A thread keeps the description of the tile it works on: identified by the call, since threads outlive it.
@@ -208,26 +251,46 @@ void product(const ConvArgs& args, const CsrPacked& w, const Planes& planes, con
         pack(geometry.pack_args(t, tile, k0, units, stride, panel));
         return panel;
       },
-      store);
+      [&](PanelTile t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
+        t.first += first;
+        store(t, row0, rows, acc, acc_stride);
+      });
+}
+
+// The product of NCHW images; `store` takes finished tiles.
+template <class Store>
+void product_of_images(const ConvArgs& a, const CsrPacked& w, const Store& store) {
+  const int kh = w.header->kh, kw = w.header->kw;
+  if (a.dtype == DType::f32 && a.stride_h == 1 && a.stride_w == 1)
+    return product(a, w, planes_of(a, kh, kw), 0, store);
+  thread_local Scratch memory;
+  const SplitPlanes planes(a, kh, kw);
+  const int64_t step =
+      std::clamp<int64_t>(kPlaneFloats / std::max<int64_t>(1, planes.image_floats()), 1, a.images);
+  float* scratch = memory.get<float>(step * planes.image_floats());
+  for (int64_t n = 0; n < a.images; n += step) {
+    ConvArgs some = a;
+    some.images = std::min(step, a.images - n);
+    product(some, w, planes.split(n, n + some.images, scratch), n * a.out_h * a.out_w, store);
+  }
 }
 
 void conv_nchw(const ConvArgs& a, const CsrPacked& w) {
   const auto store = kernel_for<conv_store>(active_isa()).fn;
   const int64_t plane = a.out_h * a.out_w, element = dtype_size(a.dtype);
-  product(a, w,
-          planes_of(a.x, a.dtype, a.images, a.image_stride, a.channels, a.channel_stride, a.height * a.width),
-          [&](const PanelTile& t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
-            ConvSpan spans[kPanelMaxGroups * kPanelGroup];
-            int32_t n = 0;
-            for (int32_t m = 0; m < t.positions; ++n) {
-              const int64_t image = (t.first + m) / plane, at = (t.first + m) % plane;
-              const int32_t count = static_cast<int32_t>(std::min<int64_t>(plane - at, t.positions - m));
-              spans[n] = {m, count, image * w.header->rows * plane + at};
-              m += count;
-            }
-            store({acc, acc_stride, rows, spans, n, a.bias ? a.bias + row0 : nullptr, a.activation,
-                   static_cast<char*>(a.y) + row0 * plane * element, plane, a.dtype});
-          });
+  product_of_images(
+      a, w, [&](const PanelTile& t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
+        ConvSpan spans[kPanelMaxGroups * kPanelGroup];
+        int32_t n = 0;
+        for (int32_t m = 0; m < t.positions; ++n) {
+          const int64_t image = (t.first + m) / plane, at = (t.first + m) % plane;
+          const int32_t count = static_cast<int32_t>(std::min<int64_t>(plane - at, t.positions - m));
+          spans[n] = {m, count, image * w.header->rows * plane + at};
+          m += count;
+        }
+        store({acc, acc_stride, rows, spans, n, a.bias ? a.bias + row0 : nullptr, a.activation,
+               static_cast<char*>(a.y) + row0 * plane * element, plane, a.dtype});
+      });
 }
 
 // 1x1 on pixels: tokens are pixels. `x` holds the pixels of the output, in order.
@@ -306,14 +369,17 @@ void conv_nhwc(const ConvArgs& a, const CsrPacked& w) {
       continue;
     }
     transpose_planes(a, n0, n1, pitch, scratch);
-    ConvArgs some = a;
-    some.images = n1 - n0;
-    product(some, w,
-            planes_of(scratch, DType::f32, some.images, a.channels * pitch, a.channels, pitch, pitch),
-            [&](const PanelTile& t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
-              store({acc, acc_stride, rows, t.positions, a.bias ? a.bias + row0 : nullptr, a.activation,
-                     y_of(n0) + (t.first * h.rows + row0) * element, h.rows, a.dtype});
-            });
+    ConvArgs planes = a;
+    planes.x = scratch;
+    planes.dtype = DType::f32;
+    planes.images = n1 - n0;
+    planes.image_stride = a.channels * pitch;
+    planes.channel_stride = pitch;
+    product_of_images(
+        planes, w, [&](const PanelTile& t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
+          store({acc, acc_stride, rows, t.positions, a.bias ? a.bias + row0 : nullptr, a.activation,
+                 y_of(n0) + (t.first * h.rows + row0) * element, h.rows, a.dtype});
+        });
   }
 }
 

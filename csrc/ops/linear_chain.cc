@@ -16,7 +16,9 @@ constexpr int64_t kTogether = kPanelMaxGroups * kPanelGroup;
 class Handed {
  public:
   Handed(const CsrPacked& next, int64_t tokens)
-      : tiles_(cut_panel_tiles(next, tokens)), units_(next.header->cols), stride_(next.header->tile) {}
+      : tiles_(cut_panel_tiles(next, tokens)),
+        units_(next.header->cols),
+        stride_(next.header->tile >> panel_shift(next, tiles_)) {}
 
   size_t floats() const { return tiles_.size() * units_ * stride_; }
   void place(float* memory) { memory_ = memory; }

@@ -16,4 +16,12 @@ std::vector<PanelTile> cut_panel_tiles(const CsrPacked& w, int64_t positions) {
   return out;
 }
 
+int32_t panel_shift(const CsrPacked& w, const std::vector<PanelTile>& tiles) {
+  if (w.header->entry_rows != 1) return 0;
+  int32_t widest = kPanelGroup, shift = 0;
+  for (const PanelTile& t : tiles) widest = std::max(widest, t.vectors * kPanelGroup);
+  for (int32_t half = w.header->tile / 2; widest <= half && half % kPanelGroup == 0; half /= 2) ++shift;
+  return shift;
+}
+
 }  // namespace pared

@@ -33,6 +33,11 @@ struct PanelTile {
 // 96 + 32, because a short tile pays the same loads of weights for less work.
 std::vector<PanelTile> cut_panel_tiles(const CsrPacked& w, int64_t positions);
 
+// Units of these tiles' panels lie `header->tile >> panel_shift` floats apart: a tile of few vectors in a
+// panel of full stride would leave most sets of the L1 cache unused. 7x7 images and 16 tokens run 1.2 to 1.4
+// times faster on a panel as narrow as the tile.
+int32_t panel_shift(const CsrPacked& w, const std::vector<PanelTile>& tiles);
+
 namespace panel_product_detail {
 
 // Accumulators of one pass: 256 KB suits second-level caches of 512 KB and more.
@@ -69,8 +74,8 @@ class GroupWeights {
 };
 
 template <class Pack, class Store>
-void run_tile(const CsrPacked& w, csr_panel_f32::Fn* const* micro, const PanelTile& t, int64_t g0, int64_t g1,
-              const Pack& pack, const Store& store, float* panel, float* acc) {
+void run_tile(const CsrPacked& w, csr_panel_f32::Fn* const* micro, const PanelTile& t, int32_t shift,
+              int64_t g0, int64_t g1, const Pack& pack, const Store& store, float* panel, float* acc) {
   const PackedHeader& h = *w.header;
   const int64_t blocks = w.blocks(), last = std::max<int64_t>(blocks, 1) - 1;
   const int32_t acc_stride = t.vectors * kPanelGroup;
@@ -88,12 +93,12 @@ void run_tile(const CsrPacked& w, csr_panel_f32::Fn* const* micro, const PanelTi
           if (!x) {
             const int64_t k0 = b * h.block_k;
             x = pack(t, k0, static_cast<int32_t>(std::min<int64_t>(h.block_k, h.cols - k0)),
-                     static_cast<int32_t>(h.tile), panel);
+                     static_cast<int32_t>(h.tile) >> shift, panel);
           }
           micro[t.vectors - 1]({w.counts + (g * blocks + b) * w.slots(),
                                 w.values + static_cast<int64_t>(starts[b]) * h.entry_rows,
                                 w.offsets + starts[b], x, group_acc, (rows + h.entry_rows - 1) / h.entry_rows,
-                                touched});
+                                touched, shift});
         } else if (b == last && !touched) {
           std::fill_n(group_acc, static_cast<int64_t>(rows) * acc_stride, 0.0f);  // rows without non-zeros
         }
@@ -119,6 +124,7 @@ void csr_panel_product(const CsrPacked& w, int64_t positions, const Pack& pack, 
   const auto micro = w.header->entry_rows == 1 ? kernel_for<csr_panel_f32>(active_isa()).fn
                                                : kernel_for<quad_panel_f32>(active_isa()).fn;
   const std::vector<PanelTile> tiles = cut_panel_tiles(w, positions);
+  const int32_t shift = panel_shift(w, tiles);
   const int64_t groups = w.groups();
 
   // All (tile, row group) pairs in one line, cut into equal shares of weight: a thread's share is a run of
@@ -143,7 +149,7 @@ void csr_panel_product(const CsrPacked& w, int64_t positions, const Pack& pack, 
       if (begin >= end) continue;
       const int64_t g0 = weights.at(begin / t.vectors);
       const int64_t g1 = end == cost ? groups : weights.at(end / t.vectors);
-      if (g0 < g1) detail::run_tile(w, micro, t, g0, g1, pack, store, panel, acc);
+      if (g0 < g1) detail::run_tile(w, micro, t, shift, g0, g1, pack, store, panel, acc);
     }
   });
 }

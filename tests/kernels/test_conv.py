@@ -68,6 +68,39 @@ def test_strides(isa, rng, layout, dtype, stride, kernel):
 
 
 @LAYOUTS
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding"),
+    [
+        ((8, 8), (3, 3), (2, 2), (1, 1, 1, 1)),  # phases as wide as the output: tiles are one run
+        ((9, 8), (3, 3), (2, 1), (1, 1, 1, 1)),
+        ((7, 9), (3, 3), (2, 2), (0, 0, 0, 0)),  # wider
+        ((5, 4), (3, 3), (2, 2), (1, 0, 3, 4)),  # narrower: padding is wider than the image
+        ((3, 3), (2, 2), (5, 5), (1, 4, 4, 2)),  # phases that lie outside the image
+        ((72, 56), (1, 1), (2, 2), (0, 0, 0, 0)),  # a plane of 1024 floats: channels are moved apart
+        ((6, 6), (1, 1), (1, 1), (1, 1, 2, 2)),
+    ],
+    ids=str,
+)
+def test_phases_of_a_stride(isa, layout, dtype, size, kernel, stride, padding):
+    """Strided and 16-bit images are split into planes first. Integers are exact: a lost element shows."""
+    x = layout((np.arange(3 * 5 * size[0] * size[1]) % 61 - 30).astype(dtype).reshape(3, 5, *size))
+    w = np.zeros((18, 5, *kernel), dtype=np.float32)
+    w[np.arange(18), np.arange(18) % 5] = np.arange(-4, 4)[np.arange(kernel[0] * kernel[1]) % 8].reshape(
+        kernel
+    )
+    g = Geometry(stride=stride, padding=padding)
+    assert np.array_equal(run(x, w, None, g), reference(x, w, None, g))
+
+
+@LAYOUTS
+def test_more_images_than_are_split_at_once(isa, rng, layout):
+    """Phases of a few images at a time: each later group lands behind the first in the output."""
+    x = layout(rng.standard_normal((3, 2, 1100, 500)).astype(np.float32))
+    check(x, sparse_weight(rng, (2, 2, 2, 2), 0.5), None, Geometry(stride=(2, 2)))
+
+
+@LAYOUTS
 def test_many_blocks_of_the_reduction(isa, rng, layout):
     """More channels than a K block, and than a transpose call, holds; filters in several row groups."""
     x = layout(rng.standard_normal((1, 300, 5, 6)).astype(np.float32))

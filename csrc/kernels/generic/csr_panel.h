@@ -21,6 +21,7 @@ PARED_INLINE void csr_panel_part(const CsrPanelArgs& args) {
   const uint16_t* offsets = args.offsets;
   const char* panel = reinterpret_cast<const char*>(args.panel + FIRST * kPanelGroup);
   float* acc = args.acc + FIRST * kPanelGroup;
+  const int shift = args.shift;
   for (int r = 0; r < args.rows; ++r, acc += VECTORS * kPanelGroup) {
     int left = args.counts[r];
     V sum[UNROLL][N];
@@ -29,7 +30,7 @@ PARED_INLINE void csr_panel_part(const CsrPanelArgs& args) {
       for (int v = 0; v < N; ++v) sum[u][v] = S::zero();
     for (; left >= UNROLL; left -= UNROLL, values += UNROLL, offsets += UNROLL) {
       for (int u = 0; u < UNROLL; ++u) {
-        const float* x = reinterpret_cast<const float*>(panel + offsets[u]);
+        const float* x = reinterpret_cast<const float*>(panel + (offsets[u] >> shift));
         const V w = S::set1(values[u]);
         for (int v = 0; v < N; ++v) sum[u][v] = S::fma(w, S::load(x + v * S::width), sum[u][v]);
       }
@@ -39,7 +40,7 @@ PARED_INLINE void csr_panel_part(const CsrPanelArgs& args) {
 #pragma GCC unroll 8
       for (int u = 0; u < UNROLL - 1; ++u) {
         if (u >= left) break;
-        const float* x = reinterpret_cast<const float*>(panel + offsets[u]);
+        const float* x = reinterpret_cast<const float*>(panel + (offsets[u] >> shift));
         const V w = S::set1(values[u]);
         for (int v = 0; v < N; ++v) sum[u][v] = S::fma(w, S::load(x + v * S::width), sum[u][v]);
       }
