@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pared._io import load, save
     from pared._report import Report, report
     from pared._surgery import restore
-    from pared.pruning import Pruner, prune
+    from pared.pruning import Pruner, prune, prune_channels, prune_layers
     from pared.quant import quantize
 
 __version__ = "0.1.0"
@@ -34,6 +34,8 @@ _LAZY: dict[str, str] = {
     "kernels": "pared._info",
     "load": "pared._io",
     "prune": "pared.pruning",
+    "prune_channels": "pared.pruning",
+    "prune_layers": "pared.pruning",
     "quantize": "pared.quant",
     "report": "pared._report",
     "restore": "pared._surgery",
@@ -52,6 +54,8 @@ __all__ = [
     "nn",
     "ops",
     "prune",
+    "prune_channels",
+    "prune_layers",
     "quant",
     "quantize",
     "report",

@@ -25,17 +25,20 @@ from pared.pruning.oneshot import prune
 from pared.pruning.pruner import Pruner
 from pared.pruning.reconstruct import OBC, SparseGPT
 from pared.pruning.report import LayerReport, PruneReport
+from pared.pruning.structured import ChannelReport, LayerRemovalReport, prune_channels, prune_layers
 
 __all__ = [
     "OBC",
     "Activation",
     "BNScale",
     "ChangeRate",
+    "ChannelReport",
     "Criterion",
     "Entropy",
     "Fisher",
     "GeometricMedian",
     "Gradient",
+    "LayerRemovalReport",
     "LayerReport",
     "Magnitude",
     "MutualInformation",
@@ -50,4 +53,6 @@ __all__ = [
     "Taylor",
     "Wanda",
     "prune",
+    "prune_channels",
+    "prune_layers",
 ]

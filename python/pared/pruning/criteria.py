@@ -222,6 +222,7 @@ class Activation:
     so that units that are mostly off go first: Hu et al., "Network Trimming" (arXiv 1607.03250).
     """
 
+    units = True  # scores belong to outputs
     needs_data = True
     needs_gradients = False
     scope = "layer"
@@ -338,6 +339,7 @@ class Entropy:
     """
 
     name = "entropy"
+    units = True  # scores belong to outputs
     needs_data = True
     needs_gradients = False
     scope = "layer"
@@ -458,6 +460,7 @@ class MutualInformation:
     """
 
     name = "mutual_information"
+    units = True  # scores belong to outputs
     needs_data = True
     needs_gradients = False
     scope = "layer"
@@ -472,6 +475,7 @@ class MutualInformation:
         single: bool = False,
     ) -> None:
         self.bins, self.classes, self.labels, self.single = _check_bins(bins), classes, labels, single
+        self.units = not single
 
     def observe(self, target: Target, pattern: Pattern) -> Observer:
         return _LabelledHistograms(target, self.bins, self.classes, self.labels, self.single)
@@ -567,6 +571,7 @@ class OutputWeight:
     """
 
     name = "output_weight"
+    units = True  # scores belong to outputs
     needs_data = False
     needs_gradients = False
     scope = "layer"
@@ -602,6 +607,7 @@ class Propagation:
     """
 
     name = "propagation"
+    units = True  # scores belong to outputs
     needs_data = False
     needs_gradients = False
     scope = "layer"
@@ -638,6 +644,7 @@ class BNScale:
     """
 
     name = "bn_scale"
+    units = True  # scores belong to outputs
     needs_data = False
     needs_gradients = False
     scope = "global"
@@ -673,6 +680,7 @@ class GeometricMedian:
     """
 
     name = "geometric_median"
+    units = True  # scores belong to outputs
     needs_data = False
     needs_gradients = False
     scope = "layer"
@@ -694,6 +702,7 @@ class ChangeRate:
     """
 
     name = "change_rate"
+    units = True  # scores belong to outputs
     needs_data = True
     needs_gradients = False
     scope = "layer"

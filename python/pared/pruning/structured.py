@@ -1,0 +1,828 @@
+"""`pared.prune_channels` and `pared.prune_layers`: neurons, filters and whole blocks removed for real.
+
+Channels. Which tensors shrink together (residual sums, concatenations, batch normalisation, flattening before
+a Linear layer, grouped convolutions) comes from torch-pruning's dependency graph: Fang et al., "DepGraph:
+Towards Any Structural Pruning" (arXiv 2301.12900). A channel whose weights are zero is not zero: its bias and
+its BatchNorm shift make it a constant, which its readers multiply. That constant is measured and folded into
+the readers' biases, so that the small model computes what the masked one does; this is checked before the
+user's model is touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from pared import ops
+from pared._inputs import Example, compare, examples, leaves, run, tolerance
+from pared._sparsity import copy_model, weight_format
+from pared.pruning import oneshot
+from pared.pruning.calibration import _CONVOLUTIONS, LossFn, batches, forward, frozen
+from pared.pruning.criteria import OutputWeight
+from pared.pruning.importance import Importance, resolve
+from pared.pruning.masks import check_finite, keep_count
+from pared.pruning.patterns import parse_pattern
+from pared.pruning.targets import Filters, Target, _matchers, unwrap
+
+__all__ = ["ChannelReport", "LayerRemovalReport", "prune_channels", "prune_layers"]
+
+# These mix all channels of a position: without some of them the others come out differently.
+_MIXING = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
+_LAYERS = (nn.Linear, *_CONVOLUTIONS)
+
+
+@dataclass(frozen=True)
+class ChannelReport:
+    """The result of `pared.prune_channels`. ``print(report)`` shows the table.
+
+    Attributes
+    ----------
+    importance, scope, target : what was asked for.
+    groups : ``(layers, channels before, channels after)`` of each group of layers that share their channels.
+    kept : ``(layer, reason)`` of groups that were left as they are.
+    approximate : layers whose zero padding meets a removed constant: equal to the masked model inside, not at
+        the borders.
+    parameters_before, parameters : of the whole model.
+    error : largest relative difference from the masked model's outputs on the example inputs.
+    """
+
+    importance: str
+    scope: str
+    target: float
+    groups: tuple[tuple[tuple[str, ...], int, int], ...]
+    kept: tuple[tuple[str, str], ...]
+    approximate: tuple[str, ...]
+    parameters_before: int
+    parameters: int
+    error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __rich__(self) -> Table:
+        share = 1 - self.parameters / max(1, self.parameters_before)
+        notes = [f"left as it is ({reason}): {layer}" for layer, reason in self.kept]
+        if self.approximate:
+            notes.append(f"exact but for the borders, where zeros are padded: {', '.join(self.approximate)}")
+        table = Table(
+            title=f"{share:.1%} fewer parameters ({self.importance}, {self.scope})",
+            caption="\n".join(notes) or None,
+            caption_justify="left",
+        )
+        table.add_column("layers that share channels", overflow="fold")
+        for heading in ("before", "after"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for layers, before, after in self.groups:
+            table.add_row(", ".join(layers), str(before), str(after))
+        return table
+
+    def __str__(self) -> str:
+        return _text(self)
+
+
+def _text(report: Any) -> str:
+    out = io.StringIO()
+    Console(file=out, width=110, color_system=None).print(report)
+    return out.getvalue().rstrip()
+
+
+@dataclass
+class _Group:
+    """Layers whose channels go together, by name: with deep copies of the model names stay, objects do
+    not.
+    """
+
+    root: str
+    channels: int
+    parts: int
+    # Name of a layer -> for each root channel its indices there.
+    producers: dict[str, dict[int, list[int]]]
+    consumers: dict[str, dict[int, list[int]]]
+    removed: list[int] = field(default_factory=list)
+
+
+def _graph(model: nn.Module, example: Example) -> Any:
+    import torch_pruning
+
+    if example.args and example.kwargs:
+        raise TypeError(f"{example.label}: expected positional or keyword arguments, got both")
+    inputs: Any = dict(example.kwargs) if example.kwargs else example.args
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about parameters that no module owns: handled below
+            return torch_pruning.DependencyGraph().build_dependency(
+                model, example_inputs=inputs, verbose=False
+            )
+    except Exception as error:
+        raise ValueError(
+            f"model: expected one whose graph torch-pruning can trace with example_inputs, got "
+            f"{type(error).__name__}"
+            f": {error}"
+        ) from error
+
+
+def _groups(
+    graph: Any, model: nn.Module, include: Filters, exclude: Filters
+) -> tuple[list[_Group], list[tuple[str, str]]]:
+    """The groups that can be pruned, and why the others cannot."""
+    modules = dict(model.named_modules())
+    names = {id(m): n for n, m in modules.items()}
+    inside, outside = _matchers("include", include), _matchers("exclude", exclude)
+    found: list[_Group] = []
+    kept: list[tuple[str, str]] = []
+    matched: set[int] = set()
+    for raw in graph.get_all_groups(root_module_types=[*_LAYERS]):
+        root = names[id(raw[0].dep.target.module)]
+        producers: dict[str, dict[int, list[int]]] = {}
+        consumers: dict[str, dict[int, list[int]]] = {}
+        reason, parts = "", 1
+        for item in raw.items:
+            node = item.dep.target
+            module = node.module
+            if not node.outputs and not isinstance(module, nn.Module):
+                reason = reason or "its channels are the model's output"
+            if not isinstance(module, nn.Module) or id(module) not in names:
+                if not hasattr(module, "name") and isinstance(module, nn.Parameter):
+                    reason = reason or "a parameter outside of known layers shares its channels"
+                continue
+            name, out = names[id(module)], graph.is_out_channel_pruning_fn(item.dep.handler)
+            if isinstance(module, _MIXING):
+                reason = reason or f"{type(module).__name__} {name!r} normalises over its channels"
+            elif isinstance(module, _LAYERS):
+                if out and not node.outputs:
+                    reason = reason or "its channels are the model's output"
+                where = producers if out else consumers
+                indices = where.setdefault(name, {})
+                for index, channel in zip(item.idxs, item.root_idxs or item.idxs, strict=True):
+                    indices.setdefault(int(channel), []).append(int(index))
+                groups = getattr(module, "groups", 1)
+                depthwise = (
+                    groups > 1
+                    and groups == getattr(module, "out_channels", 0)
+                    and (groups == getattr(module, "in_channels", 0))
+                )
+                if groups > 1 and not depthwise:
+                    parts = math.lcm(parts, groups)
+            elif not isinstance(module, nn.modules.batchnorm._BatchNorm | nn.PReLU) and list(
+                module.parameters(recurse=False)
+            ):
+                reason = reason or f"{type(module).__name__} {name!r} shares its channels"
+        layers = list(producers)
+        for i, matcher in enumerate([*inside, *outside]):
+            if any(matcher.matches(n, n, modules[n], modules) for n in layers):
+                matched.add(i)
+        if inside and not any(m.matches(n, n, modules[n], modules) for m in inside for n in layers):
+            reason = "not included"
+        elif any(m.matches(n, n, modules[n], modules) for m in outside for n in layers):
+            reason = "excluded"
+        elif not consumers and not reason:
+            reason = "its channels are the model's output"
+        n = len(producers[root])
+        if n % parts:
+            reason = reason or "its channels do not divide into the convolution's groups"
+        if reason:
+            kept.append((root, reason))
+        else:
+            found.append(_Group(root, n, parts, producers, consumers))
+    position = {name: i for i, name in enumerate(modules)}
+    for group in found:
+        group.producers = dict(sorted(group.producers.items(), key=lambda pair: position[pair[0]]))
+    found.sort(key=lambda group: position[next(iter(group.producers))])
+    kept.sort(key=lambda pair: position[pair[0]])
+    for i, matcher in enumerate([*inside, *outside]):
+        if i not in matched:
+            raise ValueError(
+                f"{matcher.argument}: expected a filter that matches a layer with channels, got "
+                f"{str(matcher)!r}, "
+                f"which matches none; layers: {', '.join([g.root for g in found] + [k for k, _ in kept])}"
+            )
+    return found, kept
+
+
+def _channel_scores(
+    model: nn.Module,
+    groups: Sequence[_Group],
+    importance: Importance,
+    data: object,
+    loss_fn: LossFn | None,
+) -> tuple[list[torch.Tensor], str]:
+    """One score a root channel, float32, for each group; and the criterion's name."""
+    criterion: Any = resolve(importance)
+    if data is None and (criterion.needs_data or criterion.needs_gradients):
+        raise ValueError(f"data: expected batches, which {criterion.name!r} needs, got None")
+    if loss_fn is None and criterion.needs_gradients:
+        raise ValueError(
+            f"loss_fn: expected a callable (model, batch) -> scalar, which {criterion.name!r} needs, got None"
+        )
+    modules = dict(model.named_modules())
+    if isinstance(criterion, OutputWeight):
+        scores = []
+        for group in groups:
+            total = torch.zeros(group.channels)
+            for name, indices in group.consumers.items():
+                weight = _by_input(modules[name])
+                for channel, own in indices.items():
+                    total[channel] += torch.linalg.vector_norm(weight[own].flatten(), criterion.p)
+            scores.append(total)
+        return scores, str(criterion.name)
+    names = list(dict.fromkeys(n for g in groups for n in g.producers))
+    targets = [Target(modules[n], n, "weight", [f"{n}.weight"], [(modules[n], "weight")]) for n in names]
+    for target in targets:
+        check_finite(target, target.weight)
+    plan = oneshot.Plan(model, parse_pattern("unstructured"), criterion, "layer", targets, [])
+    observed = oneshot.observe(plan, data, loss_fn)
+    rows: dict[str, torch.Tensor] = {}
+    unit = bool(getattr(criterion, "units", False))
+    for scored in oneshot.score_all(plan, observed, zeros_last=False):
+        x = scored.scores.flatten(1).float().cpu()
+        if criterion.key == "abs":
+            x = x.abs()
+        elif criterion.key == "square":
+            x = x.square()
+        rows[scored.target.layer] = x.mean(1) if unit else x.sum(1)
+    scores = []
+    for group in groups:
+        total = torch.zeros(group.channels)
+        for name, indices in group.producers.items():
+            for channel, own in indices.items():
+                total[channel] += rows[name][own].sum()
+        # First order: contributions of all the layers that share a channel cancel or add up like their sum.
+        scores.append(total.abs() if criterion.key == "abs_sum" else total)
+    return scores, str(criterion.name)
+
+
+def _by_input(module: nn.Module) -> torch.Tensor:
+    """[inputs, everything that an input is multiplied by]; a grouped convolution's inputs in order."""
+    weight = cast(torch.Tensor, module.weight).detach()
+    groups = cast(int, getattr(module, "groups", 1))
+    per = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return per.transpose(1, 2).reshape(groups * weight.shape[1], -1)
+
+
+def _choose(
+    groups: Sequence[_Group], scores: Sequence[torch.Tensor], ratio: float, round_to: int, scope: str
+) -> None:
+    """Fill in which channels of each group go."""
+    local = []
+    for group, score in zip(groups, scores, strict=True):
+        if not bool(torch.isfinite(score).all()):
+            raise ValueError(f"importance: expected finite scores of the channels of {group.root!r}, got NaN")
+        # In a grouped convolution each group loses the same local channels.
+        local.append(score.reshape(group.parts, -1).sum(0).contiguous())
+    if scope == "global":
+        # Layers' scores differ in size: each is taken relative to its layer's mean.
+        relative = [x / x.mean().abs().clamp(min=1e-30) for x in local]
+        total = sum(x.numel() for x in relative)
+        masks = cast("list[torch.Tensor]", ops.topk_mask(relative, keep_count(total, ratio), key="identity"))
+        wanted = [max(1, int(m.sum())) for m in masks]
+    else:
+        wanted = [keep_count(x.numel(), ratio) for x in local]
+    for group, score, keep in zip(groups, local, wanted, strict=True):
+        n = score.numel()
+        keep = min(n, -(-keep // round_to) * round_to)
+        mask = cast(torch.Tensor, ops.topk_mask(score, keep, key="identity"))
+        gone = [i for i, kept in enumerate(mask.tolist()) if not kept]
+        group.removed = [part * n + i for part in range(group.parts) for i in gone]
+
+
+def _mask(model: nn.Module, groups: Sequence[_Group]) -> None:
+    """Zero the weights of the removed channels; biases and BatchNorm stay."""
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for group in groups:
+            for name, indices in group.producers.items():
+                rows = [i for channel in group.removed for i in indices[channel]]
+                cast(torch.Tensor, modules[name].weight)[rows] = 0
+
+
+class _Constants:
+    """What the masked model feeds its readers at the removed channels."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[_Group], inputs: Sequence[Example]) -> None:
+        modules = dict(model.named_modules())
+        self.indices: dict[str, list[int]] = {}
+        for group in groups:
+            for name, indices in group.consumers.items():
+                own = self.indices.setdefault(name, [])
+                own.extend(i for channel in group.removed for i in indices[channel])
+        self.low: dict[str, torch.Tensor] = {}
+        self.high: dict[str, torch.Tensor] = {}
+        with ExitStack() as stack:
+            for name in self.indices:
+                handle = modules[name].register_forward_pre_hook(self._watch(name))
+                stack.callback(handle.remove)
+            for example in inputs:
+                run(model, example)
+
+    def _watch(self, name: str) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach()
+            if isinstance(module, _CONVOLUTIONS):
+                x = x.unsqueeze(0) if x.ndim == len(module.kernel_size) + 1 else x
+                x = x.transpose(0, 1).flatten(1)
+            else:
+                x = x.reshape(-1, x.shape[-1]).t()
+            x = x[self.indices[name]]
+            low, high = x.amin(1), x.amax(1)
+            self.low[name] = torch.minimum(self.low.get(name, low), low)
+            self.high[name] = torch.maximum(self.high.get(name, high), high)
+
+        return before
+
+    def fold(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """Bias of each reader that takes over the removed channels, and the readers with borders.
+
+        Raises
+        ------
+        _NotConstant : a removed channel still varies.
+        """
+        modules = dict(model.named_modules())
+        shifts: dict[str, torch.Tensor] = {}
+        approximate = []
+        for name, indices in self.indices.items():
+            if not indices or name not in self.low:
+                continue
+            low, high = self.low[name], self.high[name]
+            scale = torch.maximum(low.abs(), high.abs())
+            if bool((high - low > 1e-4 * scale + 1e-6).any()):
+                raise _NotConstant(name)
+            constant = (low + high) / 2
+            module = modules[name]
+            weight = cast(torch.Tensor, module.weight).detach()
+            groups = cast(int, getattr(module, "groups", 1))
+            per = weight.shape[0] // groups
+            sums = weight.reshape(weight.shape[0], weight.shape[1], -1).double().sum(2)
+            shift = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
+            for i, value in zip(indices, constant.double(), strict=True):
+                part, column = divmod(i, weight.shape[1])
+                rows = slice(part * per, (part + 1) * per) if groups > 1 else slice(None)
+                shift[rows] += sums[rows, column] * value
+            shifts[name] = shift
+            padded = isinstance(module, _CONVOLUTIONS) and any(module._reversed_padding_repeated_twice)
+            if padded and module.padding_mode == "zeros" and bool((constant != 0).any()):
+                approximate.append(name)
+        return shifts, approximate
+
+
+class _NotConstant(Exception):
+    def __init__(self, layer: str) -> None:
+        super().__init__(layer)
+        self.layer = layer
+
+
+def _add_bias(module: nn.Module, shift: torch.Tensor) -> None:
+    weight = cast(torch.Tensor, module.weight)
+    shift = shift.to(weight.device, weight.dtype)
+    with torch.no_grad():
+        if isinstance(module.bias, torch.Tensor):
+            module.bias.add_(shift)
+        elif bool((shift != 0).any()):
+            module.bias = nn.Parameter(shift)
+
+
+def _cut_borders(
+    model: nn.Module, constants: _Constants, names: Sequence[str], shifts: dict[str, torch.Tensor]
+) -> list[Any]:
+    """Hooks that make the masked model treat a constant at a padded reader as folded: for the check."""
+    modules = dict(model.named_modules())
+    handles = []
+    for name in names:
+        indices, shift = constants.indices[name], shifts[name]
+
+        def before(m: nn.Module, args: tuple[Any, ...], own: list[int] = indices) -> tuple[Any, ...]:
+            return (args[0].index_fill(-len(m.kernel_size) - 1, torch.tensor(own), 0.0), *args[1:])  # type: ignore[arg-type]
+
+        def after(m: nn.Module, args: Any, y: torch.Tensor, s: torch.Tensor = shift) -> torch.Tensor:
+            return y + s.to(y.dtype).reshape(-1, *[1] * len(m.kernel_size))  # type: ignore[arg-type]
+
+        handles.append(modules[name].register_forward_pre_hook(before))
+        handles.append(modules[name].register_forward_hook(after))
+    return handles
+
+
+def _attempt(
+    model: nn.Module, groups: Sequence[_Group], inputs: Sequence[Example]
+) -> tuple[nn.Module, list[str], float, bool]:
+    """A pruned copy, the readers with borders, its relative error against the masked model, and whether that
+    is rounding."""
+    masked = copy_model(model).eval()
+    _mask(masked, groups)
+    constants = _Constants(masked, groups, inputs)
+    shifts, approximate = constants.fold(masked)
+    pruned = copy_model(model).eval()
+    graph = _graph(pruned, inputs[0])
+    modules = dict(pruned.named_modules())
+    for name, shift in shifts.items():
+        _add_bias(modules[name], shift)
+    for group in groups:
+        if group.removed:
+            root = modules[group.root]
+            pruner = graph.get_pruner_of_module(root)
+            graph.get_pruning_group(root, pruner.prune_out_channels, group.removed).prune()
+    for p in pruned.parameters():
+        p.grad = None
+    try:
+        found = [run(pruned, e) for e in inputs]
+    except RuntimeError as error:
+        raise _NotConstant(str(error)) from error
+    plain = max(compare(run(masked, e), y).relative for e, y in zip(inputs, found, strict=True))
+    handles = _cut_borders(masked, constants, approximate, shifts)
+    exact = max(compare(run(masked, e), y).relative for e, y in zip(inputs, found, strict=True))
+    for handle in handles:
+        handle.remove()
+    depth = max((p[0].numel() for p in model.parameters() if p.ndim > 1 and p.numel()), default=1)
+    layers = sum(isinstance(m, _LAYERS) for m in model.modules())
+    eps = max(
+        (
+            torch.finfo(t.dtype).eps
+            for _, t in leaves(found[0])
+            if isinstance(t, torch.Tensor) and t.is_floating_point()
+        ),
+        default=torch.finfo(torch.float32).eps,
+    )
+    return pruned, approximate, plain, exact <= 8 * tolerance(layers, depth, eps)
+
+
+def prune_channels(
+    model: nn.Module,
+    example_inputs: Any,
+    ratio: float,
+    *,
+    importance: Importance = "magnitude",
+    scope: str = "layer",
+    round_to: int = 4,
+    data: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    include: Filters = None,
+    exclude: Filters = None,
+) -> ChannelReport:
+    """Remove the least important neurons, filters and channels of a model, in place: its layers become
+    smaller.
+
+    Parameters
+    ----------
+    model : any module that torch-pruning can trace. Its parameters become new objects: make the optimiser
+        after.
+    example_inputs : as in `pared.accelerate`; they show the graph, and are what the result is checked on.
+    ratio : share of the channels to remove, in [0, 1).
+    importance, data, loss_fn : as in `pared.prune`. A channel's score is that of its weights in all the
+        layers that share it: summed ("taylor": inside the absolute value), or its own for criteria that rank
+        units. "output_weight" reads the graph.
+    scope : "layer": each loses the same share; "global": scores compete, each relative to its layer's mean.
+    round_to : widths become multiples of this, upwards: what kernels work in.
+    include, exclude : filters over layers, as in `pared.prune`; a group of layers that share channels is
+        pruned when an include filter matches one of them, and not when an exclude filter does.
+
+    Returns
+    -------
+    ChannelReport : widths before and after, what was left and why.
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument, what was expected and what came; a graph that cannot be
+        traced; no channels to remove. The model is then untouched.
+
+    Notes
+    -----
+    Biases and BatchNorm shifts of removed channels are constants that their readers see; they are folded into
+    the readers' biases, so that the result equals the model with those channels' weights at zero. Where a
+    convolution pads with zeros that holds inside, not at the borders (`ChannelReport.approximate`). Groups
+    for which it does not hold (attention, whose scale depends on the width) are left as they are. At least
+    one channel stays.
+    """
+    module = unwrap(model)
+    inputs = examples(example_inputs)
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+        raise TypeError(f"ratio: expected a number in [0, 1), got {type(ratio).__name__}")
+    if not 0 <= ratio < 1:
+        raise ValueError(f"ratio: expected a number in [0, 1), got {ratio!r}")
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ValueError(f"round_to: expected an int >= 1, got {round_to!r}")
+    if scope not in ("layer", "global"):
+        raise ValueError(f"scope: expected 'layer' or 'global', got {scope!r}")
+    for name, layer in module.named_modules():
+        if isinstance(layer, _LAYERS) and weight_format(layer) != "plain":
+            raise ValueError(
+                f"model: expected plain weights, got masks of another tool on {name!r}; make them "
+                f"permanent first"
+            )
+    work = copy_model(module).eval()
+    groups, kept = _groups(_graph(work, inputs[0]), work, include, exclude)
+    if not groups:
+        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in kept[:5])
+        raise ValueError(f"model: expected layers whose channels can be removed, got none ({reasons})")
+    scores, criterion = _channel_scores(work, groups, importance, data, loss_fn)
+    _choose(groups, scores, float(ratio), round_to, scope)
+
+    def works(some: Sequence[_Group]) -> bool:
+        try:
+            return _attempt(module, some, inputs)[3]
+        except _NotConstant:
+            return False
+
+    active = [g for g in groups if g.removed]
+    if active and not works(active):
+        bad = [g for g in active if not works([g])]
+        kept += [(g.root, "without its channels the others come out differently") for g in bad]
+        active = [g for g in active if g not in bad]
+        groups = [g for g in groups if g not in bad]
+        if not active or not works(active):
+            raise ValueError(
+                "model: expected one whose channels can be removed without changing the others, got "
+                "outputs that "
+                f"differ from the masked model's at {', '.join(g.root for g in bad or active)}"
+            )
+    before = sum(p.numel() for p in module.parameters())
+    pruned, approximate, error, _ = _attempt(module, active, inputs)
+    _transplant(module, pruned)
+    table = tuple((tuple(g.producers), g.channels, g.channels - len(g.removed)) for g in groups)
+    after = sum(p.numel() for p in module.parameters())
+    return ChannelReport(
+        criterion, scope, float(ratio), table, tuple(kept), tuple(approximate), before, after, error
+    )
+
+
+def _transplant(model: nn.Module, donor: nn.Module) -> None:
+    """Give each module its twin's tensors and sizes; modes, hooks and flags stay."""
+    twins = dict(donor.named_modules())
+    for name, module in model.named_modules():
+        twin = twins[name]
+        old = dict(module._parameters)
+        for key, value in vars(twin).items():
+            if isinstance(value, int) and not isinstance(value, bool) and key in vars(module):
+                vars(module)[key] = value  # in_features, out_channels, num_features, groups
+        if isinstance(module, nn.LayerNorm):
+            module.normalized_shape = twin.normalized_shape
+        for key, parameter in twin._parameters.items():
+            if parameter is not None and old.get(key) is not None:
+                parameter.requires_grad_(cast(nn.Parameter, old[key]).requires_grad)
+            if (
+                parameter is None
+                or old.get(key) is None
+                or parameter.shape != cast(torch.Tensor, old[key]).shape
+            ):
+                module._parameters[key] = parameter
+            else:
+                with torch.no_grad():
+                    cast(torch.Tensor, old[key]).copy_(parameter)
+        for key, buffer in twin._buffers.items():
+            module._buffers[key] = buffer
+
+
+# ---------------------------------------------------------------- layers
+
+
+@dataclass(frozen=True)
+class LayerRemovalReport:
+    """The result of `pared.prune_layers`. ``print(report)`` shows the table.
+
+    Attributes
+    ----------
+    importance : what was asked for.
+    scores : ``(block, score)`` of every candidate, in order; `removed` : names of those that are gone.
+    parameters_before, parameters : of the whole model.
+    """
+
+    importance: str
+    scores: tuple[tuple[str, float], ...]
+    removed: tuple[str, ...]
+    parameters_before: int
+    parameters: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{len(self.removed)} of {len(self.scores)} blocks removed ({self.importance})")
+        table.add_column("block")
+        table.add_column("score", justify="right")
+        table.add_column("")
+        for name, score in self.scores:
+            table.add_row(name, f"{score:.4g}", "removed" if name in self.removed else "")
+        return table
+
+    def __str__(self) -> str:
+        return _text(self)
+
+
+class Skip(nn.Module):
+    """In place of a removed block: gives its first argument back, in the form of the block's output."""
+
+    def __init__(self, wrap: str) -> None:
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (x,) if self.wrap == "tuple" else x
+
+
+def _candidates(model: nn.Module, include: Filters, exclude: Filters) -> dict[str, nn.Module]:
+    """Children of lists of modules (blocks of a transformer, stages of a residual network)."""
+    inside, outside = _matchers("include", include), _matchers("exclude", exclude)
+    modules = dict(model.named_modules())
+    found: dict[str, nn.Module] = {}
+    for prefix, container in modules.items():
+        if isinstance(container, nn.ModuleList | nn.Sequential):
+            for name, child in container.named_children():
+                full = f"{prefix}.{name}" if prefix else name
+                nested = any(full.startswith(f"{other}.") for other in found)
+                if list(child.parameters()) and not nested:
+                    found[full] = child
+    if inside:
+        # What a filter matches itself, not everything inside of it.
+        found = {
+            n: m
+            for n, m in modules.items()
+            if n and any(f.matches(n, n, m, modules) for f in inside) and not _inside(n, inside, modules)
+        }
+        if not found:
+            raise ValueError(
+                f"include: expected a filter that matches a block, got {[str(f) for f in inside]}"
+            )
+    return {n: m for n, m in found.items() if not any(f.matches(n, n, m, modules) for f in outside)}
+
+
+def _inside(name: str, filters: Sequence[Any], modules: dict[str, nn.Module]) -> bool:
+    parent = name.rpartition(".")[0]
+    return bool(parent) and any(f.matches(parent, parent, modules[parent], modules) for f in filters)
+
+
+class _Influence:
+    """``1 - cos(input, output)`` of each block, over all positions; None where the shapes differ."""
+
+    def __init__(self) -> None:
+        self.sum: dict[str, float] = {}
+        self.count: dict[str, int] = {}
+        self.wrap: dict[str, str] = {}
+        self.other: set[str] = set()
+
+    def hook(self, name: str) -> Callable[..., None]:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            wrap = "tuple" if isinstance(y, tuple) else "tensor"
+            out = y[0] if isinstance(y, tuple) and len(y) == 1 else y
+            if not (
+                isinstance(x, torch.Tensor)
+                and isinstance(out, torch.Tensor)
+                and x.shape == out.shape
+                and args
+            ):
+                self.other.add(name)
+                return
+            self.wrap[name] = wrap
+            dim = 1 if x.ndim == 4 else -1  # channels of an image, features of a token
+            cosine = nn.functional.cosine_similarity(x.double(), out.double(), dim=dim)
+            if not bool(torch.isfinite(cosine).all()):
+                raise ValueError(f"data: expected finite activations, got NaN or infinity at block {name!r}")
+            self.sum[name] = self.sum.get(name, 0.0) + float((1 - cosine).sum())
+            self.count[name] = self.count.get(name, 0) + cosine.numel()
+
+        return after
+
+
+def prune_layers(
+    model: nn.Module,
+    example_inputs: Any,
+    n: int,
+    *,
+    importance: str | Callable[[str, nn.Module], float] = "block_influence",
+    data: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    include: Filters = None,
+    exclude: Filters = None,
+) -> LayerRemovalReport:
+    """Remove the `n` least important blocks of a model, in place: each becomes the identity.
+
+    Candidates are the members of ModuleLists and Sequentials whose input and output have the same shape.
+
+    Parameters
+    ----------
+    example_inputs : as in `pared.accelerate`; the data that scores are taken on when `data` is None.
+    importance : "block_influence": ``1 - cos(input, output)``, Men et al., "ShortGPT" (arXiv 2403.03853);
+        "change_rate": how much the loss (`loss_fn`) or the output moves without the block; or a callable
+        ``(name, module) -> score``.
+    data, loss_fn, include, exclude : as in `pared.prune`.
+
+    Returns
+    -------
+    LayerRemovalReport
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument, what was expected and what came. The model is then untouched.
+    """
+    module = unwrap(model)
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"n: expected a number of blocks, got {type(n).__name__}")
+    if not callable(importance) and importance not in ("block_influence", "change_rate"):
+        raise ValueError(
+            f"importance: expected 'block_influence', 'change_rate' or a callable (name, module) -> score, "
+            f"got "
+            f"{importance!r}"
+        )
+    inputs = examples(example_inputs)
+    candidates = _candidates(module, include, exclude)
+    influence = _Influence()
+    with ExitStack() as stack:
+        stack.enter_context(frozen(module))
+        for name, block in candidates.items():
+            handle = block.register_forward_hook(influence.hook(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        with torch.no_grad():
+            for run_one in _runs(module, inputs, data, loss_fn):
+                run_one()
+    usable = [c for c in candidates if c in influence.count and c not in influence.other]
+    if not 0 <= n < max(1, len(usable)):
+        raise ValueError(
+            f"n: expected 0 to {max(0, len(usable) - 1)}, fewer than the {len(usable)} blocks whose output "
+            f"has the "
+            f"shape of their input ({', '.join(usable[:6])}), got {n}"
+        )
+    if callable(importance):
+        scores = {c: float(importance(c, candidates[c])) for c in usable}
+    elif importance == "block_influence":
+        scores = {c: influence.sum[c] / influence.count[c] for c in usable}
+    else:
+        scores = _block_changes(module, usable, influence, inputs, data, loss_fn)
+    order = torch.tensor([-scores[c] for c in usable], dtype=torch.float32)
+    gone = (
+        cast("tuple[torch.Tensor, torch.Tensor]", ops.topk(order, n, key="identity"))[1].tolist() if n else []
+    )
+    before = sum(p.numel() for p in module.parameters())
+    removed = [usable[i] for i in sorted(gone)]
+    for name in removed:
+        _replace(module, name, Skip(influence.wrap[name]))
+    after = sum(p.numel() for p in module.parameters())
+    label = importance if isinstance(importance, str) else getattr(importance, "__name__", "callable")
+    return LayerRemovalReport(label, tuple(scores.items()), tuple(removed), before, after)
+
+
+def _runs(
+    model: nn.Module, inputs: Sequence[Example], data: Iterable[Any] | None, loss_fn: LossFn | None
+) -> Iterator[Callable[[], Any]]:
+    if data is None:
+        for example in inputs:
+            yield functools.partial(run, model, example)
+    else:
+        for batch in batches(data, "'prune_layers'"):
+            yield functools.partial(forward, model, batch, loss_fn)
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    parent, _, last = name.rpartition(".")
+    owner = model.get_submodule(parent) if parent else model
+    old = owner._modules[last]
+    owner._modules[last] = new
+    assert old is not None
+    return old
+
+
+def _block_changes(
+    model: nn.Module,
+    names: Sequence[str],
+    influence: _Influence,
+    inputs: Sequence[Example],
+    data: Iterable[Any] | None,
+    loss_fn: LossFn | None,
+) -> dict[str, float]:
+    from pared.pruning.criteria import _flat
+
+    moved = dict.fromkeys(names, 0.0)
+    with frozen(model), torch.no_grad():
+        for index, run_one in enumerate(_runs(model, inputs, data, loss_fn)):
+            used = loss_fn if data is not None else None
+            base = _flat(run_one(), used, index)
+            for name in names:
+                old = _replace(model, name, Skip(influence.wrap[name]))
+                try:
+                    change = _flat(run_one(), used, index) - base
+                finally:
+                    _replace(model, name, old)
+                if used is not None:
+                    moved[name] += float(change)
+                else:
+                    norm = float(torch.linalg.vector_norm(base)) or 1.0
+                    moved[name] += float(torch.linalg.vector_norm(change)) / norm
+    return {name: abs(x) for name, x in moved.items()}
