@@ -25,6 +25,8 @@ GOALS: dict[str, dict[str, float]] = {
     "linear Dense float32, >= 128 tokens": {"0 %": 1.15},
     "linear blocks 4x1 float32, >= 128 tokens": _BLOCKS,
     "linear blocks 16x1 float32, >= 128 tokens": _BLOCKS,
+    "linear Bitmap float32, 1 token, cold": {"50 %": 1.7, "80 %": 3.6, "90 %": 6.0},
+    "linear Bitmap int8, 1 token, cold": {"50 %": 5.8, "80 %": 9.5, "90 %": 12.0},
     "conv2d CSR float32, ResNet-50": {"80 %": 3.0, "90 %": 5.0},
     "conv2d CSR float32, ResNet-50, 8 images": {"80 %": 3.0, "90 %": 5.0},
     "linear Int8, dynamic": {">= 128 tokens": 4.3, "16 tokens": 5.0},

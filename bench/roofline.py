@@ -55,6 +55,7 @@ class Ceilings:
     levels: tuple[Level, ...]
     pack: float  # elements/s that the package packs into panels
     store: float  # elements/s that it stores from accumulators
+    expand: float  # masked vectors/s (16 outputs by one input) that it expands and multiplies with one token
 
     def level(self, nbytes: float) -> Level:
         """The innermost level whose size holds `nbytes`."""
@@ -77,8 +78,10 @@ def _rate(probe: str, nbytes: int, threads: int) -> float:
     return best
 
 
-def _kernel_rates() -> tuple[float, float]:
-    """Elements a second that packing and storing reach, through weights with nothing else to do."""
+def _kernel_rates() -> tuple[float, float, float]:
+    """Elements a second that packing and storing reach, and vectors that expansion does, through weights with
+    nothing else to do.
+    """
     tokens, width = 384, 768  # a power of two would put every row of the output into the same cache sets
     x = np.ones((tokens, width), np.float32)
     # One non-zero in every K block of one row: everything is packed, next to nothing multiplied or stored.
@@ -87,14 +90,20 @@ def _kernel_rates() -> tuple[float, float]:
     packing = pared.ops.CSR.from_dense(touch)
     storing = pared.ops.CSR.from_dense(np.zeros((width, 16), np.float32))
     narrow = x[:, :16]
+    # Masks that fit L1, and no values to load: the expansions are all that is left.
+    side = 512
+    empty = pared.ops.Bitmap.from_dense(np.zeros((side, side), np.float32))
+    one = np.ones((1, side), np.float32)
     t = interleave(
         {
             "pack": lambda: pared.ops.linear(x, packing),
             "store": lambda: pared.ops.linear(narrow, storing),
+            "expand": lambda: pared.ops.linear(one, empty),
         },
         budget=0.1,
     )
-    return x.size / t.best("pack"), tokens * width / t.best("store")
+    expand = side * side / 16 / t.best("expand")
+    return x.size / t.best("pack"), tokens * width / t.best("store"), expand
 
 
 def _width() -> int:
@@ -114,7 +123,7 @@ def measure(threads: int = 1) -> Ceilings:
         nbytes = 4 * last_level_cache() // threads if name == "memory" else size * 2 // 3
         rates = (4 * _rate(probe, nbytes, threads) for probe in ("load", "store"))
         levels.append(Level(name, size, *rates))
-    pack, store = _kernel_rates()
+    pack, store, expand = _kernel_rates()
     return Ceilings(
         threads=threads,
         isa=pared.isa(),
@@ -125,6 +134,7 @@ def measure(threads: int = 1) -> Ceilings:
         levels=tuple(levels),
         pack=pack,
         store=store,
+        expand=expand * threads,
     )
 
 
@@ -154,11 +164,25 @@ def int8_limit(c: Ceilings, out: int, inputs: int, tokens: int) -> float:
     return 2.0 * tokens * out * inputs / c.dot8 + t_io + y / c.level(y / c.threads).store
 
 
+def expand_limit(
+    c: Ceilings, out: int, inputs: int, tokens: int, nbytes: int, cold: bool, itemsize: int = 4
+) -> float:
+    """The least seconds for few tokens against a bitmap weight of `nbytes`: the slowest of three things that
+    overlap. The weight moves once; every vector (64 bytes when expanded) is expanded once; every token has
+    its multiply-adds with it, zeros included.
+    """
+    level = c.levels[-1] if cold else c.level(nbytes / c.threads)
+    vectors = out * inputs * itemsize / 64
+    products = 2.0 * out * inputs * tokens / (c.fma if itemsize == 4 else c.dot8)
+    return max(nbytes / level.load, vectors / c.expand, products)
+
+
 def print_ceilings(console: Console, ceilings: list[Ceilings]) -> None:
     table = Table("", *(f"{c.threads} thread{'s' if c.threads > 1 else ''}" for c in ceilings))
     table.add_row("multiply-add, registers, GFLOP/s", *(f"{c.fma * 1e-9:.0f}" for c in ceilings))
     table.add_row("multiply-add, panel in L1, GFLOP/s", *(f"{c.panel * 1e-9:.0f}" for c in ceilings))
     table.add_row("byte products, registers, GOP/s", *(f"{c.dot8 * 1e-9:.0f}" for c in ceilings))
+    table.add_row("masked vectors expanded, G/s", *(f"{c.expand * 1e-9:.2f}" for c in ceilings))
     for i, level in enumerate(ceilings[0].levels):
         rates = (f"{c.levels[i].load * 1e-9:.0f} / {c.levels[i].store * 1e-9:.0f}" for c in ceilings)
         table.add_row(f"{level.name} load / store, GB/s", *rates)

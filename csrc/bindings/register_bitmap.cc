@@ -1,21 +1,29 @@
-// Bitmap weights: pack, and the linear operation on them.
+// Bitmap weights, and pairs of a bitmap and a CSR weight: pack, and the linear operation on them.
 #include "bindings/array.h"
 #include "bindings/register.h"
 #include "bindings/weights.h"
 #include "core/check.h"
 #include "formats/bitmap.h"
+#include "formats/pair.h"
 #include "ops/bitmap.h"
 
 namespace pared {
+namespace {
+
+DenseView matrix_view(const Array& a) {
+  require_dtype(a, kFloatTypes);
+  require_shape(a, {-1, -1});
+  return {a.data, a.dtype, a.shape[0], a.shape[1], a.strides[0], a.strides[1]};
+}
+
+}  // namespace
 
 void register_bitmap(py::module_& m) {
   m.def(
       "bitmap_pack_dense",
       [](py::handle weight) {
         const Array a = parse_array(weight, "weight");
-        require_dtype(a, kFloatTypes);
-        require_shape(a, {-1, -1});
-        const DenseView w{a.data, a.dtype, a.shape[0], a.shape[1], a.strides[0], a.strides[1]};
+        const DenseView w = matrix_view(a);
         BitmapPlan plan;
         {
           py::gil_scoped_release unlocked;
@@ -33,6 +41,40 @@ void register_bitmap(py::module_& m) {
         const LinearArgs args = parse_linear(x, ap, *w.header, bias, out, activation);
         py::gil_scoped_release unlocked;
         linear_bitmap(args, w);
+      },
+      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation") = "");
+
+  m.def(
+      "pair_pack_dense",
+      [](py::handle weight) {
+        const Array a = parse_array(weight, "weight");
+        const DenseView w = matrix_view(a);
+        PairPlan plan;
+        {
+          py::gil_scoped_release unlocked;
+          plan = plan_pair(w);
+        }
+        return packed_array(plan.header, [&](uint8_t* out) { pack_pair(w, plan, out); });
+      },
+      py::arg("weight"));
+
+  m.def(
+      "pair_few_tokens",
+      [](py::handle packed) {
+        const Array a = parse_array(packed, "packed");
+        return view_pair(packed_bytes(a), a.size()).few_tokens();
+      },
+      py::arg("packed"));
+
+  m.def(
+      "linear_pair",
+      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const std::string& activation) {
+        const Array ap = parse_array(packed, "packed");
+        const PairPacked w = view_pair(packed_bytes(ap), ap.size());
+        const LinearArgs args = parse_linear(x, ap, *w.header, bias, out, activation);
+        py::gil_scoped_release unlocked;
+        if (args.tokens <= w.few_tokens()) linear_bitmap(args, w.few);
+        else linear_csr(args, w.many);
       },
       py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation") = "");
 }

@@ -5,14 +5,21 @@
 #include "bindings/array.h"
 #include "bindings/register.h"
 #include "bindings/weights.h"
+#include "core/aligned.h"
 #include "core/check.h"
+#include "formats/bitmap8.h"
 #include "formats/int8.h"
+#include "ops/bitmap8.h"
 #include "ops/linear_int8.h"
 
 namespace pared {
 namespace {
 
 Int8Packed packed_int8(const Array& a) { return view_int8(packed_bytes(a), a.size()); }
+Bitmap8Packed packed_bitmap8(const Array& a) { return view_bitmap8(packed_bytes(a), a.size()); }
+bool is_masked(const Array& a) {
+  return checked_header(packed_bytes(a), a.size()).kind == PackedKind::bitmap8;
+}
 
 // None, or (scale, zero, low, high) with the last three as unsigned bytes.
 ActivationRange parse_activations(py::handle given) {
@@ -22,10 +29,22 @@ ActivationRange parse_activations(py::handle given) {
   return {static_cast<float>(scale), zero, low, high};
 }
 
+// masked: as formats/bitmap8.h stores it.
 template <class View>
-py::array_t<uint8_t> pack(const View& w, const ActivationRange& activations) {
+py::array_t<uint8_t> pack(const View& w, const ActivationRange& activations, bool masked) {
   const PackedHeader header = plan_int8(w.rows, w.cols, w.dtype, activations);
-  return packed_array(header, [&](uint8_t* out) { pack_int8(w, activations, header, out); });
+  if (!masked) return packed_array(header, [&](uint8_t* out) { pack_int8(w, activations, header, out); });
+  Scratch memory;
+  Bitmap8Plan plan;
+  Int8Packed dense;
+  {
+    py::gil_scoped_release unlocked;
+    auto* bytes = memory.get<uint8_t>(header.bytes);
+    pack_int8(w, activations, header, bytes);
+    dense = view_int8(bytes, static_cast<int64_t>(header.bytes));
+    plan = plan_bitmap8(dense);
+  }
+  return packed_array(plan.header, [&](uint8_t* out) { pack_bitmap8(dense, plan, out); });
 }
 
 // [rows, cols] with unit stride along cols; any row stride.
@@ -40,18 +59,18 @@ Rows matrix(const Array& a, DType dtype) {
 void register_int8(py::module_& m) {
   m.def(
       "int8_pack_dense",
-      [](py::handle weight, py::handle activations) {
+      [](py::handle weight, py::handle activations, bool masked) {
         const Array a = parse_array(weight, "weight");
         require_dtype(a, kFloatTypes);
         PARED_CHECK(a.ndim == 2, "weight: expected [out, in], got ", a.shape_text());
         return pack(DenseView{a.data, a.dtype, a.shape[0], a.shape[1], a.strides[0], a.strides[1]},
-                    parse_activations(activations));
+                    parse_activations(activations), masked);
       },
-      py::arg("weight"), py::arg("activations") = py::none());
+      py::arg("weight"), py::arg("activations") = py::none(), py::arg("masked") = false);
 
   m.def(
       "int8_pack_quantized",
-      [](py::handle q, py::handle scales, const std::string& dtype, py::handle activations) {
+      [](py::handle q, py::handle scales, const std::string& dtype, py::handle activations, bool masked) {
         const Array a = parse_array(q, "q"), s = parse_array(scales, "scales");
         require_dtype(a, {DType::i8});
         require_shape(a, {-1, -1});
@@ -62,16 +81,18 @@ void register_int8(py::module_& m) {
           if (dtype == dtype_name(t))
             return pack(QuantizedView{static_cast<const int8_t*>(a.data), a.shape[0], a.shape[1],
                                       a.strides[0], a.strides[1], static_cast<const float*>(s.data), t},
-                        parse_activations(activations));
+                        parse_activations(activations), masked);
         throw ValueError(str("dtype: expected float32, float16 or bfloat16, got '", dtype, "'"));
       },
-      py::arg("q"), py::arg("scales"), py::arg("dtype") = "float32", py::arg("activations") = py::none());
+      py::arg("q"), py::arg("scales"), py::arg("dtype") = "float32", py::arg("activations") = py::none(),
+      py::arg("masked") = false);
 
   m.def(
       "int8_activations",
       [](py::handle packed) -> py::object {
         const Array a = parse_array(packed, "packed");
-        const ActivationRange& r = *packed_int8(a).activations;
+        const ActivationRange& r =
+            is_masked(a) ? *packed_bitmap8(a).activations : *packed_int8(a).activations;
         if (r.scale == 0.0f) return py::none();
         return py::make_tuple(r.scale, r.zero, r.low, r.high);
       },
@@ -81,14 +102,16 @@ void register_int8(py::module_& m) {
       "int8_unpack",
       [](py::handle packed) {
         const Array a = parse_array(packed, "packed");
-        const Int8Packed w = packed_int8(a);
-        py::array_t<int8_t> q({w.header->rows, w.header->cols});
-        py::array_t<float> scales(w.header->rows);
+        const bool masked = is_masked(a);
+        const PackedHeader& h = masked ? *packed_bitmap8(a).header : *packed_int8(a).header;
+        py::array_t<int8_t> q({h.rows, h.cols});
+        py::array_t<float> scales(h.rows);
         auto* to = q.mutable_data();
         auto* s = scales.mutable_data();
         {
           py::gil_scoped_release unlocked;
-          unpack_int8(w, to, s);
+          if (masked) unpack_bitmap8(packed_bitmap8(a), to, s);
+          else unpack_int8(packed_int8(a), to, s);
         }
         return py::make_tuple(q, scales);
       },
@@ -102,6 +125,17 @@ void register_int8(py::module_& m) {
         const LinearArgs args = parse_linear(x, ap, *w.header, bias, out, activation);
         py::gil_scoped_release unlocked;
         linear_int8(args, w);
+      },
+      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation") = "");
+
+  m.def(
+      "linear_bitmap8",
+      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const std::string& activation) {
+        const Array ap = parse_array(packed, "packed");
+        const Bitmap8Packed w = packed_bitmap8(ap);
+        const LinearArgs args = parse_linear(x, ap, *w.header, bias, out, activation);
+        py::gil_scoped_release unlocked;
+        linear_bitmap8(args, w);
       },
       py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation") = "");
 

@@ -12,7 +12,6 @@
 namespace pared {
 namespace {
 
-constexpr int64_t kMaxNonZeros = int64_t{1} << 32;  // starts are 32 bits
 constexpr int64_t kGroupsPerTask = 4;
 
 bool bit(const uint8_t* mask, int i) { return mask[i >> 3] >> (i & 7) & 1; }
@@ -74,7 +73,7 @@ BitmapPlan plan_bitmap(const DenseView& w) {
     start = static_cast<uint32_t>(at);
     at += count;
   }
-  PARED_CHECK(at < kMaxNonZeros, "weight: expected fewer than 2^32 non-zeros, got ", at);
+  PARED_CHECK(at < kBitmapMaxNonZeros, "weight: expected fewer than 2^32 non-zeros, got ", at);
   h.nnz = h.entries = at;
 
   h.starts_at = round_up(sizeof(PackedHeader), kCacheLine);
@@ -113,7 +112,7 @@ BitmapPacked view_bitmap(const uint8_t* data, int64_t bytes) {
   PARED_CHECK(h.kind == PackedKind::bitmap, "packed weight: expected a bitmap, got kind ",
               static_cast<int>(h.kind));
   const bool linear = h.channels == 0 && h.kh == 0 && h.kw == 0 && h.groups == 0;
-  PARED_CHECK(linear && h.nnz >= 0 && h.nnz < kMaxNonZeros && h.entries == h.nnz &&
+  PARED_CHECK(linear && h.nnz >= 0 && h.nnz < kBitmapMaxNonZeros && h.entries == h.nnz &&
                   h.entry_rows == kBitmapLanes && h.block_k == kBitmapBlock && h.tile == 0,
               "packed weight: expected a valid header, got a corrupt one");
   BitmapPacked w;

@@ -28,6 +28,7 @@ inline constexpr int kBitmapLanes = 16;      // outputs of a vector
 inline constexpr int kBitmapPass = 32;       // groups whose sums stay in L2 while their K blocks go by
 inline constexpr int kBitmapBlock = 512;     // vectors of a K block: 16 tokens of it are 32 KB
 inline constexpr int64_t kBitmapSlack = 64;  // a kernel loads whole vectors of values
+inline constexpr int64_t kBitmapMaxNonZeros = int64_t{1} << 32;  // starts are 32 bits
 
 // Where things are, from the header's sizes alone.
 struct BitmapShape {

@@ -2,8 +2,10 @@
 
 #include "core/check.h"
 #include "formats/bitmap.h"
+#include "formats/bitmap8.h"
 #include "formats/csr.h"
 #include "formats/int8.h"
+#include "formats/pair.h"
 
 namespace pared {
 namespace {
@@ -26,12 +28,30 @@ void unpack_int8(const uint8_t* data, int64_t bytes, DType dtype, void* out) {
   unpack_int8_dense(view_int8(data, bytes), dtype, out);
 }
 
+void check_bitmap8(const uint8_t* data, int64_t bytes) { view_bitmap8(data, bytes); }
+void validate_bitmap8_bytes(const uint8_t* data, int64_t bytes) {
+  validate_bitmap8(view_bitmap8(data, bytes));
+}
+void unpack_bitmap8(const uint8_t* data, int64_t bytes, DType dtype, void* out) {
+  unpack_bitmap8_dense(view_bitmap8(data, bytes), dtype, out);
+}
+
+void check_pair(const uint8_t* data, int64_t bytes) { view_pair(data, bytes); }
+void validate_pair_bytes(const uint8_t* data, int64_t bytes) { validate_pair(view_pair(data, bytes)); }
+void unpack_pair(const uint8_t* data, int64_t bytes, DType dtype, void* out) {
+  const PairPacked w = view_pair(data, bytes);
+  validate_pair(w);
+  unpack_bitmap_dense(w.few, dtype, out);
+}
+
 constexpr PackedFormat kFormats[] = {
     {PackedKind::csr, "csr", check_panel, validate_panel, unpack_panel},
     {PackedKind::bsr, "bsr", check_panel, validate_panel, unpack_panel},
     {PackedKind::dense, "dense", check_panel, validate_panel, unpack_panel},
     {PackedKind::bitmap, "bitmap", check_bitmap, validate_bitmap_bytes, unpack_bitmap},
     {PackedKind::int8, "int8", check_int8, validate_int8_bytes, unpack_int8},
+    {PackedKind::bitmap8, "bitmap8", check_bitmap8, validate_bitmap8_bytes, unpack_bitmap8},
+    {PackedKind::pair, "bitmap+csr", check_pair, validate_pair_bytes, unpack_pair},
 };
 
 }  // namespace

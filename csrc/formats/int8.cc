@@ -9,33 +9,12 @@
 #include "core/aligned.h"
 #include "core/check.h"
 #include "core/parallel.h"
-#include "kernels/generic/half.h"
+#include "formats/values.h"
 
 namespace pared {
 namespace {
 
 constexpr int64_t kPanelsPerTask = 2;
-
-float value_at(const void* data, int64_t i, DType t) {
-  switch (t) {
-    case DType::f32: return static_cast<const float*>(data)[i];
-    case DType::bf16: return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
-    default: return f16_to_float(static_cast<const uint16_t*>(data)[i]);
-  }
-}
-
-void check_activations(const ActivationRange& a) {
-  if (a.scale == 0.0f) {
-    PARED_CHECK(a.zero == 128 && a.low == 1 && a.high == 255,
-                "activations: expected zero 128, low 1 and high 255 where they are dynamic");
-    return;
-  }
-  PARED_CHECK(std::isfinite(a.scale) && a.scale >= FLT_MIN && a.scale <= 1 / FLT_MIN,
-              "activation_scale: expected a positive, normal number up to 2^126, got ", a.scale);
-  PARED_CHECK(0 <= a.low && a.low <= a.zero && a.zero <= a.high && a.high <= 255,
-              "activations: expected 0 <= low <= zero <= high <= 255 as unsigned bytes, got ", a.low, ", ",
-              a.zero, ", ", a.high);
-}
 
 // Where q[n][k] lies.
 int64_t at(int64_t n, int64_t k, int64_t units) {
@@ -75,6 +54,19 @@ void write(const ActivationRange& activations, PackedHeader h, uint8_t* out, con
 }
 
 }  // namespace
+
+void check_activations(const ActivationRange& a) {
+  if (a.scale == 0.0f) {
+    PARED_CHECK(a.zero == 128 && a.low == 1 && a.high == 255,
+                "activations: expected zero 128, low 1 and high 255 where they are dynamic");
+    return;
+  }
+  PARED_CHECK(std::isfinite(a.scale) && a.scale >= FLT_MIN && a.scale <= 1 / FLT_MIN,
+              "activation_scale: expected a positive, normal number up to 2^126, got ", a.scale);
+  PARED_CHECK(0 <= a.low && a.low <= a.zero && a.zero <= a.high && a.high <= 255,
+              "activations: expected 0 <= low <= zero <= high <= 255 as unsigned bytes, got ", a.low, ", ",
+              a.zero, ", ", a.high);
+}
 
 PackedHeader plan_int8(int64_t rows, int64_t cols, DType dtype, const ActivationRange& activations) {
   PARED_CHECK(rows >= 0 && rows < kMaxSize / 2 && cols >= 0 && cols <= kInt8MaxCols,

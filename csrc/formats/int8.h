@@ -28,6 +28,9 @@ struct ActivationRange {
   int32_t zero = 128, low = 1, high = 255;
 };
 
+// Throws ValueError unless the invariants above hold.
+void check_activations(const ActivationRange& activations);
+
 struct Int8Tail {
   uint64_t scales_at, compensation_at;
   ActivationRange activations;

@@ -9,7 +9,7 @@
 namespace pared {
 
 // The first three share the layout of formats/csr.h; the kind says what the user packed.
-enum class PackedKind : uint16_t { csr = 1, bsr = 2, dense = 3, int8 = 4, bitmap = 5 };
+enum class PackedKind : uint16_t { csr = 1, bsr = 2, dense = 3, int8 = 4, bitmap = 5, bitmap8 = 6, pair = 9 };
 
 struct PackedHeader {
   char magic[8];  // kPackedMagic

@@ -102,6 +102,37 @@ struct bitmap_f32 {
   static constexpr const char* doc = "masked weights, expanded in registers, times few tokens, float32";
 };
 
+// Masked bytes (formats/bitmap8.h) of consecutive groups of one K block to the layout of the dense int8
+// kernel.
+struct BitmapExpandArgs {
+  const uint64_t* masks;  // [groups][vectors]
+  const int8_t* values;   // the non-zeros of all of them, and 64 readable bytes
+  int8_t* out;            // [groups][vectors][64], 64-byte aligned
+  int32_t groups, vectors;
+};
+struct bitmap_expand {
+  using Fn = void(const BitmapExpandArgs&);
+  static constexpr const char* doc = "masked int8 weights to a dense tile";
+};
+
+// The int8 counterpart of bitmap_f32: expanded in registers and multiplied as gemm_u8s8 does. At levels that
+// cannot expand bytes in registers, bitmap_expand and gemm_u8s8 do it in two steps.
+inline constexpr int kBitmap8Stride = 4 * 128 + 64;  // bytes between the tokens of `x`
+struct Bitmap8Args {
+  const uint64_t* masks;
+  const int8_t* values;
+  const uint8_t* x;  // [tokens][kBitmap8Stride]
+  int32_t* acc;      // [groups][tokens][16], 64-byte aligned
+  int32_t groups;
+  int32_t vectors;  // of a group; a multiple of 4
+  bool accumulate;
+};
+struct bitmap_u8s8 {
+  using Fn = void(const Bitmap8Args&);
+  using Table = Fn* const[kBitmapMaxTokens];
+  static constexpr const char* doc = "masked int8 weights, expanded in registers, times few tokens";
+};
+
 // Rows of any of the float types to float32: to[row * to_stride + i] for i < units, and zeros up to `padded`.
 struct RowsWidenArgs {
   const void* x;

@@ -29,12 +29,6 @@ constexpr int64_t kMinWorkPerThread = 1 << 22;
 // From here on threads share the tokens, so that each quantizes its own alone.
 constexpr int64_t kMinTokensPerThread = 32;
 
-// Rows of bytes lie apart by an odd number of cache lines, lest those of a power of two fall into one set.
-int64_t byte_stride(int64_t cols) {
-  const int64_t lines = static_cast<int64_t>(round_up(cols, kCacheLine) / kCacheLine);
-  return (lines | 1) * static_cast<int64_t>(kCacheLine);
-}
-
 struct Product {
   const int8_t* weights;
   int64_t panels, units, panel_bytes;
@@ -82,6 +76,11 @@ void share(int64_t tokens, int64_t panels, int64_t units, const Fn& fn) {
 
 }  // namespace
 
+int64_t int8_row_stride(int64_t cols) {
+  const int64_t lines = static_cast<int64_t>(round_up(cols, kCacheLine) / kCacheLine);
+  return (lines | 1) * static_cast<int64_t>(kCacheLine);
+}
+
 void linear_int8(const LinearArgs& args, const Int8Packed& w) {
   const int64_t rows = w.header->rows, cols = w.header->cols;
   if (args.tokens == 0 || rows == 0) return;
@@ -89,7 +88,7 @@ void linear_int8(const LinearArgs& args, const Int8Packed& w) {
   const auto quantize = kernel_for<quantize_u8>(isa).fn;
   const auto table = kernel_for<gemm_u8s8>(isa).fn;
   const auto store = kernel_for<dequantize_store>(isa).fn;
-  const int64_t element = dtype_size(args.dtype), x_stride = byte_stride(cols);
+  const int64_t element = dtype_size(args.dtype), x_stride = int8_row_stride(cols);
   const int64_t block = std::clamp<int64_t>(kBlockBytes / x_stride, kGemmTokens, kMaxBlockTokens);
   const Product product{w.weights, w.panels(), w.units(), w.panel_bytes()};
   const ActivationRange& range = *w.activations;
@@ -123,7 +122,7 @@ void linear_int8(const LinearArgs& args, const Int8Packed& w) {
 void gemm_s8(const GemmS8Args& args) {
   if (args.rows == 0 || args.outputs == 0) return;
   const auto table = kernel_for<gemm_u8s8>(active_isa()).fn;
-  const int64_t units = (args.cols + kInt8Unit - 1) / kInt8Unit, x_stride = byte_stride(args.cols);
+  const int64_t units = (args.cols + kInt8Unit - 1) / kInt8Unit, x_stride = int8_row_stride(args.cols);
   const int64_t panels = (args.outputs + kInt8Panel - 1) / kInt8Panel;
   const int64_t panel_bytes = units * kInt8Panel * kInt8Unit;
   const int64_t block = std::clamp<int64_t>(kBlockBytes / x_stride, kGemmTokens, kMaxBlockTokens);

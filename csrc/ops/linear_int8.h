@@ -9,6 +9,10 @@
 
 namespace pared {
 
+// Bytes between rows of quantized activations: an odd number of cache lines, lest the rows of a power of two
+// fall into one set.
+int64_t int8_row_stride(int64_t cols);
+
 void linear_int8(const LinearArgs& args, const Int8Packed& w);
 
 // c[m][n] = sum_k a[m][k] b[n][k], exact for every int8 value, cols <= kGemmMaxCols. Strides in elements.

@@ -136,8 +136,9 @@ def accelerate(
         rounding.
     min_speedup : a layer is converted when it is this many times faster. 0 converts whatever a kernel exists
         for.
-    formats : packed formats to try, of ``"csr"``, ``"bsr"`` (blocks of four outputs) and ``"dense"`` (packed
-        once, where torch packs on every call); None: all that suit a layer's zeros.
+    formats : packed formats to try, of ``"csr"``, ``"bsr"`` (blocks of four outputs), ``"dense"`` (packed
+        once, where torch packs on every call), ``"bitmap"`` (few tokens) and ``"bitmap+csr"`` (both, by the
+        tokens of a call); None: all that suit a layer's zeros and calls.
     fuse : fuse activations, and fold batch normalisation into convolutions.
     progress : show a progress bar; None: when the work takes more than two seconds and stderr is a terminal.
 
@@ -417,10 +418,11 @@ def _suitable(c: Candidate, formats: Sequence[str], min_speedup: float) -> list[
     quads = nn.functional.pad(weight != 0, (0, 0, 0, -rows % 4)).reshape(-1, 4, weight.shape[1]).any(1)
     occupied = float(torch.count_nonzero(quads)) * 4 / max(1, weight.numel())
     if isinstance(c.module, nn.Conv2d):
-        positions = max(math.prod(s.shape[-2:]) * (s.shape[0] if len(s.shape) == 4 else 1) for s in c.calls)
+        positions = {math.prod(s.shape[-2:]) * (s.shape[0] if len(s.shape) == 4 else 1) for s in c.calls}
     else:
-        positions = max(math.prod(s.shape[:-1]) for s in c.calls)
-    return [n for n in known if FORMATS[n].suits(1.0 - c.row.sparsity, min(1.0, occupied), positions)]
+        positions = {math.prod(s.shape[:-1]) for s in c.calls}
+    density, quad_density = 1.0 - c.row.sparsity, min(1.0, occupied)
+    return [n for n in known if FORMATS[n].worth_trying(density, quad_density, positions)]
 
 
 @dataclass(frozen=True)

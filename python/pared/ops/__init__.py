@@ -1,11 +1,11 @@
 """Functional operations over numpy arrays and torch tensors: the same kind comes out as goes in."""
 
-from pared.ops.bitmap import Bitmap
+from pared.ops.bitmap import Bitmap, BitmapCSR
 from pared.ops.bsr import BSR, Dense
 from pared.ops.chain import linear_chain
 from pared.ops.conv import conv2d
 from pared.ops.csr import CSR
-from pared.ops.int8 import Int8, gemm_s8
+from pared.ops.int8 import Bitmap8, Int8, gemm_s8
 from pared.ops.linear import linear
 from pared.ops.packed import PackedWeight
 from pared.ops.selection import Threshold, block_mask, nm_mask, select_threshold, topk, topk_mask
@@ -14,6 +14,8 @@ __all__ = [
     "BSR",
     "CSR",
     "Bitmap",
+    "Bitmap8",
+    "BitmapCSR",
     "Dense",
     "Int8",
     "PackedWeight",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
 from pared import _core
 from pared._types import Array
-from pared.ops.bitmap import Bitmap
+from pared.ops.bitmap import Bitmap, BitmapCSR
 from pared.ops.bsr import BSR, Dense
 from pared.ops.csr import CSR
-from pared.ops.int8 import Int8
+from pared.ops.int8 import Bitmap8, Int8
 from pared.ops.packed import PackedWeight
 
 
@@ -31,6 +31,7 @@ class Format:
     suits : whether it is worth trying, from what is known before anything is timed: ``(density, quads,
         positions)``, the shares of non-zero weights and of non-zero blocks of four outputs by one input, and
         the output positions (tokens, pixels) of a call.
+    combines : formats that it holds, for layers whose calls do not all suit the same one.
     """
 
     name: str
@@ -40,6 +41,14 @@ class Format:
     conv2d: Callable[..., None] | None
     precision: Literal["float32", "int8"]
     suits: Callable[[float, float, int], bool]
+    combines: tuple[str, ...] = ()
+
+    def worth_trying(self, density: float, quads: float, positions: Collection[int]) -> bool:
+        """Whether it suits a layer whose calls have these numbers of positions."""
+        if not self.combines:
+            return any(self.suits(density, quads, n) for n in positions)
+        suited = [{n for n in positions if FORMATS[part].suits(density, quads, n)} for part in self.combines]
+        return all(suited) and any(s != suited[0] for s in suited)
 
 
 FORMATS: dict[str, Format] = {
@@ -77,6 +86,17 @@ FORMATS: dict[str, Format] = {
             lambda d, q, n: d <= 0.85 and n <= 32,
         ),
         Format("int8", 4, Int8, _core.linear_int8, None, "int8", lambda d, q, n: True),
+        Format("bitmap8", 6, Bitmap8, _core.linear_bitmap8, None, "int8", lambda d, q, n: d <= 0.85),
+        Format(
+            "bitmap+csr",
+            9,
+            BitmapCSR,
+            _core.linear_pair,
+            None,
+            "float32",
+            lambda d, q, n: False,
+            combines=("bitmap", "csr"),
+        ),
     )
 }
 

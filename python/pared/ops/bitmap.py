@@ -39,3 +39,28 @@ class Bitmap(PackedWeight):
         if groups != 1:
             raise ValueError(f"groups: expected 1 for a linear weight, got {groups}")
         return cls(_core.bitmap_pack_dense(weight.detach() if is_torch(weight) else weight))
+
+
+class BitmapCSR(PackedWeight):
+    """One unstructured weight packed twice: `Bitmap` for few tokens, `CSR` for many.
+
+    For layers that are called with both, as a language model's are: prompts, then single tokens. Memory is
+    the sum of the two, about ``10.2 * density + 0.13`` bytes an element. Up to `few_tokens` tokens a call
+    reads the bitmap, where an absent weight counts as a zero: see `Bitmap`.
+    """
+
+    __slots__ = ()
+    kind: ClassVar[str] = "bitmap+csr"
+
+    @classmethod
+    def from_dense(cls, weight: Array, *, groups: int = 1) -> BitmapCSR:
+        """Pack a dense linear weight; as `Bitmap.from_dense`."""
+        require_array(weight, "weight")
+        if groups != 1:
+            raise ValueError(f"groups: expected 1 for a linear weight, got {groups}")
+        return cls(_core.pair_pack_dense(weight.detach() if is_torch(weight) else weight))
+
+    @property
+    def few_tokens(self) -> int:
+        """Tokens up to which a call takes the bitmap: where the two were measured to be equally fast."""
+        return _core.pair_few_tokens(self.packed)

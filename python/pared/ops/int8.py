@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from pared import _core
 from pared._types import Array
 from pared.ops._arrays import empty_like_kind, is_torch, require_array
 from pared.ops.packed import PackedWeight
+
+Q = TypeVar("Q", bound="QuantizedWeight")
 
 # How a layer's input becomes bytes, as _core takes it: (scale, zero, low, high), the last three unsigned.
 Activations = tuple[float, int, int, int]
@@ -33,8 +35,8 @@ def check_activations(scale: float | None, zero: int, dtype: str) -> Activations
     return float(scale), zero + offset, 0, 255
 
 
-class Int8(PackedWeight):
-    """A dense int8 weight with one scale an output: ``w[n, k]`` is about ``scales[n] * q[n, k]``.
+class QuantizedWeight(PackedWeight):
+    """An int8 weight with one scale an output: ``w[n, k]`` is about ``scales[n] * q[n, k]``.
 
     `pared.ops.linear` quantizes its input on the way in: by token, symmetrically, by the token's own largest
     magnitude; or with a given scale and zero point. Sums are exact in int32, the same bits on every
@@ -44,18 +46,18 @@ class Int8(PackedWeight):
     """
 
     __slots__ = ()
-    kind: ClassVar[str] = "int8"
+    _masked: ClassVar[bool]  # zeros are not stored (csrc/formats/bitmap8.h)
 
     @classmethod
     def from_dense(
-        cls,
+        cls: type[Q],
         weight: Array,
         *,
         groups: int = 1,
         activation_scale: float | None = None,
         activation_zero: int = 0,
         activation_dtype: str = "int8",
-    ) -> Int8:
+    ) -> Q:
         """Quantize a dense weight: ``scales[n] = max|w[n]| / 127``, ``q = round(w / scales)``.
 
         Parameters
@@ -76,11 +78,11 @@ class Int8(PackedWeight):
             raise ValueError(f"groups: expected 1 for an int8 weight, got {groups!r}")
         activations = check_activations(activation_scale, activation_zero, activation_dtype)
         dense = weight.detach() if is_torch(weight) else weight
-        return cls(_core.int8_pack_dense(dense, activations))
+        return cls(_core.int8_pack_dense(dense, activations, cls._masked))
 
     @classmethod
     def from_quantized(
-        cls,
+        cls: type[Q],
         q: Array,
         scales: Any,
         *,
@@ -88,7 +90,7 @@ class Int8(PackedWeight):
         activation_scale: float | None = None,
         activation_zero: int = 0,
         activation_dtype: str = "int8",
-    ) -> Int8:
+    ) -> Q:
         """Take over a weight that is quantized already; nothing is rounded a second time.
 
         Parameters
@@ -109,7 +111,7 @@ class Int8(PackedWeight):
         if s.ndim == 0:
             s = np.full(q.shape[0], s, np.float32)
         activations = check_activations(activation_scale, activation_zero, activation_dtype)
-        return cls(_core.int8_pack_quantized(q, np.ascontiguousarray(s), dtype, activations))
+        return cls(_core.int8_pack_quantized(q, np.ascontiguousarray(s), dtype, activations, cls._masked))
 
     @property
     def activation(self) -> tuple[float, int] | None:
@@ -120,6 +122,27 @@ class Int8(PackedWeight):
     def to_quantized(self) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         """``(q [out, in], scales [out])``."""
         return _core.int8_unpack(self.packed)
+
+
+class Int8(QuantizedWeight):
+    """A dense int8 weight, one byte an element. See `QuantizedWeight` for the numbers."""
+
+    __slots__ = ()
+    kind: ClassVar[str] = "int8"
+    _masked: ClassVar[bool] = False
+
+
+class Bitmap8(QuantizedWeight):
+    """An unstructured sparse int8 weight: a byte a non-zero and one bit an element.
+
+    For any number of tokens: few read the weight once and expand it in registers; many expand it tile by
+    tile in the cache, for the kernels of `Int8`. The outputs are those of `Int8`, to the bit. See
+    `QuantizedWeight` for the numbers.
+    """
+
+    __slots__ = ()
+    kind: ClassVar[str] = "bitmap8"
+    _masked: ClassVar[bool] = True
 
 
 def gemm_s8(a: Array, b: Array) -> Array:

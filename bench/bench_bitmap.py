@@ -1,0 +1,176 @@
+"""Unstructured weights with few tokens: bitmap formats against torch's dense layer, from memory and cache.
+
+One to sixteen tokens: reading the weight is the cost, so that the weights rotate among copies that exceed the
+last-level cache ("cold"); small layers that stay in the cache are measured too. The sweep over token counts
+shows what each format costs at each, and that what `pared.accelerate` would take has no cliff.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+import pared
+from bench.bench_linear import THREADS, pruned
+from bench.roofline import expand_limit, measure
+from pared._timing import rotate
+from pared.ops._formats import FORMATS
+
+SPARSITIES = [0.5, 0.8, 0.9]
+LARGE = [(4096, 4096), (5120, 5120), (3072, 768), (768, 3072)]
+SMALL = [(768, 768), (3072, 768), (768, 3072), (384, 384), (1536, 384)]
+QUICK = {(4096, 4096), (3072, 768), (768, 768)}
+TOKENS = [1, 2, 4, 8, 16]
+
+
+def count(tokens: int) -> str:
+    return f"{tokens} token{'s' if tokens > 1 else ''}"
+
+
+def quick(values: list[Any], chosen: Any) -> list[Any]:
+    return [pytest.param(v, marks=() if v in chosen else pytest.mark.full) for v in values]
+
+
+def layer(w: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> Callable[[int], Callable[[], object]]:
+    """The dense layer with a weight of its own for each copy."""
+
+    def make(_: int) -> Callable[[], object]:
+        mine = w.clone()
+        return lambda: functional.linear(x, mine, bias)
+
+    return make
+
+
+def packed_layer(
+    packed: pared.ops.PackedWeight, x: torch.Tensor, bias: torch.Tensor
+) -> Callable[[int], Callable[[], object]]:
+    """The same with a packed weight."""
+
+    def make(_: int) -> Callable[[], object]:
+        mine = copy.deepcopy(packed)
+        return lambda: pared.ops.linear(x, mine, bias)
+
+    return make
+
+
+def run(
+    versus: Callable[..., Any],
+    out: int,
+    inputs: int,
+    tokens: int,
+    sparsity: float,
+    threads: int,
+    cold: bool,
+    cls: type[pared.ops.PackedWeight],
+    others: tuple[type[pared.ops.PackedWeight], ...] = (),
+) -> None:
+    """One row: the layer in format `cls`, beside the dense one and other formats."""
+    w, bias, x = pruned(out, inputs, sparsity), torch.randn(out), torch.randn(tokens, inputs)
+    precision = FORMATS[cls.kind].precision
+    weights: dict[str, pared.ops.PackedWeight] = {"pared": cls.from_dense(w)}
+    weights |= {f"pared {other.kind}": other.from_dense(w) for other in others}
+    calls: dict[str, Callable[[], object]] = {}
+    expected = functional.linear(x, w, bias)
+    for name, make, nbytes in [
+        ("nn.Linear", layer(w, x, bias), w.nbytes),
+        *((name, packed_layer(p, x, bias), p.nbytes) for name, p in weights.items()),
+    ]:
+        calls[name] = rotate(make, nbytes) if cold else make(0)
+        close = 1e-3 if precision == "float32" else 0.1
+        torch.testing.assert_close(calls[name](), expected, rtol=close, atol=close)
+    packed = weights["pared"]
+    versus(
+        calls,
+        suite=f"linear Bitmap {precision}, {count(tokens)}, {'cold' if cold else 'warm'}",
+        case=f"{out}x{inputs}",
+        cell=f"{sparsity * 100:.0f} %",
+        rivals=("nn.Linear",),
+        work=2.0 * tokens * packed.nnz,
+        moved=float(packed.nbytes),
+        limit_s=expand_limit(
+            measure(threads), out, inputs, tokens, packed.nbytes, cold, 4 if precision == "float32" else 1
+        ),
+        cold=cold,
+        facts={"out": out, "in": inputs, "tokens": tokens, "nnz": packed.nnz, "dtype": precision},
+    )
+
+
+@THREADS
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("tokens", quick(TOKENS, {1}))
+@pytest.mark.parametrize(("out", "inputs"), quick(LARGE, QUICK))
+def test_cold(versus, out: int, inputs: int, tokens: int, sparsity: float, threads: int) -> None:
+    run(versus, out, inputs, tokens, sparsity, threads, cold=True, cls=pared.ops.Bitmap)
+
+
+@THREADS
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("tokens", quick(TOKENS, {8}))
+@pytest.mark.parametrize(("out", "inputs"), quick(SMALL, QUICK))
+def test_warm(versus, out: int, inputs: int, tokens: int, sparsity: float, threads: int) -> None:
+    run(
+        versus,
+        out,
+        inputs,
+        tokens,
+        sparsity,
+        threads,
+        cold=False,
+        cls=pared.ops.Bitmap,
+        others=(pared.ops.CSR,),
+    )
+
+
+@THREADS
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("tokens", quick(TOKENS, {1}))
+@pytest.mark.parametrize(("out", "inputs"), quick(LARGE, QUICK))
+def test_int8_cold(versus, out: int, inputs: int, tokens: int, sparsity: float, threads: int) -> None:
+    cls, dense = pared.ops.Bitmap8, pared.ops.Int8
+    run(versus, out, inputs, tokens, sparsity, threads, cold=True, cls=cls, others=(dense,))
+
+
+@THREADS
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("tokens", quick([16, 32, 128, 512], {16}))
+@pytest.mark.parametrize(("out", "inputs"), quick(SMALL, {(3072, 768)}))
+def test_int8_many_tokens(versus, out: int, inputs: int, tokens: int, sparsity: float, threads: int) -> None:
+    """Against the dense int8 kernel, which the weight's tiles are expanded for: never slower."""
+    cls, dense = pared.ops.Bitmap8, pared.ops.Int8
+    run(versus, out, inputs, tokens, sparsity, threads, cold=False, cls=cls, others=(dense,))
+
+
+SWEEP = [1, 2, 3, 4, 6, 8, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 96, 127, 128, 129]
+SWEPT: list[type[pared.ops.PackedWeight]] = [
+    pared.ops.Bitmap,
+    pared.ops.CSR,
+    pared.ops.BitmapCSR,
+    pared.ops.Int8,
+    pared.ops.Bitmap8,
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])
+@pytest.mark.parametrize("tokens", SWEEP)
+@pytest.mark.parametrize("cls", SWEPT, ids=lambda cls: cls.kind)
+def test_sweep(versus, cls: type[pared.ops.PackedWeight], tokens: int, sparsity: float, threads: int) -> None:
+    """A warm layer for ``python -m bench.plots``: time against tokens, one format after the other."""
+    out, inputs = 3072, 768
+    w, bias, x = pruned(out, inputs, sparsity), torch.randn(out), torch.randn(tokens, inputs)
+    packed, precision = cls.from_dense(w), FORMATS[cls.kind].precision
+    versus(
+        {"nn.Linear": layer(w, x, bias)(0), "pared": packed_layer(packed, x, bias)(0)},
+        suite=f"linear {cls.kind} {precision}, sweep",
+        case=f"{out}x{inputs}, {tokens} tokens",
+        cell=f"{sparsity * 100:.0f} %",
+        rivals=("nn.Linear",),
+        work=2.0 * tokens * packed.nnz,
+        facts={"out": out, "in": inputs, "tokens": tokens, "nnz": packed.nnz, "dtype": precision},
+        budget=0.15,
+    )

@@ -1,0 +1,7 @@
+#include "kernels/generic/bitmap8.h"
+
+namespace pared {
+
+void bitmap_expand_n16__avx512vbmi2(const BitmapExpandArgs& a) { expand_groups<Vbmi2Bytes>(a); }
+
+}  // namespace pared

@@ -1,0 +1,165 @@
+// Two ways, one result. Few tokens: every vector is expanded in a register and used for all of them. More:
+// four groups of outputs by one K block are expanded into a tile that stays in L1, and the dense micro-kernel
+// runs over it with all tokens, so that memory holds and moves the non-zeros alone.
+//
+// Threads share the outputs, not the tokens: a weight that two threads expand costs more than activations
+// that two threads quantize.
+#include "ops/bitmap8.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/aligned.h"
+#include "core/parallel.h"
+#include "kernels/registry.h"
+#include "ops/linear_int8.h"
+
+namespace pared {
+namespace {
+
+constexpr int64_t kBlockBytes = 192 * 1024;  // of quantized tokens, in L2
+constexpr int64_t kMaxBlockTokens = 192;
+// Expansions that take as long as waking a second thread (10 us), twice over.
+constexpr int64_t kMinVectorsPerThread = 1 << 15;
+static_assert(kBitmap8Block * kInt8Unit < kBitmap8Stride, "a K block and a line of padding");
+
+// A block of tokens in bytes, and where its outputs go.
+struct Tokens {
+  const uint8_t* bytes;
+  int64_t stride;
+  const float* scales;
+  int64_t first, count;
+};
+
+class Product {
+ public:
+  Product(const LinearArgs& args, const Bitmap8Packed& w, Isa isa, bool in_registers)
+      : args_(args), w_(w), s_(w.shape()), store_(kernel_for<dequantize_store>(isa).fn) {
+    if (in_registers) {
+      few_ = kernel_for<bitmap_u8s8>(isa).fn;
+    } else {
+      expand_ = kernel_for<bitmap_expand>(isa).fn;
+      gemm_ = kernel_for<gemm_u8s8>(isa).fn;
+    }
+  }
+
+  void run(const Tokens& t, int64_t g0, int64_t g1) const {
+    if (few_) few(t, g0, g1);
+    else many(t, g0, g1);
+  }
+
+ private:
+  // At most kBitmapMaxTokens tokens, groups [g0, g1).
+  void few(const Tokens& t, int64_t g0, int64_t g1) const {
+    thread_local Scratch x_memory, acc_memory;
+    auto* x = x_memory.get<uint8_t>(kBitmapMaxTokens * kBitmap8Stride);
+    auto* acc = acc_memory.get<int32_t>(kBitmapPass * kBitmapMaxTokens * kInt8Panel);
+    const int64_t group_sums = t.count * kInt8Panel;
+    for_passes(g0, g1, [&](int64_t g, int64_t end) {
+      for (int64_t b = 0; b < std::max<int64_t>(s_.blocks(), 1); ++b) {
+        const auto vectors = static_cast<int32_t>(s_.vectors_in(b));
+        const int64_t k = b * s_.block_k * kInt8Unit;
+        for (int64_t i = 0; i < t.count; ++i)
+          std::memcpy(x + i * kBitmap8Stride, t.bytes + i * t.stride + k, vectors * kInt8Unit);
+        few_[t.count - 1]({w_.masks + s_.first_vector(g, b), w_.values + w_.starts[s_.cell(g, b)], x, acc,
+                           static_cast<int32_t>(end - g), vectors, b > 0});
+      }
+      for (int64_t i = g; i < end; ++i) store(t, 0, t.count, i, 1, acc + (i - g) * group_sums, kInt8Panel);
+    });
+  }
+
+  void many(const Tokens& t, int64_t g0, int64_t g1) const {
+    thread_local Scratch tile_memory, acc_memory;
+    constexpr int64_t acc_stride = kGemmPanels * kInt8Panel;
+    auto* tile = tile_memory.get<int8_t>(kGemmPanels * kBitmap8Block * kInt8Panel * kInt8Unit);
+    auto* acc = acc_memory.get<int32_t>(t.count * acc_stride);
+    const int64_t shares = (t.count + kGemmTokens - 1) / kGemmTokens;
+    for_passes(g0, g1, [&](int64_t p0, int64_t p1) {
+      for (int64_t g = p0; g < p1; g += kGemmPanels) {
+        const int panels = static_cast<int>(std::min<int64_t>(kGemmPanels, p1 - g));
+        const int64_t blocks = std::max<int64_t>(s_.blocks(), 1);
+        for (int64_t b = 0; b < blocks; ++b) {
+          const auto vectors = static_cast<int32_t>(s_.vectors_in(b));
+          expand_({w_.masks + s_.first_vector(g, b), w_.values + w_.starts[s_.cell(g, b)], tile, panels,
+                   vectors});
+          for (int64_t i = 0; i < shares; ++i) {
+            // Shares of nearly equal size: one token alone after a full share would wait out latencies.
+            const int64_t m0 = t.count * i / shares, m1 = t.count * (i + 1) / shares;
+            gemm_[(m1 - m0 - 1) * kGemmPanels + panels - 1](
+                {t.bytes + m0 * t.stride + b * s_.block_k * kInt8Unit, t.stride, tile,
+                 static_cast<int64_t>(vectors) * kInt8Panel * kInt8Unit, vectors, acc + m0 * acc_stride,
+                 acc_stride, b > 0});
+            if (b == blocks - 1) store(t, m0, m1 - m0, g, panels, acc + m0 * acc_stride, acc_stride);
+          }
+        }
+      }
+    });
+  }
+
+  // fn(first group, end) for the part of each pass that lies in [g0, g1).
+  template <class F>
+  void for_passes(int64_t g0, int64_t g1, const F& fn) const {
+    while (g0 < g1) {
+      const int64_t pass = g0 / kBitmapPass * kBitmapPass;
+      const int64_t end = std::min(g1, pass + s_.groups_in(pass));
+      fn(g0, end);
+      g0 = end;
+    }
+  }
+
+  void store(const Tokens& t, int64_t token, int64_t count, int64_t group, int panels, const int32_t* acc,
+             int64_t acc_stride) const {
+    const int64_t n = group * kInt8Panel;
+    store_({acc, acc_stride, w_.compensation + n, t.scales + token, w_.scales + n,
+            static_cast<int32_t>(count),
+            static_cast<int32_t>(std::min<int64_t>(panels * kInt8Panel, s_.rows - n)),
+            args_.bias ? args_.bias + n : nullptr, args_.activation,
+            static_cast<char*>(args_.y) + ((t.first + token) * args_.y_stride + n) * dtype_size(args_.dtype),
+            args_.y_stride, args_.dtype});
+  }
+
+  const LinearArgs& args_;
+  const Bitmap8Packed& w_;
+  const BitmapShape s_;
+  dequantize_store::Fn* store_;
+  bitmap_u8s8::Fn* const* few_ = nullptr;  // or:
+  bitmap_expand::Fn* expand_ = nullptr;
+  gemm_u8s8::Fn* const* gemm_ = nullptr;
+};
+
+}  // namespace
+
+void linear_bitmap8(const LinearArgs& args, const Bitmap8Packed& w) {
+  const BitmapShape s = w.shape();
+  if (args.tokens == 0 || s.rows == 0) return;
+  const Isa isa = active_isa();
+  const auto quantize = kernel_for<quantize_u8>(isa).fn;
+  // Levels in between expand by general registers, which is too slow to do for every 16 tokens.
+  const bool in_registers =
+      args.tokens <= kBitmapMaxTokens && (isa == Isa::scalar || isa >= Isa::avx512vbmi2);
+  const Product product(args, w, isa, in_registers);
+  const int64_t stride = int8_row_stride(s.vectors() * kInt8Unit);
+  const int64_t most =
+      in_registers ? args.tokens : std::clamp<int64_t>(kBlockBytes / stride, kGemmTokens, kMaxBlockTokens);
+  const int64_t blocks = (args.tokens + most - 1) / most;
+  const ActivationRange& range = *w.activations;
+  const int64_t groups = s.groups();
+  const int64_t work = groups * s.vectors() * (4 * blocks + args.tokens) / 5;
+  const int64_t parts = std::min(
+      {groups, static_cast<int64_t>(num_threads()), std::max<int64_t>(1, work / kMinVectorsPerThread)});
+  parallel_for(0, parts, 1, [&](int64_t part0, int64_t part1) {
+    thread_local Scratch bytes_memory, scales_memory;
+    auto* bytes = bytes_memory.get<uint8_t>(most * stride);
+    auto* scales = scales_memory.get<float>(most);
+    const int64_t g0 = groups * part0 / parts, g1 = groups * part1 / parts;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t first = args.tokens * i / blocks, count = args.tokens * (i + 1) / blocks - first;
+      quantize({static_cast<const char*>(args.x) + first * args.x_stride * dtype_size(args.dtype),
+                args.x_stride, args.dtype, static_cast<int32_t>(count), static_cast<int32_t>(s.cols),
+                range.scale, range.zero, range.low, range.high, bytes, stride, scales});
+      product.run({bytes, stride, scales, first, count}, g0, g1);
+    }
+  });
+}
+
+}  // namespace pared
