@@ -20,7 +20,16 @@ import pared
 from pared.pruning import obs
 from pared.pruning.patterns import parse_pattern
 from pared.pruning.targets import Target
-from pared.quant import InputRange, equalize, finish_qat, prepare_qat, quantized, simulate, smooth
+from pared.quant import (
+    InputRange,
+    equalize,
+    finish_qat,
+    int8_weight,
+    prepare_qat,
+    quantized,
+    simulate,
+    smooth,
+)
 from pared.quant.grid import GridRounding, fit, steps
 
 
@@ -223,6 +232,24 @@ def test_int8_weights_are_taken_over_by_the_dense_int8_rule() -> None:
             w = m.weight.detach()
             scale = w.abs().amax(1, keepdim=True) / 127
             assert torch.equal((w / scale).round(), record.codes(w).float())
+
+
+@pytest.mark.parametrize("activations", ["token", "static"])
+def test_packed_int8_weights_compute_what_was_simulated(activations: str) -> None:
+    model = mlp()
+    pared.quantize(model, inputs(), bits=8, activations=activations)
+    layer, x = model[2], inputs()[0]
+    hidden = torch.relu(model[0](x)).detach()
+    packed = int8_weight(layer)
+    assert torch.equal(
+        torch.from_numpy(packed.to_quantized()[0]), quantized(layer).codes(layer.weight.detach())
+    )
+    with torch.no_grad(), simulate(layer):
+        want = layer(hidden)
+    got = pared.ops.linear(hidden, packed, layer.bias.detach())
+    assert float((got - want).abs().max()) <= 0.01 * float(want.abs().max())
+    with pytest.raises(ValueError, match="layer: expected one that quantize has put on a symmetric grid"):
+        int8_weight(nn.Linear(3, 3))
 
 
 def test_bits_by_filter_and_auto() -> None:

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pared import nn, ops, quant, schedules
+    from pared import nn, ops, quant, schedules, training
     from pared._accelerate import accelerate
     from pared._format import FormatError
     from pared._info import isa, kernels
@@ -41,7 +41,7 @@ _LAZY: dict[str, str] = {
     "restore": "pared._surgery",
     "save": "pared._io",
 }
-_SUBMODULES = ("nn", "ops", "quant", "schedules")
+_SUBMODULES = ("nn", "ops", "quant", "schedules", "training")
 
 __all__ = [
     "FormatError",
@@ -62,6 +62,7 @@ __all__ = [
     "restore",
     "save",
     "schedules",
+    "training",
 ]
 
 

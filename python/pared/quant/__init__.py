@@ -5,7 +5,7 @@ from pared.quant.grid import Grid, QuantizedWeight
 from pared.quant.observers import ActivationGrid, Distribution, InputRange
 from pared.quant.qat import finish_qat, prepare_qat
 from pared.quant.report import QuantLayer, QuantReport
-from pared.quant.weights import quantize, quantized, simulate
+from pared.quant.weights import int8_weight, quantize, quantized, simulate
 
 __all__ = [
     "ActivationGrid",
@@ -17,6 +17,7 @@ __all__ = [
     "QuantizedWeight",
     "equalize",
     "finish_qat",
+    "int8_weight",
     "prepare_qat",
     "quantize",
     "quantized",

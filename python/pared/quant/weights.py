@@ -15,6 +15,7 @@ from torch import nn
 
 from pared._errors import choice_error
 from pared._sparsity import weight_format
+from pared.ops import Int8
 from pared.pruning import calibration, obs, reconstruct
 from pared.pruning.calibration import LossFn, Observer, columns
 from pared.pruning.masks import check_finite, check_writable
@@ -25,7 +26,7 @@ from pared.quant.grid import METHODS, GridRounding, QuantizedWeight, check_bits,
 from pared.quant.observers import OBSERVERS, ActivationGrid, InputRange
 from pared.quant.report import QuantLayer, QuantReport
 
-__all__ = ["quantize", "quantized", "simulate"]
+__all__ = ["int8_weight", "quantize", "quantized", "simulate"]
 
 _RECORD = "_pared_quantized"
 # "auto" takes the first of these whose error is small enough: 8 bits have kernels, 16 are stored.
@@ -36,6 +37,30 @@ def quantized(module: nn.Module) -> QuantizedWeight | None:
     """What `pared.quantize` left on a layer; None where it has not been."""
     record = module.__dict__.get(_RECORD)
     return record if isinstance(record, QuantizedWeight) else None
+
+
+def int8_weight(layer: nn.Linear) -> Int8:
+    """The packed int8 weight of a quantised Linear layer: its own codes and scales, nothing is rounded again.
+
+    Raises
+    ------
+    ValueError : the layer is not on a symmetric grid of at most 8 bits with one scale a row.
+    """
+    record = quantized(layer)
+    if record is None or record.bits > 8 or not record.symmetric or record.group is not None:
+        raise ValueError(
+            "layer: expected one that quantize has put on a symmetric grid of at most 8 bits with one "
+            "scale a row, "
+            f"got {'none' if record is None else record}"
+        )
+    weight = layer.weight.detach()
+    return Int8.from_quantized(
+        record.codes(weight),
+        record.scale.reshape(-1).cpu(),
+        activation_scale=record.activation_scale,
+        activation_zero=record.activation_zero,
+        activation_dtype=record.activation_dtype,
+    )
 
 
 def quantize(
