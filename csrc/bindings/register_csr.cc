@@ -29,31 +29,13 @@ py::array_t<uint8_t> pack(const View& w, const ConvShape& conv, const std::strin
   const PackedKind kind = parse_kind(kind_name);
   PARED_CHECK(entry_rows == 1 || entry_rows == kQuadRows, "entry_rows: expected 1 or ", kQuadRows, ", got ",
               entry_rows);
-  CsrPlan plan;
+  PanelPlan plan;
   {
     // Everything is validated and owned by the caller from here on; other Python threads may run.
     py::gil_scoped_release unlocked;
     plan = plan_csr(w, conv, kind, entry_rows);
   }
   return packed_array(plan.header, [&](uint8_t* out) { pack_csr(w, plan, out); });
-}
-
-// A [rows, cols] view of a linear weight, or of a convolution weight with the trailing axes flattened.
-DenseView dense_view(const Array& a, ConvShape& conv, int64_t groups) {
-  require_dtype(a, kFloatTypes);
-  PARED_CHECK(a.ndim == 2 || a.ndim == 4, a.name, ": expected [out, in] or [out, in/groups, kh, kw], got ",
-              a.shape_text());
-  if (a.ndim == 2) return {a.data, a.dtype, a.shape[0], a.shape[1], a.strides[0], a.strides[1]};
-  require_contiguous(a);
-  PARED_CHECK(groups >= 1 && a.shape[0] % groups == 0, "groups: expected a positive divisor of ", a.shape[0],
-              " output channels, got ", groups);
-  for (int i = 1; i < 4; ++i)
-    PARED_CHECK(a.shape[i] > 0 && a.shape[i] < (int64_t{1} << 31), a.name,
-                ": expected channels and kernel sizes of at least 1, got ", a.shape_text());
-  conv = {static_cast<int32_t>(a.shape[1]), static_cast<int32_t>(a.shape[2]),
-          static_cast<int32_t>(a.shape[3]), static_cast<int32_t>(groups)};
-  const int64_t cols = a.shape[1] * a.shape[2] * a.shape[3];
-  return {a.data, a.dtype, a.shape[0], cols, cols, 1, groups};
 }
 
 }  // namespace
@@ -63,6 +45,7 @@ void register_csr(py::module_& m) {
       "csr_pack_dense",
       [](py::handle weight, int64_t groups, const std::string& kind, int entry_rows) {
         const Array a = parse_array(weight, "weight");
+        require_dtype(a, kFloatTypes);
         ConvShape conv;
         const DenseView view = dense_view(a, conv, groups);
         return pack(view, conv, kind, entry_rows);

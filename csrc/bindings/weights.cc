@@ -15,6 +15,22 @@ const uint8_t* packed_bytes(const Array& a) {
 
 CsrPacked packed_csr(const Array& a) { return view_csr(packed_bytes(a), a.size()); }
 
+DenseView dense_view(const Array& a, ConvShape& conv, int64_t groups) {
+  PARED_CHECK(a.ndim == 2 || a.ndim == 4, a.name, ": expected [out, in] or [out, in/groups, kh, kw], got ",
+              a.shape_text());
+  if (a.ndim == 2) return {a.data, a.dtype, a.shape[0], a.shape[1], a.strides[0], a.strides[1]};
+  require_contiguous(a);
+  PARED_CHECK(groups >= 1 && a.shape[0] % groups == 0, "groups: expected a positive divisor of ", a.shape[0],
+              " output channels, got ", groups);
+  for (int i = 1; i < 4; ++i)
+    PARED_CHECK(a.shape[i] > 0 && a.shape[i] < (int64_t{1} << 31), a.name,
+                ": expected channels and kernel sizes of at least 1, got ", a.shape_text());
+  conv = {static_cast<int32_t>(a.shape[1]), static_cast<int32_t>(a.shape[2]),
+          static_cast<int32_t>(a.shape[3]), static_cast<int32_t>(groups)};
+  const int64_t cols = a.shape[1] * a.shape[2] * a.shape[3];
+  return {a.data, a.dtype, a.shape[0], cols, cols, 1, groups};
+}
+
 Activation parse_activation(const std::string& name) {
   if (name.empty() || name == "none") return Activation::none;
   if (name == "relu") return Activation::relu;

@@ -21,6 +21,10 @@ const uint8_t* packed_bytes(const Array& a);
 // A packed CSR weight; throws TypeError or ValueError when the array holds none.
 CsrPacked packed_csr(const Array& a);
 
+// A [rows, cols] view of a linear weight, or of a convolution weight with the trailing axes flattened, which
+// also gives `conv`. The dtype is the caller's to check.
+DenseView dense_view(const Array& a, ConvShape& conv, int64_t groups);
+
 // A numpy uint8 array of the size that `header` says, 64-byte aligned as packed weights are, filled by
 // write(uint8_t*) without the GIL.
 template <class Write>

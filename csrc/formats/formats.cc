@@ -3,6 +3,7 @@
 #include "core/check.h"
 #include "formats/bitmap.h"
 #include "formats/bitmap8.h"
+#include "formats/bsr8.h"
 #include "formats/csr.h"
 #include "formats/int8.h"
 #include "formats/pair.h"
@@ -44,6 +45,12 @@ void unpack_pair(const uint8_t* data, int64_t bytes, DType dtype, void* out) {
   unpack_bitmap_dense(w.few, dtype, out);
 }
 
+void check_blocks8(const uint8_t* data, int64_t bytes) { view_bsr8(data, bytes); }
+void validate_blocks8(const uint8_t* data, int64_t bytes) { validate_bsr8(view_bsr8(data, bytes)); }
+void unpack_blocks8(const uint8_t* data, int64_t bytes, DType dtype, void* out) {
+  unpack_bsr8_dense(view_bsr8(data, bytes), dtype, out);
+}
+
 constexpr PackedFormat kFormats[] = {
     {PackedKind::csr, "csr", check_panel, validate_panel, unpack_panel},
     {PackedKind::bsr, "bsr", check_panel, validate_panel, unpack_panel},
@@ -52,6 +59,7 @@ constexpr PackedFormat kFormats[] = {
     {PackedKind::int8, "int8", check_int8, validate_int8_bytes, unpack_int8},
     {PackedKind::bitmap8, "bitmap8", check_bitmap8, validate_bitmap8_bytes, unpack_bitmap8},
     {PackedKind::pair, "bitmap+csr", check_pair, validate_pair_bytes, unpack_pair},
+    {PackedKind::bsr8, "bsr8", check_blocks8, validate_blocks8, unpack_blocks8},
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "formats/packed.h"
 
 #include <cstring>
+#include <initializer_list>
 
 #include "core/aligned.h"
 #include "core/check.h"
@@ -25,6 +26,15 @@ uint64_t checksum(PackedHeader header, const uint8_t* buffer) {
   const uint64_t hash =
       hash_words(reinterpret_cast<const uint8_t*>(&header), sizeof(header), 0xcbf29ce484222325u);
   return hash_words(buffer + sizeof(header), header.bytes - sizeof(header), hash);
+}
+
+// Whether `product` is the product of positive factors, without overflow.
+bool is_product(int64_t product, std::initializer_list<int64_t> factors) {
+  for (int64_t f : factors) {
+    if (product % f != 0) return false;
+    product /= f;
+  }
+  return product == 1;
 }
 
 }  // namespace
@@ -56,6 +66,13 @@ const PackedHeader& checked_header(const uint8_t* data, int64_t bytes) {
   PARED_CHECK(float_type && h->rows >= 0 && h->rows < kMaxSize && h->cols >= 0 && h->cols < kMaxSize,
               "packed weight: expected a valid header, got a corrupt one");
   return *h;
+}
+
+void check_conv_shape(const PackedHeader& h) {
+  const bool linear = h.channels == 0 && h.kh == 0 && h.kw == 0 && h.groups == 0;
+  PARED_CHECK(linear || (h.channels > 0 && h.kh > 0 && h.kw > 0 && h.groups > 0 && h.rows % h.groups == 0 &&
+                         is_product(h.cols, {h.channels, h.kh, h.kw, h.groups})),
+              "packed weight: expected a consistent convolution shape, got a corrupt header");
 }
 
 void check_section(const PackedHeader& h, uint64_t at, uint64_t size) {

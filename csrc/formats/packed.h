@@ -8,8 +8,17 @@
 
 namespace pared {
 
-// The first three share the layout of formats/csr.h; the kind says what the user packed.
-enum class PackedKind : uint16_t { csr = 1, bsr = 2, dense = 3, int8 = 4, bitmap = 5, bitmap8 = 6, pair = 9 };
+// csr, bsr and dense share the layout of formats/csr.h; the kind says what the user packed.
+enum class PackedKind : uint16_t {
+  csr = 1,
+  bsr = 2,
+  dense = 3,
+  int8 = 4,
+  bitmap = 5,
+  bitmap8 = 6,
+  bsr8 = 7,
+  pair = 9
+};
 
 struct PackedHeader {
   char magic[8];  // kPackedMagic
@@ -38,6 +47,8 @@ PackedHeader new_header(PackedKind kind, DType dtype, int64_t rows, int64_t cols
 // The header of a buffer; throws ValueError when it is not a packed weight of this version and of `bytes`
 // bytes, with float dtype and sizes in range. Cheap: for every call. What belongs to a kind, its view checks.
 const PackedHeader& checked_header(const uint8_t* data, int64_t bytes);
+// Throws ValueError unless the header's convolution shape is none (linear), or one of rows by cols.
+void check_conv_shape(const PackedHeader& h);
 // Throws ValueError unless the buffer holds `size` bytes, 64-byte aligned, at `at`.
 void check_section(const PackedHeader& h, uint64_t at, uint64_t size);
 // Writes the header, with the checksum, before contents that are complete.

@@ -24,7 +24,7 @@ struct PairPacked {
 struct PairPlan {
   PackedHeader header;
   BitmapPlan few;
-  CsrPlan many;
+  PanelPlan many;
 };
 PairPlan plan_pair(const DenseView& w);
 void pack_pair(const DenseView& w, const PairPlan& plan, uint8_t* out);

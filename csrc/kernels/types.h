@@ -23,16 +23,18 @@ inline constexpr int kPanelMaxGroups = 8;  // 128 positions: 8 AVX-512 accumulat
 // Rows of a sparse weight against one K block of the panel: acc[r][m] (+)= sum_i values[i] * panel at
 // offsets[i]. One call covers a few rows (a row group) so that it stays in the instruction stream; the
 // epilogue runs between calls while acc is in L1.
-struct CsrPanelArgs {
+template <class T>
+struct PanelArgs {
   const uint8_t* counts;    // non-zeros of each row in this K block
-  const float* values;      // rows back to back
+  const T* values;          // rows back to back
   const uint16_t* offsets;  // byte offset of the unit's first position in the panel
-  const float* panel;       // 64-byte aligned
-  float* acc;               // [rows][vectors * 16], 64-byte aligned
+  const T* panel;           // 64-byte aligned
+  T* acc;                   // [rows][vectors * 16], 64-byte aligned
   int32_t rows;
   bool accumulate;  // false: acc is written, not read
   int32_t shift;    // the panel's units lie 2^shift times closer than the offsets say
 };
+using CsrPanelArgs = PanelArgs<float>;
 struct csr_panel_f32 {
   // One function for each number of vectors, 1..kPanelMaxGroups, at index vectors - 1.
   using Fn = void(const CsrPanelArgs&);
@@ -46,6 +48,38 @@ struct quad_panel_f32 {
   using Fn = void(const CsrPanelArgs&);
   using Table = Fn* const[kPanelMaxGroups];
   static constexpr const char* doc = "quads of rows with shared columns times an activation panel, float32";
+};
+
+// The same two with int8 weights: a unit of the reduction is a 32-bit word of four consecutive elements,
+// uint8 in the panel, int8 among the values, and a product is the sum of their four products, exact in int32:
+// bytes may have any value (no saturation in between), sums up to 65793 elements (kInt8MaxCols) cannot
+// overflow.
+using WordPanelArgs = PanelArgs<int32_t>;
+struct csr_panel_s8 {
+  using Fn = void(const WordPanelArgs&);
+  using Table = Fn* const[kPanelMaxGroups];
+  static constexpr const char* doc = "sparse rows of 1x4 blocks times an activation panel, int8";
+};
+struct quad_panel_s8 {
+  using Fn = void(const WordPanelArgs&);
+  using Table = Fn* const[kPanelMaxGroups];
+  static constexpr const char* doc = "sparse quads of 4x4 blocks times an activation panel, int8";
+};
+
+// In place, int32 to float32: acc[r][m] = float(acc - offset * row_sums[r]) * (row_scales[r] *
+// position_scales[m]).
+struct PanelDequantizeArgs {
+  int32_t* acc;  // [rows][acc_stride], 64-byte aligned
+  int32_t acc_stride, rows;
+  int32_t positions;  // a multiple of kPanelGroup
+  int32_t offset;     // what quantisation added to the activations: their zero point
+  const int32_t* row_sums;
+  const float* row_scales;
+  const float* position_scales;  // [positions], 64-byte aligned
+};
+struct panel_dequantize {
+  using Fn = void(const PanelDequantizeArgs&);
+  static constexpr const char* doc = "zero-point correction and scales of an int32 tile";
 };
 
 // Transposes x[positions][units] (row-major, any of the float types) into panel[units][stride].

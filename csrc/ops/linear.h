@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "formats/bsr8.h"
 #include "formats/csr.h"
 #include "kernels/types.h"
 
@@ -20,5 +21,10 @@ struct LinearArgs {
 };
 
 void linear_csr(const LinearArgs& args, const CsrPacked& w);
+
+// Activations are quantised a token at a time (quantize_u8): y = activation(float(sum of q_x q_w) *
+// (scale_w
+// * scale_x) + bias), the sum exact in int32, so that a result has the same bits on every level.
+void linear_bsr8(const LinearArgs& args, const Bsr8Packed& w);
 
 }  // namespace pared

@@ -16,9 +16,9 @@ constexpr int64_t kTogether = kPanelMaxGroups * kPanelGroup;
 class Handed {
  public:
   Handed(const CsrPacked& next, int64_t tokens)
-      : tiles_(cut_panel_tiles(next, tokens)),
+      : tiles_(cut_panel_tiles(*next.header, tokens)),
         units_(next.header->cols),
-        stride_(next.header->tile >> panel_shift(next, tiles_)) {}
+        stride_(next.header->tile >> panel_shift(*next.header, tiles_)) {}
 
   size_t floats() const { return tiles_.size() * units_ * stride_; }
   void place(float* memory) { memory_ = memory; }
@@ -73,7 +73,7 @@ void run_stages(const ChainArgs& a, const std::vector<ChainStage>& stages, int64
     largest = std::max(largest, handed.back().floats());
   }
   // Two buffers in turn, each with room behind it for any 16-bit offset.
-  const size_t room = round_up(largest + panel_product_detail::kPanelFloats, kCacheLine / sizeof(float));
+  const size_t room = round_up(largest + panel_product_detail::kPanelElements, kCacheLine / sizeof(float));
   thread_local Scratch memory;
   float* buffers = memory.get<float>(std::min<size_t>(2, handed.size()) * room);
   for (size_t i = 0; i < handed.size(); ++i) handed[i].place(buffers + i % 2 * room);

@@ -2,8 +2,8 @@
 
 namespace pared {
 
-std::vector<PanelTile> cut_panel_tiles(const CsrPacked& w, int64_t positions) {
-  const int64_t max_vectors = w.header->tile / kPanelGroup;
+std::vector<PanelTile> cut_panel_tiles(const PackedHeader& w, int64_t positions) {
+  const int64_t max_vectors = w.tile / kPanelGroup;
   const int64_t vectors = (positions + kPanelGroup - 1) / kPanelGroup;
   const int64_t tiles = (vectors + max_vectors - 1) / max_vectors;
   std::vector<PanelTile> out;
@@ -16,11 +16,11 @@ std::vector<PanelTile> cut_panel_tiles(const CsrPacked& w, int64_t positions) {
   return out;
 }
 
-int32_t panel_shift(const CsrPacked& w, const std::vector<PanelTile>& tiles) {
-  if (w.header->entry_rows != 1) return 0;
+int32_t panel_shift(const PackedHeader& w, const std::vector<PanelTile>& tiles) {
+  if (w.entry_rows != 1) return 0;
   int32_t widest = kPanelGroup, shift = 0;
   for (const PanelTile& t : tiles) widest = std::max(widest, t.vectors * kPanelGroup);
-  for (int32_t half = w.header->tile / 2; widest <= half && half % kPanelGroup == 0; half /= 2) ++shift;
+  for (int32_t half = w.tile / 2; widest <= half && half % kPanelGroup == 0; half /= 2) ++shift;
   return shift;
 }
 

@@ -17,7 +17,7 @@
 
 #include "core/aligned.h"
 #include "core/parallel.h"
-#include "formats/csr.h"
+#include "formats/panel.h"
 #include "kernels/registry.h"
 
 namespace pared {
@@ -29,32 +29,36 @@ struct PanelTile {
   int32_t vectors;
 };
 
+template <class T>
+using PanelKernel = void(const PanelArgs<T>&);
+
 // The positions cut into tiles for `w`, of nearly equal numbers of vectors: 128 positions are 64 + 64, not
 // 96 + 32, because a short tile pays the same loads of weights for less work.
-std::vector<PanelTile> cut_panel_tiles(const CsrPacked& w, int64_t positions);
+std::vector<PanelTile> cut_panel_tiles(const PackedHeader& w, int64_t positions);
 
-// Units of these tiles' panels lie `header->tile >> panel_shift` floats apart: a tile of few vectors in a
+// Units of these tiles' panels lie `w.tile >> panel_shift` elements apart: a tile of few vectors in a
 // panel of full stride would leave most sets of the L1 cache unused. 7x7 images and 16 tokens run 1.2 to 1.4
 // times faster on a panel as narrow as the tile.
-int32_t panel_shift(const CsrPacked& w, const std::vector<PanelTile>& tiles);
+int32_t panel_shift(const PackedHeader& w, const std::vector<PanelTile>& tiles);
 
 namespace panel_product_detail {
 
 // Accumulators of one pass: 256 KB suits second-level caches of 512 KB and more.
-inline constexpr int64_t kAccFloats = 64 * 1024;
+inline constexpr int64_t kAccElements = 64 * 1024;
 // A panel, and the reach of any 16-bit offset plus one tile: no offset can leave the buffer.
-inline constexpr size_t kPanelFloats = (kMaxOffset + 1) / sizeof(float) + kPanelMaxGroups * kPanelGroup;
+inline constexpr size_t kPanelElements = (kMaxOffset + 1) / 4 + kPanelMaxGroups * kPanelGroup;
 // Below this many multiply-adds a second thread (about 10 us to wake) does not pay.
 inline constexpr int64_t kMinWorkPerThread = 1 << 19;
 
-// Row groups weighed by their non-zeros, with a constant a row for its epilogue and loop ends.
+// Row groups weighed by their multiply-adds, with a constant a row for its epilogue and loop ends.
+template <class T>
 class GroupWeights {
  public:
-  explicit GroupWeights(const CsrPacked& w) : w_(w), groups_(w.groups()), stride_(w.blocks() + 1) {}
+  explicit GroupWeights(const PanelPacked<T>& w) : w_(w), groups_(w.groups()), stride_(w.blocks() + 1) {}
   // Weight of the groups before g.
   int64_t before(int64_t g) const {
-    const int64_t nnz = g < groups_ ? static_cast<int64_t>(w_.starts[g * stride_]) : w_.header->nnz;
-    return nnz + (3 + stride_) * kCsrGroup * g;
+    const int64_t entries = g < groups_ ? static_cast<int64_t>(w_.starts[g * stride_]) : w_.header->entries;
+    return entries * w_.header->entry_rows + (3 + stride_) * kCsrGroup * g;
   }
   int64_t total() const { return before(groups_); }
   // The first group whose weight before it reaches `weight`.
@@ -69,30 +73,30 @@ class GroupWeights {
   }
 
  private:
-  const CsrPacked& w_;
+  const PanelPacked<T>& w_;
   int64_t groups_, stride_;
 };
 
-template <class Pack, class Store>
-void run_tile(const CsrPacked& w, csr_panel_f32::Fn* const* micro, const PanelTile& t, int32_t shift,
-              int64_t g0, int64_t g1, const Pack& pack, const Store& store, float* panel, float* acc) {
+template <class T, class Pack, class Store>
+void run_tile(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const PanelTile& t, int32_t shift,
+              int64_t g0, int64_t g1, const Pack& pack, const Store& store, T* panel, T* acc) {
   const PackedHeader& h = *w.header;
   const int64_t blocks = w.blocks(), last = std::max<int64_t>(blocks, 1) - 1;
   const int32_t acc_stride = t.vectors * kPanelGroup;
-  const int64_t groups_per_pass = std::max<int64_t>(1, kAccFloats / (acc_stride * kCsrGroup));
+  const int64_t groups_per_pass = std::max<int64_t>(1, kAccElements / (acc_stride * kCsrGroup));
   for (int64_t p0 = g0; p0 < g1; p0 += groups_per_pass) {
     const int64_t p1 = std::min(g1, p0 + groups_per_pass);
     for (int64_t b = 0; b <= last; ++b) {
-      const float* x = nullptr;
+      const T* x = nullptr;
       for (int64_t g = p0; g < p1; ++g) {
-        float* group_acc = acc + (g - p0) * kCsrGroup * acc_stride;
+        T* group_acc = acc + (g - p0) * kCsrGroup * acc_stride;
         const int32_t rows = static_cast<int32_t>(std::min<int64_t>(kCsrGroup, h.rows - g * kCsrGroup));
         const uint32_t* starts = w.starts + g * (blocks + 1);
         const bool touched = starts[b] > starts[0];
         if (b < blocks && starts[b + 1] > starts[b]) {
           if (!x) {
             const int64_t k0 = b * h.block_k;
-            x = pack(t, k0, static_cast<int32_t>(std::min<int64_t>(h.block_k, h.cols - k0)),
+            x = pack(t, k0, static_cast<int32_t>(std::min<int64_t>(h.block_k, w.units - k0)),
                      static_cast<int32_t>(h.tile) >> shift, panel);
           }
           micro[t.vectors - 1]({w.counts + (g * blocks + b) * w.slots(),
@@ -100,7 +104,7 @@ void run_tile(const CsrPacked& w, csr_panel_f32::Fn* const* micro, const PanelTi
                                 w.offsets + starts[b], x, group_acc, (rows + h.entry_rows - 1) / h.entry_rows,
                                 touched, shift});
         } else if (b == last && !touched) {
-          std::fill_n(group_acc, static_cast<int64_t>(rows) * acc_stride, 0.0f);  // rows without non-zeros
+          std::fill_n(group_acc, static_cast<int64_t>(rows) * acc_stride, T{0});  // rows without non-zeros
         }
         if (b == last) store(t, g * kCsrGroup, rows, group_acc, acc_stride);
       }
@@ -110,26 +114,27 @@ void run_tile(const CsrPacked& w, csr_panel_f32::Fn* const* micro, const PanelTi
 
 }  // namespace panel_product_detail
 
-// Runs the product of `w` with `positions` panel columns on the active instruction set and the calling
-// thread's pool.
+// Runs the product of `w` with `positions` panel columns on the calling thread's pool.
+//   micro: the kernels for 1 to kPanelMaxGroups vectors, for the weight's entry_rows;
+//   begin(tile): called in each thread before its share of a tile;
 //   pack(tile, k0, units, stride, panel): write units [k0, k0 + units) of the reduction for the tile's
 //     positions to panel[(k - k0) * stride + position], and zero up to tile.vectors * kPanelGroup; returns
-//     `panel`, or where the same already lies, 64-byte aligned and readable for kPanelFloats;
-//   store(tile, row0, rows, acc, acc_stride): take the finished acc[rows][tile.positions]. Called once for
-//     each tile and row group (at most kCsrGroup rows), from several threads at once.
-template <class Pack, class Store>
-void csr_panel_product(const CsrPacked& w, int64_t positions, const Pack& pack, const Store& store) {
+//     `panel`, or where the same already lies, 64-byte aligned and readable for kPanelElements;
+//   store(tile, row0, rows, acc, acc_stride): take the finished acc[rows][tile.positions], whose
+//     memory is its own then. Called once for each tile and row group (at most kCsrGroup rows), from several
+//     threads at once.
+template <class T, class Begin, class Pack, class Store>
+void panel_product(const PanelPacked<T>& w, PanelKernel<T>* const* micro, int64_t positions,
+                   const Begin& begin, const Pack& pack, const Store& store) {
   namespace detail = panel_product_detail;
   if (positions == 0 || w.header->rows == 0) return;
-  const auto micro = w.header->entry_rows == 1 ? kernel_for<csr_panel_f32>(active_isa()).fn
-                                               : kernel_for<quad_panel_f32>(active_isa()).fn;
-  const std::vector<PanelTile> tiles = cut_panel_tiles(w, positions);
-  const int32_t shift = panel_shift(w, tiles);
+  const std::vector<PanelTile> tiles = cut_panel_tiles(*w.header, positions);
+  const int32_t shift = panel_shift(*w.header, tiles);
   const int64_t groups = w.groups();
 
   // All (tile, row group) pairs in one line, cut into equal shares of weight: a thread's share is a run of
   // whole tiles with a partial one at each end. Balanced for any number of tiles, even for one.
-  const detail::GroupWeights weights(w);
+  const detail::GroupWeights<T> weights(w);
   int64_t total_vectors = 0;
   for (const PanelTile& t : tiles) total_vectors += t.vectors;
   const int64_t total = weights.total() * total_vectors;
@@ -138,20 +143,30 @@ void csr_panel_product(const CsrPacked& w, int64_t positions, const Pack& pack, 
 
   parallel_for(0, parts, 1, [&](int64_t part0, int64_t part1) {
     thread_local Scratch panel_memory, acc_memory;
-    float* panel = panel_memory.get<float>(detail::kPanelFloats);
-    float* acc = acc_memory.get<float>(detail::kAccFloats + kPanelMaxGroups * kPanelGroup * kCsrGroup);
+    T* panel = panel_memory.get<T>(detail::kPanelElements);
+    T* acc = acc_memory.get<T>(detail::kAccElements + kPanelMaxGroups * kPanelGroup * kCsrGroup);
     const int64_t from = total * part0 / parts, to = total * part1 / parts;
     int64_t before = 0;
     for (const PanelTile& t : tiles) {
       const int64_t cost = weights.total() * t.vectors;
-      const int64_t begin = std::max<int64_t>(from - before, 0), end = std::min(to - before, cost);
+      const int64_t first = std::max<int64_t>(from - before, 0), end = std::min(to - before, cost);
       before += cost;
-      if (begin >= end) continue;
-      const int64_t g0 = weights.at(begin / t.vectors);
+      if (first >= end) continue;
+      const int64_t g0 = weights.at(first / t.vectors);
       const int64_t g1 = end == cost ? groups : weights.at(end / t.vectors);
-      if (g0 < g1) detail::run_tile(w, micro, t, shift, g0, g1, pack, store, panel, acc);
+      if (g0 >= g1) continue;
+      begin(t);
+      detail::run_tile(w, micro, t, shift, g0, g1, pack, store, panel, acc);
     }
   });
+}
+
+// The same for float32 weights on the active instruction set, with nothing to do before a tile.
+template <class Pack, class Store>
+void csr_panel_product(const PanelPacked<float>& w, int64_t positions, const Pack& pack, const Store& store) {
+  PanelKernel<float>* const* micro = w.header->entry_rows == 1 ? kernel_for<csr_panel_f32>(active_isa()).fn
+                                                               : kernel_for<quad_panel_f32>(active_isa()).fn;
+  panel_product(w, micro, positions, [](const PanelTile&) {}, pack, store);
 }
 
 }  // namespace pared

@@ -14,13 +14,14 @@ namespace {
 // their own: with few vectors the multiply-add's latency (4 cycles, two a cycle) would otherwise leave most
 // issue slots empty.
 template <class S, int VECTORS, int UNROLL, int FIRST = 0, int COUNT = VECTORS>
-PARED_INLINE void csr_panel_part(const CsrPanelArgs& args) {
+PARED_INLINE void csr_panel_part(const PanelArgs<typename S::Element>& args) {
   constexpr int N = COUNT * kPanelGroup / S::width;
   using V = typename S::V;
-  const float* values = args.values;
+  using T = typename S::Element;
+  const T* values = args.values;
   const uint16_t* offsets = args.offsets;
   const char* panel = reinterpret_cast<const char*>(args.panel + FIRST * kPanelGroup);
-  float* acc = args.acc + FIRST * kPanelGroup;
+  T* acc = args.acc + FIRST * kPanelGroup;
   const int shift = args.shift;
   for (int r = 0; r < args.rows; ++r, acc += VECTORS * kPanelGroup) {
     int left = args.counts[r];
@@ -30,9 +31,9 @@ PARED_INLINE void csr_panel_part(const CsrPanelArgs& args) {
       for (int v = 0; v < N; ++v) sum[u][v] = S::zero();
     for (; left >= UNROLL; left -= UNROLL, values += UNROLL, offsets += UNROLL) {
       for (int u = 0; u < UNROLL; ++u) {
-        const float* x = reinterpret_cast<const float*>(panel + (offsets[u] >> shift));
-        const V w = S::set1(values[u]);
-        for (int v = 0; v < N; ++v) sum[u][v] = S::fma(w, S::load(x + v * S::width), sum[u][v]);
+        const T* x = reinterpret_cast<const T*>(panel + (offsets[u] >> shift));
+        const typename S::Value w = S::value(values[u]);
+        for (int v = 0; v < N; ++v) sum[u][v] = S::fma(w, S::operand(x + v * S::width), sum[u][v]);
       }
     }
     if constexpr (UNROLL > 1) {
@@ -40,29 +41,29 @@ PARED_INLINE void csr_panel_part(const CsrPanelArgs& args) {
 #pragma GCC unroll 8
       for (int u = 0; u < UNROLL - 1; ++u) {
         if (u >= left) break;
-        const float* x = reinterpret_cast<const float*>(panel + (offsets[u] >> shift));
-        const V w = S::set1(values[u]);
-        for (int v = 0; v < N; ++v) sum[u][v] = S::fma(w, S::load(x + v * S::width), sum[u][v]);
+        const T* x = reinterpret_cast<const T*>(panel + (offsets[u] >> shift));
+        const typename S::Value w = S::value(values[u]);
+        for (int v = 0; v < N; ++v) sum[u][v] = S::fma(w, S::operand(x + v * S::width), sum[u][v]);
       }
       values += left;
       offsets += left;
     }
     for (int v = 0; v < N; ++v) {
       V total = sum[0][v];
-      for (int u = 1; u < UNROLL; ++u) total = S::fma(S::set1(1.0f), sum[u][v], total);
+      for (int u = 1; u < UNROLL; ++u) total = S::add(sum[u][v], total);
       S::store(acc + v * S::width, total);
     }
   }
 }
 
 template <class S, int VECTORS, int UNROLL>
-void csr_panel_rows(const CsrPanelArgs& args) {
+void csr_panel_rows(const PanelArgs<typename S::Element>& args) {
   csr_panel_part<S, VECTORS, UNROLL>(args);
 }
 
 // Two halves, one after the other, where the whole would not fit the registers.
 template <class S, int VECTORS, int UNROLL>
-void csr_panel_halves(const CsrPanelArgs& args) {
+void csr_panel_halves(const PanelArgs<typename S::Element>& args) {
   csr_panel_part<S, VECTORS, UNROLL, 0, VECTORS / 2>(args);
   csr_panel_part<S, VECTORS, UNROLL, VECTORS / 2, VECTORS - VECTORS / 2>(args);
 }

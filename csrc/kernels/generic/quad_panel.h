@@ -12,25 +12,26 @@ namespace {
 
 // Vectors [FIRST, FIRST + N) of a tile of VECTORS position groups.
 template <class S, int VECTORS, int FIRST, int N>
-PARED_INLINE void quad_panel_part(const CsrPanelArgs& args) {
+PARED_INLINE void quad_panel_part(const PanelArgs<typename S::Element>& args) {
   using V = typename S::V;
-  constexpr int kRow = VECTORS * kPanelGroup;  // floats
-  const float* values = args.values;
+  using T = typename S::Element;
+  constexpr int kRow = VECTORS * kPanelGroup;  // elements
+  const T* values = args.values;
   const uint16_t* offsets = args.offsets;
   const char* panel = reinterpret_cast<const char*>(args.panel + FIRST * S::width);
-  float* acc = args.acc + FIRST * S::width;
+  T* acc = args.acc + FIRST * S::width;
   for (int q = 0; q < args.rows; ++q, acc += 4 * kRow) {
     V sum[4][N];
     for (int r = 0; r < 4; ++r)
       for (int v = 0; v < N; ++v)
         sum[r][v] = args.accumulate ? S::load(acc + r * kRow + v * S::width) : S::zero();
     for (int left = args.counts[q]; left > 0; --left, values += 4, ++offsets) {
-      const float* x = reinterpret_cast<const float*>(panel + *offsets);
-      V column[N];
-      for (int v = 0; v < N; ++v) column[v] = S::load(x + v * S::width);
+      const T* x = reinterpret_cast<const T*>(panel + *offsets);
+      typename S::Operand column[N];
+      for (int v = 0; v < N; ++v) column[v] = S::operand(x + v * S::width);
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {
-        const V w = S::set1(values[r]);
+        const typename S::Value w = S::value(values[r]);
         for (int v = 0; v < N; ++v) sum[r][v] = S::fma(w, column[v], sum[r][v]);
       }
     }
@@ -42,7 +43,7 @@ PARED_INLINE void quad_panel_part(const CsrPanelArgs& args) {
 // The whole tile, at most WIDEST vectors at a time: what the registers hold beside four rows of sums. Parts
 // are of equal width, or one less.
 template <class S, int VECTORS, int WIDEST, int PART = 0>
-void quad_panel_rows(const CsrPanelArgs& args) {
+void quad_panel_rows(const PanelArgs<typename S::Element>& args) {
   constexpr int kAll = VECTORS * kPanelGroup / S::width;
   constexpr int kParts = (kAll + WIDEST - 1) / WIDEST;
   constexpr int kFirst = kAll * PART / kParts, kEnd = kAll * (PART + 1) / kParts;

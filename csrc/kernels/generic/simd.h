@@ -21,6 +21,11 @@ namespace {
 struct ScalarF32 {
   static constexpr int width = 1;
   using V = float;
+  using Element = float;
+  using Operand = V;  // of the panel, as fma takes it
+  using Value = V;    // a broadcast value
+  static PARED_INLINE Operand operand(const float* p) { return load(p); }
+  static PARED_INLINE Value value(float f) { return set1(f); }
   static PARED_INLINE V zero() { return 0.0f; }
   static PARED_INLINE V set1(float f) { return f; }
   static PARED_INLINE V load(const float* p) { return *p; }
@@ -55,6 +60,11 @@ struct ScalarF32 {
 struct Avx2F32 {
   static constexpr int width = 8;
   using V = __m256;
+  using Element = float;
+  using Operand = V;  // of the panel, as fma takes it
+  using Value = V;    // a broadcast value
+  static PARED_INLINE Operand operand(const float* p) { return load(p); }
+  static PARED_INLINE Value value(float f) { return set1(f); }
   static PARED_INLINE V zero() { return _mm256_setzero_ps(); }
   static PARED_INLINE V set1(float f) { return _mm256_set1_ps(f); }
   static PARED_INLINE V load(const float* p) { return _mm256_load_ps(p); }
@@ -83,6 +93,11 @@ struct Avx2F32 {
 struct Avx512F32 {
   static constexpr int width = 16;
   using V = __m512;
+  using Element = float;
+  using Operand = V;  // of the panel, as fma takes it
+  using Value = V;    // a broadcast value
+  static PARED_INLINE Operand operand(const float* p) { return load(p); }
+  static PARED_INLINE Value value(float f) { return set1(f); }
   static PARED_INLINE V zero() { return _mm512_setzero_ps(); }
   static PARED_INLINE V set1(float f) { return _mm512_set1_ps(f); }
   static PARED_INLINE V load(const float* p) { return _mm512_load_ps(p); }

@@ -2,6 +2,7 @@
 
 from pared.ops.bitmap import Bitmap, BitmapCSR
 from pared.ops.bsr import BSR, Dense
+from pared.ops.bsr_int8 import BSRInt8
 from pared.ops.chain import linear_chain
 from pared.ops.conv import conv2d
 from pared.ops.csr import CSR
@@ -13,6 +14,7 @@ from pared.ops.selection import Threshold, block_mask, nm_mask, select_threshold
 __all__ = [
     "BSR",
     "CSR",
+    "BSRInt8",
     "Bitmap",
     "Bitmap8",
     "BitmapCSR",

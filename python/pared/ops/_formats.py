@@ -10,6 +10,7 @@ from pared import _core
 from pared._types import Array
 from pared.ops.bitmap import Bitmap, BitmapCSR
 from pared.ops.bsr import BSR, Dense
+from pared.ops.bsr_int8 import BSRInt8
 from pared.ops.csr import CSR
 from pared.ops.int8 import Bitmap8, Int8
 from pared.ops.packed import PackedWeight
@@ -97,6 +98,8 @@ FORMATS: dict[str, Format] = {
             lambda d, q, n: False,
             combines=("bitmap", "csr"),
         ),
+        # Not known here: whether the zeros come in blocks of four inputs. Without, it is nearly dense.
+        Format("bsr8", 7, BSRInt8, _core.linear_bsr8, None, "int8", lambda d, q, n: d <= 0.7),
     )
 }
 

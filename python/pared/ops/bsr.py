@@ -11,6 +11,13 @@ from pared.ops._panel import PanelWeight
 _QUAD = 4
 
 
+def check_block(block: Any) -> None:
+    """Raise ``ValueError`` unless `block` is two positive integers."""
+    ok = isinstance(block, tuple) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
+    if not ok:
+        raise ValueError(f"block: expected two positive integers (rows, columns), got {block!r}")
+
+
 class BSR(PanelWeight):
     """A block-sparse weight: zeros in blocks of R consecutive outputs by C consecutive inputs.
 
@@ -37,9 +44,7 @@ class BSR(PanelWeight):
         ------
         ValueError : a block that is not two positive integers; NaN or infinity in the weight.
         """
-        ok = isinstance(block, tuple) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
-        if not ok:
-            raise ValueError(f"block: expected two positive integers (rows, columns), got {block!r}")
+        check_block(block)
         return cls._pack_dense(weight, groups, _QUAD if block[0] % _QUAD == 0 else 1)
 
     @classmethod

@@ -1,0 +1,248 @@
+// The layout that the panel kernels read, for float32 values and for 32-bit words of four int8: an entry is
+// one reduction unit of one row, or of four consecutive rows that share it ("quads").
+//
+// Invariants (validate_panel checks them all; view_panel, on each call, the header alone):
+//   rows are cut into groups of kCsrGroup, a group into slots of entry_rows rows, the reduction into K blocks
+//   of block_k units;
+//   starts[g * (blocks + 1) + b]: first entry of group g in block b; block `blocks` is the group's end;
+//   counts[(g * blocks + b) * slots + s]: entries of slot s; their sum is the next start minus this one;
+//   values/offsets: group-major, then block, slot, ascending unit; entry_rows values an entry, row by row;
+//   offset = (unit % block_k) * tile * 4, at most kMaxOffset, so that even a corrupt one stays inside the
+//   panel buffer;
+//   a zero value only beside a non-zero of the same entry. What else a value has to be, a format says.
+// Size: 2 bytes an entry and 4 a value, one byte a slot and block, four bytes a group and block.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "core/aligned.h"
+#include "core/check.h"
+#include "core/parallel.h"
+#include "formats/packed.h"
+
+namespace pared {
+
+inline constexpr int kCsrGroup = 16;
+inline constexpr int kQuadRows = 4;
+inline constexpr uint32_t kMaxOffset = 0xffff;
+
+template <class T>
+struct PanelPacked {
+  using Value = T;
+  const PackedHeader* header;
+  int64_t units;  // of the reduction
+  const uint32_t* starts;
+  const uint8_t* counts;
+  const T* values;
+  const uint16_t* offsets;
+
+  int slots() const { return kCsrGroup / header->entry_rows; }
+  int64_t groups() const { return (header->rows + kCsrGroup - 1) / kCsrGroup; }
+  int64_t blocks() const { return (units + header->block_k - 1) / header->block_k; }
+};
+
+// The shape of a convolution weight behind the matrix; all zero for a linear one. A grouped convolution is a
+// block-diagonal matrix: the rows of group g have non-zeros in its own columns alone, so the kernels need to
+// know nothing of groups.
+struct ConvShape {
+  int32_t channels = 0;  // of the input, in one group
+  int32_t kh = 0, kw = 0, groups = 0;
+};
+
+// A dense weight [rows, cols] as the user holds it. Strides in elements. A convolution weight is given with
+// its trailing axes flattened, which the binding does for contiguous memory; cols is then one group's.
+struct DenseView {
+  const void* data;
+  DType dtype;
+  int64_t rows, cols, row_stride, col_stride;
+  int64_t groups = 1;
+};
+
+// Two steps, so that the caller owns the memory: plan (counts, checks, layout), then write.
+struct PanelPlan {
+  PackedHeader header;
+  std::vector<uint32_t> starts;
+  std::vector<uint8_t> counts;
+};
+
+namespace panel_layout {
+
+inline constexpr int64_t kGroupsPerTask = 8;
+inline constexpr int64_t kMaxNonZeros = int64_t{1} << 32;  // starts are 32 bits
+
+// Cuts a buffer into 64-byte aligned sections.
+class Sections {
+ public:
+  explicit Sections(size_t end) : end_(end) {}
+  size_t add(size_t bytes) {
+    const size_t begin = round_up(end_, kCacheLine);
+    end_ = begin + bytes;
+    return begin;
+  }
+  size_t bytes() const { return round_up(end_, kCacheLine); }
+
+ private:
+  size_t end_;
+};
+
+// Fills counts and starts of a plan whose header has rows, entry_rows, tile and block_k, and the header's
+// entries, sections (from `sections` on) and bytes. new_entries() gives a task's object: its
+// operator()(slot, fn) calls fn(unit, const T* values) for each entry of a slot, units ascending.
+template <class T, class NewEntries>
+void plan_panel(PanelPlan& plan, int64_t units, Sections sections, const NewEntries& new_entries) {
+  PackedHeader& h = plan.header;
+  const int64_t groups = (h.rows + kCsrGroup - 1) / kCsrGroup;
+  const int64_t blocks = (units + h.block_k - 1) / h.block_k;
+  const int slots = kCsrGroup / h.entry_rows;
+  plan.counts.assign(groups * blocks * slots, 0);
+  plan.starts.assign(groups * (blocks + 1), 0);
+  parallel_for(0, groups, kGroupsPerTask, [&](int64_t g0, int64_t g1) {
+    auto entries = new_entries();
+    for (int64_t s = g0 * slots; s < g1 * slots; ++s) {
+      uint8_t* counts = plan.counts.data() + (s / slots * blocks * slots + s % slots);
+      entries(s, [&](int64_t unit, const T*) { ++counts[unit / h.block_k * slots]; });
+    }
+  });
+  int64_t at = 0;
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t b = 0; b <= blocks; ++b) {
+      plan.starts[g * (blocks + 1) + b] = static_cast<uint32_t>(at);
+      if (b < blocks)
+        for (int s = 0; s < slots; ++s) at += plan.counts[(g * blocks + b) * slots + s];
+    }
+  PARED_CHECK(at < kMaxNonZeros, "weight: expected fewer than 2^32 stored entries, got ", at);
+  h.entries = at;
+  h.starts_at = sections.add(plan.starts.size() * sizeof(uint32_t));
+  h.counts_at = sections.add(plan.counts.size());
+  h.values_at = sections.add(h.entries * h.entry_rows * sizeof(T));
+  h.offsets_at = sections.add(h.entries * sizeof(uint16_t));
+  h.bytes = sections.bytes();
+}
+
+// Writes all sections of the plan, zeros between them. The header is not written: see seal().
+template <class T, class NewEntries>
+void write_panel(const PanelPlan& plan, int64_t units, const NewEntries& new_entries, uint8_t* out) {
+  const PackedHeader& h = plan.header;
+  std::memset(out, 0, h.values_at);
+  // Not memcpy: an empty vector's data may be null.
+  std::copy(plan.starts.begin(), plan.starts.end(), reinterpret_cast<uint32_t*>(out + h.starts_at));
+  std::copy(plan.counts.begin(), plan.counts.end(), out + h.counts_at);
+  T* values = reinterpret_cast<T*>(out + h.values_at);
+  uint16_t* offsets = reinterpret_cast<uint16_t*>(out + h.offsets_at);
+  // Padding between and behind the sections is part of the checksum.
+  const int64_t value_count = h.entries * h.entry_rows;
+  std::memset(values + value_count, 0, h.offsets_at - (h.values_at + value_count * sizeof(T)));
+  std::memset(offsets + h.entries, 0, h.bytes - (h.offsets_at + h.entries * sizeof(uint16_t)));
+
+  const int64_t groups = (h.rows + kCsrGroup - 1) / kCsrGroup;
+  const int64_t blocks = (units + h.block_k - 1) / h.block_k;
+  const int slots = kCsrGroup / h.entry_rows;
+  parallel_for(0, groups, kGroupsPerTask, [&](int64_t g0, int64_t g1) {
+    std::vector<uint32_t> at(blocks);
+    auto entries = new_entries();
+    for (int64_t g = g0; g < g1; ++g) {
+      std::copy_n(&plan.starts[g * (blocks + 1)], blocks, at.begin());
+      for (int64_t s = g * slots; s < (g + 1) * slots; ++s)
+        entries(s, [&](int64_t unit, const T* v) {
+          const int64_t b = unit / h.block_k, i = at[b]++;
+          std::copy_n(v, h.entry_rows, values + i * h.entry_rows);
+          offsets[i] = static_cast<uint16_t>((unit - b * h.block_k) * h.tile * 4);
+        });
+    }
+  });
+}
+
+// Throws ValueError unless the header's sizes and sections fit the buffer.
+template <class T>
+PanelPacked<T> view_panel(const PackedHeader& h, int64_t units) {
+  PARED_CHECK(h.nnz >= 0 && h.block_k > 0 && h.block_k <= 255 &&
+                  (h.tile == 64 || h.tile == 96 || h.tile == 128) &&
+                  (h.entry_rows == 1 || h.entry_rows == kQuadRows) && h.entries >= 0 &&
+                  h.entries < kMaxNonZeros && h.block_k * h.tile * 4 <= kMaxOffset + 1,
+              "packed weight: expected a valid header, got a corrupt one");
+  PanelPacked<T> w;
+  w.header = &h;
+  w.units = units;
+  const int64_t groups = w.groups(), blocks = w.blocks(), bytes = static_cast<int64_t>(h.bytes);
+  // First by division: the products below cannot overflow then.
+  PARED_CHECK(groups == 0 || blocks < bytes / groups,
+              "packed weight: expected a buffer of the size of its matrix, got a corrupt header");
+  check_section(h, h.starts_at, groups * (blocks + 1) * sizeof(uint32_t));
+  check_section(h, h.counts_at, groups * blocks * w.slots());
+  check_section(h, h.values_at, h.entries * h.entry_rows * sizeof(T));
+  check_section(h, h.offsets_at, h.entries * sizeof(uint16_t));
+  const auto* data = reinterpret_cast<const uint8_t*>(&h);
+  w.starts = reinterpret_cast<const uint32_t*>(data + h.starts_at);
+  w.counts = data + h.counts_at;
+  w.values = reinterpret_cast<const T*>(data + h.values_at);
+  w.offsets = reinterpret_cast<const uint16_t*>(data + h.offsets_at);
+  return w;
+}
+
+// Checks the checksum and every invariant of the layout. non_zeros(row, unit, value) gives the weights other
+// than zero that a value holds, and throws where it is none of the format's.
+template <class T, class NonZeros>
+void validate_panel(const PanelPacked<T>& w, const NonZeros& non_zeros) {
+  const PackedHeader& h = *w.header;
+  check_sum(h);
+  const int64_t groups = w.groups(), blocks = w.blocks();
+  const int slots = w.slots(), R = h.entry_rows;
+  uint64_t at = 0;
+  int64_t nnz = 0;
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t b = 0; b <= blocks; ++b) {
+      PARED_CHECK(w.starts[g * (blocks + 1) + b] == at, "packed weight: row group ", g, " block ", b,
+                  ": expected start ", at, ", got ", w.starts[g * (blocks + 1) + b]);
+      if (b == blocks) break;
+      for (int s = 0; s < slots; ++s) {
+        const int count = w.counts[(g * blocks + b) * slots + s];
+        const int64_t row = g * kCsrGroup + s * R;
+        PARED_CHECK(at + count <= static_cast<uint64_t>(h.entries) && (count == 0 || row < h.rows),
+                    "packed weight: row group ", g, ": counts exceed the matrix");
+        int64_t previous = -1;
+        for (int i = 0; i < count; ++i, ++at) {
+          const int64_t unit = w.offsets[at] / (h.tile * 4);
+          PARED_CHECK(w.offsets[at] % (h.tile * 4) == 0 && unit > previous && b * h.block_k + unit < w.units,
+                      "packed weight: row ", row, ": invalid column offset ", w.offsets[at]);
+          previous = unit;
+          int64_t stored = 0;
+          for (int r = 0; r < R; ++r) {
+            const T v = w.values[at * R + r];
+            const int n = v == 0 ? 0 : non_zeros(row + r, b * h.block_k + unit, v);
+            PARED_CHECK(n == 0 || row + r < h.rows, "packed weight: row ", row + r, ": invalid value ", v);
+            stored += n;
+          }
+          PARED_CHECK(stored > 0, "packed weight: row ", row, ": invalid value, an entry of zeros alone");
+          nnz += stored;
+        }
+      }
+    }
+  PARED_CHECK(at == static_cast<uint64_t>(h.entries) && nnz == h.nnz, "packed weight: expected ", h.nnz,
+              " non-zeros, got ", nnz);
+}
+
+// Calls fn(row, unit, value) for every value other than zero, row by row, units ascending.
+template <class T, class F>
+void for_each_value(const PanelPacked<T>& w, F fn) {
+  const PackedHeader& h = *w.header;
+  const int64_t groups = w.groups(), blocks = w.blocks();
+  const int slots = w.slots(), R = h.entry_rows;
+  std::vector<uint64_t> at(blocks);
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t b = 0; b < blocks; ++b) at[b] = w.starts[g * (blocks + 1) + b];
+    for (int s = 0; s < slots; ++s) {
+      for (int r = 0; r < R && g * kCsrGroup + s * R + r < h.rows; ++r)
+        for (int64_t b = 0; b < blocks; ++b)
+          for (uint64_t i = at[b]; i < at[b] + w.counts[(g * blocks + b) * slots + s]; ++i)
+            if (const T v = w.values[i * R + r]; v != 0)
+              fn(g * kCsrGroup + s * R + r, b * h.block_k + w.offsets[i] / (h.tile * 4), v);
+      for (int64_t b = 0; b < blocks; ++b) at[b] += w.counts[(g * blocks + b) * slots + s];
+    }
+  }
+}
+
+}  // namespace panel_layout
+}  // namespace pared

@@ -1,0 +1,90 @@
+"""int8 weights with zeros in blocks along the reduction."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pared import _core
+from pared._types import Array
+from pared.ops._arrays import is_torch, require_array
+from pared.ops.bsr import check_block
+from pared.ops.packed import PackedWeight
+
+# Rows that the quad kernel takes together (kQuadRows in csrc/formats/panel.h).
+_QUAD = 4
+
+
+class BSRInt8(PackedWeight):
+    """An int8 weight with zeros in blocks of R outputs by four consecutive inputs: 1x4, 4x4, 16x4.
+
+    A class of its own, beside `BSR`, because it is another weight: rounded to ``scale * q`` with one scale an
+    output, which `to_dense` gives back, while `BSR` keeps every value. 1.5 bytes a weight in 1x4 blocks, 1.1
+    in 4x4. For a convolution a block is four consecutive input channels at one tap.
+
+    The operations quantise activations as they come, a scale a token (pixel tile for a convolution):
+    ``q = round(x * 127 / max|x|)``, sum in int32 without rounding, and return
+    ``activation(float(sum) * (weight scale * activation scale) + bias)``, the same bits on every instruction
+    set. A token that holds an infinity or a NaN gives NaN outputs; one whose magnitudes are all below 2^-100
+    counts as zero.
+
+    Build it with `from_dense`, or from a weight that was quantised elsewhere with `from_quantized`.
+    """
+
+    __slots__ = ()
+    kind: ClassVar[str] = "bsr8"
+
+    @classmethod
+    def from_dense(cls, weight: Array, *, block: tuple[int, int] | None = None, groups: int = 1) -> BSRInt8:
+        """Quantise and pack a dense weight of float32, bfloat16 or float16.
+
+        ``scale = max|w| / 127`` of an output, ``q = w / scale`` rounded to the nearest even integer.
+
+        Parameters
+        ----------
+        weight : [out, in] or [out, in/groups, kh, kw], at most 65793 elements an output.
+        block : (R, C), positive, the pattern that the weight was pruned with: with R a multiple of 4 four
+            rows are multiplied together. None: whichever is faster for the zeros that are there. Blocks are
+            found, not imposed: every weight packs.
+        groups : of a convolution.
+
+        Raises
+        ------
+        ValueError : a block that is not two positive integers; NaN or infinity in the weight; a row that is
+            too long.
+        """
+        require_array(weight, "weight")
+        dense = weight.detach() if is_torch(weight) else weight
+        return cls(_core.bsr8_pack(dense, None, groups, _entry_rows(block)))
+
+    @classmethod
+    def from_quantized(
+        cls, values: Array, scales: Array, *, block: tuple[int, int] | None = None, groups: int = 1
+    ) -> BSRInt8:
+        """Pack int8 `values`, shaped as for `from_dense`, with `scales`, float32 [out], without rounding.
+
+        Raises ``ValueError`` or ``TypeError`` for other dtypes and shapes, and for scales that are negative
+        or not finite.
+        """
+        require_array(values, "weight")
+        require_array(scales, "scales")
+        return cls(_core.bsr8_pack(values, scales, groups, _entry_rows(block)))
+
+    def to_quantized(self) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """``(values, scales)``: int8 in the weight's shape, float32 [out]; the weight is values * scales."""
+        values, scales = _core.bsr8_unpack(self.packed)
+        return values.reshape(self.shape), scales
+
+    @property
+    def block_rows(self) -> int:
+        """Outputs that are multiplied together: 1 or 4."""
+        return self._info["entry_rows"]
+
+
+def _entry_rows(block: Any) -> int:
+    if block is None:
+        return 0
+    check_block(block)
+    return _QUAD if block[0] % _QUAD == 0 else 1
