@@ -297,7 +297,7 @@ def test_inputs_are_not_written_to() -> None:
     ("kwargs", "error", "text"),
     [
         ({"model": 3}, TypeError, "model: expected a torch module, got int"),
-        ({"precision": "int8"}, ValueError, "precision: expected 'float32', got 'int8'"),
+        ({"precision": "int4"}, ValueError, "precision: expected 'float32', 'int8' or 'auto', got 'int4'"),
         ({"max_error": -1}, ValueError, "max_error: expected a number of at least 0 or None, got -1"),
         ({"max_error": "small"}, ValueError, "max_error: .* got 'small'"),
         ({"min_speedup": math.nan}, ValueError, "min_speedup: expected a number of at least 0, got nan"),
@@ -759,7 +759,7 @@ def test_a_wrong_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_check_of_the_whole_model_takes_layers_back(monkeypatch: pytest.MonkeyPatch) -> None:
     # The same fault where the check of the layers is blind: the outputs still show it.
-    monkeypatch.setattr(acc, "_layer_error", lambda m, references: (float(m.out_features == 8), math.inf))
+    monkeypatch.setattr(acc, "_layer_error", lambda m, *_: (float(m.out_features == 8), math.inf, 0.0))
     test_forward = Linear.forward
     monkeypatch.setattr(
         Linear,

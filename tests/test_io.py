@@ -406,6 +406,7 @@ def test_the_file_holds_logical_weights_once(fast):
         "format": "csr",
         "norm": None,
         "activation": "gelu",
+        "input": None,
     }
     assert meta["fused"] == {"body.1": "gelu", "body.3": "silu"}
     ties = {"head.weight": "embed.weight", "again.weight": "shared.weight", "again.bias": "shared.bias"}
@@ -572,7 +573,7 @@ def test_layers_that_the_target_does_not_have(target, match):
         (("layers", "0", "more"), 1, "expected the fields"),
         (
             ("layers", "__class__"),
-            {"type": "Linear", "format": "csr", "norm": None, "activation": None},
+            {"type": "Linear", "format": "csr", "norm": None, "activation": None, "input": None},
             "found none",
         ),
         (("fused", "0"), "relu", "expected activation 'relu' at '0'"),

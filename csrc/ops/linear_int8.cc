@@ -24,6 +24,7 @@ namespace {
 constexpr int64_t kBlockBytes = 192 * 1024;  // of quantized tokens
 constexpr int64_t kMaxBlockTokens = 192;
 constexpr int64_t kBlockUnits = 128;  // of the reduction: 64 outputs by 512, 32 KB
+constexpr int64_t kPrefetchGroups = 8;
 // Below this many multiply-adds a second thread (about 10 us to wake) does not pay.
 constexpr int64_t kMinWorkPerThread = 1 << 22;
 // From here on threads share the tokens, so that each quantizes its own alone.
@@ -41,20 +42,28 @@ void run_product(const Product& w, gemm_u8s8::Fn* const* table, const uint8_t* x
                  int64_t tokens, int64_t p0, int64_t p1, int32_t* acc, const Done& done) {
   constexpr int64_t acc_stride = kGemmPanels * kInt8Panel;
   const int64_t groups = (tokens + kGemmTokens - 1) / kGemmTokens;
+  constexpr int64_t line = kInt8Panel * kInt8Unit;
   for (int64_t p = p0; p < p1; p += kGemmPanels) {
     const int panels = static_cast<int>(std::min<int64_t>(kGemmPanels, p1 - p));
     int64_t k = 0;
     do {
       const int64_t units = std::min(kBlockUnits, w.units - k);
       const bool last = k + units == w.units;
+      const int64_t next_p = last ? p + kGemmPanels : p, next_k = last ? 0 : k + units;
+      const int64_t next_lines = std::min(kBlockUnits, w.units - next_k);
+      const int64_t next_panels = std::min<int64_t>(kGemmPanels, p1 - next_p);
       for (int64_t g = 0; g < groups; ++g) {
         // Groups of nearly equal size: one token alone after a full group would wait out latencies.
         const int64_t t0 = tokens * g / groups, t1 = tokens * (g + 1) / groups;
         int32_t* to = acc + t0 * acc_stride;
+        // Each of many groups brings a little of the next block nearer: the weights of a layer that ran long
+        // ago come from memory. With few groups the prefetches would hold up the products.
+        for (int64_t v = 0; v < (groups >= kPrefetchGroups ? next_panels : 0); ++v)
+          for (int64_t i = next_lines * g / groups; i < next_lines * (g + 1) / groups; ++i)
+            __builtin_prefetch(w.weights + (next_p + v) * w.panel_bytes + (next_k + i) * line, 0, 2);
         table[(t1 - t0 - 1) * kGemmPanels + panels - 1](
-            {x + t0 * x_stride + k * kInt8Unit, x_stride,
-             w.weights + p * w.panel_bytes + k * kInt8Panel * kInt8Unit, w.panel_bytes,
-             static_cast<int32_t>(units), to, acc_stride, k > 0});
+            {x + t0 * x_stride + k * kInt8Unit, x_stride, w.weights + p * w.panel_bytes + k * line,
+             w.panel_bytes, static_cast<int32_t>(units), to, acc_stride, k > 0});
         if (last) done(t0, t1 - t0, p, panels, to, acc_stride);
       }
       k += units;

@@ -32,6 +32,7 @@ from pared.nn import RULES, DenseWeightError, FoldedBatchNorm2d, Fused, PackedMo
 from pared.nn._base import pack
 from pared.ops._formats import FORMATS
 from pared.ops.packed import PackedWeight
+from pared.quant.weights import quantized as quantized_weight
 
 __all__ = ["accelerate"]
 
@@ -42,6 +43,8 @@ _NEVER_SLOWER = 0.98
 # Activations recorded for the error check, in bytes over all layers; shapes beyond it are checked on random
 # data.
 _RECORD_BYTES = 512 << 20
+# Of the largest output, where max_error is not given: what 8 bits may change.
+_BUDGET = {"int8": 0.1, "auto": 0.02}
 _LAYER_SECONDS = 0.15
 _MODEL_SECONDS = 1.0
 
@@ -63,8 +66,13 @@ class Variant:
     fused: int
     error: float
     bound: float
+    damage: float = 0.0  # of 8 bits: root mean square of new - dense, relative to dense; 0 for exact kernels
     after: float = 0.0
     speedup: float = 0.0
+
+    @property
+    def quantized(self) -> bool:
+        return FORMATS[self.module.format].precision != "float32"
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,8 @@ class Candidate:
     steps: list[tuple[str, nn.Module]] = field(default_factory=list)  # what may be fused behind it
     chosen: PackedModule | None = None
     fused: int = 0  # steps that `chosen` computes
+    variant: Variant | None = None  # what `chosen` is
+    exact: Variant | None = None  # what takes the place of a `variant` of 8 bits that differs too much
     refused: str | None = None  # why it is not even tried
 
     def norm(self, fused: int) -> nn.BatchNorm2d | None:
@@ -96,9 +106,26 @@ class Candidate:
         first = self.steps[0][1] if fused else None
         return first if isinstance(first, nn.BatchNorm2d) else None
 
+    def choose(self, v: Variant, reason: str) -> None:
+        """Convert the layer."""
+        adopt_hooks(v.module, self.module)
+        self.variant, self.chosen, self.fused = v, v.module, v.fused
+        row = self.row
+        row.kernel, row.after, row.speedup = v.module.format, v.after, v.speedup
+        row.error, row.bound = v.error, v.bound
+        row.activation, row.norm = v.module.activation, self.norm(v.fused) is not None
+        row.reason = reason
+
+    def retreat(self, reason: str) -> None:
+        """From 8 bits to the best exact kernel, or to dense."""
+        if self.exact is None:
+            self.keep_dense(reason)
+        else:
+            self.choose(self.exact, f"{self.exact.speedup:.2f}x faster than dense; {reason}")
+
     def keep_dense(self, reason: str) -> None:
         """Give the layer up; what was measured stays in the report."""
-        self.chosen = None
+        self.chosen = self.variant = None
         self.row.kernel = KEPT
         self.row.activation, self.row.norm = None, False
         self.row.after = self.row.before
@@ -130,15 +157,20 @@ def accelerate(
         It is not changed.
     example_inputs : a tensor, a tuple (positional arguments), a dict (keyword arguments), or a list of those
         for several shapes. Their shapes decide which kernels win.
-    precision : ``"float32"``: exact kernels only, whose outputs differ by rounding.
-    max_error : largest max |new - reference| / max |reference| over the outputs; None allows
+    precision : ``"float32"``: exact kernels only, whose outputs differ by rounding. ``"int8"``, ``"auto"``:
+        kernels with 8-bit weights and activations (quantized by output and by token) too, wherever they are
+        faster. Where the outputs then differ by more than `max_error`, the layers whose 8 bits do most harm
+        for what they gain go back to their best exact kernel, or to dense.
+    max_error : largest max |new - reference| / max |reference| over the outputs, on the example inputs. None
+        allows 0.1 for ``"int8"``, 0.02 for ``"auto"``, and for exact kernels
         ``8 * 2**-23 * sqrt(depth) * layers`` (depth: the longest reduction) and, for 16-bit outputs, their
         rounding.
     min_speedup : a layer is converted when it is this many times faster. 0 converts whatever a kernel exists
         for.
     formats : packed formats to try, of ``"csr"``, ``"bsr"`` (blocks of four outputs), ``"dense"`` (packed
         once, where torch packs on every call), ``"bitmap"`` (few tokens) and ``"bitmap+csr"`` (both, by the
-        tokens of a call); None: all that suit a layer's zeros and calls.
+        tokens of a call), with 8 bits also ``"int8"`` and ``"bitmap8"``; None: all that suit a layer's zeros
+        and calls.
     fuse : fuse activations, and fold batch normalisation into convolutions.
     progress : show a progress bar; None: when the work takes more than two seconds and stderr is a terminal.
 
@@ -152,7 +184,7 @@ def accelerate(
         model's own error is chained) and for weights that are not finite. Nothing has changed then.
     """
     _check_arguments(model, precision, max_error, min_speedup)
-    formats = _check_formats(formats)
+    formats = _check_formats(formats, precision)
     inputs = examples(example_inputs)
     with _progress(progress) as advance, torch.no_grad(), torch.random.fork_rng(devices=[]):
         dense = copy_model(model).eval()
@@ -212,23 +244,25 @@ def _check_arguments(model: Any, precision: Any, max_error: Any, min_speedup: An
                 f"model: expected a model on the CPU, got {name} on {t.device}; there are no kernels for it: "
                 "model.to('cpu') first"
             )
-    if precision != "float32":
-        raise ValueError(f"precision: expected 'float32', got {precision!r}")
+    if precision not in ("float32", *_BUDGET):
+        raise ValueError(f"precision: expected 'float32', 'int8' or 'auto', got {precision!r}")
     if max_error is not None and not (_is_number(max_error) and max_error >= 0):
         raise ValueError(f"max_error: expected a number of at least 0 or None, got {max_error!r}")
     if not (_is_number(min_speedup) and min_speedup >= 0):
         raise ValueError(f"min_speedup: expected a number of at least 0, got {min_speedup!r}")
 
 
-def _check_formats(formats: Any) -> Sequence[str]:
-    exact = tuple(name for name, f in FORMATS.items() if f.precision == "float32")
+def _check_formats(formats: Any, precision: str) -> Sequence[str]:
+    known = tuple(n for n, f in FORMATS.items() if precision != "float32" or f.precision == "float32")
     if formats is None:
-        return exact
+        return known
     if isinstance(formats, str) or not isinstance(formats, Sequence):
         raise TypeError(f"formats: expected a list of names or None, got {formats!r}")
     for name in formats:
-        if name not in exact:
-            raise ValueError(f"formats: expected names among {', '.join(exact)}, got {name!r}")
+        if name not in known:
+            raise ValueError(
+                f"formats: expected names among {', '.join(known)} with precision={precision!r}, got {name!r}"
+            )
     return formats
 
 
@@ -342,12 +376,13 @@ def _decide(
     variants: dict[str, Variant] = {}
     references: dict[int, list[Reference]] = {}
     weight = c.module.weight
+    record = quantized_weight(c.module)
     groups = getattr(c.module, "groups", 1)
     for name in suitable:
-        key = (id(weight), groups, name)
+        key = (id(weight), groups, name, id(record))
         if key not in packed:
             try:
-                packed[key] = pack(name, weight, groups)  # type: ignore[arg-type]
+                packed[key] = pack(name, weight, groups, record)  # type: ignore[arg-type]
             except ValueError as e:
                 raise ValueError(f"model: layer {c.name!r}: {e}") from e
         for fused in range(len(c.steps) + 1):
@@ -357,28 +392,40 @@ def _decide(
                 continue
             if fused not in references:
                 references[fused] = _references(c, fused)
-            error, bound = _layer_error(module, references[fused])
+            quantized = FORMATS[name].precision != "float32"
+            error, bound, damage = _layer_error(module, references[fused], quantized)
+            if math.isinf(error) and quantized:
+                continue  # a token that is not finite gives NaN in all outputs
             if math.isinf(error):
                 return c.keep_dense(f"{name} is not finite in the same places: zeros skip inf and NaN inputs")
             if error > bound:
                 return c.keep_dense(f"{name} differs by {error:.1e}, more than its bound {bound:.1e}")
-            variants[_kernel_text(module)] = Variant(module, fused, error, bound)
+            variants[_kernel_text(module)] = Variant(
+                module, fused, error, bound, damage if quantized else 0.0
+            )
+    if not variants:
+        return c.keep_dense("8 bits are not finite in the same places")
     before, alike = _time_once(c, variants, timed)
-    # Within the noise, the variant with fewer modules to call is the better one.
-    close = 0.98 * max(v.speedup for v in variants.values())
-    near = {name: v for name, v in variants.items() if v.speedup >= close}
-    best, v = max(near.items(), key=lambda item: (item[1].fused, item[1].speedup))
+    best, v = _best(variants)
     row.before, row.speedup, row.error, row.bound = before, v.speedup, v.error, v.bound
     as_timed = f", as timed for {alike}" if alike else ""
     if v.speedup < min_speedup:
         return c.keep_dense(f"{best} is {v.speedup:.2f}x, less than {min_speedup:g}x{as_timed}")
-    adopt_hooks(v.module, c.module)
-    c.chosen, c.fused = v.module, v.fused
-    row.kernel, row.after = v.module.format, v.after
-    row.activation, row.norm = v.module.activation, c.norm(v.fused) is not None
-    row.reason = f"{v.speedup:.2f}x faster than dense{as_timed}"
+    exact = {name: v for name, v in variants.items() if not v.quantized and v.speedup >= min_speedup}
+    c.exact = _best(exact)[1] if exact else None
+    reason = f"{v.speedup:.2f}x faster than dense{as_timed}"
     if v.speedup < 1:
-        row.reason = f"min_speedup={min_speedup:g} asks for it"
+        reason = f"min_speedup={min_speedup:g} asks for it"
+    if v.quantized:
+        reason += f"; 8 bits change its output by {100 * v.damage:.1f}% (rms)"
+    c.choose(v, reason)
+
+
+def _best(variants: dict[str, Variant]) -> tuple[str, Variant]:
+    """The fastest; within the noise, the variant with fewer modules to call is the better one."""
+    close = 0.98 * max(v.speedup for v in variants.values())
+    near = {name: v for name, v in variants.items() if v.speedup >= close}
+    return max(near.items(), key=lambda item: (item[1].fused, item[1].speedup))
 
 
 def _convert(c: Candidate, format: str, weight: PackedWeight, fused: int) -> PackedModule:
@@ -432,6 +479,7 @@ class Reference:
     x: Tensor
     output: Tensor
     bound: Tensor
+    rounding: Tensor | None  # what rounding weights and inputs to 8 bits may add to the bound; linear layers
 
 
 def _references(c: Candidate, fused: int) -> list[Reference]:
@@ -439,7 +487,8 @@ def _references(c: Candidate, fused: int) -> list[Reference]:
 
     Two float32 sums of the same K products in different orders differ by at most ``K * eps * S`` with S the
     sum of the products' magnitudes; an activation's slope is at most 1.13, and its own evaluation and the
-    output's rounding add a few ulps.
+    output's rounding add a few ulps. With 8 bits every weight is off by up to s_w / 2 and every input by up
+    to s_x / 2, where s is the largest magnitude of the output's weights or the token's inputs over 127.
     """
     eps = torch.finfo(torch.float32).eps
     plain = copy_model(c.module).float()
@@ -456,28 +505,57 @@ def _references(c: Candidate, fused: int) -> list[Reference]:
         y, size = plain.forward(x.float()), magnitude.forward(x.float().abs())
         for step in steps:
             y, size = step(y), _magnitude(step, size)
-        rounding = 0.0 if s.dtype == torch.float32 else torch.finfo(s.dtype).eps
-        found.append(Reference(x, y, 1.13 * (depth + 8) * eps * size + rounding * y.abs() + 1e-30))
+        narrow = 0.0 if s.dtype == torch.float32 else torch.finfo(s.dtype).eps
+        bound = 1.13 * (depth + 8) * eps * size + narrow * y.abs() + 1e-30
+        rounding = None
+        if isinstance(plain, nn.Linear) and x.numel():
+            u, w = x.float().abs(), plain.weight.abs()
+            s_x, s_w = u.amax(-1, keepdim=True) / 254, w.amax(1) / 254
+            s_x = torch.maximum(s_x, _static_error(c.module, x.float()))
+            rounding = 1.14 * (s_x * w.sum(1) + s_w * u.sum(-1, keepdim=True) + depth * s_x * s_w) + 2.0**-90
+        found.append(Reference(x, y, bound, rounding))
     return found
 
 
-def _layer_error(module: PackedModule, references: list[Reference]) -> tuple[float, float]:
-    """(|new - dense|, its bound) at the output where the first is the largest share of the second."""
+def _static_error(module: nn.Module, x: Tensor) -> Tensor:
+    """By token, how far a fixed grid is from its inputs, where `pared.quantize` gave the layer one."""
+    record = quantized_weight(module)
+    if record is None or record.activation_scale is None:
+        return x.new_zeros(())
+    low, high = (-128, 127) if record.activation_dtype == "int8" else (0, 255)
+    scale, zero = record.activation_scale, record.activation_zero
+    q = (torch.round(x / scale) + zero).clamp(low, high)
+    # A whole step more: the kernel multiplies with 1 / scale, and rounds the other way close to a half.
+    return (x - (q - zero) * scale).abs().amax(-1, keepdim=True) + scale
+
+
+def _layer_error(
+    module: PackedModule, references: list[Reference], quantized: bool
+) -> tuple[float, float, float]:
+    """|new - dense| and its bound at the output where the first is the largest share of the second; and the
+    root mean square of new - dense relative to that of dense."""
     worst = (0.0, 0.0)
+    squares = [0.0, 0.0]
     for r in references:
         new = module(r.x).float()
         finite = r.output.isfinite()
         if not torch.equal(finite, new.isfinite()):
-            return math.inf, 0.0
+            return math.inf, 0.0, 0.0
         if not finite.any():
             continue
+        bound = r.bound
+        if quantized and r.rounding is not None:
+            bound = bound + r.rounding
         difference = (new - r.output).abs()
-        at = torch.where(finite, difference / r.bound, 0.0).argmax()
-        error, limit = float(difference.flatten()[at]), float(r.bound.flatten()[at])
+        at = torch.where(finite, difference / bound, 0.0).argmax()
+        error, limit = float(difference.flatten()[at]), float(bound.flatten()[at])
         if error > limit:
-            return error, limit
+            return error, limit, 0.0
         worst = max(worst, (error, limit))
-    return worst
+        if quantized:
+            for i, t in enumerate((difference, r.output)):
+                squares[i] += float(t[finite].double().square().sum())
+    return (*worst, math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0)
 
 
 def _magnitude(step: nn.Module, size: Tensor) -> Tensor:
@@ -588,16 +666,62 @@ def _settle(
                 if c.chosen is e.layer:
                     c.keep_dense("the model computes with its .weight")
             continue
-        depth = max(math.prod(c.row.shape[1:]) for c in active)
-        allowed = tolerance(len(active), depth, worst.eps) if max_error is None else max_error
+        quantized = [c for c in active if c.variant is not None and c.variant.quantized]
+        if max_error is not None:
+            allowed = max_error
+        elif quantized:
+            allowed = _BUDGET[report.precision]
+        else:
+            depth = max(math.prod(c.row.shape[1:]) for c in active)
+            allowed = tolerance(len(active), depth, worst.eps)
         report.error, report.relative_error, report.tolerance = worst.absolute, worst.relative, allowed
         if worst.relative <= allowed:
             return fast
+        if quantized:
+            _retreat(dense, inputs, reference, candidates, quantized, allowed)
+            continue
         # The larger half by error relative to the layer's own bound goes first.
         active.sort(key=lambda c: (c.row.error or 0.0) / (c.row.bound or 1.0), reverse=True)
         text = f"outputs differ by {worst.relative:.1e} ({worst.where}), more than {allowed:.1e}"
         for c in active[: (len(active) + 1) // 2]:
             c.keep_dense(text)
+
+
+def _retreat(
+    dense: nn.Module,
+    inputs: list[Example],
+    reference: list[Any],
+    candidates: list[Candidate],
+    quantized: list[Candidate],
+    allowed: float,
+) -> None:
+    """Take as few layers out of 8 bits as bring the outputs within `allowed`, given that all are too many.
+
+    In the order of harm for gain: the squared relative error of a layer's output, which adds up over the
+    layers, by the time that its 8 bits save. How many may stay is found by bisection.
+    """
+
+    def price(c: Candidate) -> float:
+        v = cast(Variant, c.variant)
+        other = c.exact.after if c.exact is not None else c.row.before or 0.0
+        return v.damage**2 / max(other - v.after, 1e-9)
+
+    order = sorted(quantized, key=price)
+    first = [(c.variant, c.row.reason) for c in order]
+    low, high = 0, len(order)  # `low` layers are few enough (or none), `high` too many
+    while high - low > 1:
+        middle = (low + high) // 2
+        for c in order[middle:]:
+            c.retreat("")
+        if _compare_all(_build(dense, candidates), inputs, reference).relative <= allowed:
+            low = middle
+        else:
+            high = middle
+        for c, (v, reason) in zip(order, first, strict=True):
+            c.choose(cast(Variant, v), reason)
+    for c, (v, _) in list(zip(order, first, strict=True))[low:]:
+        format, speedup = cast(Variant, v).module.format, cast(Variant, v).speedup
+        c.retreat(f"{format} is {speedup:.2f}x, but with it outputs would differ by more than {allowed:g}")
 
 
 def _compare_all(fast: nn.Module, inputs: list[Example], reference: list[Any]) -> Difference:

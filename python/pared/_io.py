@@ -43,6 +43,9 @@ from pared._surgery import adopt_hooks, copy_model, module_names, replace
 from pared.nn import RULES, FoldedBatchNorm2d, Fused, PackedModule
 from pared.nn._base import ACTIVATIONS
 from pared.nn._fold import can_fold
+from pared.ops._formats import FORMATS
+from pared.ops.int8 import QuantizedWeight
+from pared.ops.packed import PackedWeight
 
 __all__ = ["FormatError", "load", "save"]
 
@@ -255,25 +258,34 @@ def _collect_packed(
             "format": module.format,
             "norm": norms.get(id(module)),
             "activation": module.activation,
+            "input": _input_range(module),
         }
-        for attribute, tensor in module.to_module().named_parameters():
+        for attribute, tensor in module.stored().items():
             name = _join(prefix, attribute)
-            packed = module.packed if attribute == "weight" else module.get_buffer(attribute)
-            owner = first.setdefault(_identity(packed), name)
+            packed = module.packed if attribute.startswith("weight") else module.get_buffer(attribute)
+            identity = (_identity(packed), attribute == "weight_scale")
+            owner = first.setdefault(identity, name)
             if owner == name:
                 source = partial(_plain_bytes, module, attribute)
                 entry = writer.add(name, "parameter", _dtype_name(tensor), tensor.shape, source)
                 owner = contents.setdefault((group.get(name, name), entry.content), name)
                 if owner != name:
                     writer.discard(name)
-                    first[_identity(packed)] = owner
+                    first[identity] = owner
             if owner != name:
                 ties[name] = owner
     return layers
 
 
 def _plain_bytes(module: PackedModule, attribute: str) -> Bytes:
-    return _to_bytes(module.to_module().get_parameter(attribute))
+    return _to_bytes(module.stored()[attribute])
+
+
+def _input_range(module: PackedModule) -> list[float] | None:
+    """How the input is quantized where that is fixed: scale, zero, low, high."""
+    weight = module.packed_weight()
+    fixed = weight.activations if isinstance(weight, QuantizedWeight) else None
+    return None if fixed is None else [*fixed]
 
 
 # -- metadata --------------------------------------------------------------------------------------
@@ -289,12 +301,14 @@ class _Layer:
     format : packed format.
     norm : name of the batch normalisation that is folded into it.
     activation : fused activation.
+    input : scale, zero, low and high of the input's bytes, where they are fixed.
     """
 
     type: str
     format: str
     norm: str | None
     activation: str | None
+    input: list[float] | None
 
 
 @dataclass(frozen=True)
@@ -389,6 +403,8 @@ class _Target:
     layer: _Layer
     norm: torch.nn.Module | None
     waiting: set[str]  # names of tensors
+    dtype: torch.dtype  # of the plain weight
+    trainable: bool  # the plain weight
 
 
 def _match_layers(model: torch.nn.Module, about: _About) -> dict[int, _Target]:
@@ -413,6 +429,9 @@ def _match_layers(model: torch.nn.Module, about: _About) -> dict[int, _Target]:
         mine = names[id(module)]
         same = all(about.layers.get(n) == layer for n in mine)
         require(same, f"model: layer {name!r}: shared in the model as {mine}, not so in the file")
+        dtype, trainable = module.weight.dtype, module.weight.requires_grad
+        if issubclass(FORMATS[layer.format].weight, QuantizedWeight):
+            _expect_quantized(module)
         tensors = {_join(n, t) for n in mine for t, _ in module.named_parameters(recurse=False)}
         norm = None if layer.norm is None else modules.get(layer.norm)
         if layer.norm is not None:
@@ -424,7 +443,7 @@ def _match_layers(model: torch.nn.Module, about: _About) -> dict[int, _Target]:
                 )
             own = [*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]
             tensors |= {_join(layer.norm, t) for t, _ in own}
-        target = _Target(module, mine, layer, norm, tensors)
+        target = _Target(module, mine, layer, norm, tensors, dtype, trainable)
         targets[id(module)] = target
         if norm is not None:
             targets[id(norm)] = target
@@ -434,6 +453,16 @@ def _match_layers(model: torch.nn.Module, about: _About) -> dict[int, _Target]:
             text = f"model: expected activation {shorten(activation)} at {shorten(name)}, as in the file"
             refuse(f"{text}, got {'nothing' if module is None else type(module).__name__}")
     return targets
+
+
+def _expect_quantized(module: torch.nn.Module) -> None:
+    """Give a plain layer, which is ours, the parameters that a file holds of a quantized one."""
+    weight = cast(torch.Tensor, module.weight)
+    module.weight = torch.nn.Parameter(
+        torch.empty(weight.shape, dtype=torch.int8, device="meta"), requires_grad=False
+    )
+    scale = torch.empty(weight.shape[0], device="meta")
+    module.register_parameter("weight_scale", torch.nn.Parameter(scale, requires_grad=False))
 
 
 def _compare(
@@ -540,11 +569,12 @@ def _pack(
             target.module,
             format=target.layer.format,
             activation=target.layer.activation,
-            weight=packed.get(key),
+            weight=packed.get(key) or _quantized(target),
             norm=cast(Any, target.norm),
         )
     except (TypeError, ValueError) as e:
         refuse(f"file: layer {target.names[0]!r}: {e}")
+    new._requires_grad = (target.trainable, new._requires_grad[1])
     adopt_hooks(new, target.module)
     model = replace(model, target.names, new)
     if target.norm is None:
@@ -554,6 +584,26 @@ def _pack(
         model = replace(model, [cast(str, target.layer.norm)], folded)
     target.module = new
     return model
+
+
+def _quantized(target: _Target) -> PackedWeight | None:
+    """The packed weight of a layer that is stored quantized; None for others."""
+    kind = FORMATS[target.layer.format].weight
+    if not issubclass(kind, QuantizedWeight):
+        return None
+    fixed = target.layer.input
+    if fixed is not None:
+        require(
+            len(fixed) == 4 and all(v == int(v) for v in fixed[1:]), "input: expected scale, zero, low, high"
+        )
+    q, scale = target.module.weight, target.module.weight_scale
+    packed = kind.from_parts(
+        cast(torch.Tensor, q).detach(),
+        cast(torch.Tensor, scale).detach(),
+        str(target.dtype).removeprefix("torch."),
+        None if fixed is None else (fixed[0], int(fixed[1]), int(fixed[2]), int(fixed[3])),
+    )
+    return kind(torch.as_tensor(packed.packed))
 
 
 def _check_complete(model: torch.nn.Module) -> None:

@@ -23,15 +23,22 @@ PARED_INLINE __m512 float_difference(const int32_t* a, const int32_t* b, Avx512F
 }
 #endif
 
+template <class S>
+PARED_INLINE typename S::V bias_vector(const DequantizeArgs& a, int n, int count) {
+  if (!a.bias) return S::zero();
+  if (count == S::width) return S::loadu(a.bias + n);
+  alignas(64) float bias[S::width];
+  for (int i = 0; i < S::width; ++i) bias[i] = i < count ? a.bias[n + i] : 0.0f;
+  return S::load(bias);
+}
+
 template <class IO>
 void dequantize_rows(const DequantizeArgs& a) {
   using S = typename IO::S;
   constexpr int W = S::width;
   for (int n = 0; n < a.outputs; n += W) {
     const int count = a.outputs - n < W ? a.outputs - n : W;
-    alignas(64) float bias[W];
-    for (int i = 0; i < W; ++i) bias[i] = a.bias && i < count ? a.bias[n + i] : 0.0f;
-    const typename S::V b = S::load(bias), w = S::load(a.w_scales + n);
+    const typename S::V b = bias_vector<S>(a, n, count), w = S::load(a.w_scales + n);
     for (int m = 0; m < a.tokens; ++m) {
       const auto sum = float_difference(a.acc + m * a.acc_stride + n, a.compensation + n, S{});
       const auto y = S::add(S::mul(S::mul(sum, S::set1(a.x_scales[m])), w), b);

@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from pared.ops._formats import FORMATS, Format
 from pared.ops._library import aligned
+from pared.ops.int8 import QuantizedWeight, check_activations
 from pared.ops.packed import PackedWeight
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
@@ -157,6 +158,17 @@ class PackedModule(nn.Module):
         """The plain module again, with dense weights, in eval mode, without the fused activation."""
         raise NotImplementedError
 
+    def stored(self) -> dict[str, Tensor]:
+        """What a file holds of the layer: the plain layer's parameters, with integers as ``weight`` and their
+        ``weight_scale`` where it is quantized."""
+        tensors: dict[str, Tensor] = dict(self.to_module().named_parameters())
+        weight = self.packed_weight()
+        if isinstance(weight, QuantizedWeight):
+            q, scales = weight.to_quantized()
+            tensors["weight"] = torch.from_numpy(q)
+            tensors["weight_scale"] = torch.from_numpy(scales)
+        return tensors
+
     def packed_weight(self) -> PackedWeight:
         """The packed weight as a `pared.ops` object: ``.sparsity``, ``.to_dense()``, ..."""
         return FORMATS[self.format].weight(self.packed)
@@ -261,13 +273,34 @@ def format_name(weight: PackedWeight) -> str:
     raise TypeError(f"weight: expected a packed weight ({', '.join(FORMATS)}), got {type(weight).__name__}")
 
 
-def pack(format: str, weight: Tensor, groups: int = 1) -> PackedWeight:
-    """Pack a dense weight into the named format."""
+def pack(format: str, weight: Tensor, groups: int = 1, record: Any = None) -> PackedWeight:
+    """Pack a dense weight into the named format.
+
+    `record` is what `pared.quantize` left on the layer, or None: a quantized format takes its integers and
+    scales over where the weight still lies on their grid.
+    """
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     cls = FORMATS[format].weight
+    if record is not None and issubclass(cls, QuantizedWeight):
+        taken = _taken_over(cls, weight.detach(), record)
+        if taken is not None:
+            return cls(torch.from_numpy(taken.packed))
     # A tensor from here on: modules that share it share one object, which deepcopy and pickle keep shared.
     return cls(torch.from_numpy(cls.from_dense(weight.detach().contiguous(), groups=groups).packed))
+
+
+def _taken_over(cls: type[QuantizedWeight], weight: Tensor, record: Any) -> PackedWeight | None:
+    """The integers of a weight on its own grid; None where 8 bits with one scale an output cannot hold it."""
+    if weight.ndim != 2 or record.bits > 8 or not record.symmetric or record.scale.shape[1] != 1:
+        return None
+    q, scale = record.codes(weight), record.scale.float()
+    # Changed since it was quantized, or in a dtype that is too coarse for its grid.
+    if bool(((q.float() * scale - weight.float()).abs() > 0.01 * scale).any()):
+        return None
+    fixed = check_activations(record.activation_scale, record.activation_zero, record.activation_dtype)
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return cls.from_parts(q.contiguous().numpy(), scale.reshape(-1).contiguous().numpy(), dtype, fixed)
 
 
 __all__ = [

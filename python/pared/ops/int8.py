@@ -113,11 +113,59 @@ class QuantizedWeight(PackedWeight):
         activations = check_activations(activation_scale, activation_zero, activation_dtype)
         return cls(_core.int8_pack_quantized(q, np.ascontiguousarray(s), dtype, activations, cls._masked))
 
+    @classmethod
+    def from_torch(
+        cls: type[Q],
+        source: Any,
+        *,
+        activation_scale: float | None = None,
+        activation_zero: int = 0,
+        activation_dtype: str = "uint8",
+    ) -> Q:
+        """Take over the weight of a layer that torch or torchao quantized; nothing is rounded a second time.
+
+        Parameters
+        ----------
+        source : a ``torch.ao.nn.quantized`` or ``torch.ao.nn.quantized.dynamic`` Linear, an ``nn.Linear``
+            whose weight is torchao's ``Int8Tensor``, or such a weight: qint8 with one scale a tensor or an
+            output and zero points of 0; ``Int8Tensor`` with one scale an output.
+        activation_scale, activation_zero, activation_dtype : of the tensors that a static layer is called
+            with, as torch's quint8 has them; None to quantize inputs by token, as dynamic layers do.
+
+        Returns
+        -------
+        A weight whose products are the source's own integers times its scales. With the same input bytes (a
+        static layer's) outputs equal the source's before it rounds them, but for three float32 roundings.
+
+        Raises
+        ------
+        TypeError, ValueError : a weight of another kind, with zero points, or with scales of groups.
+        """
+        q, scales, dtype = _torch_weight(source)
+        return cls.from_quantized(
+            q,
+            scales,
+            dtype=dtype,
+            activation_scale=activation_scale,
+            activation_zero=activation_zero,
+            activation_dtype=activation_dtype,
+        )
+
     @property
     def activation(self) -> tuple[float, int] | None:
         """``(scale, zero)`` of the input, zero as of uint8; None where it is quantized by token."""
         found = _core.int8_activations(self.packed)
         return None if found is None else (found[0], found[1])
+
+    @property
+    def activations(self) -> Activations | None:
+        """How the input becomes bytes, ``(scale, zero, low, high)``; None where it is quantized by token."""
+        return _core.int8_activations(self.packed)
+
+    @classmethod
+    def from_parts(cls: type[Q], q: Array, scales: Array, dtype: str, activations: Activations | None) -> Q:
+        """From what `to_quantized`, `dtype` and `activations` gave."""
+        return cls(_core.int8_pack_quantized(q, scales, dtype, activations, cls._masked))
 
     def to_quantized(self) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         """``(q [out, in], scales [out])``."""
@@ -143,6 +191,38 @@ class Bitmap8(QuantizedWeight):
     __slots__ = ()
     kind: ClassVar[str] = "bitmap8"
     _masked: ClassVar[bool] = True
+
+
+def _torch_weight(source: Any) -> tuple[Any, Any, str]:
+    """``(q, scales, dtype)`` of what torch or torchao quantized."""
+    import torch
+
+    w: Any = getattr(source, "weight", source)
+    if callable(w) and not isinstance(w, torch.Tensor):  # torch.ao's modules have a method
+        w = w()
+    if not isinstance(w, torch.Tensor) or w.ndim != 2:
+        raise TypeError(f"source: expected a quantized linear layer or weight, got {type(source).__name__}")
+    if w.is_quantized:
+        per_tensor = w.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric)
+        if w.dtype != torch.qint8 or not (per_tensor or w.q_per_channel_axis() == 0):
+            raise ValueError(f"source: expected qint8 with a scale a tensor or output, got {w.dtype}")
+        zeros = torch.tensor(w.q_zero_point()) if per_tensor else w.q_per_channel_zero_points()
+        scales = torch.tensor(w.q_scale()) if per_tensor else w.q_per_channel_scales()
+        q, dtype = w.int_repr(), "float32"
+    elif hasattr(w, "qdata") and hasattr(w, "scale"):
+        q, scales, dtype = w.qdata, w.scale, str(w.dtype).removeprefix("torch.")
+        given = getattr(w, "zero_point", None)
+        zeros = torch.zeros(1) if given is None else given
+        if q.dtype != torch.int8 or scales.numel() not in (1, q.shape[0]):
+            raise ValueError(
+                f"source: expected int8 with one scale an output, got {q.dtype} with {scales.numel()} scales"
+            )
+        scales = scales.reshape(-1) if scales.numel() > 1 else scales.reshape(())
+    else:
+        raise TypeError(f"source: expected a quantized linear layer or weight, got {type(source).__name__}")
+    if bool(zeros.any()):
+        raise ValueError("source: expected zero points of 0 in the weight, got others")
+    return q.contiguous(), scales.float(), dtype
 
 
 def gemm_s8(a: Array, b: Array) -> Array:

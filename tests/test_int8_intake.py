@@ -1,0 +1,156 @@
+"""Weights that others quantized become `pared.ops.Int8` with nothing rounded a second time."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from int8_check import check_int8, linear_int8
+from torch import nn
+
+import pared
+from pared import _core, ops
+from pared.nn import Linear
+
+ENGINES = [e for e in ("onednn", "x86", "fbgemm") if e in torch.backends.quantized.supported_engines]
+
+
+def dynamic(plain: nn.Linear, per_channel: bool) -> Any:
+    """What torch.ao's dynamic quantization makes of it."""
+    from torch.ao import quantization as q
+
+    weight = q.per_channel_dynamic_qconfig if per_channel else q.default_dynamic_qconfig
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return q.quantize_dynamic(
+            nn.Sequential(copy.deepcopy(plain)), {nn.Linear: weight}, dtype=torch.qint8
+        )[0]
+
+
+@pytest.fixture
+def plain() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(101, 37).eval()
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_dynamic_layer_of_torch(plain: nn.Linear, per_channel: bool) -> None:
+    theirs = dynamic(plain, per_channel)
+    ours = ops.Int8.from_torch(theirs)
+    w = theirs.weight()
+    q, scales = ours.to_quantized()
+    assert torch.equal(torch.from_numpy(q), w.int_repr())
+    assert torch.equal(torch.as_tensor(ours.to_dense()), w.dequantize())
+    x = torch.randn(9, 101)
+    bias = theirs.bias().detach()
+    y = ops.linear(x, ours, bias)
+    check_int8(y.numpy(), linear_int8(x.numpy(), q, scales, bias.numpy()))
+    # Both round the inputs: to steps of max|x| / 127 a token here, and of (max - min) / 127 of the whole
+    # tensor there (7 bits: torch's reduce_range), with a zero point between.
+    step = (x.amax() - x.amin()) / 127 + x.abs().amax(1, keepdim=True) / 127
+    with torch.no_grad():
+        bound = 0.51 * step * w.dequantize().abs().sum(1) + 1e-5
+        assert ((y - theirs(x)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_static_layer_of_torch(plain: nn.Linear, engine: str) -> None:
+    """Given the same input bytes, outputs equal up to the rounding to torch's 8-bit outputs."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = engine
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = torch.ao.nn.quantized.Linear(101, 37)
+            scales = plain.weight.detach().abs().amax(1) / 127
+            w = torch.quantize_per_channel(
+                plain.weight.detach(), scales.double(), torch.zeros(37, dtype=torch.long), 0, torch.qint8
+            )
+            theirs.set_weight_bias(w, plain.bias.detach())
+            theirs.scale, theirs.zero_point = 0.02, 128
+            x = torch.quantize_per_tensor(torch.rand(9, 101) * 2 - 1, 1 / 64, 60, torch.quint8)
+            want = theirs(x).dequantize()
+    finally:
+        torch.backends.quantized.engine = before
+    packed = ops.Int8.from_torch(theirs, activation_scale=1 / 64, activation_zero=60)
+    y = ops.linear(x.dequantize(), packed, plain.bias.detach())
+    assert want.abs().max() < 0.02 * 127  # not saturated
+    # fbgemm rounds the bias to its accumulator's grid too.
+    bias_step = float(scales.max()) / 64
+    assert ((y - want).abs() <= 0.5 * 0.02 + bias_step + 1e-5).all()
+
+
+def test_a_quantized_tensor_and_a_module_around_it(plain: nn.Linear) -> None:
+    w = torch.quantize_per_tensor(plain.weight.detach(), 0.001, 0, torch.qint8)
+    packed = ops.Int8.from_torch(w)
+    layer = Linear(packed, plain.bias, "relu")
+    x = torch.randn(4, 101)
+    assert torch.equal(layer(x), torch.relu(ops.linear(x, packed, plain.bias.detach())))
+    assert torch.equal(torch.as_tensor(packed.to_dense()), w.dequantize())
+
+
+def torchao_like(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
+    """The attributes of torchao's Int8Tensor."""
+    w = torch.zeros(q.shape, dtype=torch.bfloat16)
+    for name, value in {"qdata": q, "scale": scale, "zero_point": zero}.items():
+        setattr(w, name, value)
+    return w
+
+
+def test_tensors_of_torchao() -> None:
+    q = torch.randint(-128, 128, (5, 7), dtype=torch.int8)
+    for scale in (torch.rand(5, 1), torch.rand(1)):
+        packed = ops.Int8.from_torch(torchao_like(q, scale, torch.zeros(5, 1, dtype=torch.int8)))
+        assert torch.equal(torch.from_numpy(packed.to_quantized()[0]), q)
+        assert torch.equal(torch.from_numpy(packed.to_quantized()[1]), scale.reshape(-1).expand(5))
+        assert packed.dtype == "bfloat16"
+
+
+def test_other_weights_are_refused(plain: nn.Linear) -> None:
+    w = plain.weight.detach()
+    q = torch.zeros(5, 8, dtype=torch.int8)
+    for source, error, message in (
+        (plain, TypeError, "source: expected a quantized linear layer"),
+        (3, TypeError, "source: expected a quantized linear layer or weight, got int"),
+        (torch.quantize_per_tensor(w, 0.001, 3, torch.qint8), ValueError, "zero points of 0"),
+        (torch.quantize_per_tensor(w, 0.001, 0, torch.quint8), ValueError, "expected qint8"),
+        (torchao_like(q, torch.rand(5, 2)), ValueError, "expected int8 with one scale an output"),
+        (torchao_like(q.short(), torch.rand(5)), ValueError, "expected int8 with one scale an output"),
+        (torchao_like(q, torch.rand(5), torch.ones(5)), ValueError, "zero points of 0"),
+    ):
+        with pytest.raises(error, match=message):
+            ops.Int8.from_torch(source)
+
+
+def test_scales_by_hand() -> None:
+    """As an ONNX model has them: weight scales, input scale and zero point."""
+    q = torch.randint(-128, 128, (11, 33), dtype=torch.int8)
+    scales, x = torch.rand(11) * 0.1, torch.rand(4, 33) * 4 - 1
+    packed = ops.Int8.from_quantized(
+        q, scales, activation_scale=0.017, activation_zero=59, activation_dtype="uint8"
+    )
+    u = torch.clamp(torch.round(x * (1 / torch.tensor(0.017))) + 59, 0, 255) - 59
+    want = ((u.long() @ q.long().T).float() * torch.tensor(0.017)) * scales
+    assert torch.equal(ops.linear(x, packed), want)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_accelerate_takes_over_what_quantize_left(monkeypatch: pytest.MonkeyPatch, static: bool) -> None:
+    from _models import set_times
+
+    set_times(monkeypatch, lambda name, m: 1.0 if m is None else 0.5)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    data = [torch.randn(16, 24) for _ in range(3)]
+    pared.quantize(model, data, bits=8, **({"activations": "static"} if static else {}))
+    fast = pared.accelerate(
+        model, data[0], "int8", max_error=1, min_speedup=0, formats=["int8"], progress=False
+    )
+    for i in (0, 2):
+        assert fast[i].format == "int8"
+        # The very weights that quantize chose: nothing was rounded again.
+        assert torch.equal(torch.as_tensor(fast[i].packed_weight().to_dense()), model[i].weight)
+        assert (_core.int8_activations(fast[i].packed) is not None) == static
