@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -99,6 +100,11 @@ def test_without_arguments_the_help_is_printed(run: Run) -> None:
         (["bench", "--sparsity", "nan"], "'--sparsity': expected numbers in [0, 1)"),
         (["bench", "--sparsity", "0.5,"], "'--sparsity': expected numbers in [0, 1)"),
         (["bench", "--threads", "0"], "--threads"),
+        (["bench", "--suite", "gemv"], "'--suite': expected csr, blocks"),
+        (
+            ["bench", "--suite", "conv", "--shape", "8,8,8"],
+            "'--shape': expected suites of Linear layers",
+        ),
         (["bench", "--json", "/no/such/folder/x.json"], "'--json': expected a file in a folder that exists"),
         (["demo", "--model", "vgg"], "'--model': expected digits-cnn, digits-mlp, minilm, got vgg"),
     ],
@@ -131,10 +137,34 @@ def test_bench_prints_and_writes_what_it_measured(run: Run, tmp_path: Path) -> N
     data = json.loads(file.read_text())
     assert data["machine"]["threads"] == 1
     assert [r["sparsity"] for r in data["results"]] == [0.5, 0.9]
+    assert {r["suite"] for r in data["results"]} == {"csr"}
     for r in data["results"]:
         assert r["nonzeros"] == 96 * 64 - round(r["sparsity"] * 96 * 64)
         assert r["sparse_gflops"] == pytest.approx(2 * r["nonzeros"] * 33 / r["sparse_s"] / 1e9)
         assert r["dense_gflops"] == pytest.approx(2 * 96 * 64 * 33 / r["dense_s"] / 1e9)
+
+
+@pytest.mark.parametrize("suite", list(_bench.SUITES))
+def test_every_suite_measures_what_it_says(suite: str) -> None:
+    s = _bench.SUITES[suite]
+    small = {
+        _bench.Shape: _bench.Shape(256, 192, 4),
+        _bench.Image: _bench.Image(8, 4, 3, 2, 9),
+        _bench.Keys: _bench.Keys(4000),
+    }[type(s.cases[0])]
+    zeros = list(s.sparsities[-2:])
+    rows = _bench.measure(suite, small, zeros, 0.01, min_rounds=3)
+    assert [r.sparsity for r in rows] == zeros
+    for r in rows:
+        size = 4000 if suite == "select" else math.prod(small[:2]) * (9 if suite == "conv" else 1)
+        want = pytest.approx((1 - r.sparsity) * size, rel=0.03, abs=4)  # int8 rounds some to zero
+        assert r.nonzeros == want
+        assert r.dense_s > 0
+        assert r.sparse_s > 0
+        assert json.loads(json.dumps(_bench.to_json(r)))["suite"] == suite
+    console = Console(width=120, file=io.StringIO())
+    console.print(_bench.table(rows))
+    assert str(small) in console.file.getvalue()
 
 
 def _result(speedup: float) -> results.Result:

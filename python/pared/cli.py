@@ -179,38 +179,71 @@ def demo(
 
 @app.command()
 def bench(
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--suite",
+            help="csr (if not given), blocks, dense, bitmap, int8, int8-torch, conv, select, or all.",
+        ),
+    ] = None,
     shape: Annotated[
         list[str] | None,
         typer.Option("--shape", metavar="OUT,IN,TOKENS", help="A Linear layer; may be repeated."),
     ] = None,
-    sparsity: Annotated[str, typer.Option("--sparsity", help="Shares of zeros.")] = "0.5,0.7,0.8,0.9,0.95",
+    sparsity: Annotated[str | None, typer.Option("--sparsity", help="Shares of zeros: 0.5,0.9")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="All suites, fewer cases, shorter: under two minutes.")
+    ] = False,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Torch's own default if not given.")
     ] = None,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="For each shape.")] = 3.0,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", min=0.01, help="For each case: 3, or 1 with --quick.")
+    ] = None,
     json_file: _Json = None,
 ) -> None:
-    """Time the sparse Linear kernels against torch's dense Linear, in turns."""
+    """Time pared's kernels against torch's own, in turns."""
     _require("torch")
     import torch
 
     from pared import _bench
     from pared._demo.measure import bar
 
+    chosen = list(dict.fromkeys(suite or (["all"] if quick else ["csr"])))
+    if "all" in chosen:
+        chosen = list(_bench.SUITES)
+    with _argument("--suite"):
+        unknown = [s for s in chosen if s not in _bench.SUITES]
+        if unknown:
+            raise ValueError(f"expected {', '.join(_bench.SUITES)} or all, got {', '.join(unknown)}")
     with _argument("--shape"):
-        shapes = [_bench.Shape.parse(s) for s in shape or _bench.SHAPES]
+        shapes = [_bench.Shape.parse(s) for s in shape or ()]
+        odd = [s for s in chosen if shapes and not isinstance(_bench.SUITES[s].cases[0], _bench.Shape)]
+        if odd:
+            raise ValueError(f"expected suites of Linear layers, got {', '.join(odd)}")
     with _argument("--sparsity"):
-        sparsities = _bench.parse_sparsities(sparsity)
+        sparsities = None if sparsity is None else _bench.parse_sparsities(sparsity)
     if threads is not None:
         torch.set_num_threads(threads)
     console = _console()
+    work = []
+    for name in chosen:
+        s = _bench.SUITES[name]
+        zeros = sparsities if sparsities is not None and len(s.sparsities) > 1 else list(s.sparsities)
+        cases = shapes or s.cases
+        work += [(name, c, zeros[:: 2 if quick else 1]) for c in (cases[:2] if quick else cases)]
     rows: list[_bench.Row] = []
-    with bar(console, "timing", len(shapes), live=False) as advance:
-        for s in shapes:
-            rows += _bench.measure(s, sparsities, seconds, advance)
+    limit = seconds if seconds is not None else 1.0 if quick else 3.0
+    with bar(console, "timing", len(work), live=False) as advance:
+        for name, case, zeros in work:
+            rows += _bench.measure(name, case, zeros, limit, min_rounds=5 if quick else 15)
+            advance()
     if json_file is not None:
         _write_json(json_file, {"machine": machine(), "results": [_bench.to_json(r) for r in rows]})
-    console.print(_bench.table(rows, _machine_line()))
+    for name in chosen:
+        console.print(_bench.table([r for r in rows if r.suite == name]))
+    console.print(_machine_line(), highlight=False)
+    console.print("Medians; the baseline and every sparsity of a case take turns, round by round.")
 
 
 def _require(*packages: str) -> None:
