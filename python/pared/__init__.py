@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pared import nn, ops, quant, schedules, training
     from pared._accelerate import accelerate
+    from pared._compress import compress
     from pared._format import FormatError
     from pared._info import isa, kernels
     from pared._io import load, save
@@ -30,6 +31,7 @@ _LAZY: dict[str, str] = {
     "Pruner": "pared.pruning",
     "Report": "pared._report",
     "accelerate": "pared._accelerate",
+    "compress": "pared._compress",
     "isa": "pared._info",
     "kernels": "pared._info",
     "load": "pared._io",
@@ -48,6 +50,7 @@ __all__ = [
     "Pruner",
     "Report",
     "accelerate",
+    "compress",
     "isa",
     "kernels",
     "load",
