@@ -68,6 +68,27 @@ def test_scipy_and_torch_interchange(rng):
         ops.BSR.from_scipy(w)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta state")
+@pytest.mark.parametrize("block", [(4, 1), (16, 1), (1, 4), (16, 4), (32, 32), (64, 64), (3, 2), (2, 8)])
+def test_interchange_both_ways(rng, block):
+    scipy_sparse = pytest.importorskip("scipy.sparse")
+    torch = pytest.importorskip("torch")
+    w = blocks(rng, 2 * 192, 192, *block, 0.7)
+    packed = ops.BSR.from_dense(w, block=block)
+    matrix = packed.to_scipy(block)
+    assert isinstance(matrix, scipy_sparse.bsr_array)
+    assert matrix.blocksize == block
+    assert np.array_equal(matrix.toarray(), w)
+    assert np.array_equal(ops.BSR.from_scipy(matrix).packed, packed.packed)
+    tensor = packed.to_torch(block)
+    assert tensor.layout == torch.sparse_bsr
+    assert tuple(tensor.values().shape[1:]) == block
+    assert np.array_equal(tensor.to_dense().numpy(), w)
+    assert np.array_equal(ops.BSR.from_torch(tensor).packed, packed.packed)
+    with pytest.raises(ValueError, match=r"block: expected sizes that divide \[384, 192\], got \(5, 1\)"):
+        packed.to_scipy((5, 1))
+
+
 @pytest.mark.parametrize("block", [(0, 1), (4,), (4, 1, 1), "4x1", (4.0, 1), None])
 def test_bad_blocks(block):
     with pytest.raises(ValueError, match="block: expected two positive integers"):

@@ -66,6 +66,32 @@ class BSR(PanelWeight):
         rows, columns = matrix.blocksize
         return cls.from_dense(matrix.toarray(), block=(int(rows), int(columns)))
 
+    def to_scipy(self, block: tuple[int, int] | None = None) -> Any:
+        """A ``scipy.sparse.bsr_array`` of the matrix with blocks of this size, or a ``csr_array`` for None.
+
+        Raises ``ValueError`` for a block that does not divide the matrix.
+        """
+        matrix = super().to_scipy()
+        return matrix if block is None else matrix.tobsr(self._dividing(block))
+
+    def to_torch(self, block: tuple[int, int]) -> Any:
+        """A ``torch.sparse_bsr`` tensor of the matrix, float32, with blocks of this size.
+
+        Raises ``ValueError`` for a block that does not divide the matrix.
+        """
+        import torch
+
+        m = self.to_scipy(block)
+        starts, columns, values = (torch.from_numpy(a.copy()) for a in (m.indptr, m.indices, m.data))
+        return torch.sparse_bsr_tensor(starts, columns, values, m.shape, check_invariants=True)
+
+    def _dividing(self, block: tuple[int, int]) -> tuple[int, int]:
+        check_block(block)
+        rows, cols = self._info["rows"], self._info["cols"]
+        if rows % block[0] or cols % block[1]:
+            raise ValueError(f"block: expected sizes that divide [{rows}, {cols}], got {block}")
+        return block
+
 
 class Dense(PanelWeight):
     """A weight without a pattern of zeros, packed once: 4.5 bytes an element.
