@@ -105,15 +105,19 @@ void check_structure(const CsrView& w) {
 // byte a row and block). Bound: tile * block_k * 4 <= 65536, the reach of a 16-bit offset; block_k <= 255.
 // Measured on Zen 5, 384 tokens, speed-up over dense at 50/80/90/95 %: {128, 80} 2.6/5.4/8.1/10.8,
 // {128, 128} 2.2/5.0/8.4/12.2, {64, 240} 2.2/5.0/8.5/12.8, {96, 96} 2.5/5.0/7.4/9.6.
+// The weights of a network's last convolutions, a million and more, meet 7x7 images, of which one is a narrow
+// tile: deeper blocks fit, 15 % faster at 80 % zeros, and cost nothing on wide tiles ({128, 80}: 2316 us for
+// the five of ResNet-50 together, {128, 128}: 1978 us).
+constexpr double kDeepConvolution = 1 << 20;
 struct Tiling {
   uint32_t tile, block_k;
 };
-Tiling choose_tiling(int64_t rows, int64_t cols, int64_t nnz, int entry_rows) {
+Tiling choose_tiling(int64_t rows, int64_t cols, int64_t nnz, int entry_rows, bool convolution) {
   // Four rows of sums, six vectors and a broadcast fill the registers at 96 positions.
   if (entry_rows == kQuadRows) return {96, 96};
   const double cells = static_cast<double>(rows) * static_cast<double>(cols);
   const double density = cells > 0 ? static_cast<double>(nnz) / cells : 1.0;
-  if (density >= 0.14) return {128, 80};
+  if (density >= 0.14) return {128, convolution && cells >= kDeepConvolution && density < 0.3 ? 128u : 80u};
   if (density >= 0.04) return {128, 128};
   return {64, 240};
 }
@@ -138,7 +142,7 @@ PanelPlan make_plan(const View& w, const ConvShape& conv, PackedKind kind, int e
   PARED_CHECK(nnz.load() < kMaxNonZeros, "weight: expected fewer than 2^32 non-zeros, got ", nnz.load());
 
   const int64_t cols = matrix_cols(w);
-  const Tiling tiling = choose_tiling(w.rows, cols, nnz.load(), entry_rows);
+  const Tiling tiling = choose_tiling(w.rows, cols, nnz.load(), entry_rows, conv.kh > 0);
   PanelPlan plan{};
   PackedHeader& h = plan.header;
   h = new_header(kind, w.dtype, w.rows, cols);

@@ -108,6 +108,14 @@ def test_many_blocks_of_the_reduction(isa, rng, layout):
     check(x, sparse_weight(rng, (50, 300, 1, 1), 0.9), None, Geometry(stride=(2, 1)))
 
 
+def test_deep_convolution(isa, rng):
+    """A million weights at 80 % zeros have K blocks of their own depth."""
+    w = np.zeros((1024, 1024, 1, 1), dtype=np.float32)
+    w[:, :300] = sparse_weight(rng, (1024, 300, 1, 1), 0.3)
+    x = rng.standard_normal((1, 1024, 3, 6)).astype(np.float32)
+    check(x, w, None, Geometry())
+
+
 @LAYOUTS
 @pytest.mark.parametrize(("groups", "channels", "filters"), [(12, 12, 12), (12, 12, 24), (3, 21, 33)])
 def test_groups(isa, rng, layout, groups, channels, filters):
