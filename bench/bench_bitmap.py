@@ -33,7 +33,11 @@ def count(tokens: int) -> str:
 
 
 def quick(values: list[Any], chosen: Any) -> list[Any]:
-    return [pytest.param(v, marks=() if v in chosen else pytest.mark.full) for v in values]
+    """Parameters of which the chosen ones run without ``--full``."""
+    return [
+        pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=() if v in chosen else pytest.mark.full)
+        for v in values
+    ]
 
 
 def layer(w: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> Callable[[int], Callable[[], object]]:

@@ -42,7 +42,7 @@ def test_the_packing_follows_the_tokens(isa, rng, sparsity):
     w = random_weight(rng, 40, 300, sparsity)
     pair, few, many = BitmapCSR.from_dense(w), Bitmap.from_dense(w), CSR.from_dense(w)
     limit = pair.few_tokens
-    assert 4 <= limit <= 46
+    assert 3 <= limit <= 46
     for tokens in {0, 1, limit - 1, limit, limit + 1, 100}:
         x = rng.standard_normal((tokens, 300)).astype(np.float32)
         y = ops.linear(x, pair)
@@ -54,6 +54,11 @@ def test_more_zeros_leave_fewer_tokens_to_the_bitmap(rng):
     limits = [BitmapCSR.from_dense(random_weight(rng, 64, 64, s)).few_tokens for s in (0.2, 0.5, 0.8, 0.95)]
     assert limits == sorted(limits, reverse=True)
     assert len(set(limits)) == 4
+
+
+def test_a_weight_beyond_the_cache_leaves_more_tokens_to_the_bitmap(rng):
+    small, large = random_weight(rng, 256, 256, 0.5), random_weight(rng, 1024, 700, 0.5)
+    assert BitmapCSR.from_dense(large).few_tokens > 2 * BitmapCSR.from_dense(small).few_tokens
 
 
 def test_module(rng):

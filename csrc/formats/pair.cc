@@ -11,14 +11,17 @@ namespace {
 
 constexpr uint32_t kMaxFewTokens = 1u << 16;
 
+// A CSR weight of up to this many bytes stays in a second-level cache from call to call.
+constexpr uint64_t kCachedBytes = 1 << 20;
+
 // Tokens up to which the bitmap is the faster one. Its time grows with the tokens and hardly with the
-// density; CSR's time up to 16 tokens, one vector, is constant, and grows with the density.
-// Measured on Zen 5, one thread, 768x768 to 3072x768, warm: equal at 24, 13 and 8 tokens for 50, 80 and 90 %
-// zeros; from memory a little later.
-uint32_t few_tokens(const PackedHeader& h) {
+// density. CSR's is nearly constant up to 16 tokens, grows with the density, and doubles where the weight
+// does not stay in L2: it moves half as much again. Measured on Zen 5, one thread, equal at 50, 80 and 90 %
+// zeros: 768x768 24, 12 and 6 tokens, 3072x768 64, 32 and 16.
+uint32_t few_tokens(const PackedHeader& h, const PackedHeader& csr) {
   const double cells = static_cast<double>(h.rows) * static_cast<double>(h.cols);
   const double density = cells > 0 ? static_cast<double>(h.nnz) / cells : 0.0;
-  return static_cast<uint32_t>(std::lround(4 + 42 * density));
+  return static_cast<uint32_t>(std::lround(csr.bytes <= kCachedBytes ? 3 + 43 * density : 6 + 110 * density));
 }
 
 }  // namespace
@@ -28,7 +31,7 @@ PairPlan plan_pair(const DenseView& w) {
   PackedHeader& h = plan.header;
   h = new_header(PackedKind::pair, w.dtype, w.rows, w.cols);
   h.nnz = h.entries = plan.few.header.nnz;
-  h.tile = few_tokens(h);
+  h.tile = few_tokens(h, plan.many.header);
   h.starts_at = round_up(sizeof(PackedHeader), kCacheLine);
   h.values_at = h.starts_at + plan.few.header.bytes;
   h.bytes = h.values_at + plan.many.header.bytes;
@@ -62,7 +65,7 @@ PairPacked view_pair(const uint8_t* data, int64_t bytes) {
 
 void validate_pair(const PairPacked& w) {
   check_sum(*w.header);
-  PARED_CHECK(w.header->tile == few_tokens(*w.header) && w.header->entry_rows == 0 &&
+  PARED_CHECK(w.header->tile == few_tokens(*w.header, *w.many.header) && w.header->entry_rows == 0 &&
                   w.header->block_k == 0 && w.header->counts_at == 0 && w.header->offsets_at == 0,
               "packed weight: expected a valid header, got a corrupt one");
   validate_bitmap(w.few);

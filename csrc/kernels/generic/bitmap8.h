@@ -2,21 +2,13 @@
 // into a tile for the dense int8 kernel, or in registers for a few tokens.
 #pragma once
 
-#include "kernels/generic/simd.h"
+#include "kernels/generic/bitmap.h"
 #include "kernels/types.h"
 
 namespace pared {
 namespace {
 
 constexpr int kByteVector = 64;
-// Bytes ahead of the values and of the masks that are fetched, as for float32.
-constexpr int kBytesAhead = 4096, kByteMasksAhead = 2048;
-
-PARED_INLINE void fetch_ahead(const uint64_t* masks, const int8_t* values) {
-  __builtin_prefetch(reinterpret_cast<const char*>(masks) + kByteMasksAhead);
-  __builtin_prefetch(reinterpret_cast<const char*>(values) + kBytesAhead);
-}
-
 struct ScalarBytes {
   static PARED_INLINE void expand(uint64_t mask, const int8_t* values, int8_t* out) {
     for (int i = 0; i < kByteVector; ++i) out[i] = mask >> i & 1 ? *values++ : int8_t{0};
@@ -59,11 +51,13 @@ void expand_groups(const BitmapExpandArgs& a) {
   const uint64_t* masks = a.masks;
   const int8_t* values = a.values;
   int8_t* out = a.out;
-  for (int64_t i = 0; i < static_cast<int64_t>(a.groups) * a.vectors; ++i) {
+  for (int64_t v = 0; v < static_cast<int64_t>(a.groups) * a.vectors; v += 4) {
     fetch_ahead(masks, values);
-    B::expand(*masks, values, out);
-    values += __builtin_popcountll(*masks++);
-    out += kByteVector;
+    for (int i = 0; i < 4; ++i) {
+      B::expand(*masks, values, out);
+      values += __builtin_popcountll(*masks++);
+      out += kByteVector;
+    }
   }
 }
 

@@ -84,7 +84,7 @@ FORMATS: dict[str, Format] = {
             _core.linear_bitmap,
             None,
             "float32",
-            lambda d, q, n: d <= 0.85 and n <= 32,
+            lambda d, q, n: d <= 0.85 and n <= min(48, 16 + 100 * d),
         ),
         Format("int8", 4, Int8, _core.linear_int8, None, "int8", lambda d, q, n: True),
         Format("bitmap8", 6, Bitmap8, _core.linear_bitmap8, None, "int8", lambda d, q, n: d <= 0.85),
