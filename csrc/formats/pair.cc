@@ -1,5 +1,6 @@
 #include "formats/pair.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -15,13 +16,15 @@ constexpr uint32_t kMaxFewTokens = 1u << 16;
 constexpr uint64_t kCachedBytes = 1 << 20;
 
 // Tokens up to which the bitmap is the faster one. Its time grows with the tokens and hardly with the
-// density. CSR's is nearly constant up to 16 tokens, grows with the density, and doubles where the weight
-// does not stay in L2: it moves half as much again. Measured on Zen 5, one thread, equal at 50, 80 and 90 %
-// zeros: 768x768 24, 12 and 6 tokens, 3072x768 64, 32 and 16.
+// density. CSR's hardly grows with the tokens up to 32, but with the density, and it doubles where the weight
+// does not stay in L2: it moves half as much again.
+// Measured on Zen 5, one thread, equal at 50, 80 and 90 % zeros: 768x768 at 40, 9 and 4 tokens, 3072x768 at
+// 63, 30 and 12 (4096x4096, 80 %: 27).
 uint32_t few_tokens(const PackedHeader& h, const PackedHeader& csr) {
   const double cells = static_cast<double>(h.rows) * static_cast<double>(h.cols);
-  const double density = cells > 0 ? static_cast<double>(h.nnz) / cells : 0.0;
-  return static_cast<uint32_t>(std::lround(csr.bytes <= kCachedBytes ? 3 + 43 * density : 6 + 110 * density));
+  const double d = cells > 0 ? static_cast<double>(h.nnz) / cells : 0.0;
+  const double equal = csr.bytes <= kCachedBytes ? 2 + 20 * d + 110 * d * d : 2 + 130 * d;
+  return static_cast<uint32_t>(std::lround(std::min(equal, 64.0)));
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ class Bitmap(PackedWeight):
     """An unstructured sparse weight for few tokens: 4 bytes a non-zero and one bit an element.
 
     With one token, or up to about 16, reading the weight is the cost of a linear layer. This format is the
-    smallest, and it is read once, in order. More tokens go in batches of 16; `CSR` takes over between 6 and
+    smallest, and it is read once, in order. More tokens go in batches of 16; `CSR` takes over between 4 and
     64 tokens, the later the denser and the larger the weight is.
     Unlike `CSR`, absent weights are multiplied: an infinity in an input reaches every output of its token as
     NaN, as it does in a dense product.
