@@ -194,6 +194,35 @@ def test_a_small_transformer_keeps_what_a_norm_or_a_head_fixes() -> None:
     assert any("normalises over its channels" in reason for _, reason in report.kept)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_heads_of_bert(attention: str) -> None:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        attn_implementation=attention,
+    )
+    model = randomize(BertModel(config, add_pooling_layer=False))
+    ids = torch.randint(0, 50, (2, 9))
+    with torch.no_grad():  # heads two and three of the first layer are the weakest
+        for part in ("query", "key", "value"):
+            getattr(model.encoder.layer[0].attention.self, part).weight[16:] *= 0.1
+    pruned, masked, report = removed_channels(model, {"input_ids": ids}, 0.5)
+    first = pruned.encoder.layer[0].attention
+    assert first.self.query.out_features == first.output.dense.in_features == 16
+    assert (first.self.num_attention_heads, first.self.attention_head_size) == (2, 8)
+    kept = model.encoder.layer[0].attention.self.query.weight[:16]
+    assert torch.equal(first.self.query.weight, kept)
+    other = torch.randint(0, 50, (3, 7))
+    torch.testing.assert_close(pruned(other)[0], masked(other)[0], rtol=1e-3, atol=1e-4)
+    assert report.error < 1e-4
+
+
 def chain() -> nn.Sequential:
     torch.manual_seed(0)
     return randomize(

@@ -115,7 +115,26 @@ class _Group:
     # Name of a layer -> for each root channel its indices there.
     producers: dict[str, dict[int, list[int]]]
     consumers: dict[str, dict[int, list[int]]]
+    # Channels that go together: an attention head's. `heads`: the module that counts them, and how.
+    unit: int = 1
+    heads: tuple[str, str] | None = None
     removed: list[int] = field(default_factory=list)
+
+
+# Nodes of the graph in which channels of queries meet those of keys: only whole heads can go.
+_ATTENTION = ("Bmm", "Softmax", "ScaledDotProduct", "Attention", "Einsum")
+_HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead")
+
+
+def _head_count(modules: dict[str, nn.Module], layer: str) -> tuple[str, str] | None:
+    """The nearest module around `layer` that has a number of heads, and the attribute's name."""
+    name = layer
+    while name:
+        name = name.rpartition(".")[0]
+        for attribute in _HEAD_COUNTS:
+            if isinstance(vars(modules[name]).get(attribute), int):
+                return name, attribute
+    return None
 
 
 def _graph(model: nn.Module, example: Example) -> Any:
@@ -152,14 +171,16 @@ def _groups(
         root = names[id(raw[0].dep.target.module)]
         producers: dict[str, dict[int, list[int]]] = {}
         consumers: dict[str, dict[int, list[int]]] = {}
-        reason, parts = "", 1
+        reason, parts, attention = "", 1, False
         for item in raw.items:
             node = item.dep.target
             module = node.module
-            if not node.outputs and not isinstance(module, nn.Module):
+            operation = id(module) not in names  # the graph wraps functions in modules of its own
+            attention |= operation and any(a in node.name for a in _ATTENTION)
+            if not node.outputs and operation:
                 reason = reason or "its channels are the model's output"
-            if not isinstance(module, nn.Module) or id(module) not in names:
-                if not hasattr(module, "name") and isinstance(module, nn.Parameter):
+            if operation:
+                if isinstance(module, nn.Parameter):
                     reason = reason or "a parameter outside of known layers shares its channels"
                 continue
             name, out = names[id(module)], graph.is_out_channel_pruning_fn(item.dep.handler)
@@ -195,12 +216,20 @@ def _groups(
         elif not consumers and not reason:
             reason = "its channels are the model's output"
         n = len(producers[root])
+        unit, heads = 1, None
+        if attention and not reason:
+            heads = _head_count(modules, root)
+            count = vars(modules[heads[0]])[heads[1]] if heads else 0
+            if not count or n % count or parts > 1 or any(len(own) != n for own in producers.values()):
+                reason = "it belongs to an attention whose heads are not known"
+            else:
+                unit = n // count
         if n % parts:
             reason = reason or "its channels do not divide into the convolution's groups"
         if reason:
             kept.append((root, reason))
         else:
-            found.append(_Group(root, n, parts, producers, consumers))
+            found.append(_Group(root, n, parts, producers, consumers, unit, heads))
     position = {name: i for i, name in enumerate(modules)}
     for group in found:
         group.producers = dict(sorted(group.producers.items(), key=lambda pair: position[pair[0]]))
@@ -285,7 +314,8 @@ def _choose(
         if not bool(torch.isfinite(score).all()):
             raise ValueError(f"importance: expected finite scores of the channels of {group.root!r}, got NaN")
         # In a grouped convolution each group loses the same local channels.
-        local.append(score.reshape(group.parts, -1).sum(0).contiguous())
+        units = score.reshape(group.parts, -1).sum(0)
+        local.append(units.reshape(-1, group.unit).sum(1).contiguous())
     if scope == "global":
         # Layers' scores differ in size: each is taken relative to its layer's mean.
         relative = [x / x.mean().abs().clamp(min=1e-30) for x in local]
@@ -296,9 +326,11 @@ def _choose(
         wanted = [keep_count(x.numel(), ratio) for x in local]
     for group, score, keep in zip(groups, local, wanted, strict=True):
         n = score.numel()
-        keep = min(n, -(-keep // round_to) * round_to)
+        rounded = round_to if group.unit == 1 else 1  # heads are as wide as they are
+        keep = min(n, -(-keep // rounded) * rounded)
         mask = cast(torch.Tensor, ops.topk_mask(score, keep, key="identity"))
         gone = [i for i, kept in enumerate(mask.tolist()) if not kept]
+        gone = [i * group.unit + j for i in gone for j in range(group.unit)]
         group.removed = [part * n + i for part in range(group.parts) for i in gone]
 
 
@@ -436,6 +468,8 @@ def _attempt(
             root = modules[group.root]
             pruner = graph.get_pruner_of_module(root)
             graph.get_pruning_group(root, pruner.prune_out_channels, group.removed).prune()
+            if group.heads is not None:
+                _fewer_heads(modules[group.heads[0]], group)
     for p in pruned.parameters():
         p.grad = None
     try:
@@ -458,6 +492,15 @@ def _attempt(
         default=torch.finfo(torch.float32).eps,
     )
     return pruned, approximate, plain, exact <= 8 * tolerance(layers, depth, eps)
+
+
+def _fewer_heads(module: nn.Module, group: _Group) -> None:
+    """The counts that an attention module keeps."""
+    assert group.heads is not None
+    attributes = vars(module)
+    attributes[group.heads[1]] -= len(group.removed) // group.unit
+    if attributes.get("all_head_size") == group.channels:
+        attributes["all_head_size"] -= len(group.removed)
 
 
 def prune_channels(
