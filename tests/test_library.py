@@ -59,6 +59,32 @@ def test_the_operator_refuses(module: Linear) -> None:
         linear_op(x.requires_grad_(), module.packed, None, 24, "")
 
 
+def test_the_operator_checks_a_weight_that_was_written_to(module: Linear) -> None:
+    x, packed = torch.randn(3, 16), module.packed.clone()
+    y = linear_op(x, packed, None, 24, "")
+    assert torch.equal(linear_op(x, packed, None, 24, ""), y)
+    packed[-100] ^= 1
+    with pytest.raises(ValueError, match="packed weight: expected checksum"):
+        linear_op(x, packed, None, 24, "")
+    packed[-100] ^= 1
+    assert torch.equal(linear_op(x, packed, None, 24, ""), y)
+    # Another tensor in the same memory is another weight.
+    damaged = packed.clone()
+    damaged[-100] ^= 1
+    pointer, values = packed.data_ptr(), damaged.numpy().copy()
+    other = torch.from_numpy(packed.numpy())
+    assert other.data_ptr() == pointer
+    packed.numpy()[:] = values
+    with pytest.raises(ValueError, match="packed weight: expected checksum"):
+        linear_op(x, other, None, 24, "")
+
+
+def test_the_operator_refuses_a_bias_that_needs_a_gradient(module: Linear) -> None:
+    bias = module.bias.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="needs no gradient"):
+        linear_op(torch.randn(3, 16), module.packed, bias, 24, "")
+
+
 def net() -> nn.Module:
     return (
         nn.Sequential(

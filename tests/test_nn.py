@@ -288,6 +288,16 @@ def test_gradients_are_refused() -> None:
         RuntimeError, match="needs no gradient"
     ):  # a subclass takes the way through the dispatcher
         module(nn.Parameter(torch.randn(3, 16)))
+    module.bias.requires_grad_()
+    with pytest.raises(RuntimeError, match="needs no gradient"):
+        module(x.detach())
+
+
+def test_a_damaged_pickle_is_refused() -> None:
+    module = Linear.from_module(sparse_linear(16, 8))
+    module.packed[-100] ^= 1
+    with pytest.raises(ValueError, match="packed weight: expected checksum"):
+        pickle.loads(pickle.dumps(module))
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,8 @@ def test_gradients_are_refused():
         conv2d(x, W)
     with torch.no_grad():
         assert conv2d(x, W).shape == (1, 4, 6, 6)
+    with pytest.raises(RuntimeError, match="bias: expected a tensor that needs no gradient"):
+        conv2d(x.detach(), W, torch.zeros(4, requires_grad=True))
 
 
 def test_huge_padding_is_an_error_not_a_crash():

@@ -198,6 +198,11 @@ def test_refuses_an_input_that_needs_a_gradient(rng):
     with torch.inference_mode():
         assert torch.equal(ops.linear(x, w), y)
     assert torch.equal(ops.linear(x.detach(), w), y)
+    bias = torch.zeros(4, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"bias: expected a tensor that needs no gradient"):
+        ops.linear(x.detach(), w, bias)
+    with torch.no_grad():
+        assert torch.equal(ops.linear(x, w, bias), y)
 
 
 # ---- bad input

@@ -10,7 +10,8 @@ import torch
 import torch.nn.utils.prune as torch_prune
 from torch import nn
 
-from pared._sparsity import bake, copy_model, effective_weight, parameter_of, weight_format
+from pared._sparsity import bake, effective_weight, parameter_of, weight_format
+from pared._surgery import copy_model
 
 
 def sparsifier_masks(model: nn.Module, tensor_fqn: str) -> None:

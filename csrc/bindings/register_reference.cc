@@ -1,10 +1,13 @@
-// The specifications in csrc/ref, for the tests: float64 numpy arrays in and out.
+// The specifications in csrc/ref, for the tests: numpy arrays in and out.
 #include <pybind11/numpy.h>
+
+#include <algorithm>
 
 #include "bindings/array.h"
 #include "bindings/register.h"
 #include "core/check.h"
 #include "ref/linear.h"
+#include "ref/selection.h"
 
 namespace pared {
 namespace {
@@ -55,6 +58,42 @@ void register_reference(py::module_& m) {
         return py::make_tuple(y, magnitude);
       },
       py::arg("x"), py::arg("row_ptr"), py::arg("columns"), py::arg("values"), py::arg("bias") = py::none());
+
+  m.def(
+      "selection_reference",
+      [](py::handle keys, int64_t k, py::handle order) {
+        const Array a = parse_array(keys, "keys");
+        require_dtype(a, {DType::f32});
+        require_shape(a, {-1, -1});
+        require_contiguous(a);
+        const int64_t rows = a.shape[0], cols = a.shape[1];
+        PARED_CHECK(k >= 0 && k <= cols, "k: expected 0 to ", cols, ", got ", k);
+        py::array_t<int64_t> indices({rows, cols}), above(rows), ties(rows);
+        if (!order.is_none()) {
+          const int64_t* given = input<int64_t>(order, "order", DType::i64, {rows, cols});
+          for (int64_t i = 0; i < rows * cols; ++i)
+            PARED_CHECK(given[i] >= 0 && given[i] < cols, "order: expected 0 to ", cols - 1, ", got ",
+                        given[i]);
+          std::copy_n(given, rows * cols, indices.mutable_data());
+        }
+        py::array_t<bool> mask({rows, cols});
+        py::array_t<float> value(rows);
+        const SelectionReference args{static_cast<const float*>(a.data),
+                                      rows,
+                                      cols,
+                                      k,
+                                      indices.mutable_data(),
+                                      mask.mutable_data(),
+                                      value.mutable_data(),
+                                      above.mutable_data(),
+                                      ties.mutable_data()};
+        {
+          py::gil_scoped_release unlocked;
+          selection_reference(args, !order.is_none());
+        }
+        return py::make_tuple(indices, mask, value, above, ties);
+      },
+      py::arg("keys"), py::arg("k"), py::arg("order") = py::none());
 }
 
 }  // namespace pared

@@ -122,6 +122,11 @@ def linear_reference(
     values: NDArray[np.float64],
     bias: NDArray[np.float64] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+def selection_reference(
+    keys: NDArray[np.float32], k: int, order: NDArray[np.int64] | None = None
+) -> tuple[
+    NDArray[np.int64], NDArray[np.bool_], NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]
+]: ...
 def select_threshold(
     scores: list[Any],
     k: int,

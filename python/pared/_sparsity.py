@@ -16,9 +16,6 @@ is computed) raises ``ValueError``: its zeros would not survive the next forward
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -27,7 +24,6 @@ from torch.nn.utils.prune import BasePruningMethod
 __all__ = [
     "bake",
     "base_type",
-    "copy_model",
     "effective_weight",
     "masked_names",
     "parameter_of",
@@ -141,21 +137,6 @@ def bake(module: nn.Module, *, recurse: bool = True) -> list[str]:
         else:
             _detach_torch_mask(owner, name)
     return [f"{prefix}.{name}" if prefix else name for prefix, _, name, _ in found]
-
-
-def copy_model(module: nn.Module) -> nn.Module:
-    """``copy.deepcopy`` that also takes modules with attached masks.
-
-    ``torch.nn.utils.prune`` and the hook-based ``weight_norm`` leave the computed weight on the module as a
-    plain attribute with a history, which ``copy.deepcopy`` refuses; the next forward pass computes it anew.
-    """
-    computed: dict[int, Any] = {
-        id(value): value.detach().clone()
-        for m in module.modules()
-        for value in vars(m).values()
-        if isinstance(value, torch.Tensor) and not value.is_leaf
-    }
-    return copy.deepcopy(module, computed)
 
 
 def _unknown(module: nn.Module, name: str, what: str) -> str:

@@ -184,9 +184,10 @@ def test_input_is_not_read_beyond_its_rows(isa, dtype):
 def tampered(w: np.ndarray, change) -> ops.Bitmap:
     """The packed weight with values or masks changed behind the checksum's back."""
     packed = aligned_copy(ops.Bitmap.from_dense(w).packed)
+    weight = ops.Bitmap(packed)
     h = header(packed)
     change(packed[int(h["counts_at"]) :].view(np.uint16), packed[int(h["values_at"]) :].view(np.float32))
-    return ops.Bitmap(packed)
+    return weight
 
 
 def swap_values(masks: np.ndarray, values: np.ndarray) -> None:

@@ -125,8 +125,9 @@ def test_a_wrong_packed_weight_is_noticed(isa, rng):
     w = random_weight(rng, 40, 300, 0.8)
     x = rng.standard_normal((5, 300)).astype(np.float32)
     packed = aligned_copy(ops.Bitmap8.from_dense(w).packed)
+    weight = ops.Bitmap8(packed)
     q, scales = quantize_weight(w)
-    check_int8(ops.linear(x, ops.Bitmap8(packed)), linear_int8(x, q, scales, None, None))
+    check_int8(ops.linear(x, weight), linear_int8(x, q, scales, None, None))
     packed[int(header(packed)["values_at"]) + 17] ^= 1
     with pytest.raises(AssertionError):
-        check_int8(ops.linear(x, ops.Bitmap8(packed)), linear_int8(x, q, scales, None, None))
+        check_int8(ops.linear(x, weight), linear_int8(x, q, scales, None, None))

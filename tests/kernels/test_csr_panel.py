@@ -145,10 +145,11 @@ def tampered(w: np.ndarray, section: str, change) -> ops.CSR:
     room = np.zeros(good.size + 64, np.uint8)
     packed = room[-room.ctypes.data % 64 :][: good.size]
     packed[:] = good
+    weight = ops.CSR(packed)  # while it is right: objects are made of whole buffers alone
     at = {"values": 96, "offsets": 104}[section]
     start = int(packed[at : at + 8].view(np.uint64)[0])
     change(packed[start:].view(np.float32 if section == "values" else np.uint16))
-    return ops.CSR(packed)
+    return weight
 
 
 def swap_first_two(a: np.ndarray) -> None:

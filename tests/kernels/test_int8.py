@@ -241,13 +241,14 @@ def test_a_wrong_packed_value_is_noticed(isa, rng, name):
     x = rng.standard_normal((50, 300)).astype(np.float32)
     q, scales = quantize_weight(w)
     packed = copy_of(ops.Int8.from_dense(w).packed)
-    check_int8(ops.linear(x, ops.Int8(packed)), linear_int8(x, q, scales))
+    weight = ops.Int8(packed)
+    check_int8(ops.linear(x, weight), linear_int8(x, q, scales))
     values = section(packed, name)
     values[17] = values[17] * np.float32(1.0001) if name == "scales" else values[17] + 1
     with pytest.raises(AssertionError, match="outputs are wrong"):
-        check_int8(ops.linear(x, ops.Int8(packed)), linear_int8(x, q, scales))
+        check_int8(ops.linear(x, weight), linear_int8(x, q, scales))
     with pytest.raises(ValueError, match="checksum"):
-        ops.Int8(packed).validate()
+        weight.validate()
 
 
 def test_a_saturating_product_would_be_noticed():

@@ -87,6 +87,8 @@ class PackedModule(nn.Module):
     ``to(dtype)`` did: the packed weight and the bias are not affected by them. Autocast does not change the
     computation either: the input is taken as it comes.
 
+    The kernels rely on what is in ``packed``: it is checked wherever it enters, and not to be written to.
+
     Several threads may call one module at once.
 
     Attributes
@@ -208,6 +210,9 @@ class PackedModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._align()
+        packed = self._buffers["packed"]
+        if type(packed) is Tensor and packed.device.type == "cpu":
+            self.packed_weight()  # checks the buffer: it may come from a file
 
     def _load_from_state_dict(
         self,
@@ -247,7 +252,6 @@ class PackedModule(nn.Module):
             return known  # type: ignore[no-any-return]
         new = packed.detach().clone(memory_format=torch.contiguous_format)
         weight = FORMATS[self.format].weight(new)
-        weight.validate()
         mine = self.packed_weight()
         if weight.shape != mine.shape or weight.groups != mine.groups:
             raise ValueError(

@@ -142,7 +142,7 @@ class Conv2d(PackedModule):
 
         Raises
         ------
-        RuntimeError : grad mode is on and the input requires a gradient.
+        RuntimeError : grad mode is on and the input, or the bias, requires a gradient.
         TypeError, ValueError : dtype, device or shape of the input.
         """
         x = input
@@ -153,7 +153,8 @@ class Conv2d(PackedModule):
         if not traced:
             if x.layout is not _strided:
                 raise TypeError(f"x: expected a strided (dense) tensor, got layout {x.layout}")
-            if x.requires_grad and _grad_enabled():
+            bias = self._buffers["bias"]
+            if (x.requires_grad or (bias is not None and bias.requires_grad)) and _grad_enabled():
                 raise grad_error("pared.nn.Conv2d")
             if x.ndim not in (3, 4):
                 raise ValueError(f"x: expected [N, C, H, W] or [C, H, W], got shape {list(x.shape)}")

@@ -80,7 +80,7 @@ class Linear(PackedModule):
 
         Raises
         ------
-        RuntimeError : grad mode is on and the input requires a gradient.
+        RuntimeError : grad mode is on and the input, or the bias, requires a gradient.
         TypeError, ValueError : dtype, device or shape of the input.
         """
         x = input
@@ -90,12 +90,13 @@ class Linear(PackedModule):
             return self._traced(x)
         if x.layout is not _strided:
             raise TypeError(f"x: expected a strided (dense) tensor, got layout {x.layout}")
-        if x.requires_grad and _grad_enabled():
+        bias = buffers["bias"]
+        if (x.requires_grad or (bias is not None and bias.requires_grad)) and _grad_enabled():
             raise grad_error("pared.nn.Linear")
         if not x.is_contiguous():
             x = foldable(x)
         out = x.new_empty((*x.shape[:-1], self.out_features))
-        _KERNELS[self.format](x, buffers["packed"], buffers["bias"], out, self._act)
+        _KERNELS[self.format](x, buffers["packed"], bias, out, self._act)
         return out
 
     def _traced(self, x: Any) -> Tensor:

@@ -4,7 +4,8 @@ In eager mode the modules of `pared.nn` call the extension directly: a call thro
 more.
 
 A packed weight is one 64-byte-aligned uint8 tensor with a checked header, so an exported program that meets a
-build of another version, or a buffer that is not a packed weight, fails with a clear ``ValueError``.
+build of another version, or a buffer that is not a packed weight, fails with a clear ``ValueError``. What is
+behind the header is checked when a tensor is first seen, and again when it has been written to since.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from pared.ops._formats import format_of
+from pared.ops._formats import Format, format_of
 
 __all__ = ["aligned", "conv2d_op", "empty_images", "foldable", "grad_error", "images", "linear_op"]
 
@@ -44,6 +46,24 @@ def grad_error(what: str) -> RuntimeError:
     )
 
 
+# Weights that have been checked as a whole -> what they were then, and their format. Entries end with their
+# tensor: one that is later made in the same memory is checked again.
+_seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _checked(packed: Tensor) -> tuple[Tensor, Format]:
+    """`packed`, aligned, and its format, every invariant of it checked; raises ``ValueError``."""
+    # Inference tensors do not count what is written to them.
+    version = -1 if packed.is_inference() else packed._version
+    stamp = (packed.data_ptr(), packed.numel(), version)
+    known = _seen.get(packed)  # type: ignore[no-untyped-call]
+    if known is None or known[0] != stamp:
+        known = stamp, format_of(packed)
+        known[1].weight(aligned(packed))
+        _seen[packed] = known
+    return aligned(packed), known[1]
+
+
 def _define(schema: str, cpu: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
     """Register an operator: its CPU kernel, its shape function, an autograd kernel that refuses gradients."""
     name = _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
@@ -63,11 +83,11 @@ def _define(schema: str, cpu: Callable[..., Tensor], fake: Callable[..., Tensor]
 
 
 def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, activation: str) -> Tensor:
-    kernel = format_of(packed).linear
-    if kernel is None:
-        raise ValueError(f"packed: expected a format with a linear kernel, got {format_of(packed).name}")
+    weight, format = _checked(packed)
+    if format.linear is None:
+        raise ValueError(f"packed: expected a format with a linear kernel, got {format.name}")
     out = x.new_empty((*x.shape[:-1], out_features))
-    kernel(foldable(x), aligned(packed), bias, out, activation)
+    format.linear(foldable(x), weight, bias, out, activation)
     return out
 
 
@@ -116,13 +136,13 @@ def _conv2d(
     dilation: list[int],
     activation: str,
 ) -> Tensor:
-    kernel = format_of(packed).conv2d
-    if kernel is None:
-        raise ValueError(f"packed: expected a format with a conv2d kernel, got {format_of(packed).name}")
+    weight, format = _checked(packed)
+    if format.conv2d is None:
+        raise ValueError(f"packed: expected a format with a conv2d kernel, got {format.name}")
     batch = x if x.ndim == 4 else x[None]
     out = _conv2d_fake(batch, packed, bias, out_channels, kernel_size, stride, padding, dilation, activation)
-    kernel(
-        images(batch), aligned(packed), bias, out, tuple(stride), tuple(padding), tuple(dilation), activation
+    format.conv2d(
+        images(batch), weight, bias, out, tuple(stride), tuple(padding), tuple(dilation), activation
     )
     return out if x.ndim == 4 else out[0]
 

@@ -42,6 +42,7 @@ def linear_chain(
     Raises
     ------
     TypeError, ValueError : naming the argument, what was expected and what came.
+    RuntimeError : grad mode is on and `x` or a bias asks for a gradient; pared's operations have none.
     """
     require_array(x, "x")
     weights = list(weights)
@@ -56,6 +57,8 @@ def linear_chain(
     if n < 2:
         raise ValueError(f"weights: expected two or more, got {n}")
     refuse_grad(x, "x")
+    for b in bias:
+        refuse_grad(b, "biases")
     out = empty_like_kind(x, (*x.shape[:-1], weights[-1].shape[0]))
     _core.linear_chain_csr(x, [w.packed for w in weights], bias, out, activation)
     return out

@@ -95,7 +95,7 @@ def conv2d(
     Raises
     ------
     TypeError, ValueError : naming the argument, what was expected and what came.
-    RuntimeError : when `x` needs a gradient; pared's operations are for inference.
+    RuntimeError : grad mode is on and `x` or `bias` asks for a gradient; pared's operations have none.
     """
     require_array(x, "x")
     if not isinstance(w, PackedWeight):
@@ -113,6 +113,7 @@ def conv2d(
     if x.ndim not in (3, 4):
         raise ValueError(f"x: expected [N, C, H, W] or [C, H, W], got shape {list(x.shape)}")
     refuse_grad(x, "x")
+    refuse_grad(bias, "bias")
     out_channels, _, kh, kw = w.shape
     strides, dilations = _pair(stride, "stride"), _pair(dilation, "dilation")
     pads = resolve_padding(padding, (kh, kw), strides, dilations)

@@ -26,6 +26,7 @@ def linear(x: Array, w: PackedWeight, bias: Array | None = None, activation: str
     Raises
     ------
     TypeError, ValueError : naming the argument, what was expected and what came.
+    RuntimeError : grad mode is on and `x` or `bias` asks for a gradient; pared's operations have none.
     """
     require_array(x, "x")
     if not isinstance(w, PackedWeight):
@@ -37,6 +38,7 @@ def linear(x: Array, w: PackedWeight, bias: Array | None = None, activation: str
     if kernel is None:
         raise ValueError(f"w: expected a format with a linear kernel, got {type(w).__name__}")
     refuse_grad(x, "x")
+    refuse_grad(bias, "bias")
     out = empty_like_kind(x, (*x.shape[:-1], w.shape[0]))
     kernel(x, w.packed, bias, out, activation or "")
     return out

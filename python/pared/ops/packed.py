@@ -21,6 +21,9 @@ class PackedWeight:
     and a `from_dense`, a line in ``pared.ops._formats.FORMATS`` and one in csrc/formats/formats.cc, which
     knows what the buffer holds.
 
+    A buffer is checked as a whole when the object is made, so that no kernel is led outside of it later: do
+    not write to it.
+
     Attributes
     ----------
     packed : uint8 array or tensor, 64-byte aligned, with a checked header.
@@ -35,6 +38,7 @@ class PackedWeight:
         info = _core.packed_info(packed)
         if info["kind"] != self.kind:
             raise ValueError(f"packed weight: expected a {self.kind} buffer, got a {info['kind']} one")
+        _core.packed_validate(packed)
         self._info = info
         self.packed = packed
 

@@ -27,7 +27,8 @@ from torch import nn
 
 from pared import ops
 from pared._inputs import Example, compare, examples, leaves, run, tolerance
-from pared._sparsity import copy_model, weight_format
+from pared._sparsity import weight_format
+from pared._surgery import copy_model
 from pared.pruning import oneshot
 from pared.pruning.calibration import _CONVOLUTIONS, LossFn, batches, forward, frozen
 from pared.pruning.criteria import OutputWeight

@@ -1,0 +1,109 @@
+"""A packed buffer that somebody writes to behind pared's back: wrong numbers or an error, no read outside.
+
+What is outside is for the address sanitizer to see (make sanitize); here nothing may crash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from packed_check import aligned_copy, header
+
+from pared import _core, ops
+
+FORMATS = [ops.CSR, ops.BSR, ops.Dense]
+
+
+def sections(packed: np.ndarray) -> dict[str, np.ndarray]:
+    """Views of what is behind the header."""
+    h = header(packed)
+    at = {name: int(h[f"{name}_at"]) for name in ("starts", "counts", "values", "offsets")}
+    return {
+        "starts": packed[at["starts"] : at["counts"]].view(np.uint32),
+        "counts": packed[at["counts"] : at["values"]],
+        "offsets": packed[at["offsets"] :].view(np.uint16),
+    }
+
+
+def corrupted(rng, good: np.ndarray) -> np.ndarray:
+    """A copy with some of its structure overwritten; the memory ends with the buffer."""
+    packed = aligned_copy(good)
+    for name, section in sections(packed).items():
+        if rng.random() < 0.3:
+            continue
+        kind = rng.integers(4)
+        where = rng.integers(0, section.size, section.size if kind == 0 else 3)
+        top = np.iinfo(section.dtype).max
+        value = rng.integers(0, top, where.size, endpoint=True) if kind < 2 else top if kind == 2 else 0
+        # Kernels load whole aligned vectors: an offset that no packer writes may fault, not read elsewhere.
+        section[where] = np.asarray(value) & (top - 511 if name == "offsets" else top)
+    return packed
+
+
+def runs(kernel: Callable[..., None], *args: object) -> bool:
+    """Whether the call came through; the only error allowed is that of the check in the loop."""
+    try:
+        kernel(*args)
+    except ValueError as e:
+        if "packed weight: expected entries inside the buffer" not in str(e):
+            raise
+        return False
+    return True
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("density", [0.05, 0.5])
+def test_linear(isa, rng, format, density):
+    w = rng.standard_normal((37, 300)).astype(np.float32)
+    w[rng.random(w.shape) > density] = 0
+    good = format.from_dense(w).packed
+    refused = 0
+    for trial in range(60):
+        x = np.ones(((1, 16, 130)[trial % 3], 300), np.float32)
+        out = np.empty((len(x), 37), np.float32)
+        refused += not runs(_core.linear_csr, x, corrupted(rng, good), None, out, "")
+    assert refused > 10
+    _core.linear_csr(x, good, None, out, "")
+    np.testing.assert_allclose(out, x @ w.T, atol=1e-3)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_conv2d(isa, rng, format):
+    w = rng.standard_normal((20, 9, 3, 3)).astype(np.float32)
+    w[rng.random(w.shape) > 0.3] = 0
+    good = format.from_dense(w).packed
+    x = np.ones((1, 9, 12, 12), np.float32)
+    out = np.empty((1, 20, 12, 12), np.float32)
+    refused = 0
+    for _ in range(60):
+        packed = corrupted(rng, good)
+        refused += not runs(_core.conv2d_csr, x, packed, None, out, (1, 1), (1,) * 4, (1, 1), "")
+    assert refused > 10
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_one_entry_too_many_is_noticed(isa, rng, format):
+    """The end of the buffer exactly: the last slot that has entries says one more than there are."""
+    good = format.from_dense(rng.standard_normal((16, 40)).astype(np.float32)).packed
+    packed = aligned_copy(good)
+    h = header(packed)
+    counts = sections(packed)["counts"][: 16 // int(h["entry_rows"])]
+    x, out = np.ones((3, 40), np.float32), np.empty((3, 16), np.float32)
+    counts[-1] += 1
+    with pytest.raises(ValueError, match="expected entries inside the buffer"):
+        _core.linear_csr(x, packed, None, out, "")
+    counts[-1] -= 1
+    _core.linear_csr(x, packed, None, out, "")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_objects_are_made_of_whole_buffers_alone(rng, format):
+    good = format.from_dense(rng.standard_normal((16, 40)).astype(np.float32)).packed
+    for _ in range(20):
+        packed = corrupted(rng, good)
+        if np.array_equal(packed, good):
+            continue
+        with pytest.raises(ValueError, match="packed weight: "):
+            format(packed)
