@@ -54,6 +54,7 @@ def set_times(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str, PackedMod
         return before
 
     monkeypatch.setattr(acc, "_time_layer", time_layer)
+    monkeypatch.setattr(acc, "_time_hand_over", lambda layers, calls: 0.0)
 
 
 def fused_is_faster(name: str, module: PackedModule | None) -> float:

@@ -8,6 +8,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -966,3 +967,72 @@ def test_threads_share_an_accelerated_model() -> None:
 def test_progress_bar(capfd: pytest.CaptureFixture[str]) -> None:
     pared.accelerate(mlp(), torch.randn(2, 16), progress=True)
     assert "pared" in capfd.readouterr().err
+
+
+# ---- hand-over between layers
+
+
+class WithDropout(nn.Module):
+    """The feed-forward part of a transformer, in a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.last = sparse_linear(32, 64), sparse_linear(64, 32), sparse_linear(32, 8)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(self.dropout(nn.functional.relu(self.up(x))))
+        return self.last(x + y)
+
+
+def always_hand_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_times(monkeypatch, fused_is_faster)
+    monkeypatch.setattr(acc, "_time_hand_over", lambda layers, calls: 2.0)
+
+
+def test_layers_in_a_row_hand_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    always_hand_over(monkeypatch)
+    model = nn.Sequential(
+        sparse_linear(32, 64), nn.ReLU(), nn.Dropout(), sparse_linear(64, 48), sparse_linear(48, 8)
+    ).eval()
+    x = torch.randn(70, 32)
+    fast = pared.accelerate(model, x, min_speedup=0)
+    assert fast[0]._handed == (fast[3], fast[4])
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+    rows = {r.name: r.reason for r in pared.report(fast).layers}
+    assert "hands over to 3, 4: 2.00x" in rows["0"]
+    assert "computed with 0" in rows["4"]
+    pared.save(fast, tmp_path / "fast.pared")
+    loaded = pared.load(tmp_path / "fast.pared", model)
+    assert loaded[0]._handed == (loaded[3], loaded[4])
+    assert torch.equal(loaded(x), fast(x))
+    with torch.no_grad():
+        assert torch.equal(pared.restore(fast)(x), model(x))
+
+
+def test_no_hand_over_where_the_output_is_used_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    always_hand_over(monkeypatch)
+    model = WithDropout().eval()
+    x = torch.randn(70, 32)
+    fast = pared.accelerate(model, x, min_speedup=0)
+    assert not any(m._handed for m in fast.modules() if isinstance(m, Linear))
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+
+
+def test_no_hand_over_without_fusion_or_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    always_hand_over(monkeypatch)
+    model = nn.Sequential(sparse_linear(32, 64), sparse_linear(64, 48)).eval()
+    assert pared.accelerate(model, torch.randn(8, 32), min_speedup=0, fuse=False)[0]._handed == ()
+    monkeypatch.setattr(acc, "_time_hand_over", lambda layers, calls: 1.0)
+    assert pared.accelerate(model, torch.randn(8, 32), min_speedup=0)[0]._handed == ()
+
+
+def test_the_gain_of_a_hand_over_is_really_timed() -> None:
+    layers = [
+        Linear.from_module(sparse_linear(32, 64)),
+        Linear.from_module(sparse_linear(64, 8)),
+    ]
+    calls = {acc.Signature((5, 32), (32, 1), torch.float32): 2}
+    assert acc._time_hand_over(layers, calls) > 0

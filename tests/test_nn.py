@@ -509,3 +509,64 @@ def test_conv_repr_attributes_and_errors() -> None:
     other = Conv2d.from_module(sparse_conv(3, 12, 3, groups=1))
     with pytest.raises(RuntimeError, match="in 2 group"):
         module.load_state_dict(other.state_dict())
+
+
+# ---- layers that hand their panel over
+
+
+def handed_pair(seed: int = 0) -> tuple[Linear, Linear]:
+    first = Linear.from_module(sparse_linear(24, 40, seed=seed), activation="relu")
+    second = Linear.from_module(sparse_linear(40, 24, seed=seed + 1))
+    return first, second
+
+
+def test_a_layer_computes_its_followers_and_they_pass_it_on():
+    first, second = handed_pair()
+    x = torch.randn(5, 24)
+    expected = second(first(x))
+    first.hand_to(second)
+    y = first(x)
+    torch.testing.assert_close(y, expected)
+    assert second(y) is y
+    # The mark is gone: the same tensor is an input like any other now, and so is any that is not from there.
+    other = torch.randn(5, 40)
+    torch.testing.assert_close(second(other), handed_pair()[1](other))
+    assert list(nn.Sequential(first, second).state_dict()) == ["0.packed", "0.bias", "1.packed", "1.bias"]
+    first.hand_to()
+    torch.testing.assert_close(second(first(x)), expected)
+    assert first(x).shape == (5, 40)
+
+
+def test_copies_and_pickles_of_handed_layers_refer_to_each_other():
+    first, second = handed_pair()
+    model = nn.Sequential(first, second)
+    x = torch.randn(5, 24)
+    expected = model(x)
+    first.hand_to(second)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin[0]._handed == (twin[1],)
+        assert twin[1]._fed_by is twin[0]
+        torch.testing.assert_close(twin(x), expected)
+
+
+def test_handed_layers_compute_one_by_one_where_they_are_traced():
+    first, second = handed_pair()
+    model = nn.Sequential(first, second)
+    first.hand_to(second)
+    x = torch.randn(5, 24)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), model(x))
+
+
+def test_what_cannot_be_handed_over_is_refused():
+    first, second = handed_pair()
+    with pytest.raises(TypeError, match="followers: expected Linear layers with csr"):
+        first.hand_to(nn.Linear(40, 3))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="followers: expected a layer of 40 inputs"):
+        first.hand_to(first)
+    quantized = Linear.from_module(sparse_linear(40, 24), format="int8")
+    with pytest.raises(TypeError, match="followers: expected Linear layers with csr"):
+        first.hand_to(quantized)
+    first.hand_to(second)
+    with pytest.raises(ValueError, match="followers: expected a layer of"):
+        handed_pair()[1].hand_to(first)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import IO, Any, cast
 
 import torch
@@ -28,9 +29,10 @@ from pared._surgery import (
     tied_parameters,
 )
 from pared._timing import interleave
-from pared.nn import RULES, DenseWeightError, FoldedBatchNorm2d, Fused, PackedModule
+from pared.nn import RULES, DenseWeightError, FoldedBatchNorm2d, Fused, Linear, PackedModule
 from pared.nn._base import pack
 from pared.ops._formats import FORMATS
+from pared.ops.chain import chainable, linear_chain
 from pared.ops.packed import PackedWeight
 from pared.quant.weights import quantized as quantized_weight
 
@@ -46,6 +48,8 @@ _RECORD_BYTES = 512 << 20
 # Of the largest output, where max_error is not given: what 8 bits may change.
 _BUDGET = {"int8": 0.1, "auto": 0.02}
 _LAYER_SECONDS = 0.15
+# Layers are computed together when that is so many times faster.
+_HAND_OVER = 1.02
 _MODEL_SECONDS = 1.0
 
 
@@ -95,6 +99,7 @@ class Candidate:
     calls: dict[Signature, int] = field(default_factory=dict)
     samples: dict[Signature, Tensor] = field(default_factory=dict)
     steps: list[tuple[str, nn.Module]] = field(default_factory=list)  # what may be fused behind it
+    successor: str | None = None  # the layer that alone takes what comes out of the last step
     chosen: PackedModule | None = None
     fused: int = 0  # steps that `chosen` computes
     variant: Variant | None = None  # what `chosen` is
@@ -171,7 +176,8 @@ def accelerate(
         once, where torch packs on every call), ``"bitmap"`` (few tokens) and ``"bitmap+csr"`` (both, by the
         tokens of a call), with 8 bits also ``"int8"`` and ``"bitmap8"``; None: all that suit a layer's zeros
         and calls.
-    fuse : fuse activations, and fold batch normalisation into convolutions.
+    fuse : fuse activations, fold batch normalisation into convolutions, and let linear layers that follow
+        each other keep the kernels' own layout between them.
     progress : show a progress bar; None: when the work takes more than two seconds and stderr is a terminal.
 
     Returns
@@ -217,6 +223,8 @@ def accelerate(
         fast = _race(
             dense, fast, inputs, reference, candidates, report, max_error, min(_NEVER_SLOWER, min_speedup)
         )
+        if fuse:
+            _hand_over(fast, inputs, reference, candidates, report)
         report.layers = [c.row for c in candidates]
         report.memory_after, report.disk_after = _memory(fast), _disk(fast)
         advance("done", 1.0)
@@ -334,6 +342,7 @@ def _record(model: nn.Module, inputs: list[Example], candidates: list[Candidate]
         proposed = fusions.get(id(c.module))
         if proposed is not None and proposed.settle():
             c.steps = [(s.name, s.module) for s in proposed.steps]
+            c.successor = proposed.successor.name if proposed.successor else None
         c.row.calls = sum(c.calls.values())
         c.row.inputs = [list(s.shape) for s in c.calls]
 
@@ -768,6 +777,78 @@ def _race(
     report.dense = report.fast = None
     report.speedup = 1.0
     return fast
+
+
+def _hand_over(
+    fast: nn.Module,
+    inputs: list[Example],
+    reference: list[Any],
+    candidates: list[Candidate],
+    report: Report,
+) -> None:
+    """Let layers that follow each other keep the panel between them, where that is measurably faster."""
+    by_name = {c.name: c for c in candidates}
+    taken: set[str] = set()
+    heads: list[Linear] = []
+    rows = {c.name: c.row.reason for c in candidates}
+    for c in candidates:
+        if c.name in taken:
+            continue
+        run = [c]
+        while (after := _successor(run[-1], by_name)) is not None and after.name not in taken:
+            run.append(after)
+            taken.add(after.name)
+        if len(run) < 2:
+            continue
+        taken.add(c.name)
+        layers = [cast(Linear, r.chosen) for r in run]
+        gain = _time_hand_over(layers, c.calls)
+        if gain < _HAND_OVER:
+            continue
+        layers[0].hand_to(*layers[1:])
+        heads.append(layers[0])
+        c.row.reason += f"; hands over to {', '.join(r.name for r in run[1:])}: {gain:.2f}x"
+        for r in run[1:]:
+            r.row.reason += f"; computed with {c.name}"
+    if heads and _compare_all(fast, inputs, reference).relative > report.tolerance:
+        for head in heads:
+            head.hand_to()
+        for c in candidates:
+            c.row.reason = rows[c.name]
+
+
+def _successor(c: Candidate, by_name: dict[str, Candidate]) -> Candidate | None:
+    """The layer that may take the panel of `c`."""
+    after = None if c.successor is None else by_name.get(c.successor)
+    fits = after is not None and c.fused == len(c.steps) and len(c.names) == len(after.names) == 1
+    both = (c.chosen, after.chosen) if after is not None and fits else ()
+    return (
+        after if both and all(isinstance(m, Linear) and chainable(m.packed_weight()) for m in both) else None
+    )
+
+
+def _time_hand_over(layers: list[Linear], calls: dict[Signature, int]) -> float:
+    """How many times faster one call is than a call a layer, over all the calls of the first."""
+    weights, biases = [m.packed_weight() for m in layers], [m.bias for m in layers]
+    activations = [m.activation for m in layers]
+
+    def apart(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    def handed(x: Tensor) -> object:
+        return linear_chain(x, weights, biases, activations)
+
+    work: dict[str, Callable[[], object]] = {}
+    for i, s in enumerate(calls):
+        x = _timing_input(s)
+        work[f"apart {i}"], work[f"handed {i}"] = partial(apart, x), partial(handed, x)
+    t = interleave(work, budget=_LAYER_SECONDS, min_rounds=5, max_rounds=200, precision=0.01)
+    before, after = (
+        sum(n * t.median(f"{way} {i}") for i, n in enumerate(calls.values())) for way in ("apart", "handed")
+    )
+    return before / after
 
 
 def _pass(model: nn.Module, inputs: list[Example]) -> Callable[[], None]:

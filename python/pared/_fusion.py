@@ -20,9 +20,10 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from pared._surgery import module_names, shared_copy
+from pared.nn import Fused
 from pared.nn._fold import can_fold
 
-__all__ = ["Fusion", "Step", "activation_of", "find_fusions"]
+__all__ = ["Fusion", "Step", "activation_of", "find_fusions", "leads_to"]
 
 _REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
@@ -100,20 +101,30 @@ class Fusion:
     Attributes
     ----------
     steps : the modules behind the layer, in order.
+    successor : the layer that alone takes what comes out of the last step.
     """
 
     layer: nn.Module
     steps: list[Step] = field(default_factory=list)
+    successor: Step | None = None
 
     def watch(self) -> list[RemovableHandle]:
         """Hooks for the time in which the example inputs run."""
+        steps = [*self.steps, *([self.successor] if self.successor else [])]
         modules = [self.layer, *(s.module for s in self.steps)]
-        return [h for before, s in zip(modules, self.steps, strict=False) for h in s.watch(before)]
+        return [h for before, s in zip(modules, steps, strict=False) for h in s.watch(before)]
 
     def settle(self) -> bool:
-        """Keep the steps that every call confirmed; whether there are any."""
+        """Keep the steps that every call confirmed; whether there are any, or a successor."""
+        proposed = len(self.steps)
         self.steps = list(itertools.takewhile(Step.confirmed, self.steps))
-        return bool(self.steps)
+        if self.successor and not (self.successor.confirmed() and len(self.steps) == proposed):
+            self.successor = None
+        return bool(self.steps or self.successor)
+
+
+# In eval mode they return the very tensor that they are given.
+_PASSING = (nn.Dropout, nn.Identity, Fused)
 
 
 def find_fusions(model: nn.Module, layers: set[int], norms: bool = True) -> dict[int, Fusion]:
@@ -122,18 +133,7 @@ def find_fusions(model: nn.Module, layers: set[int], norms: bool = True) -> dict
     `norms`: batch normalisations too. All modules concerned occur once in the model and carry no hooks, which
     would see other values.
     """
-    names = module_names(model)
-    modules = dict(model.named_modules())
-    single = {
-        name
-        for name, m in modules.items()
-        if len(names[id(m)]) == 1 and not (m._forward_hooks or m._forward_pre_hooks)
-    }
-    following: dict[str, str] = {}
-    for prefix, name, follower in _followers(model):
-        a, b = (f"{prefix}.{n}" if prefix else n for n in (name, follower))
-        if a in single and b in single:
-            following[a] = b
+    modules, following = dict(model.named_modules()), _following(model)
     found: dict[int, Fusion] = {}
     for name, layer in modules.items():
         if id(layer) not in layers:
@@ -145,9 +145,39 @@ def find_fusions(model: nn.Module, layers: set[int], norms: bool = True) -> dict
             after = following.get(after)
         if after is not None and activation_of(modules[after]) is not None:
             steps.append(Step(after, modules[after]))
-        if steps:
-            found[id(layer)] = Fusion(layer, steps)
+        after = _next(modules, following, steps[-1].name if steps else name)
+        successor = Step(after, modules[after]) if after and id(modules[after]) in layers else None
+        if steps or successor:
+            found[id(layer)] = Fusion(layer, steps, successor)
     return found
+
+
+def leads_to(model: nn.Module, name: str, successor: str) -> bool:
+    """Whether the structure says that the output of one module goes into the other and nowhere else."""
+    return _next(dict(model.named_modules()), _following(model), name) == successor
+
+
+def _next(modules: dict[str, nn.Module], following: dict[str, str], name: str) -> str | None:
+    after = following.get(name)
+    while after is not None and type(modules[after]) in _PASSING:
+        after = following.get(after)
+    return after
+
+
+def _following(model: nn.Module) -> dict[str, str]:
+    """Name of a module -> the one that alone takes its output; both occur once, and carry no hooks."""
+    names = module_names(model)
+    single = {
+        name
+        for name, m in model.named_modules()
+        if len(names[id(m)]) == 1 and not (m._forward_hooks or m._forward_pre_hooks)
+    }
+    following: dict[str, str] = {}
+    for prefix, name, follower in _followers(model):
+        a, b = (f"{prefix}.{n}" if prefix else n for n in (name, follower))
+        if a in single and b in single:
+            following[a] = b
+    return following
 
 
 def _followers(model: nn.Module) -> Iterator[tuple[str, str, str]]:

@@ -36,11 +36,11 @@ from pared._format import (
     require,
     shorten,
 )
-from pared._fusion import activation_of
+from pared._fusion import activation_of, leads_to
 from pared._report import _ATTRIBUTE, Report
 from pared._sparsity import bake
 from pared._surgery import adopt_hooks, copy_model, module_names, replace
-from pared.nn import RULES, FoldedBatchNorm2d, Fused, PackedModule
+from pared.nn import RULES, FoldedBatchNorm2d, Fused, Linear, PackedModule
 from pared.nn._base import ACTIVATIONS
 from pared.nn._fold import can_fold
 from pared.ops._formats import FORMATS
@@ -136,6 +136,8 @@ def load(path: Path, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> 
         module = _fill(module, slots, reader, about.ties, layers)
     for name in about.fused:
         module = replace(module, [name], Fused(module.get_submodule(name)))
+    for name, followers in about.handed.items():
+        _hand_over(module, name, followers)
     _check_complete(module)
     if about.report is not None:
         setattr(module, _ATTRIBUTE, about.report)
@@ -208,6 +210,19 @@ def _identity(tensor: torch.Tensor) -> object:
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
+def _hand_over(model: torch.nn.Module, name: str, followers: list[str]) -> None:
+    modules = dict(model.named_modules())
+    layers = [modules.get(n) for n in (name, *followers)]
+    head = layers[0]
+    ways = zip([name, *followers], followers, strict=False)
+    if not (followers and isinstance(head, Linear) and all(leads_to(model, a, b) for a, b in ways)):
+        refuse(f"file: handed: expected linear layers that follow each other, got {[name, *followers]}")
+    try:
+        head.hand_to(*cast(list[Linear], layers[1:]))
+    except (TypeError, ValueError) as e:
+        refuse(f"file: handed: layer {shorten(name)}: {e}")
+
+
 def _collect(model: torch.nn.Module, writer: Writer) -> dict[str, Any]:
     """Give the writer every tensor once; returns the metadata that goes with them."""
     for prefix, module in model.named_modules():
@@ -232,8 +247,20 @@ def _collect(model: torch.nn.Module, writer: Writer) -> dict[str, Any]:
             for name, module in model.named_modules(remove_duplicate=False)
             if isinstance(module, Fused)
         },
+        "handed": _collect_handed(model),
         "ties": ties,
         "report": dataclasses.asdict(report) if report else None,
+    }
+
+
+def _collect_handed(model: torch.nn.Module) -> dict[str, list[str]]:
+    """Name of a linear layer that computes others as well -> their names."""
+    modules = list(model.named_modules())
+    names = {id(m): name for name, m in modules}
+    return {
+        name: [names[id(f)] for f in m._handed]
+        for name, m in modules
+        if isinstance(m, Linear) and m._handed and all(id(f) in names for f in m._handed)
     }
 
 
@@ -318,6 +345,7 @@ class _About:
     pared: str
     layers: dict[str, _Layer]
     fused: dict[str, str]
+    handed: dict[str, list[str]]
     ties: dict[str, str]
     report: Report | None
 

@@ -9,13 +9,16 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from typing_extensions import Self
 
+from pared import _core
 from pared.nn._base import PackedModule, pack
 from pared.ops._formats import FORMATS
 from pared.ops._library import foldable, grad_error, linear_op
+from pared.ops.chain import chainable
 from pared.ops.packed import PackedWeight
 
 _KERNELS = {f.name: f.linear for f in FORMATS.values() if f.linear is not None}
 _strided = torch.strided
+_DONE = "_pared_chain"  # attribute of a tensor: the layer that computed it, its followers included
 _grad_enabled = torch.is_grad_enabled
 _mode_depth = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._is_tracing
@@ -38,6 +41,9 @@ class Linear(PackedModule):
     """
 
     plain = nn.Linear
+    # Layers that this one computes as well (see `hand_to`), and the one that computes this layer.
+    _handed: tuple[Linear, ...] = ()
+    _fed_by: Linear | None = None
 
     def __init__(
         self, weight: PackedWeight, bias: Tensor | None = None, activation: str | None = None
@@ -84,6 +90,9 @@ class Linear(PackedModule):
         TypeError, ValueError : dtype, device or shape of the input.
         """
         x = input
+        head = self._fed_by
+        if head is not None and type(x) is Tensor and head._has_computed(x, self):
+            return x
         buffers = self._buffers
         # A tracer has to see an operator; the dispatcher costs eager calls 6 us.
         if is_compiling() or type(x) is not Tensor or _mode_depth() or _tracing():
@@ -95,8 +104,61 @@ class Linear(PackedModule):
             raise grad_error("pared.nn.Linear")
         if not x.is_contiguous():
             x = foldable(x)
+        if self._handed:
+            return self._chain(x)
         out = x.new_empty((*x.shape[:-1], self.out_features))
         _KERNELS[self.format](x, buffers["packed"], bias, out, self._act)
+        return out
+
+    def hand_to(self, *followers: Linear) -> None:
+        """Compute these layers as well, each from the one before, in one call (`pared.ops.linear_chain`).
+
+        For a model in which what comes out of this layer goes into the first of them and nowhere else, and so
+        on: this layer then returns the last one's output, and they pass it on as it is. They compute as usual
+        for any other input, and all do where the model is traced or compiled. No followers: take it back.
+
+        Raises
+        ------
+        TypeError, ValueError : a layer that `linear_chain` does not take, or that does not fit the last.
+        """
+        before: Linear = self
+        for f in followers:
+            if not isinstance(f, Linear) or not chainable(f.packed_weight()):
+                raise TypeError(f"followers: expected Linear layers with csr, bsr or dense weights, got {f}")
+            if f is self or f._handed or f.in_features != before.out_features:
+                raise ValueError(f"followers: expected a layer of {before.out_features} inputs, got {f}")
+            before = f
+        if followers and not chainable(self.packed_weight()):
+            raise TypeError(f"hand_to: expected a layer with csr, bsr or dense weights, got {self}")
+        for f in self._handed:
+            f._refer("_fed_by", None)
+        self._refer("_handed", followers)
+        for f in followers:
+            f._refer("_fed_by", self)
+
+    def _refer(self, name: str, value: Any) -> None:
+        # Past nn.Module's own registration: layers of the model that are elsewhere in its tree.
+        object.__setattr__(self, name, value)
+
+    def _has_computed(self, x: Tensor, follower: Linear) -> bool:
+        """Whether `x` is what this layer made for its followers; the last of them takes the mark off."""
+        if x.__dict__.get(_DONE) is not self:
+            return False
+        if self._handed[-1] is follower:
+            del x.__dict__[_DONE]
+        return True
+
+    def _chain(self, x: Tensor) -> Tensor:
+        layers = (self, *self._handed)
+        out = x.new_empty((*x.shape[:-1], layers[-1].out_features))
+        _core.linear_chain_csr(
+            x,
+            [m._buffers["packed"] for m in layers],
+            [m._buffers["bias"] for m in layers],
+            out,
+            [m._act for m in layers],
+        )
+        out.__dict__[_DONE] = self
         return out
 
     def _traced(self, x: Any) -> Tensor:
