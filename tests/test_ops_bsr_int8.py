@@ -135,6 +135,16 @@ def test_errors(rng):
         _core.linear_bsr8(w, ops.CSR.from_dense(w).packed, None, w.copy())
 
 
+def test_a_weight_of_the_other_operation_is_refused():
+    conv = ops.BSRInt8.from_dense(np.ones((4, 3, 2, 2), np.float32)).packed
+    with pytest.raises(ValueError, match="packed: expected a linear weight, got a convolution's"):
+        _core.linear_bsr8(np.ones((2, 12), np.float32), conv, None, np.ones((2, 4), np.float32))
+    linear = ops.BSRInt8.from_dense(np.ones((4, 12), np.float32)).packed
+    x, y = np.ones((1, 12, 1, 1), np.float32), np.ones((1, 4, 1, 1), np.float32)
+    with pytest.raises(ValueError, match="packed: expected a convolution weight, got a linear one"):
+        _core.conv2d_bsr8(x, linear, None, y, (1, 1), (0, 0, 0, 0), (1, 1))
+
+
 @pytest.mark.parametrize("block", [(1, 4), (4, 4)])
 def test_every_flipped_byte_is_caught(rng, block):
     packed = ops.BSRInt8.from_dense(blocks(rng, 9, 20, *block, 0.5), block=block)

@@ -70,6 +70,7 @@ void register_bsr8(py::module_& m) {
       [](py::handle x, py::handle packed, py::handle bias, py::handle out, const std::string& activation) {
         const Array ap = parse_array(packed, "packed");
         const Bsr8Packed w = packed_bsr8(ap);
+        PARED_CHECK(w.panel.header->kh == 0, "packed: expected a linear weight, got a convolution's");
         const LinearArgs args = parse_linear(x, ap, *w.panel.header, bias, out, activation);
         py::gil_scoped_release unlocked;
         linear_bsr8(args, w);

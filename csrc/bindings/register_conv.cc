@@ -8,6 +8,7 @@
 #include "bindings/weights.h"
 #include "core/check.h"
 #include "ops/conv.h"
+#include "ops/conv_bsr8.h"
 #include "ref/conv.h"
 
 namespace pared {
@@ -71,6 +72,50 @@ ImageLayout layout_of(const Array& x, const Array& y) {
   return ImageLayout::nchw;
 }
 
+// The arguments of a convolution with the weight `packed`, which has header `h`; checks them against each
+// other. No images where there is nothing to compute. The views borrow.
+ConvArgs parse_conv(py::handle x, const Array& packed, const PackedHeader& h, py::handle bias, py::handle out,
+                    const Pair& stride, const Padding& padding, const Pair& dilation,
+                    const std::string& activation) {
+  const Array ax = parse_array(x, "x"), ay = parse_array(out, "out");
+  PARED_CHECK(h.kh > 0, "packed: expected a convolution weight, got a linear one");
+  require_dtype(ax, kFloatTypes);
+  require_dtype(ay, {ax.dtype});
+  require_writable(ay);
+  require_shape(ax, {-1, static_cast<int64_t>(h.channels) * h.groups, -1, -1});
+  const Frame frame = output_frame(ax.shape[2], ax.shape[3], h.kh, h.kw, stride, padding, dilation);
+  require_shape(ay, {ax.shape[0], h.rows, frame.out_h, frame.out_w});
+  require_disjoint(ay, ax);
+  require_disjoint(ay, packed);
+  ConvArgs args{};
+  args.x = ax.data;
+  args.dtype = ax.dtype;
+  args.images = ax.shape[0];
+  args.channels = ax.shape[1];
+  args.height = ax.shape[2];
+  args.width = ax.shape[3];
+  args.stride_h = stride[0];
+  args.stride_w = stride[1];
+  args.pad_top = padding[0];
+  args.pad_left = padding[2];
+  args.dilation_h = dilation[0];
+  args.dilation_w = dilation[1];
+  args.out_h = frame.out_h;
+  args.out_w = frame.out_w;
+  args.activation = parse_activation(activation);
+  args.y = ay.data;
+  args.bias = parse_bias(bias, h.rows, ay);
+  if (ay.size() == 0) {
+    args.images = 0;
+    return args;
+  }
+  args.layout = layout_of(ax, ay);
+  args.image_stride = ax.strides[0];
+  args.channel_stride = ax.strides[1];
+  args.pixel_stride = nhwc_pixel_stride(ax);
+  return args;
+}
+
 }  // namespace
 
 void register_conv(py::module_& m) {
@@ -88,45 +133,25 @@ void register_conv(py::module_& m) {
       "conv2d_csr",
       [](py::handle x, py::handle packed, py::handle bias, py::handle out, const Pair& stride,
          const Padding& padding, const Pair& dilation, const std::string& activation) {
-        const Array ax = parse_array(x, "x"), ap = parse_array(packed, "packed"),
-                    ay = parse_array(out, "out");
+        const Array ap = parse_array(packed, "packed");
         const CsrPacked w = packed_csr(ap);
-        const PackedHeader& h = *w.header;
-        PARED_CHECK(h.kh > 0, "packed: expected a convolution weight, got a linear one");
-        require_dtype(ax, kFloatTypes);
-        require_dtype(ay, {ax.dtype});
-        require_writable(ay);
-        require_shape(ax, {-1, static_cast<int64_t>(h.channels) * h.groups, -1, -1});
-        const Frame frame = output_frame(ax.shape[2], ax.shape[3], h.kh, h.kw, stride, padding, dilation);
-        require_shape(ay, {ax.shape[0], h.rows, frame.out_h, frame.out_w});
-        require_disjoint(ay, ax);
-        require_disjoint(ay, ap);
-        ConvArgs args{};
-        args.x = ax.data;
-        args.dtype = ax.dtype;
-        args.images = ax.shape[0];
-        args.channels = ax.shape[1];
-        args.height = ax.shape[2];
-        args.width = ax.shape[3];
-        args.stride_h = stride[0];
-        args.stride_w = stride[1];
-        args.pad_top = padding[0];
-        args.pad_left = padding[2];
-        args.dilation_h = dilation[0];
-        args.dilation_w = dilation[1];
-        args.out_h = frame.out_h;
-        args.out_w = frame.out_w;
-        args.activation = parse_activation(activation);
-        args.y = ay.data;
-        args.bias = parse_bias(bias, h.rows, ay);
-        if (ay.size() == 0) return;
-        args.layout = layout_of(ax, ay);
-        args.image_stride = ax.strides[0];
-        args.channel_stride = ax.strides[1];
-        args.pixel_stride = nhwc_pixel_stride(ax);
-        // Everything is validated and owned by the caller from here on; other Python threads may run.
+        const ConvArgs args = parse_conv(x, ap, *w.header, bias, out, stride, padding, dilation, activation);
         py::gil_scoped_release unlocked;
         conv2d_csr(args, w);
+      },
+      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("stride"), py::arg("padding"),
+      py::arg("dilation"), py::arg("activation") = "");
+
+  m.def(
+      "conv2d_bsr8",
+      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const Pair& stride,
+         const Padding& padding, const Pair& dilation, const std::string& activation) {
+        const Array ap = parse_array(packed, "packed");
+        const Bsr8Packed w = view_bsr8(packed_bytes(ap), ap.size());
+        const ConvArgs args =
+            parse_conv(x, ap, *w.panel.header, bias, out, stride, padding, dilation, activation);
+        py::gil_scoped_release unlocked;
+        conv2d_bsr8(args, w);
       },
       py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("stride"), py::arg("padding"),
       py::arg("dilation"), py::arg("activation") = "");

@@ -30,12 +30,10 @@ void linear_bsr8(const LinearArgs& args, const Bsr8Packed& w) {
   const auto dequantize = kernel_for<panel_dequantize>(isa).fn;
   const auto store = kernel_for<panel_store>(isa).fn;
   const PackedHeader& h = *w.panel.header;
-  PanelKernel<int32_t>* const* micro =
-      h.entry_rows == 1 ? kernel_for<csr_panel_s8>(isa).fn : kernel_for<quad_panel_s8>(isa).fn;
   const int64_t element = dtype_size(args.dtype);
   thread_local QuantizedTile tile;
   panel_product(
-      w.panel, micro, args.tokens,
+      w.panel, word_kernels(h), args.tokens,
       [&](const PanelTile& t) {
         tile.reserve(w.panel.units);
         const int32_t cols = static_cast<int32_t>(h.cols);

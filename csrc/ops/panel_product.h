@@ -175,6 +175,12 @@ void panel_product(const PanelPacked<T>& w, PanelKernel<T>* const* micro, int64_
   });
 }
 
+// The int8 kernels of the active instruction set for a weight's entry_rows.
+inline PanelKernel<int32_t>* const* word_kernels(const PackedHeader& h) {
+  return h.entry_rows == 1 ? kernel_for<csr_panel_s8>(active_isa()).fn
+                           : kernel_for<quad_panel_s8>(active_isa()).fn;
+}
+
 // The same for float32 weights on the active instruction set, with nothing to do before a tile.
 template <class Pack, class Store>
 void csr_panel_product(const PanelPacked<float>& w, int64_t positions, const Pack& pack, const Store& store) {

@@ -105,6 +105,16 @@ def conv2d_csr(
     dilation: tuple[int, int],
     activation: str = "",
 ) -> None: ...
+def conv2d_bsr8(
+    x: Any,
+    packed: Any,
+    bias: Any,
+    out: Any,
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    activation: str = "",
+) -> None: ...
 def conv2d_reference(
     x: Any,
     weight: Any,

@@ -99,7 +99,7 @@ FORMATS: dict[str, Format] = {
             combines=("bitmap", "csr"),
         ),
         # Not known here: whether the zeros come in blocks of four inputs. Without, it is nearly dense.
-        Format("bsr8", 7, BSRInt8, _core.linear_bsr8, None, "int8", lambda d, q, n: d <= 0.7),
+        Format("bsr8", 7, BSRInt8, _core.linear_bsr8, _core.conv2d_bsr8, "int8", lambda d, q, n: d <= 0.7),
     )
 }
 

@@ -24,11 +24,11 @@ class BSRInt8(PackedWeight):
     output, which `to_dense` gives back, while `BSR` keeps every value. 1.5 bytes a weight in 1x4 blocks, 1.1
     in 4x4. For a convolution a block is four consecutive input channels at one tap.
 
-    The operations quantise activations as they come, a scale a token (pixel tile for a convolution):
+    The operations quantise activations as they come, a scale a token, or an image of a convolution:
     ``q = round(x * 127 / max|x|)``, sum in int32 without rounding, and return
     ``activation(float(sum) * (weight scale * activation scale) + bias)``, the same bits on every instruction
-    set. A token that holds an infinity or a NaN gives NaN outputs; one whose magnitudes are all below 2^-100
-    counts as zero.
+    set. A token or image that holds an infinity or a NaN gives NaN outputs; one whose magnitudes are all
+    below 2^-100 counts as zero.
 
     Build it with `from_dense`, or from a weight that was quantised elsewhere with `from_quantized`.
     """
