@@ -27,6 +27,8 @@ constexpr int64_t kBlockUnits = 128;  // of the reduction: 64 outputs by 512, 32
 constexpr int64_t kPrefetchGroups = 8;
 // Below this many multiply-adds a second thread (about 10 us to wake) does not pay.
 constexpr int64_t kMinWorkPerThread = 1 << 22;
+// Fewer tokens than this wait for the weights: reading those takes as long as the products of so many.
+constexpr int64_t kFewTokens = 4;
 // From here on threads share the tokens, so that each quantizes its own alone.
 constexpr int64_t kMinTokensPerThread = 32;
 
@@ -74,7 +76,7 @@ void run_product(const Product& w, gemm_u8s8::Fn* const* table, const uint8_t* x
 // Shares of tokens and panels: fn(token begin, end, panel begin, end), one call a thread.
 template <class Fn>
 void share(int64_t tokens, int64_t panels, int64_t units, const Fn& fn) {
-  const int64_t work = tokens * panels * units * kInt8Panel * kInt8Unit;
+  const int64_t work = std::max(tokens, kFewTokens) * panels * units * kInt8Panel * kInt8Unit;
   const int64_t parts = std::min<int64_t>(num_threads(), std::max<int64_t>(1, work / kMinWorkPerThread));
   const bool by_tokens = tokens >= parts * kMinTokensPerThread || panels < parts;
   parallel_for(0, parts, 1, [&](int64_t i0, int64_t i1) {
