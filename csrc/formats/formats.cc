@@ -5,6 +5,7 @@
 #include "formats/bitmap8.h"
 #include "formats/bsr8.h"
 #include "formats/csr.h"
+#include "formats/int4.h"
 #include "formats/int8.h"
 #include "formats/pair.h"
 
@@ -51,6 +52,12 @@ void unpack_blocks8(const uint8_t* data, int64_t bytes, DType dtype, void* out) 
   unpack_bsr8_dense(view_bsr8(data, bytes), dtype, out);
 }
 
+void check_int4(const uint8_t* data, int64_t bytes) { view_int4(data, bytes); }
+void validate_int4_bytes(const uint8_t* data, int64_t bytes) { validate_int4(view_int4(data, bytes)); }
+void unpack_int4(const uint8_t* data, int64_t bytes, DType dtype, void* out) {
+  unpack_int4_dense(view_int4(data, bytes), dtype, out);
+}
+
 constexpr PackedFormat kFormats[] = {
     {PackedKind::csr, "csr", check_panel, validate_panel, unpack_panel},
     {PackedKind::bsr, "bsr", check_panel, validate_panel, unpack_panel},
@@ -59,6 +66,7 @@ constexpr PackedFormat kFormats[] = {
     {PackedKind::int8, "int8", check_int8, validate_int8_bytes, unpack_int8},
     {PackedKind::bitmap8, "bitmap8", check_bitmap8, validate_bitmap8_bytes, unpack_bitmap8},
     {PackedKind::pair, "bitmap+csr", check_pair, validate_pair_bytes, unpack_pair},
+    {PackedKind::int4, "int4", check_int4, validate_int4_bytes, unpack_int4},
     {PackedKind::bsr8, "bsr8", check_blocks8, validate_blocks8, unpack_blocks8},
 };
 

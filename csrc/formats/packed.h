@@ -17,6 +17,7 @@ enum class PackedKind : uint16_t {
   bitmap = 5,
   bitmap8 = 6,
   bsr8 = 7,
+  int4 = 8,
   pair = 9
 };
 

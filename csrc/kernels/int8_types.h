@@ -79,4 +79,27 @@ struct dequantize_store {
   static constexpr const char* doc = "int32 sums to scaled outputs with bias and activation";
 };
 
+// y[m][j] = activation((sum over groups of float(sum of x n - sums[m][g]) * scale[g][j]) * x_scales[m] +
+// bias[j]) for one panel of 16 outputs, with nibbles n = q + 8 and sums[m][g] = 8 * sum of x over the group,
+// rounded after each operation, groups in order. Layout of w: formats/int4.h.
+struct Int4Args {
+  const int8_t* x;
+  int64_t x_stride;
+  const int32_t* sums;    // [tokens][groups]
+  const float* x_scales;  // [tokens]
+  int32_t tokens;
+  const uint8_t* w;       // the panel, 64-byte aligned
+  int32_t groups, pairs;  // pairs of units in a group
+  int32_t outputs;        // 1..16
+  const float* bias;      // [outputs], or null
+  Activation activation;
+  void* y;
+  int64_t y_stride;
+  DType dtype;
+};
+struct gemm_s8u4 {
+  using Fn = void(const Int4Args&);
+  static constexpr const char* doc = "signed bytes times packed nibbles with group scales";
+};
+
 }  // namespace pared

@@ -280,6 +280,10 @@ def _collect_packed(
     for prefix, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, PackedModule):
             continue
+        if module.format not in RULES[module.plain].formats:
+            raise ValueError(
+                f"model: {prefix or 'the root'}: expected a format that a file holds, got {module.format}"
+            )
         layers[prefix] = {
             "type": module.plain.__name__,
             "format": module.format,

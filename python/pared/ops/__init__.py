@@ -6,6 +6,7 @@ from pared.ops.bsr_int8 import BSRInt8
 from pared.ops.chain import linear_chain
 from pared.ops.conv import conv2d
 from pared.ops.csr import CSR
+from pared.ops.int4 import Int4
 from pared.ops.int8 import Bitmap8, Int8, gemm_s8
 from pared.ops.linear import linear
 from pared.ops.packed import PackedWeight
@@ -19,6 +20,7 @@ __all__ = [
     "Bitmap8",
     "BitmapCSR",
     "Dense",
+    "Int4",
     "Int8",
     "PackedWeight",
     "Threshold",

@@ -12,6 +12,7 @@ from pared.ops.bitmap import Bitmap, BitmapCSR
 from pared.ops.bsr import BSR, Dense
 from pared.ops.bsr_int8 import BSRInt8
 from pared.ops.csr import CSR
+from pared.ops.int4 import Int4
 from pared.ops.int8 import Bitmap8, Int8
 from pared.ops.packed import PackedWeight
 
@@ -87,6 +88,8 @@ FORMATS: dict[str, Format] = {
             lambda d, q, n: d <= 0.85 and n <= min(48, 16 + 100 * d),
         ),
         Format("int8", 4, Int8, _core.linear_int8, None, "int8", lambda d, q, n: True),
+        # Not for accelerate: its rounding is beyond the bound of 8 bits.
+        Format("int4", 8, Int4, _core.linear_int4, None, "int8", lambda d, q, n: False),
         Format("bitmap8", 6, Bitmap8, _core.linear_bitmap8, None, "int8", lambda d, q, n: d <= 0.85),
         Format(
             "bitmap+csr",

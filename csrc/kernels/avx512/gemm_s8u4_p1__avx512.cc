@@ -1,0 +1,7 @@
+#include "kernels/generic/gemm_s8u4.h"
+
+namespace pared {
+
+void gemm_s8u4_p1__avx512(const Int4Args& a) { gemm_s8u4_panel<Avx512Nibbles, Avx512Io>(a); }
+
+}  // namespace pared

@@ -1,0 +1,7 @@
+#include "kernels/generic/gemm_s8u4.h"
+
+namespace pared {
+
+void gemm_s8u4_p1__avx512vnni(const Int4Args& a) { gemm_s8u4_panel<VnniNibbles, Avx512Io>(a); }
+
+}  // namespace pared
