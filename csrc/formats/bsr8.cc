@@ -79,7 +79,7 @@ auto new_entries(const DenseView& w, const Words& words, const float* scales, in
       int32_t values[kQuadRows];
       const int64_t group_rows = w.rows / words.groups;
       for (int r = 0; r < entry_rows; ++r) {
-        if (row0 + r < w.rows) rows.read(row0 + r, &bytes[r * per_row * kUnit]);
+        if (row0 + r < w.rows) rows.read(row0 + r, bytes.data() + r * per_row * kUnit);
       }
       const auto group_of = [&](int r) { return (row0 + r) / group_rows; };
       const int real = static_cast<int>(std::min<int64_t>(entry_rows, w.rows - row0));
