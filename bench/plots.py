@@ -1,10 +1,10 @@
 """Draws the plots of the documents from benchmark files: ``python -m bench.plots results.json --out FOLDER``.
 
 - ``speedup_<threads>t.svg``: times faster than the fastest dense rival, against the share of zeros; a line
-  for each kernel, the geometric mean over its shapes.
+  for each kernel, the geometric mean over its shapes, and the rival that was the fastest most often.
 - ``tokens_<threads>t.svg``: time of a layer against the number of tokens, for suites that sweep it.
-- ``roofline_<threads>t.svg``: GFLOP/s reached against the operations a byte of weights, under the machine's
-  ceilings (measured when the plot is drawn: draw it where the file was made).
+- ``roofline_<threads>t.svg``: GFLOP/s that float32 Linear reaches against the operations a byte, under the
+  machine's ceilings (measured when the plot is drawn: draw it where the file was made).
 
 Needs matplotlib: ``pip install 'pared[report]'``.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def _figure() -> tuple[Any, Any]:
     )
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(7.2, 4.4), layout="constrained")
+    return pyplot.subplots(figsize=(8, 5.4), layout="constrained")
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -63,25 +64,31 @@ def _style(i: int) -> dict[str, Any]:
 def speedup(rows: Sequence[Row], out: Path) -> Path | None:
     """Speed-up over the best rival against sparsity, one line a suite and cache state."""
     lines: dict[str, dict[float, list[float]]] = {}
+    rivals: dict[str, Counter[str]] = {}
     for row in rows:
         s = _sparsity(row)
         if s is not None and s > 0:
-            name = f"{row['suite']}{', cold' if row['cold'] else ''}"
-            lines.setdefault(name, {}).setdefault(s, []).append(ratio_to_best(row))
+            lines.setdefault(row["suite"], {}).setdefault(s, []).append(ratio_to_best(row))
+            rivals.setdefault(row["suite"], Counter())[row["best_rival"]] += 1
     lines = {name: points for name, points in lines.items() if len(points) > 1}
     if not lines:
         return None
     figure, axes = _figure()
     for i, (name, points) in enumerate(sorted(lines.items())):
         xs = sorted(points)
-        axes.plot([100 * x for x in xs], [geometric_mean(points[x]) for x in xs], label=name, **_style(i))
+        axes.plot(
+            [100 * x for x in xs],
+            [geometric_mean(points[x]) for x in xs],
+            label=f"{name}; over {rivals[name].most_common(1)[0][0]}",
+            **_style(i),
+        )
     axes.axhline(1.0, color="gray", linewidth=1)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}x")
     axes.set_xlabel("zeros, %")
     axes.set_ylabel("times faster than the fastest dense rival")
     axes.set_title(_machine(rows), fontsize=9)
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=2)
     return _save(figure, out)
 
 
@@ -110,7 +117,7 @@ def tokens(rows: Sequence[Row], out: Path) -> Path | None:
     axes.set_xlabel("tokens")
     axes.set_ylabel("ms a call")
     axes.set_title(_machine(rows), fontsize=9)
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=2)
     return _save(figure, out)
 
 
@@ -120,7 +127,9 @@ def roofline(rows: Sequence[Row], out: Path) -> Path | None:
 
     suites: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if row["gflops"] is None or "nnz" not in row or not row.get("tokens"):
+        # The ceilings are float32's, and the bytes a non-zero those of the panel formats.
+        panel = row.get("dtype") == "float32" and not row["cold"]
+        if not panel or row["gflops"] is None or "nnz" not in row or not row.get("tokens"):
             continue
         work = 2.0 * row["tokens"] * row["nnz"]
         moved = 4.0 * row["tokens"] * (row["in"] + row["out"]) + 6.0 * row["nnz"]
@@ -146,7 +155,7 @@ def roofline(rows: Sequence[Row], out: Path) -> Path | None:
     axes.set_xlabel("operations a byte of input, weight and output")
     axes.set_ylabel("GFLOP/s of the non-zeros")
     axes.set_title(_machine(rows), fontsize=9)
-    axes.legend(fontsize=7, loc="lower right")
+    figure.legend(fontsize=7, loc="outside lower center", ncols=2)
     return _save(figure, out)
 
 

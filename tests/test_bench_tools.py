@@ -37,6 +37,7 @@ def row(case: str, cell: str, value: float, spread: float = 0.02, **more: Any) -
         "in": 32,
         "nnz": 512,
         "tokens": 128,
+        "dtype": "float32",
     } | more
 
 
