@@ -124,7 +124,8 @@ class ConvGeometry {
       : images_(a.images), out_h_(a.out_h), out_w_(a.out_w), kh_(kh), kw_(kw), planes_(planes) {
     flat_ = out_w_ == planes_.pitch;
     int64_t height = a.height, width = a.width;
-    if (kh == 1 && kw == 1 && flat_ && out_h_ == height && out_w_ == width) {
+    const bool unit_stride = a.stride_h == 1 && a.stride_w == 1;
+    if (kh == 1 && kw == 1 && flat_ && unit_stride && out_h_ == height && out_w_ == width) {
       width *= height;  // the plane is one row
       out_w_ = width;
       height = out_h_ = 1;

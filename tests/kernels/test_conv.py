@@ -227,6 +227,15 @@ def test_any_convolution(isa, case, seed, sparsity, dtype, last, with_bias):
     check(channels_last(x) if last else x, sparse_weight(rng, weight, sparsity), bias, g)
 
 
+@pytest.mark.parametrize(
+    ("size", "stride"), [((2, 1), (1, 2)), ((1, 5), (3, 1)), ((7, 1), (2, 2)), ((1, 1), (2, 3))]
+)
+def test_a_stride_that_leaves_out_nothing(isa, rng, size, stride):
+    """The output is as large as the image, which is as narrow as one step."""
+    x = rng.standard_normal((2, 3, *size)).astype(np.float32)
+    check(x, sparse_weight(rng, (4, 3, 1, 1), 0.3), None, Geometry(stride=stride))
+
+
 # Planted faults: the comparison that all the tests above rest on has to notice each of them.
 
 
