@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -189,18 +190,16 @@ def _cold(pack: Callable[[Tensor], ops.PackedWeight]) -> Callable[[Any, Any], Ma
             mine = dense.clone()
             return lambda: functional.linear(x, mine, bias)
 
-        def sparse(packed: ops.PackedWeight, copy: Any) -> Callable[[int], Call]:
+        def sparse(packed: ops.PackedWeight) -> Callable[[int], Call]:
             def make(_: int) -> Call:
-                mine = copy(packed)
+                mine = deepcopy(packed)
                 return lambda: ops.linear(x, mine, bias)
 
             return make
 
-        from copy import deepcopy
-
         packed = [pack(_pruned(dense, s)) for s in sparsities]
         calls = {"dense": rotate(plain, dense.nbytes)}
-        calls |= {str(i): rotate(sparse(w, deepcopy), w.nbytes) for i, w in enumerate(packed)}
+        calls |= {str(i): rotate(sparse(w), w.nbytes) for i, w in enumerate(packed)}
         return calls, [w.nnz for w in packed]
 
     return make

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -18,9 +18,6 @@ from rich.table import Table
 
 import pared
 from pared import _core, _cuda
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["app", "main"]
 
