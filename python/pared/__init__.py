@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pared._info import isa, kernels
     from pared._io import load, save
     from pared._report import Report, report
+    from pared._search import search_budget
     from pared._surgery import restore
     from pared.pruning import Pruner, prune, prune_channels, prune_layers
     from pared.quant import quantize
@@ -42,6 +43,7 @@ _LAZY: dict[str, str] = {
     "report": "pared._report",
     "restore": "pared._surgery",
     "save": "pared._io",
+    "search_budget": "pared._search",
 }
 _SUBMODULES = ("nn", "ops", "quant", "schedules", "training")
 
@@ -65,6 +67,7 @@ __all__ = [
     "restore",
     "save",
     "schedules",
+    "search_budget",
     "training",
 ]
 

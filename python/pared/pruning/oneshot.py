@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pared.pruning.importance import Criterion, Importance, resolve, selection_k
 from pared.pruning.masks import SCOPES, Scored, check_finite, check_writable, choose, score
 from pared.pruning.patterns import Pattern, parse_pattern
 from pared.pruning.report import LayerReport, PruneReport
-from pared.pruning.targets import Filters, Target, collect, unwrap
+from pared.pruning.targets import Filters, Target, _matchers, collect, unwrap
 
 __all__ = ["prune"]
 
@@ -102,13 +103,15 @@ def score_all(plan: Plan, observed: Mapping[str, Any], *, zeros_last: bool = Tru
 
 
 def choose_masks(
-    plan: Plan, observed: Mapping[str, Any], sparsity: float, *, zeros_last: bool = True
+    plan: Plan, observed: Mapping[str, Any], sparsity: float | Mapping[str, float], *, zeros_last: bool = True
 ) -> list[torch.Tensor]:
     """Masks of all targets; only a global selection holds more than one layer's scores at a time."""
     scored, key = score_all(plan, observed, zeros_last=zeros_last), selection_key(plan.criterion)
-    if plan.scope == "global" and plan.pattern.kind != "nm":
-        return choose(list(scored), key, sparsity, plan.pattern, plan.scope)
-    return [choose([s], key, sparsity, plan.pattern, plan.scope)[0] for s in scored]
+    if not isinstance(sparsity, Mapping):
+        if plan.scope == "global" and plan.pattern.kind != "nm":
+            return choose(list(scored), key, sparsity, plan.pattern, plan.scope)
+        sparsity = dict.fromkeys((t.name for t in plan.targets), sparsity)
+    return [choose([s], key, sparsity[s.target.name], plan.pattern, plan.scope)[0] for s in scored]
 
 
 def _check_ties(target: Target) -> None:
@@ -141,7 +144,36 @@ def check_sparsity(sparsity: object, pattern: Pattern) -> float:
     return float(sparsity)
 
 
-def reconstruct(plan: Plan, sparsity: float, data: object, loss_fn: LossFn | None) -> None:
+def assign_sparsity(plan: Plan, sparsity: Mapping[Any, Any]) -> tuple[Plan, dict[str, float]]:
+    """For each target the share that the first filter that matches it has; the others, and those with a share
+    of 0, stay as they are.
+    """
+    if not sparsity:
+        raise ValueError("sparsity: expected at least one filter, got an empty mapping")
+    modules = dict(plan.model.named_modules(remove_duplicate=False))
+    assigned: dict[str, float] = {}
+    for given, share in sparsity.items():
+        (matcher,) = _matchers("sparsity", given)
+        value = 0.0 if share == 0 else check_sparsity(share, plan.pattern)
+        found = [t for t in plan.targets if matcher.selects(t, modules)]
+        if not found:
+            names = ", ".join(t.name for t in plan.targets[:5])
+            raise ValueError(
+                f"sparsity: expected filters that match a selected weight, got {str(matcher)!r}; weights: "
+                f"{names}"
+            )
+        for target in found:
+            assigned.setdefault(target.name, value)
+    own = plan.scope if plan.scope != "global" else "layer"
+    why = {0.0: "its sparsity is 0", None: "no filter in sparsity matches"}
+    targets = [t for t in plan.targets if assigned.get(t.name)]
+    left = [(t.name, why[assigned.get(t.name)]) for t in plan.targets if t not in targets]
+    return dataclasses.replace(plan, scope=own, targets=targets, dense=[*plan.dense, *left]), assigned
+
+
+def reconstruct(
+    plan: Plan, sparsity: float | Mapping[str, float], data: object, loss_fn: LossFn | None
+) -> None:
     """Let the criterion prune and rewrite the weights itself."""
     if plan.scope != "layer":
         raise ValueError(
@@ -209,7 +241,7 @@ def make_report(plan: Plan, sparsity: float, before: Sequence[int]) -> PruneRepo
 
 def prune(
     model: nn.Module,
-    sparsity: float | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
     *,
     pattern: str = "unstructured",
     importance: Importance = "magnitude",
@@ -228,7 +260,9 @@ def prune(
     model : any module; one wrapped by ``torch.compile`` or DistributedDataParallel is looked into. Masks that
         torch.nn.utils.prune or torch.ao.pruning left on the pruned layers are respected and made permanent.
     sparsity : share of the selected weights (blocks, for RxC) to remove, in [0, 1); weights that are zero
-        already count. None only with N:M, which fixes it.
+        already count. None only with N:M, which fixes it. Or a share for each layer: a mapping from filters
+        (as for `include`) to numbers, such as the `sparsities` of `pared.search_budget`; the first filter
+        that matches counts, and what none matches stays dense.
     pattern : "unstructured"; "RxC", blocks of R consecutive outputs by C consecutive inputs (of one tap, for
         convolutions), such as "1x4", "4x1", "16x1"; "N:M", the N best of every M inputs, such as "2:4".
     importance : a name: "magnitude" (``|w|``, the L1 norm of a block), "random"; with `data` "wanda",
@@ -277,15 +311,25 @@ def prune(
     plan = make_plan(
         model, pattern, importance, scope, data, loss_fn, include, exclude, keep_first, keep_last
     )
-    target_sparsity = check_sparsity(sparsity, plan.pattern)
+    shares: float | Mapping[str, float]
+    if isinstance(sparsity, Mapping):
+        if scope == "global":
+            raise ValueError(
+                "scope: expected 'layer', 'row' or None with a sparsity for each layer, got 'global'"
+            )
+        plan, shares = assign_sparsity(plan, sparsity)
+        total = sum(t.tensor.numel() for t in plan.targets)
+        overall = sum(shares[t.name] * t.tensor.numel() for t in plan.targets) / max(1, total)
+    else:
+        shares = overall = check_sparsity(sparsity, plan.pattern)
     for target in plan.targets:
         check_finite(target, target.weight)  # before the data: a model that is broken says so at once
     before = [int(torch.count_nonzero(target.weight)) for target in plan.targets]
-    if hasattr(plan.criterion, "reconstruct"):
-        reconstruct(plan, target_sparsity, data, loss_fn)
-    else:
-        masks = choose_masks(plan, observe(plan, data, loss_fn), target_sparsity)
+    if plan.targets and hasattr(plan.criterion, "reconstruct"):
+        reconstruct(plan, shares, data, loss_fn)
+    elif plan.targets:
+        masks = choose_masks(plan, observe(plan, data, loss_fn), shares)
         bake_targets(plan.targets)
         for target, mask in zip(plan.targets, masks, strict=True):
             zero(target.tensor, mask.logical_not_())
-    return make_report(plan, target_sparsity, before)
+    return make_report(plan, overall, before)

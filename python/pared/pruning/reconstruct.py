@@ -87,18 +87,22 @@ class _Reconstruction:
         self,
         model: nn.Module,
         targets: Sequence[Target],
-        sparsity: float,
+        sparsity: float | Mapping[str, float],
         pattern: Pattern,
         data: object,
         loss_fn: LossFn | None,
     ) -> None:
-        """Prune and rewrite the targets, in place; undone when anything fails."""
+        """Prune and rewrite the targets, in place; undone when anything fails.
+
+        `sparsity` : of all of them, or by name.
+        """
 
         def settle(target: Target, hessians: list[torch.Tensor]) -> torch.Tensor:
             matrices = obs.Matrices(target)
+            share = sparsity[target.name] if isinstance(sparsity, Mapping) else sparsity
             return matrices.join(
                 [
-                    self.settle(w.to(h.dtype), h, matrices, sparsity, pattern)
+                    self.settle(w.to(h.dtype), h, matrices, share, pattern)
                     for w, h in zip(matrices.split(target.weight), hessians, strict=True)
                 ]
             )
