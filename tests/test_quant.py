@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -260,8 +261,87 @@ def test_bits_by_filter_and_auto() -> None:
     report = pared.quantize(model, inputs(), bits={"2": 4})
     assert [x.name for x in report.layers] == ["2.weight"]
     assert ("0.weight", "no filter in bits matches") in report.kept
-    assert [x.bits for x in pared.quantize(mlp(), inputs(), max_error=1.0).layers] == [8] * 3
-    assert [x.bits for x in pared.quantize(mlp(), inputs(), max_error=0.0).layers] == [16] * 3
+    assert [x.bits for x in pared.quantize(mlp(), inputs(), max_error=1.0).layers] == [4] * 3
+    assert [x.bits for x in pared.quantize(mlp(), inputs()).layers] == [8] * 3
+    report = pared.quantize(mlp(), inputs(), max_error=0.0)
+    assert [x.bits for x in report.layers] == [16] * 3
+    for layer in report.layers:  # every width was measured, and is worse with fewer bits
+        (_, four, _), (_, eight, _), (bits, sixteen, seconds) = layer.tried
+        assert four > eight > sixteen == layer.error
+        assert (bits, seconds) == (16, None)
+
+
+def test_auto_takes_the_fastest_width_that_is_good_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With given times: layer 0 is faster with 8 bits, layer 2 as floating point, layer 4 has no kernel."""
+    asked = []
+
+    def seconds(model: nn.Module, x: Any, precision: str, formats: Any) -> dict[str, tuple[float, float]]:
+        asked.append(precision)
+        assert "int8" in (formats or ["int8"])
+        return {"0": (1.0, 3.0 if formats else 1.2), "2": (1.0, 0.5 if formats else 1.0)}
+
+    monkeypatch.setattr("pared._accelerate.layer_seconds", seconds)
+    options: dict[str, Any] = {"example_inputs": inputs()[0]}
+    report = pared.quantize(mlp(), inputs(), **options)
+    assert [x.bits for x in report.layers] == [8, 16, 8]
+    assert "int8" in asked
+    # Four bits take the kernels of eight here, so they cost the same: the narrower one, where it is allowed.
+    report = pared.quantize(mlp(), inputs(), max_error=1.0, **options)
+    assert [x.bits for x in report.layers] == [4, 16, 4]
+    assert json.loads(report.to_json())["layers"][0]["tried"][0][0] == 4
+
+
+def test_auto_with_real_kernels_flows_into_accelerate() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 16)).eval()
+    data = [torch.randn(64, 256) for _ in range(3)]
+    report = pared.quantize(model, data, example_inputs=data[0])
+    assert all(s is not None and s > 0 for layer in report.layers for _, _, s in layer.tried)
+    codes = {n: quantized(m).codes(m.weight.detach()) for n, m in model.named_modules() if quantized(m)}
+    fast = pared.accelerate(model, data[0], precision="int8", formats=["int8"], min_speedup=0, max_error=1)
+    for layer in report.layers:
+        name = layer.name.removesuffix(".weight")
+        if layer.bits <= 8:  # the codes are taken over as they are: nothing is calibrated again
+            q, _ = fast.get_submodule(name).packed_weight().to_quantized()
+            assert torch.equal(torch.from_numpy(q), codes[name])
+    pared.quantize(model, data, bits=16)
+    fast = pared.accelerate(model, data[0], precision="int8", formats=["int8"], min_speedup=0, max_error=1)
+    assert not pared.report(fast).converted  # 16 bits are not rounded to 8 behind the user's back
+
+
+def test_resumes_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "state"
+    options: dict[str, Any] = {"bits": 5, "activations": "static", "bias_correction": True}
+    want = mlp()
+    report = pared.quantize(want, inputs(), **options)
+    model = mlp()
+    before = state(model)
+    sweep, calls = obs.sweep, []
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sweep(*args, **kwargs)
+
+    monkeypatch.setattr(obs, "sweep", dies)
+    with pytest.raises(KeyboardInterrupt):
+        pared.quantize(model, inputs(), resume=folder, **options)
+    assert state(model) == before
+    with pytest.raises(ValueError, match="resume: expected a folder of the same model and settings"):
+        pared.quantize(model, inputs(), resume=folder, **{**options, "bits": 6})
+    calls.clear()
+    assert pared.quantize(model, inputs(), resume=folder, **options) == report
+    assert len(calls) == 1  # the two layers that were done are not done again
+    assert state(model) == state(want)
+    for a, b in zip(want, model, strict=True):
+        if isinstance(a, nn.Linear):
+            assert all(
+                torch.equal(torch.as_tensor(x), torch.as_tensor(y))
+                for x, y in zip(vars(quantized(a)).values(), vars(quantized(b)).values(), strict=True)
+                if not isinstance(x, str | None)
+            )
+    assert not folder.exists()
 
 
 def test_convolutions_groups_and_attention() -> None:

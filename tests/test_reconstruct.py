@@ -329,7 +329,7 @@ class Killed(Exception):
 
 
 def test_resumes_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "state.safetensors"
+    path = tmp_path / "state"
     want = mlp()
     pared.prune(want, 0.5, importance="sparsegpt", data=inputs())
     model = mlp()
@@ -347,7 +347,7 @@ def test_resumes_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         pared.prune(model, 0.5, importance=SparseGPT(resume=path), data=inputs())
     assert state(model) == before  # as it was
     assert path.exists()
-    with pytest.raises(ValueError, match="resume: expected a file of the same model and settings"):
+    with pytest.raises(ValueError, match="resume: expected a folder of the same model and settings"):
         pared.prune(model, 0.6, importance=SparseGPT(resume=path), data=inputs())
     calls.clear()
     pared.prune(model, 0.5, importance=SparseGPT(resume=path), data=inputs())

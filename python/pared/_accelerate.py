@@ -234,7 +234,10 @@ def accelerate(
 
 
 def layer_seconds(
-    model: nn.Module, example_inputs: Any, precision: str = "float32"
+    model: nn.Module,
+    example_inputs: Any,
+    precision: str = "float32",
+    formats: Sequence[str] | None = None,
 ) -> dict[str, tuple[float, float]]:
     """For each layer that a kernel may take, by name: its seconds dense in one pass over the example inputs,
     and how many times faster its best kernel is (1 where none is tried). `model` is not changed.
@@ -248,13 +251,14 @@ def layer_seconds(
         bake(dense)
         candidates = _candidates(dense)
         _record(dense, inputs, candidates, fuse=True)
+        known = _check_formats(formats, precision)
         packed: dict[Any, PackedWeight] = {}
         timed: dict[Any, Timed] = {}
         found: dict[str, tuple[float, float]] = {}
         for c in candidates:
             if c.refused or _hopeless(c):
                 continue
-            _decide(c, packed, timed, _check_formats(None, precision), 1.0)
+            _decide(c, packed, timed, known, 1.0)
             before = _time_layer(c, {}) if c.row.before is None else c.row.before
             found[c.name] = (before, c.row.speedup or 1.0)
     return found
@@ -406,13 +410,15 @@ def _decide(
     if reason:
         return c.keep_dense(reason)
     suitable = _suitable(c, formats, min_speedup)
+    record = quantized_weight(c.module)
+    if record is not None and record.bits > 8:  # that 8 are too few has been measured
+        suitable = [name for name in suitable if FORMATS[name].precision == "float32"]
     if not suitable:
         return c.keep_dense(f"no kernel is faster with {100 * row.sparsity:.1f}% zeros at these shapes")
     # Fusing saves passes over memory, but torch's own code for an activation may be faster: all are timed.
     variants: dict[str, Variant] = {}
     references: dict[int, list[Reference]] = {}
     weight = c.module.weight
-    record = quantized_weight(c.module)
     groups = getattr(c.module, "groups", 1)
     for name in suitable:
         key = (id(weight), groups, name, id(record))

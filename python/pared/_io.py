@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import io
 import os
-import secrets
 import stat
 import types
 import typing
@@ -24,6 +23,7 @@ import torch
 
 import pared
 from pared import _format
+from pared._files import replacing
 from pared._format import (
     Bytes,
     Entry,
@@ -693,26 +693,6 @@ def _writing(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
             raise FileExistsError(f"path: expected a new file, got {os.fspath(path)!r} which exists")
         if not stat.S_ISREG(mode):
             raise ValueError(f"path: expected a regular file, got {os.fspath(path)!r} which is none")
-    folder, name = os.path.split(target)
-    temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(6)}.tmp")
-    try:
+    with replacing(target, overwrite) as temporary, open(temporary, "xb") as file:
         # "x" gives the permissions that the process gives to any new file, which tempfile does not.
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            os.replace(temporary, target)
-        else:
-            os.link(temporary, target)  # unlike rename, fails when another process was faster
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-    with contextlib.suppress(
-        OSError
-    ):  # so that the new name, too, is on the disk, where the system can do that
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        yield file

@@ -8,20 +8,18 @@ Hessians, one batch, and the old weights, which come back if anything fails.
 
 from __future__ import annotations
 
-import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from pared._checkpoint import Checkpoint, Item, digest
 from pared.pruning import obs
 from pared.pruning.calibration import LossFn, Observer, batches, collect, forward, frozen
 from pared.pruning.importance import Statistics
@@ -32,6 +30,16 @@ from pared.pruning.targets import Target
 __all__ = ["OBC", "SparseGPT", "walk"]
 
 Settle = Callable[[Target, list[torch.Tensor]], torch.Tensor]
+# Between a tensor's name and the name of what is kept beside it.
+_EXTRA = "//"
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What a resumed walk needs of a settled target besides its weight."""
+
+    save: Callable[[Target], Item]
+    load: Callable[[Target, Item], None]
 
 
 def check_repeatable(data: object, why: str) -> None:
@@ -137,7 +145,7 @@ class SparseGPT(_Reconstruction):
     Parameters
     ----------
     damping : added to H's diagonal, as a share of its mean.
-    resume : a file that keeps the layers that are done. A call that finds it goes on from there; it is
+    resume : a folder that keeps the layers that are done. A call that finds it goes on from there; it is
         removed at the end.
     progress : whether a progress bar is shown.
     """
@@ -246,7 +254,8 @@ def walk(
     *,
     why: str,
     settings: Mapping[str, Any],
-    resume: Path | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    extra: Extra | None = None,
     progress: bool = False,
     memory: int = 2**31,
 ) -> None:
@@ -262,7 +271,7 @@ def walk(
     with torch.no_grad():
         order = _Order(model, targets, next(iter(batches(data, why))), loss_fn)
     plan = list(stages(model, targets, order, memory))
-    done = _Checkpoint(resume, settings, targets)
+    done = Checkpoint(resume, {**settings, "before": {t.name: digest(t.tensor) for t in targets}})
     backup: dict[str, torch.Tensor] = {}
     bar = Progress(
         TextColumn("{task.description}"),
@@ -275,7 +284,7 @@ def walk(
         with bar:
             task = bar.add_task(settings["method"], total=len(targets))
             for stage in plan:
-                if not done.take(stage, backup):
+                if not _take(done, stage, backup, extra):
                     bar.update(task, description=f"{settings['method']}: {stage[0].layer}")
                     observers: dict[str, Observer] = {t.name: obs.Hessian(t) for t in stage}
                     last = None
@@ -286,14 +295,43 @@ def walk(
                         new = settle(target, observers.pop(target.name).result())
                         backup[target.name] = target.tensor.detach().clone()
                         _write(target, new)
-                    done.put(stage)
+                    _put(done, stage, extra)
                 bar.advance(task, len(stage))
     except BaseException:
         for target in targets:
             if target.name in backup:
                 _write(target, backup[target.name])
         raise
-    done.remove()
+    done.finish()
+
+
+def _take(
+    done: Checkpoint, stage: Sequence[Target], backup: dict[str, torch.Tensor], extra: Extra | None
+) -> bool:
+    """Whether the stage is done; its weights are then those that were kept."""
+    item = done.get(stage[0].name)
+    if item is None or not all(t.name in item.tensors for t in stage):
+        return False
+    for target in stage:
+        backup[target.name] = target.tensor.detach().clone()
+        _write(target, item.tensors[target.name].to(target.tensor.device))
+        if extra is not None:
+            mark = target.name + _EXTRA
+            own = {k.removeprefix(mark): t for k, t in item.tensors.items() if k.startswith(mark)}
+            extra.load(target, Item(item.values[target.name], own))
+    return True
+
+
+def _put(done: Checkpoint, stage: Sequence[Target], extra: Extra | None) -> None:
+    values: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for target in stage:
+        tensors[target.name] = target.tensor
+        if extra is not None:
+            item = extra.save(target)
+            values[target.name] = item.values
+            tensors.update({target.name + _EXTRA + k: t for k, t in item.tensors.items()})
+    done.put(stage[0].name, values, tensors)
 
 
 def _write(target: Target, new: torch.Tensor) -> None:
@@ -306,53 +344,3 @@ def _write(target: Target, new: torch.Tensor) -> None:
         )
     with torch.no_grad():
         tensor.copy_(new.to(tensor.dtype))
-
-
-def _digest(tensor: torch.Tensor) -> int:
-    data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-    return zlib.crc32(data.data)
-
-
-class _Checkpoint:
-    """The layers that are done, in one safetensors file that is replaced as a whole."""
-
-    def __init__(self, path: Path | None, settings: Mapping[str, Any], targets: Sequence[Target]) -> None:
-        self.path = path
-        self.tensors: dict[str, torch.Tensor] = {}
-        if path is None:
-            return
-        self.settings = json.dumps(
-            {**settings, "before": {t.name: _digest(t.tensor) for t in targets}}, sort_keys=True
-        )
-        if path.exists():
-            with safe_open(path, framework="pt") as file:
-                found = (file.metadata() or {}).get("settings")
-                if found != self.settings:
-                    raise ValueError(
-                        f"resume: expected a file of the same model and settings, got another's: {path}; "
-                        f"remove "
-                        "it to start over"
-                    )
-                self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-    def take(self, stage: Sequence[Target], backup: dict[str, torch.Tensor]) -> bool:
-        """Whether the stage is done; its weights are then the file's."""
-        if not all(t.name in self.tensors for t in stage):
-            return False
-        for target in stage:
-            backup[target.name] = target.tensor.detach().clone()
-            _write(target, self.tensors[target.name].to(target.tensor.device))
-        return True
-
-    def put(self, stage: Sequence[Target]) -> None:
-        if self.path is None:
-            return
-        for target in stage:
-            self.tensors[target.name] = target.tensor.detach().cpu().clone().contiguous()
-        part = self.path.with_name(self.path.name + ".part")
-        save_file(self.tensors, part, metadata={"settings": self.settings})
-        os.replace(part, self.path)
-
-    def remove(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ class QuantLayer:
     error : relative output error on the calibration inputs, ``|y - y_q| / |y|`` (Euclidean).
     activation : static grid of the input, ``(scale, zero, dtype)``; None where it is quantised by token.
     distribution : of the input: which fits best ("gaussian", "laplace", "poisson", "constant").
+    tried : ``(bits, error, seconds)`` of each width that was looked at; None for what was not measured.
     """
 
     name: str
@@ -34,6 +35,7 @@ class QuantLayer:
     error: float
     activation: tuple[float, int, str] | None = None
     distribution: str = ""
+    tried: tuple[tuple[int, float | None, float | None], ...] = ()
 
 
 @dataclass(frozen=True)

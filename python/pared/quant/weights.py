@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pared._checkpoint import Item
 from pared._errors import choice_error
 from pared._sparsity import weight_format
 from pared.ops import Int8
@@ -29,8 +31,10 @@ from pared.quant.report import QuantLayer, QuantReport
 __all__ = ["int8_weight", "quantize", "quantized", "simulate"]
 
 _RECORD = "_pared_quantized"
-# "auto" takes the first of these whose error is small enough: 8 bits have kernels, 16 are stored.
-AUTO = (8, 16)
+# What "auto" chooses from.
+AUTO = (4, 8, 16)
+# Within so much of the faster one, the narrower width is taken.
+_AS_FAST = 1.02
 
 
 def quantized(module: nn.Module) -> QuantizedWeight | None:
@@ -78,10 +82,12 @@ def quantize(
     observer: str = "mse",
     bias_correction: bool = False,
     max_error: float = 0.01,
+    example_inputs: Any = None,
     damping: float = 0.01,
     loss_fn: LossFn | None = None,
     include: Filters = None,
     exclude: Filters = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> QuantReport:
     """Put a model's weights onto integer grids, in place, so that each layer's outputs stay.
@@ -95,7 +101,9 @@ def quantize(
     model : as in `pared.prune`; embeddings need an include filter of their own.
     data : batches that can be gone through several times, as in `pared.prune`.
     bits : 2 to 16; a mapping from filters (globs over names) to bits, the first match counts and what none
-        matches stays as it is; or "auto": 8, or 16 where 8 leave an error above `max_error`.
+        matches stays as it is; or "auto": for each layer 4, 8 or 16, of those whose measured error is at most
+        `max_error` the one whose kernels are measured to be the fastest (with `example_inputs`), and of
+        equally fast ones (without: of all) the narrowest; the most exact where none is good enough.
     method : "gptq", columns from left to right, errors made up by those to the right (arXiv 2210.17323); or
         "rtn", each weight to its nearest.
     sparsity, pattern : prune in the same pass, SparseGPT and GPTQ together. Weights that are zero already
@@ -108,7 +116,9 @@ def quantize(
         which `observer` takes from the data: "minmax", "percentile", "mse" or "kl" (arXiv 1810.05723).
     bias_correction : add ``(W - W_q) E[x]`` to the biases, so that mean outputs stay.
     max_error : relative output error that "auto" accepts, ``|y - y_q| / |y|``.
-    damping, progress : as in `pared.pruning.SparseGPT`.
+    example_inputs : as in `pared.accelerate`, for "auto": each layer is timed with the kernels of each width on
+        these, on this machine. 16 bits have none of their own: they run as floating-point numbers.
+    damping, resume, progress : as in `pared.pruning.SparseGPT`.
     loss_fn, include, exclude : as in `pared.prune`.
 
     Returns
@@ -125,6 +135,10 @@ def quantize(
     )
     targets, kept = collect(module, include, exclude, 0, 0)
     assigned = _assign(module, targets, chosen)
+    seconds: dict[str, dict[int, float]] = {}
+    if chosen == "auto" and example_inputs is not None:
+        seconds = _time_widths(module, targets, example_inputs)
+        assigned = {name: _by_time(widths, seconds.get(name, {})) for name, widths in assigned.items()}
     kept += [(t.name, "no filter in bits matches") for t in targets if t.name not in assigned]
     targets = [t for t in targets if t.name in assigned]
     for target in targets:
@@ -142,11 +156,11 @@ def quantize(
     if means:
         calibration.collect(module, targets, means, data, loss_fn, "'quantize'")
 
-    settled: dict[str, tuple[QuantizedWeight, float]] = {}
+    settled: dict[str, tuple[QuantizedWeight, dict[int, float]]] = {}
     before = {t.name: t.weight.clone() for t in targets} if bias_correction else {}
 
     def settle(target: Target, hessians: list[torch.Tensor]) -> torch.Tensor:
-        new, record, error = _settle(
+        new, record, errors = _settle(
             target,
             hessians,
             assigned[target.name],
@@ -163,8 +177,19 @@ def quantize(
         if activations == "static":
             grid = seen.grid(observer, symmetric=False)
             record = _with_input(record, grid)
-        settled[target.name] = record, error
+        settled[target.name] = record, errors
         return new
+
+    def save(target: Target) -> Item:
+        record, errors = settled[target.name]
+        values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+        tensors = {k: values.pop(k) for k in ("scale", "zero")}
+        return Item({"record": values, "errors": [*errors.items()]}, tensors)
+
+    def load(target: Target, item: Item) -> None:
+        fields: dict[str, Any] = {**item.values["record"], **item.tensors}
+        record = QuantizedWeight(**fields)
+        settled[target.name] = record, {int(bits): error for bits, error in item.values["errors"]}
 
     reconstruct.walk(
         module,
@@ -173,17 +198,29 @@ def quantize(
         data,
         loss_fn,
         why="'quantize'",
-        settings={"method": method},
+        settings={
+            "method": method,
+            "sparsity": target_sparsity,
+            "pattern": str(parsed),
+            "grid": [symmetric, group, scales, activations, observer],
+            "max_error": max_error,
+            "damping": damping,
+            "bits": {name: sorted(widths) for name, widths in assigned.items()},
+        },
+        resume=resume,
+        extra=reconstruct.Extra(save, load),
         progress=progress,
     )
     layers = []
     for target in targets:
-        record, error = settled[target.name]
+        record, errors = settled[target.name]
         for owner, _ in target.places:
             owner.__dict__[_RECORD] = record
         if target.name in before:
             _correct_bias(target, before[target.name], means[target.name].result())
-        layers.append(_layer_report(target, record, error, ranges[target.name].result()))
+        layers.append(
+            _layer_report(target, record, errors, seconds.get(target.name, {}), ranges[target.name].result())
+        )
     return QuantReport(method, observer if activations == "static" else None, tuple(layers), tuple(kept))
 
 
@@ -260,8 +297,12 @@ def _settle(
     scales: str | None,
     max_error: float,
     damping: float,
-) -> tuple[torch.Tensor, QuantizedWeight, float]:
-    """The weight on the narrowest grid that is good enough (or the last), its grid, and its output error."""
+) -> tuple[torch.Tensor, QuantizedWeight, dict[int, float]]:
+    """The weight on the first grid that is good enough (or the most exact), that grid, and the output errors
+    of the widths that were tried.
+    """
+    errors: dict[int, float] = {}
+    best: tuple[torch.Tensor, QuantizedWeight] | None = None
     matrices = obs.Matrices(target)
     parts = [w.to(h.dtype) for w, h in zip(matrices.split(target.weight), hessians, strict=True)]
     inverses = [obs.invert(h, damping, f" at layer {target.layer!r}") for h in hessians] if sweep else []
@@ -303,9 +344,54 @@ def _settle(
             torch.cat([s for s, _ in grids]).float(),
             torch.cat([z for _, z in grids]).float(),
         )
+        errors[bits] = error
+        if best is None or error <= max_error or error < min(e for b, e in errors.items() if b != bits):
+            best = matrices.join(rounded), record
         if error <= max_error:
             break
-    return matrices.join(rounded), record, error
+    assert best is not None  # there is one width at least
+    return (*best, errors)
+
+
+def _time_widths(
+    model: nn.Module, targets: Sequence[Target], example_inputs: Any
+) -> dict[str, dict[int, float]]:
+    """Seconds of one pass over the example inputs, by tensor and width, with the width's fastest kernel.
+
+    Layers that no kernel takes are left out.
+    """
+    from pared._accelerate import layer_seconds  # which imports this module
+    from pared.nn import RULES
+    from pared.ops._formats import FORMATS
+
+    known = {name for rule in RULES.values() for name in rule.formats}
+    eight = [n for n, f in FORMATS.items() if n in known and f.precision == "int8" and n != "int4"]
+    # A grid of 4 bits with one scale a row is a grid of 8 bits too: its codes run on the same kernels.
+    formats = {16: None, 8: eight, 4: [*eight, "int4"] if "int4" in known else eight}
+    found: dict[str, dict[int, float]] = {}
+    timed: dict[tuple[str, ...], dict[str, tuple[float, float]]] = {}
+    for bits in AUTO:
+        names = formats[bits]
+        key = tuple(names or ())
+        if key not in timed:
+            timed[key] = layer_seconds(model, example_inputs, "float32" if names is None else "int8", names)
+        for target in targets:
+            if target.layer in timed[key]:
+                before, speedup = timed[key][target.layer]
+                found.setdefault(target.name, {})[bits] = before / speedup
+    return found
+
+
+def _by_time(widths: Sequence[int], seconds: Mapping[int, float]) -> tuple[int, ...]:
+    """The widths in the order in which they are to be tried: fastest first, and of equally fast ones the
+    narrowest.
+    """
+    left, order = sorted(widths), list[int]()
+    while left and all(w in seconds for w in left):
+        fastest = min(seconds[w] for w in left)
+        order.append(next(w for w in left if seconds[w] <= _AS_FAST * fastest))
+        left.remove(order[-1])
+    return (*order, *left)
 
 
 def _with_input(record: QuantizedWeight, grid: ActivationGrid) -> QuantizedWeight:
@@ -314,7 +400,13 @@ def _with_input(record: QuantizedWeight, grid: ActivationGrid) -> QuantizedWeigh
     )
 
 
-def _layer_report(target: Target, record: QuantizedWeight, error: float, seen: InputRange) -> QuantLayer:
+def _layer_report(
+    target: Target,
+    record: QuantizedWeight,
+    errors: Mapping[int, float],
+    seconds: Mapping[int, float],
+    seen: InputRange,
+) -> QuantLayer:
     weight = target.weight
     zeros = 1.0 - int(torch.count_nonzero(weight)) / max(1, weight.numel())
     grid = None
@@ -326,9 +418,10 @@ def _layer_report(target: Target, record: QuantizedWeight, error: float, seen: I
         tuple(weight.shape),
         record.bits,
         zeros,
-        error,
+        errors[record.bits],
         grid,
         seen.distribution().fit,
+        tuple((bits, errors.get(bits), seconds.get(bits)) for bits in sorted({*errors, *seconds})),
     )
 
 

@@ -1,0 +1,44 @@
+"""Files that appear as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+
+__all__ = ["replacing"]
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[str]:
+    """The name of a file to write beside `path`, which takes its name when the block ends well and vanishes
+    otherwise. It is on the disk before it has that name, so that not even a power cut leaves half a file.
+
+    Raises
+    ------
+    FileExistsError : a file of that name was there first, and `overwrite` is False.
+    """
+    folder, name = os.path.split(os.fspath(path))
+    temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(6)}.tmp")
+    try:
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)  # unlike rename, fails when another process was faster
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    # So that the new name, too, is on the disk, where the system can do that.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder or ".", os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
