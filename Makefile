@@ -6,6 +6,7 @@
 #   make bench     the benchmarks
 #   make lint      ruff, clang-format, mypy --strict;  make format: apply the first two
 #   make sanitize  the kernel tests under the address and undefined-behaviour sanitizers
+#   make sanitize-cuda  the CUDA kernels under them, in the emulator
 #   make cuda      compile the CUDA part for sm_80 and sm_90a;  make cuda-all: for every architecture
 #   make dev       editable install that rebuilds the extension on import when a source changed
 #
@@ -31,12 +32,12 @@ SOURCES := CMakeLists.txt pyproject.toml constraints.txt README.md LICENSE $(she
   -o -name '*.cuh' -o -name '*.py' -o -name '*.pyi' -o -name py.typed \) -print)
 CXX_SOURCES = $(shell find csrc tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint format dev sanitize cuda cuda-all clean
+.PHONY: demo test bench lint format dev sanitize sanitize-cuda emulated cuda cuda-all clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/pared demo $(ARGS)
 
-test: $(VENV)/installed-test
+test: $(VENV)/installed-test emulated
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/installed-test
@@ -79,16 +80,28 @@ sanitize: $(VENV)/ready
 	$(BIN)/python -c 'from pared import _core; assert "$(SANITIZE)" in _core.__file__, _core.__file__'; \
 	$(BIN)/python -m pytest tests/kernels -p no:cacheprovider $(ARGS)
 
+# The CUDA kernels compiled for the CPU, for tests/cuda.
+emulated: $(VENV)/ready
+	$(CMAKE) -S csrc/cuda/emulate -B build/emulated
+	cmake --build build/emulated
+
+sanitize-cuda: $(VENV)/installed-test emulated
+	$(CMAKE) -S csrc/cuda/emulate -B $(SANITIZE)-cuda -DPARED_SANITIZE=ON
+	cmake --build $(SANITIZE)-cuda
+	export PARED_EMULATED=$(CURDIR)/$(SANITIZE)-cuda ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)"; \
+	$(BIN)/python -m pytest tests/cuda -p no:cacheprovider $(ARGS)
+
 # Compiles without a GPU, and runs what needs none: host logic, and the errors of a machine without a driver.
 CUDAARCHS ?= 80-real;90a-real
-cuda: $(VENV)/installed-test
+cuda: $(VENV)/installed-test emulated
 	$(CMAKE) -S . -B build/cuda -DPARED_CUDA=on -DCMAKE_CUDA_ARCHITECTURES='$(CUDAARCHS)'
 	cmake --build build/cuda --target _cuda_kernels
 	rm -rf build/cuda/package
 	mkdir build/cuda/package
 	cp -R "$$($(BIN)/python -c 'import os, pared; print(os.path.dirname(pared.__file__))')" build/cuda/package/
 	cmake --install build/cuda --component cuda --prefix build/cuda/package
-	PYTHONPATH=build/cuda/package $(BIN)/python -m pytest tests/test_cuda.py -p no:cacheprovider $(ARGS)
+	PYTHONPATH=build/cuda/package $(BIN)/python -m pytest tests/test_cuda.py tests/cuda -p no:cacheprovider $(ARGS)
 
 cuda-all:
 	$(MAKE) cuda CUDAARCHS='80-real;86-real;89-real;90'

@@ -46,8 +46,29 @@ def test_a_planted_include_is_caught():
 
 def test_only_the_cuda_part_includes_cuda():
     for path in SOURCES:
-        if path.parent.name != "cuda":
+        if CSRC / "cuda" not in path.parents:
             assert not [i for i in includes(path.read_text()) if i.startswith("cuda_")], path
+
+
+def untestable_cuda(name: str, text: str) -> list[str]:
+    """What the emulator cannot run: it belongs into launch.h and ptx.h, where it has a twin."""
+    code = re.sub(r"//.*", "", text)
+    found = [] if name == "ptx.h" else re.findall(r"\basm\b|\b__shared__\b", code)
+    return found + re.findall(r"<<<|__activemask", code)
+
+
+def test_cuda_kernels_are_written_so_that_the_emulator_runs_them():
+    files = [p for p in (CSRC / "cuda").glob("*") if p.suffix in {".cu", ".cuh", ".h"}]
+    assert any(p.suffix == ".cu" for p in files)
+    for path in files:
+        assert not untestable_cuda(path.name, path.read_text()), path
+    planted = '__shared__ float s[3];\nkernel<<<1, 2>>>(); // asm\n  asm volatile("");'
+    assert untestable_cuda("planted.cu", planted) == ["__shared__", "asm", "<<<"]
+
+
+def test_every_cuda_source_is_listed():
+    listed = re.findall(r"^  ([\w.]+)\)?$", (CSRC / "cuda" / "sources.cmake").read_text(), re.M)
+    assert sorted(listed) == sorted(p.name for p in (CSRC / "cuda").glob("*") if p.suffix in {".cu", ".cc"})
 
 
 def test_kernel_files_include_templates_and_c_headers_alone():

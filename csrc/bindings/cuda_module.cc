@@ -1,11 +1,17 @@
 // pared._cuda_kernels: the CUDA part, a shared object of its own. Pointers, sizes and streams come as
 // integers from python/pared/_cuda.py, which has checked the tensors they belong to.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "core/check.h"
 #include "cuda/device.h"
-#include "cuda/launch.h"
+#include "cuda/mask_plan.h"
+#include "cuda/self_check.h"
 #include "cuda/threshold_mask.h"
+
+#ifdef PARED_CUDA_EMULATED
+#include "cuda/emulate/faults.h"
+#endif
 
 namespace py = pybind11;
 
@@ -20,7 +26,7 @@ DType parse_dtype(const std::string& name) {
 
 }  // namespace
 
-PYBIND11_MODULE(_cuda_kernels, m, py::mod_gil_not_used()) {
+PYBIND11_MODULE(PARED_CUDA_MODULE, m, py::mod_gil_not_used()) {
   m.doc() = "pared's CUDA kernels";
   m.attr("ARCHITECTURES") = PARED_CUDA_ARCHITECTURES;
   py::register_local_exception_translator([](std::exception_ptr p) {
@@ -33,6 +39,17 @@ PYBIND11_MODULE(_cuda_kernels, m, py::mod_gil_not_used()) {
     }
   });
 
+#ifdef PARED_CUDA_EMULATED
+  m.def("set_order", &cuda::emulate::set_order, py::arg("seed"));
+  m.def("take_launched", &cuda::emulate::take_launched);
+#ifdef __SANITIZE_ADDRESS__
+  m.attr("SANITIZED") = true;
+#else
+  m.attr("SANITIZED") = false;
+#endif
+  m.def("fault_names", &cuda::emulate::fault_names);
+  m.def("run_fault", &cuda::emulate::run_fault, py::arg("name"));
+#endif
   m.def("device_count", &cuda::device_count);
   m.def(
       "device_info",
@@ -49,6 +66,15 @@ PYBIND11_MODULE(_cuda_kernels, m, py::mod_gil_not_used()) {
         return d;
       },
       py::arg("device"));
+  m.def(
+      "self_check",
+      [](const std::string& name, uintptr_t a, uintptr_t b, uintptr_t c, int device, uintptr_t stream) {
+        cuda::self_check(
+            name,
+            {reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b), reinterpret_cast<void*>(c)},
+            device, reinterpret_cast<cudaStream_t>(stream));
+      },
+      py::arg("name"), py::arg("a"), py::arg("b"), py::arg("c"), py::arg("device"), py::arg("stream"));
   m.def(
       "threshold_mask",
       [](uintptr_t x, const std::string& dtype, int64_t n, uintptr_t threshold, uintptr_t mask, int device,

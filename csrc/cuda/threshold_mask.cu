@@ -4,6 +4,7 @@
 
 #include "cuda/device.h"
 #include "cuda/launch.h"
+#include "cuda/mask_plan.h"
 #include "cuda/threshold_mask.h"
 
 namespace pared::cuda {
@@ -64,23 +65,22 @@ __global__ void __launch_bounds__(kMaskThreads)
 }
 
 template <class T>
-void launch(const ThresholdMaskArgs& a, int device, cudaStream_t stream, const char* name) {
+void launch_mask(const ThresholdMaskArgs& a, int device, cudaStream_t stream, const char* name) {
   const DeviceGuard guard(device, name);
   const MaskPlan plan = plan_mask(reinterpret_cast<uintptr_t>(a.x), reinterpret_cast<uintptr_t>(a.mask), a.n,
                                   sizeof(T), multiprocessors(device));
   if (plan.blocks == 0) return;
-  threshold_mask_kernel<T>
-      <<<plan.blocks, kMaskThreads, 0, stream>>>(static_cast<const T*>(a.x), a.threshold, a.mask, plan);
-  check(cudaGetLastError(), name);
+  launch(name, threshold_mask_kernel<T>, {plan.blocks, kMaskThreads}, stream, static_cast<const T*>(a.x),
+         a.threshold, a.mask, plan);
 }
 
 }  // namespace
 
 void threshold_mask(const ThresholdMaskArgs& a, int device, cudaStream_t stream) {
   switch (a.dtype) {
-    case DType::f32: return launch<float>(a, device, stream, "threshold_mask_f32");
-    case DType::f16: return launch<__half>(a, device, stream, "threshold_mask_f16");
-    default: return launch<__nv_bfloat16>(a, device, stream, "threshold_mask_bf16");
+    case DType::f32: return launch_mask<float>(a, device, stream, "threshold_mask_f32");
+    case DType::f16: return launch_mask<__half>(a, device, stream, "threshold_mask_f16");
+    default: return launch_mask<__nv_bfloat16>(a, device, stream, "threshold_mask_bf16");
   }
 }
 

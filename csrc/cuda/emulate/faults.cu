@@ -1,0 +1,131 @@
+#include <functional>
+#include <map>
+
+#include "core/check.h"
+#include "cuda/emulate/faults.h"
+#include "cuda/launch.h"
+#include "cuda/ptx.h"
+
+namespace pared::cuda::emulate {
+namespace {
+
+using Out = unsigned*;
+
+__global__ void half_of_a_barrier(Out) {
+  if (threadIdx.x < 32) __syncthreads();
+}
+__global__ void two_barriers(Out) {
+  if (threadIdx.x < 32) __syncthreads();
+  else __syncthreads();
+}
+__global__ void left_before_the_barrier(Out) {
+  if (threadIdx.x == 63) return;
+  __syncthreads();
+}
+__global__ void missing_lane(Out out) {
+  if (threadIdx.x % 32 != 5) out[threadIdx.x] = __shfl_sync(kFullWarp, threadIdx.x, 0);
+}
+__global__ void lane_outside_its_mask(Out out) {
+  out[threadIdx.x] = __shfl_sync(0xfffffffeu, threadIdx.x, 1);
+}
+__global__ void reads_outside_the_mask(Out out) {
+  if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_sync(0xffffu, threadIdx.x, 20);
+}
+__global__ void different_shuffles(Out out) {
+  if (threadIdx.x % 2) out[threadIdx.x] = __shfl_sync(kFullWarp, threadIdx.x, 0);
+  else out[threadIdx.x] = __shfl_xor_sync(kFullWarp, threadIdx.x, 1);
+}
+__global__ void shared_never_written(Out out) {
+  PARED_SHARED(unsigned[64], s);
+  out[threadIdx.x] = s[threadIdx.x];
+}
+__global__ void copy_never_awaited(Out out) {
+  PARED_DYNAMIC_SHARED(s);
+  ptx::copy_async<4>(s + 4 * threadIdx.x, out);  // *out is 0
+  ptx::copy_commit();
+  out[threadIdx.x] = reinterpret_cast<unsigned*>(s)[threadIdx.x];
+}
+__global__ void writes_behind_shared(Out) {
+  PARED_DYNAMIC_SHARED(s);
+  s[256 + threadIdx.x % 8] = 1;
+}
+// Each thread reads its neighbour's word without a barrier: right in one order of the threads and wrong in
+// others.
+__global__ void missing_barrier(Out out) {
+  PARED_DYNAMIC_SHARED(s);
+  auto* words = reinterpret_cast<unsigned*>(s);
+  words[threadIdx.x] = threadIdx.x;
+  out[threadIdx.x] = threadIdx.x ? words[threadIdx.x - 1] : 0;
+}
+__global__ void misaligned_load(Out out) {
+  out[0] = ptx::load_once(reinterpret_cast<const uint4*>(out + 1)).x;
+}
+__global__ void bulk_copy_nobody_awaits(Out out) {
+  PARED_DYNAMIC_SHARED(s);
+  auto* bar = reinterpret_cast<uint64_t*>(s);
+  if (threadIdx.x) return;
+  ptx::mbarrier_init(bar, 1);
+  ptx::mbarrier_arrive_expect(bar, 64);
+  ptx::copy_bulk(s + 64, out, 64, bar);
+}
+__global__ void mbarrier_nobody_completes(Out) {
+  PARED_SHARED(uint64_t, bar);
+  if (threadIdx.x == 0) ptx::mbarrier_init(&bar, 2);
+  __syncthreads();
+  if (threadIdx.x == 0) ptx::mbarrier_arrive(&bar);
+  ptx::mbarrier_wait(&bar, 0);
+}
+// Block 0 gives what block 1 reads: wrong when the blocks run in another order.
+__global__ void order_of_blocks(Out out) {
+  if (threadIdx.x == 0) out[1 + blockIdx.x] = blockIdx.x == 0 ? 7 : out[1];
+}
+
+struct Fault {
+  void (*kernel)(Out);
+  LaunchPlan plan;
+};
+const std::map<std::string, Fault>& faults() {
+  static const std::map<std::string, Fault> all = {
+#define PARED_FAULT(name, ...) \
+  {                            \
+    #name, {                   \
+      name, { __VA_ARGS__ }    \
+    }                          \
+  }
+      PARED_FAULT(half_of_a_barrier, 1, 64),
+      PARED_FAULT(two_barriers, 1, 64),
+      PARED_FAULT(left_before_the_barrier, 1, 64),
+      PARED_FAULT(missing_lane, 1, 64),
+      PARED_FAULT(lane_outside_its_mask, 1, 64),
+      PARED_FAULT(reads_outside_the_mask, 1, 64),
+      PARED_FAULT(different_shuffles, 1, 64),
+      PARED_FAULT(shared_never_written, 1, 64),
+      PARED_FAULT(copy_never_awaited, 1, 64, 256),
+      PARED_FAULT(writes_behind_shared, 1, 64, 256),
+      PARED_FAULT(missing_barrier, 1, 64, 256),
+      PARED_FAULT(misaligned_load, 1, 64),
+      PARED_FAULT(bulk_copy_nobody_awaits, 1, 64, 256),
+      PARED_FAULT(mbarrier_nobody_completes, 1, 64),
+      PARED_FAULT(order_of_blocks, 2, 64),
+#undef PARED_FAULT
+  };
+  return all;
+}
+
+}  // namespace
+
+std::vector<std::string> fault_names() {
+  std::vector<std::string> names;
+  for (const auto& [name, fault] : faults()) names.push_back(name);
+  return names;
+}
+
+std::vector<unsigned> run_fault(const std::string& name) {
+  const auto found = faults().find(name);
+  PARED_CHECK(found != faults().end(), "name: expected the name of a fault, got '", name, "'");
+  alignas(16) unsigned out[64] = {};
+  launch(name.c_str(), found->second.kernel, found->second.plan, nullptr, out);
+  return {out, out + 64};
+}
+
+}  // namespace pared::cuda::emulate

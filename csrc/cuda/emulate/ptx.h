@@ -1,0 +1,159 @@
+// The functions of cuda/ptx.h for the emulator. What they do is said there.
+#pragma once
+
+#include "cuda/emulate/simt.h"
+
+#define PARED_SHARED(type_, name)                                            \
+  static const ::pared::cuda::emulate::Slot pared_slot_##name(               \
+      sizeof(typename ::pared::cuda::SameType<type_>::type));                \
+  auto& name = *static_cast<typename ::pared::cuda::SameType<type_>::type*>( \
+      ::pared::cuda::emulate::static_shared(pared_slot_##name, 16))
+#define PARED_DYNAMIC_SHARED(name) unsigned char* const name = ::pared::cuda::emulate::dynamic_shared()
+
+namespace pared::cuda::ptx {
+
+inline int lane() { return emulate::lane(); }
+
+inline uint4 load_once(const uint4* p, PARED_HERE) { return emulate::aligned(p, PARED_WHERE); }
+
+template <int kBytes>
+void copy_async(void* shared, const void* global, int valid = kBytes, PARED_HERE) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  emulate::copy_async(shared, global, kBytes, valid, PARED_WHERE);
+}
+inline void copy_commit() { emulate::copy_commit(); }
+template <int kInFlight>
+void copy_wait() {
+  emulate::copy_wait(kInFlight);
+}
+
+inline void mbarrier_init(uint64_t* bar, int arrivals, PARED_HERE) {
+  emulate::mbarrier_init(bar, arrivals, PARED_WHERE);
+}
+inline void fence_barrier_init() {}
+inline void mbarrier_arrive(uint64_t* bar, PARED_HERE) { emulate::mbarrier_arrive(bar, 0, PARED_WHERE); }
+inline void mbarrier_arrive_expect(uint64_t* bar, int bytes, PARED_HERE) {
+  emulate::mbarrier_arrive(bar, bytes, PARED_WHERE);
+}
+inline void mbarrier_wait(uint64_t* bar, int parity, PARED_HERE) {
+  emulate::mbarrier_wait(bar, parity, PARED_WHERE);
+}
+inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* bar, PARED_HERE) {
+  emulate::copy_bulk(shared, global, bytes, bar, PARED_WHERE);
+}
+
+inline void barrier_sync(int id, int threads, PARED_HERE) {
+  emulate::barrier(id, threads, false, PARED_WHERE);
+}
+inline void barrier_arrive(int id, int threads, PARED_HERE) {
+  emulate::barrier_arrive(id, threads, PARED_WHERE);
+}
+
+// ---- tensor cores
+
+template <class C>
+struct MmaOperands {
+  C* c;
+  const uint32_t *a, *b;
+};
+
+// The element types: how many a register holds, and what one is worth.
+struct F16 {
+  using C = float;
+  using Sum = double;
+  static constexpr int kPerRegister = 2;
+  static Sum at(uint32_t r, int i) { return emulate::half_to_float(static_cast<uint16_t>(r >> (16 * i))); }
+  static constexpr char kName[] = "mma.sync f16";
+};
+struct Bf16 {
+  using C = float;
+  using Sum = double;
+  static constexpr int kPerRegister = 2;
+  static Sum at(uint32_t r, int i) {
+    return emulate::bfloat16_to_float(static_cast<uint16_t>(r >> (16 * i)));
+  }
+  static constexpr char kName[] = "mma.sync bf16";
+};
+struct S8 {
+  using C = int32_t;
+  using Sum = int64_t;
+  static constexpr int kPerRegister = 4;
+  static Sum at(uint32_t r, int i) { return static_cast<int8_t>(r >> (8 * i)); }
+  static constexpr char kName[] = "mma.sync s8";
+};
+
+template <class T>
+void mma(typename T::C (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], emulate::Where where) {
+  MmaOperands<typename T::C> mine{c, a, b};
+  emulate::collective(
+      T::kName, emulate::kFullWarp, &mine,
+      [](void** all, uint32_t) {
+        constexpr int n = T::kPerRegister, K = 8 * n;
+        auto** lanes = reinterpret_cast<MmaOperands<typename T::C>**>(all);
+        typename T::Sum A[16][K], B[8][K];
+        for (int l = 0; l < 32; ++l)
+          for (int i = 0; i < n; ++i) {
+            const int g = l / 4, t = l % 4;
+            for (int r = 0; r < 4; ++r)
+              A[g + r % 2 * 8][n * t + r / 2 * 4 * n + i] = T::at(lanes[l]->a[r], i);
+            for (int r = 0; r < 2; ++r) B[g][n * t + r * 4 * n + i] = T::at(lanes[l]->b[r], i);
+          }
+        for (int l = 0; l < 32; ++l)
+          for (int i = 0; i < 4; ++i) {
+            const int row = l / 4 + i / 2 * 8, column = l % 4 * 2 + i % 2;
+            typename T::Sum sum = lanes[l]->c[i];
+            for (int k = 0; k < K; ++k) sum += A[row][k] * B[column][k];
+            lanes[l]->c[i] = static_cast<typename T::C>(sum);
+          }
+      },
+      where);
+}
+inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], PARED_HERE) {
+  mma<F16>(c, a, b, PARED_WHERE);
+}
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], PARED_HERE) {
+  mma<Bf16>(c, a, b, PARED_WHERE);
+}
+inline void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], PARED_HERE) {
+  mma<S8>(c, a, b, PARED_WHERE);
+}
+
+struct MatrixOperands {
+  uint32_t* r;
+  const char* row;
+};
+inline constexpr char kLoadMatrices[] = "ldmatrix";
+template <int kCount, bool kTransposed>
+void load_matrices_of(uint32_t (&r)[kCount], const void* row, emulate::Where where) {
+  if (emulate::lane() < 8 * kCount) {
+    if (reinterpret_cast<uintptr_t>(row) % 16) emulate::fail("ldmatrix: misaligned row", where);
+    if (!emulate::is_shared(row, 16)) emulate::fail("ldmatrix: a row is not in shared memory", where);
+  }
+  MatrixOperands mine{r, static_cast<const char*>(row)};
+  emulate::collective(
+      kLoadMatrices, emulate::kFullWarp, &mine,
+      [](void** all, uint32_t) {
+        auto** lanes = reinterpret_cast<MatrixOperands**>(all);
+        for (int l = 0; l < 32; ++l)
+          for (int i = 0; i < kCount; ++i) {
+            uint16_t two[2];
+            for (int j = 0; j < 2; ++j) {
+              const int row = kTransposed ? l % 4 * 2 + j : l / 4,
+                        column = kTransposed ? l / 4 : l % 4 * 2 + j;
+              std::memcpy(&two[j], lanes[8 * i + row]->row + 2 * column, 2);
+            }
+            lanes[l]->r[i] = two[0] | uint32_t{two[1]} << 16;
+          }
+      },
+      where);
+}
+template <int kCount>
+void load_matrices(uint32_t (&r)[kCount], const void* row, PARED_HERE) {
+  load_matrices_of<kCount, false>(r, row, PARED_WHERE);
+}
+template <int kCount>
+void load_matrices_transposed(uint32_t (&r)[kCount], const void* row, PARED_HERE) {
+  load_matrices_of<kCount, true>(r, row, PARED_WHERE);
+}
+
+}  // namespace pared::cuda::ptx

@@ -1,0 +1,554 @@
+#include "cuda/emulate/simt.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "core/check.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+// Saves the caller's registers on its stack, its stack pointer in *from, and goes on where `to` was saved.
+#if defined(__x86_64__)
+extern "C" void pared_emulate_switch(void** from, void* to);
+asm(R"(
+.text
+.globl pared_emulate_switch
+.hidden pared_emulate_switch
+.type pared_emulate_switch, @function
+pared_emulate_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size pared_emulate_switch, .-pared_emulate_switch
+)");
+#else
+#include <ucontext.h>
+#endif
+
+namespace pared::cuda::emulate {
+
+Uint3 thread_index, block_index, block_size, grid_size;
+
+namespace {
+
+constexpr size_t kStack = size_t{256} << 10;       // reserved; only touched pages are taken
+constexpr size_t kMostShared = size_t{227} << 10;  // sm_90; sm_80 has 163 KB
+constexpr size_t kMostStatic = size_t{48} << 10;
+constexpr size_t kCanary = 64;
+constexpr unsigned char kPoison = 0xff, kCanaryByte = 0xa5;
+constexpr int kBarriers = 16;
+
+enum class State : uint8_t { ready, barrier, warp, mbarrier, done };
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, valid;
+};
+
+void deliver(const Copy& c) {
+  std::memcpy(c.to, c.from, c.valid);
+  std::memset(static_cast<char*>(c.to) + c.valid, 0, c.bytes - c.valid);
+}
+
+struct Fiber {
+  State state;
+  Uint3 index;
+  Where where;
+  // What it waits for.
+  const char* kind;
+  uint32_t mask;
+  void* operands;
+  int barrier, result;
+  const uint64_t* mbarrier;
+  int parity;
+  // cp.async groups; the last is open.
+  std::deque<std::vector<Copy>> groups;
+
+  void* stack = nullptr;
+#if defined(__x86_64__)
+  void* saved;
+#else
+  ucontext_t saved;
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake_stack;
+#endif
+};
+
+struct Barrier {
+  int arrived = 0, threads = 0, count = 0;
+  Where where = {nullptr, 0};
+};
+
+struct BulkCopy {
+  Copy copy;
+  uint64_t* bar;
+};
+
+// The 64 bits of an mbarrier.
+struct MBarrier {
+  uint64_t phase : 1, pending : 20, count : 20;
+  int64_t bytes : 23;
+};
+static_assert(sizeof(MBarrier) == sizeof(uint64_t));
+
+MBarrier read(const uint64_t* bar) {
+  MBarrier b;
+  std::memcpy(&b, bar, sizeof b);
+  return b;
+}
+void write(uint64_t* bar, MBarrier b) {
+  if (b.pending == 0 && b.bytes == 0) {
+    b.phase ^= 1;
+    b.pending = b.count;
+  }
+  std::memcpy(bar, &b, sizeof b);
+}
+
+std::string at(Where w) {
+  const std::string file = w.file ? w.file : "?";
+  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(w.line);
+}
+
+// The one machine: kernels of two Python threads take turns.
+struct Machine {
+  std::mutex turn;
+  uint64_t order = 0;
+  std::map<std::string, int64_t> launched;
+
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  int threads = 0, done = 0;
+  Fiber* current = nullptr;
+  const std::function<void()>* body = nullptr;
+  std::string error;
+  Barrier barriers[kBarriers];
+  std::vector<BulkCopy> bulk;
+  std::vector<unsigned char> shared;
+  size_t dynamic_bytes = 0, static_used = 0;
+  std::map<const Slot*, size_t> slots;
+#if defined(__x86_64__)
+  void* scheduler;
+#else
+  ucontext_t scheduler;
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake_stack;
+  const void* scheduler_stack;
+  size_t scheduler_stack_bytes;
+#endif
+
+  // Static shared memory lies behind the canary of the dynamic.
+  unsigned char* dynamic_begin() {
+    return shared.data() + (-reinterpret_cast<uintptr_t>(shared.data()) & 1023);
+  }
+  unsigned char* static_begin() { return dynamic_begin() + (dynamic_bytes + kCanary + 1023) / 1024 * 1024; }
+
+  void to_scheduler(bool last = false) {
+    Fiber* f = current;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(last ? nullptr : &f->fake_stack, scheduler_stack, scheduler_stack_bytes);
+#endif
+#if defined(__x86_64__)
+    pared_emulate_switch(&f->saved, scheduler);
+#else
+    swapcontext(&f->saved, &scheduler);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(f->fake_stack, nullptr, nullptr);
+#endif
+  }
+
+  void to_fiber(Fiber* f) {
+    current = f;
+    thread_index = f->index;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&fake_stack, f->stack, kStack);
+#endif
+#if defined(__x86_64__)
+    pared_emulate_switch(&scheduler, f->saved);
+#else
+    swapcontext(&scheduler, &f->saved);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#endif
+    current = nullptr;
+  }
+
+  void wait(State state, Where where) {
+    current->state = state;
+    current->where = where;
+    to_scheduler();
+  }
+
+  int number(const Fiber* f) const {
+    return static_cast<int>(f->index.x + block_size.x * (f->index.y + block_size.y * f->index.z));
+  }
+};
+
+Machine& machine() {
+  static Machine m;
+  return m;
+}
+
+[[noreturn]] void fiber_main() {
+  Machine& m = machine();
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack, &m.scheduler_stack_bytes);
+#endif
+  (*m.body)();
+  m.current->state = State::done;
+  ++m.done;
+  m.to_scheduler(true);
+  __builtin_unreachable();
+}
+
+void start(Fiber& f) {
+  if (!f.stack) {
+    f.stack =
+        mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (f.stack == MAP_FAILED) throw std::bad_alloc();
+  }
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(f.stack, kStack);
+  f.fake_stack = nullptr;
+#endif
+#if defined(__x86_64__)
+  // Six registers, the address to return to, and a zero in the place of a caller.
+  void** top = reinterpret_cast<void**>(static_cast<char*>(f.stack) + kStack) - 8;
+  std::fill(top, top + 8, nullptr);
+  top[6] = reinterpret_cast<void*>(&fiber_main);
+  f.saved = top;
+#else
+  getcontext(&f.saved);
+  f.saved.uc_stack.ss_sp = f.stack;
+  f.saved.uc_stack.ss_size = kStack;
+  f.saved.uc_link = nullptr;
+  makecontext(&f.saved, reinterpret_cast<void (*)()>(&fiber_main), 0);
+#endif
+}
+
+// Why nobody can go on.
+std::string stuck(const Machine& m) {
+  std::map<std::string, std::vector<int>> groups;
+  for (int i = 0; i < m.threads; ++i) {
+    const Fiber& f = *m.fibers[i];
+    std::string what;
+    switch (f.state) {
+      case State::barrier: what = str("wait at barrier ", f.barrier, " in ", at(f.where)); break;
+      case State::warp:
+        what = str("wait at ", f.kind, " in ", at(f.where), " for lanes 0x", std::hex, f.mask);
+        break;
+      case State::mbarrier: what = "wait at an mbarrier in " + at(f.where); break;
+      default: what = "have ended"; break;
+    }
+    groups[what].push_back(i);
+  }
+  std::string text = "not all threads reach the same barrier or warp operation:";
+  for (const auto& [what, who] : groups)
+    text += str(" ", who.size(), " threads (the first is ", who.front(), ") ", what, ";");
+  text.pop_back();
+  return text;
+}
+
+bool can_go_on(Fiber& f) {
+  if (f.state == State::mbarrier && read(f.mbarrier).phase != static_cast<unsigned>(f.parity))
+    f.state = State::ready;
+  return f.state == State::ready;
+}
+
+// A bulk copy on whose barrier somebody waits: as late as it can come.
+bool deliver_bulk(Machine& m) {
+  for (auto c = m.bulk.begin(); c != m.bulk.end(); ++c) {
+    const bool wanted = std::any_of(m.fibers.begin(), m.fibers.begin() + m.threads, [&](const auto& f) {
+      return f->state == State::mbarrier && f->mbarrier == c->bar;
+    });
+    if (!wanted) continue;
+    deliver(c->copy);
+    MBarrier b = read(c->bar);
+    b.bytes -= c->copy.bytes;
+    write(c->bar, b);
+    m.bulk.erase(c);
+    return true;
+  }
+  return false;
+}
+
+void run_block(Machine& m, const std::vector<int>& order) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(m.shared.data(), m.shared.size());
+#endif
+  std::memset(m.dynamic_begin(), kPoison, m.dynamic_bytes);
+  std::memset(m.static_begin(), kPoison, kMostStatic);
+  unsigned char* const canary = m.dynamic_begin() + m.dynamic_bytes;
+  std::memset(canary, kCanaryByte, kCanary);
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_poison_memory_region(canary, static_cast<size_t>(m.static_begin() - canary));
+#endif
+  m.done = 0;
+  m.bulk.clear();
+  for (Barrier& b : m.barriers) b = {};
+  for (int i = 0; i < m.threads; ++i) {
+    Fiber& f = *m.fibers[i];
+    f.state = State::ready;
+    const auto t = static_cast<unsigned>(i);
+    f.index = {t % block_size.x, t / block_size.x % block_size.y, t / (block_size.x * block_size.y)};
+    f.groups.assign(1, {});
+    start(f);
+  }
+  while (m.done < m.threads) {
+    bool progress = false;
+    for (const int i : order) {
+      Fiber& f = *m.fibers[i];
+      if (!can_go_on(f)) continue;
+      progress = true;
+      m.to_fiber(&f);
+      if (!m.error.empty()) return;
+    }
+    if (progress || deliver_bulk(m)) continue;
+    m.error = stuck(m);
+    return;
+  }
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(canary, kCanary);
+#endif
+  if (std::any_of(canary, canary + kCanary, [](unsigned char c) { return c != kCanaryByte; }))
+    m.error = "wrote behind its dynamic shared memory";
+  else if (!m.bulk.empty()) m.error = "ended with a bulk copy for which nobody has waited";
+}
+
+void release(Machine& m, int id) {
+  for (int i = 0; i < m.threads; ++i) {
+    Fiber& f = *m.fibers[i];
+    if (f.state != State::barrier || f.barrier != id) continue;
+    f.state = State::ready;
+    f.result = m.barriers[id].count;
+  }
+}
+
+// Returns true when the caller was the last.
+bool arrive(Machine& m, int id, int threads, bool predicate, Where where) {
+  if (id < 0 || id >= kBarriers) fail(str("no barrier ", id), where);
+  if (threads == 0) threads = m.threads;
+  if (threads % 32 && threads != m.threads)
+    fail(str("a barrier of ", threads, " threads, not whole warps"), where);
+  Barrier& b = m.barriers[id];
+  if (b.arrived && b.threads != threads)
+    fail(str("barrier ", id, " of ", threads, " threads here and of ", b.threads, " in ", at(b.where)),
+         where);
+  // Barrier 0 is __syncthreads: the hardware would count arrivals at two places as one barrier.
+  if (b.arrived && id == 0 && (b.where.line != where.line || std::strcmp(b.where.file, where.file) != 0))
+    fail("some threads are at this __syncthreads, others in " + at(b.where), where);
+  b.threads = threads;
+  b.where = where;
+  if (b.arrived == 0) b.count = 0;
+  b.count += predicate;
+  if (++b.arrived < threads) return false;
+  b.arrived = 0;
+  release(m, id);
+  return true;
+}
+
+std::vector<int64_t> ordered(int64_t n, uint64_t seed, uint64_t salt) {
+  std::vector<int64_t> order(n);
+  std::iota(order.begin(), order.end(), int64_t{0});
+  if (seed == 1) std::reverse(order.begin(), order.end());
+  if (seed > 1) {
+    std::mt19937_64 random(seed * 0x9e3779b97f4a7c15u + salt);
+    for (int64_t i = n - 1; i > 0; --i) std::swap(order[i], order[random() % (i + 1)]);
+  }
+  return order;
+}
+
+}  // namespace
+
+void run(const char* kernel, Uint3 grid, Uint3 block, size_t dynamic_shared_bytes,
+         const std::function<void()>& thread) {
+  Machine& m = machine();
+  const std::lock_guard<std::mutex> lock(m.turn);
+  const auto refuse = [&](const std::string& why) { throw std::runtime_error(str(kernel, ": ", why)); };
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z, blocks = uint64_t{grid.x} * grid.y * grid.z;
+  if (threads == 0 || threads > 1024 || block.z > 64) refuse(str("a block of ", threads, " threads"));
+  if (blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    refuse(str("a grid of ", grid.x, " x ", grid.y, " x ", grid.z, " blocks"));
+  if (dynamic_shared_bytes > kMostShared) refuse(str(dynamic_shared_bytes, " bytes of shared memory"));
+  ++m.launched[kernel];
+  m.threads = static_cast<int>(threads);
+  while (m.fibers.size() < threads) m.fibers.push_back(std::make_unique<Fiber>());
+  m.body = &thread;
+  m.error.clear();
+  m.dynamic_bytes = dynamic_shared_bytes;
+  m.shared.resize(kMostShared + kMostStatic + 4096);
+  m.slots.clear();
+  m.static_used = 0;
+  grid_size = grid;
+  block_size = block;
+  for (const int64_t b : ordered(static_cast<int64_t>(blocks), m.order, 0)) {
+    const auto i = static_cast<uint64_t>(b);
+    block_index = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                   static_cast<unsigned>(i / (uint64_t{grid.x} * grid.y))};
+    const std::vector<int64_t> order = ordered(m.threads, m.order, i + 1);
+    run_block(m, {order.begin(), order.end()});
+    if (!m.error.empty())
+      refuse(str("block ", block_index.x, ",", block_index.y, ",", block_index.z, ": ", m.error));
+  }
+}
+
+void set_order(uint64_t seed) {
+  Machine& m = machine();
+  const std::lock_guard<std::mutex> lock(m.turn);
+  m.order = seed;
+}
+
+std::map<std::string, int64_t> take_launched() {
+  Machine& m = machine();
+  const std::lock_guard<std::mutex> lock(m.turn);
+  return std::exchange(m.launched, {});
+}
+
+void fail(const std::string& what, Where where) {
+  Machine& m = machine();
+  if (!m.current) throw std::runtime_error(what);  // not in a kernel
+  m.error = str("thread ", m.number(m.current), " in ", at(where), ": ", what);
+  m.to_scheduler();
+  __builtin_unreachable();
+}
+
+int barrier(int id, int threads, bool predicate, Where where) {
+  Machine& m = machine();
+  if (arrive(m, id, threads, predicate, where)) return m.barriers[id].count;
+  m.current->barrier = id;
+  m.wait(State::barrier, where);
+  return m.current->result;
+}
+
+void barrier_arrive(int id, int threads, Where where) { arrive(machine(), id, threads, false, where); }
+
+int lane() { return machine().number(machine().current) % 32; }
+
+void collective(const char* kind, uint32_t mask, void* operands, void (*complete)(void**, uint32_t),
+                Where where) {
+  Machine& m = machine();
+  Fiber* self = m.current;
+  const int first = m.number(self) / 32 * 32;
+  if (!(mask >> (m.number(self) - first) & 1))
+    fail(str(kind, ": the calling lane is not in its mask"), where);
+  self->kind = kind;
+  self->mask = mask;
+  self->operands = operands;
+  self->where = where;
+  void* all[32] = {};
+  for (int i = 0; i < 32; ++i) {
+    if (!(mask >> i & 1)) continue;
+    if (first + i >= m.threads) fail(str(kind, ": lane ", i, " of the mask does not exist"), where);
+    const Fiber* f = m.fibers[first + i].get();
+    const bool here =
+        f == self || (f->state == State::warp && f->kind == kind && f->mask == mask &&
+                      f->where.line == where.line && std::strcmp(f->where.file, where.file) == 0);
+    if (!here) return m.wait(State::warp, where);
+    all[i] = f->operands;
+  }
+  complete(all, mask);
+  for (int i = 0; i < 32; ++i)
+    if (mask >> i & 1) m.fibers[first + i]->state = State::ready;
+}
+
+void* static_shared(const Slot& slot, size_t align) {
+  Machine& m = machine();
+  const auto [entry, fresh] = m.slots.try_emplace(&slot, (m.static_used + align - 1) / align * align);
+  if (fresh) m.static_used = entry->second + slot.bytes;
+  if (m.static_used > kMostStatic) fail("more than 48 KB of static shared memory", {nullptr, 0});
+  return m.static_begin() + entry->second;
+}
+
+unsigned char* dynamic_shared() { return machine().dynamic_begin(); }
+
+bool is_shared(const void* p, size_t bytes) {
+  Machine& m = machine();
+  const auto* c = static_cast<const unsigned char*>(p);
+  const auto inside = [&](const unsigned char* begin, size_t n) {
+    return c >= begin && c + bytes <= begin + n;
+  };
+  return inside(m.dynamic_begin(), m.dynamic_bytes) || inside(m.static_begin(), m.static_used);
+}
+
+void copy_async(void* shared, const void* global, int bytes, int valid, Where where) {
+  const auto s = reinterpret_cast<uintptr_t>(shared), g = reinterpret_cast<uintptr_t>(global);
+  if (!is_shared(shared, bytes)) fail("cp.async: the destination is not shared memory", where);
+  if (s % bytes || (valid && g % bytes)) fail("cp.async: misaligned address", where);
+  std::memset(shared, kPoison, bytes);
+  machine().current->groups.back().push_back({shared, global, bytes, valid});
+}
+
+void copy_commit() { machine().current->groups.emplace_back(); }
+
+void copy_wait(int groups_in_flight) {
+  auto& groups = machine().current->groups;
+  while (static_cast<int>(groups.size()) - 1 > groups_in_flight) {
+    for (const Copy& c : groups.front()) deliver(c);
+    groups.pop_front();
+  }
+}
+
+void mbarrier_init(uint64_t* bar, int count, Where where) {
+  if (!is_shared(bar, 8) || reinterpret_cast<uintptr_t>(bar) % 8)
+    fail("mbarrier: expected 8 aligned bytes of shared memory", where);
+  MBarrier b;
+  b.phase = 0;
+  b.pending = b.count = static_cast<uint64_t>(count);
+  b.bytes = 0;
+  std::memcpy(bar, &b, sizeof b);
+}
+
+void mbarrier_arrive(uint64_t* bar, int transaction_bytes, Where where) {
+  MBarrier b = read(bar);
+  if (b.pending == 0) fail("mbarrier: more arrivals than expected", where);
+  --b.pending;
+  b.bytes += transaction_bytes;
+  write(bar, b);
+}
+
+void mbarrier_wait(uint64_t* bar, int parity, Where where) {
+  Machine& m = machine();
+  if (read(bar).phase != static_cast<unsigned>(parity)) return;
+  m.current->mbarrier = bar;
+  m.current->parity = parity;
+  m.wait(State::mbarrier, where);
+}
+
+void copy_bulk(void* shared, const void* global, int bytes, uint64_t* bar, Where where) {
+  const auto s = reinterpret_cast<uintptr_t>(shared), g = reinterpret_cast<uintptr_t>(global);
+  if (bytes % 16 || s % 16 || g % 16)
+    fail("cp.async.bulk: addresses and size are not multiples of 16", where);
+  if (!is_shared(shared, bytes)) fail("cp.async.bulk: the destination is not shared memory", where);
+  std::memset(shared, kPoison, bytes);
+  machine().bulk.push_back({{shared, global, bytes, bytes}, bar});
+}
+
+}  // namespace pared::cuda::emulate

@@ -1,0 +1,185 @@
+// Everything that CUDA C++ has no name for: the only file with inline PTX. emulate/ptx.h has the same
+// functions for the emulator; what they do is said here, once.
+//
+// Shared memory is declared with the two macros below, so that the emulator can fill it with NaN patterns:
+//   PARED_SHARED(float[32], sums);          // static: a type and a name
+//   PARED_DYNAMIC_SHARED(bytes);            // dynamic: unsigned char*, aligned to 1024
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace pared::cuda {
+
+template <class T>
+struct SameType {
+  using type = T;
+};
+
+}  // namespace pared::cuda
+
+#ifdef PARED_CUDA_EMULATED
+#include "cuda/emulate/ptx.h"
+#else
+
+#define PARED_SHARED(type_, name) __shared__ typename ::pared::cuda::SameType<type_>::type name
+#define PARED_DYNAMIC_SHARED(name)                                  \
+  extern __shared__ __align__(1024) unsigned char pared_dynamic_[]; \
+  unsigned char* const name = pared_dynamic_
+
+namespace pared::cuda::ptx {
+
+// The 32-bit address of a pointer into shared memory.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ int lane() {
+  int l;
+  asm("mov.u32 %0, %%laneid;" : "=r"(l));
+  return l;
+}
+
+// ---- global memory
+
+// 16 bytes that nobody writes while the kernel runs, read once: not kept in L1.
+__device__ __forceinline__ uint4 load_once(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+// ---- cp.async (sm_80): a thread's own copies into shared memory, by groups
+
+// Copies kBytes (4, 8 or 16), of which the first `valid` come from `global` and the rest become zero.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int valid = kBytes) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(valid)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global),
+                 "n"(kBytes), "r"(valid)
+                 : "memory");
+  }
+}
+// Closes the group of the copies since the last one; it may be empty.
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most kInFlight of the thread's groups are under way. Other threads' copies need a barrier
+// after it.
+template <int kInFlight>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kInFlight) : "memory");
+}
+
+// ---- mbarrier and bulk copies (sm_90)
+
+// Before others use the barrier: fence_barrier_init by the initialising thread, then a block barrier.
+__device__ __forceinline__ void mbarrier_init(uint64_t* bar, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals)
+               : "memory");
+}
+__device__ __forceinline__ void fence_barrier_init() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* bar) {
+  asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared::cta.b64 t, [%0];\n}" ::"r"(shared_address(bar))
+               : "memory");
+}
+#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
+// Arrives, and lets the phase wait for `bytes` of bulk copies besides.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* bar, int bytes) {
+  asm volatile(
+      "{\n.reg .b64 t;\nmbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], %1;\n}" ::"r"(shared_address(bar)),
+      "r"(bytes)
+      : "memory");
+}
+// Waits for the end of the phase of this parity: 0 for the first, 1 for the second, 0 for the third, ...
+__device__ __forceinline__ void mbarrier_wait(uint64_t* bar, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
+          shared_address(bar)),
+      "r"(parity)
+      : "memory");
+}
+// One thread copies `bytes` (a multiple of 16, both addresses too); the barrier's phase counts them as they
+// arrive.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, int bytes, uint64_t* bar) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(bar))
+      : "memory");
+}
+#endif
+
+// ---- named barriers 1 to 15, for some warps of a block (`threads` of them, a multiple of 32)
+
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- tensor cores. Lane l is (g, t) = (l / 4, l % 4).
+//
+// A [16 x 16] of 16-bit values, 2 a register: a[0] = (g, 2t), a[1] = (g + 8, 2t), a[2] = (g, 2t + 8), a[3] =
+// (g + 8, 2t + 8); B [16 x 8]:                                b[0] = (2t, g), b[1] = (2t + 8, g): two values
+// down K; C [16 x 8]: c[0], c[1] = (g, 2t), (g, 2t + 1); c[2], c[3] = (g + 8, 2t), (g + 8, 2t + 1). int8: A
+// [16 x 32], 4 a register: a[0] = (g, 4t), a[1] = (g + 8, 4t), a[2] = (g, 4t + 16), a[3] = (g + 8, 4t + 16);
+//       B [32 x 8]: b[0] = (4t, g), b[1] = (4t + 16, g); C as above.
+
+#define PARED_MMA(name, shape_types, type, constraint)                                                    \
+  __device__ __forceinline__ void name(type(&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {     \
+    asm volatile("mma.sync.aligned." shape_types                                                          \
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                       \
+                 : "+" constraint(c[0]), "+" constraint(c[1]), "+" constraint(c[2]), "+" constraint(c[3]) \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                     \
+  }
+PARED_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32", float, "f")
+PARED_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32", float, "f")
+PARED_MMA(mma_s8, "m16n8k32.row.col.s32.s8.s8.s32", int32_t, "r")
+#undef PARED_MMA
+
+// Four 8x8 matrices of 16-bit values: lane 8i + r points to row r of matrix i, 16 aligned bytes. Register i
+// of lane (g, t) holds (g, 2t) and (g, 2t + 1) of matrix i; transposed: (2t, g) and (2t + 1, g). x2 reads the
+// pointers of lanes 0 to 15.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+}  // namespace pared::cuda::ptx
+
+#endif

@@ -1,0 +1,6 @@
+# The sources of the CUDA part, once for the GPU build and for the emulated one. A kernel's tests find it here.
+set(PARED_CUDA_SOURCES
+  device.cc
+  self_check.cu
+  threshold_mask.cu)
+list(TRANSFORM PARED_CUDA_SOURCES PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
