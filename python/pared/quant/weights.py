@@ -116,8 +116,8 @@ def quantize(
         which `observer` takes from the data: "minmax", "percentile", "mse" or "kl" (arXiv 1810.05723).
     bias_correction : add ``(W - W_q) E[x]`` to the biases, so that mean outputs stay.
     max_error : relative output error that "auto" accepts, ``|y - y_q| / |y|``.
-    example_inputs : as in `pared.accelerate`, for "auto": each layer is timed with the kernels of each width on
-        these, on this machine. 16 bits have none of their own: they run as floating-point numbers.
+    example_inputs : as in `pared.accelerate`, for "auto": each layer is timed on these with the kernels of
+        each width, on this machine. 16 bits have none of their own: they run as floating-point numbers.
     damping, resume, progress : as in `pared.pruning.SparseGPT`.
     loss_fn, include, exclude : as in `pared.prune`.
 
