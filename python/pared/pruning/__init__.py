@@ -20,12 +20,14 @@ from pared.pruning.criteria import (
     Taylor,
     Wanda,
 )
+from pared.pruning.distributed import process_group
 from pared.pruning.importance import Criterion, Magnitude, Random, Statistics
 from pared.pruning.oneshot import prune
 from pared.pruning.pruner import Pruner
 from pared.pruning.reconstruct import OBC, SparseGPT
 from pared.pruning.report import LayerReport, PruneReport
 from pared.pruning.structured import ChannelReport, LayerRemovalReport, prune_channels, prune_layers
+from pared.pruning.woodfisher import WoodFisher
 
 __all__ = [
     "OBC",
@@ -52,6 +54,8 @@ __all__ = [
     "Statistics",
     "Taylor",
     "Wanda",
+    "WoodFisher",
+    "process_group",
     "prune",
     "prune_channels",
     "prune_layers",

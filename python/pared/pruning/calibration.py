@@ -20,6 +20,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from pared.pruning import distributed
+from pared.pruning.distributed import Processes
 from pared.pruning.patterns import Pattern
 from pared.pruning.targets import Target
 
@@ -95,6 +97,16 @@ class Observer:
         """What has been summed up so far; checked for NaN after every batch."""
         return ()
 
+    def reduce(self, processes: Processes) -> None:
+        """Take in what the observers of the other processes of a data-parallel job have seen.
+
+        `samples` is summed up already. Called once, behind the last batch, by every process.
+        """
+        raise ValueError(
+            f"importance: expected an observer with reduce() in a job of {processes.size} processes, got "
+            f"{type(self).__name__}; inside pared.pruning.process_group(None) each process works for itself"
+        )
+
     def result(self) -> Any:
         """What the criterion reads as ``statistics.observed``."""
         raise NotImplementedError
@@ -114,6 +126,9 @@ class MeanGradient(Observer):
 
     def tensors(self) -> Sequence[torch.Tensor]:
         return (self.sum,)
+
+    def reduce(self, processes: Processes) -> None:
+        processes.add_(self.sum)
 
     def result(self) -> torch.Tensor:
         return self.sum / max(self.samples, 1)
@@ -156,6 +171,9 @@ class InputNorms(Observer):
 
     def tensors(self) -> Sequence[torch.Tensor]:
         return self.sums
+
+    def reduce(self, processes: Processes) -> None:
+        self.sums = processes.add(self.sums)
 
     def result(self) -> torch.Tensor:
         weight, target = self.target.weight, self.target
@@ -526,7 +544,8 @@ def collect(
         )
     graded = [t for t in targets if observers[t.name].events & {GRADIENT, SAMPLE_GRADIENT}]
     reached: set[str] = set()
-    with ExitStack() as stack:
+    processes = distributed.current()
+    with distributed.together(processes), ExitStack() as stack:
         stack.enter_context(frozen(model, [t.tensor for t in graded]))
         chains = _attach(stack, model, targets, observers, why)
         if stop_after is not None:
@@ -550,6 +569,12 @@ def collect(
                     checked_loss(out, index, differentiable=False)
                 chains.close_all()
             _check_finite(targets, observers, index)
+    if processes is not None:
+        reached.update(*processes.gather(reached))
+        samples = processes.total(*(observers[t.name].samples for t in targets))
+        for target, n in zip(targets, samples, strict=True):
+            observers[target.name].samples = n
+            observers[target.name].reduce(processes)
     missed = [t.name for t in graded if t.name not in reached]
     if missed:
         raise ValueError(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pared._inputs import leaves
-from pared.pruning import masks
+from pared.pruning import distributed, masks
 from pared.pruning.calibration import (
     _CONVOLUTIONS,
     INPUT,
@@ -32,6 +32,7 @@ from pared.pruning.calibration import (
     forward,
     frozen,
 )
+from pared.pruning.distributed import Processes
 from pared.pruning.importance import Statistics, spread_units
 from pared.pruning.patterns import Pattern
 from pared.pruning.targets import Target
@@ -121,6 +122,9 @@ class _SampleGradients(Observer):
     def tensors(self) -> Sequence[torch.Tensor]:
         return (self.sum,)
 
+    def reduce(self, processes: Processes) -> None:
+        processes.add_(self.sum)
+
     def result(self) -> torch.Tensor:
         return self.sum / max(self.samples, 1)
 
@@ -193,8 +197,18 @@ class _Moments(Observer):
         n = y.shape[0]
         if not n:
             return
-        mean, low, high = y.mean(0), y.amin(0), y.amax(0)
-        m2, dead = (y - mean).square().sum(0), (y <= 0).sum(0)
+        mean = y.mean(0)
+        self._merge(n, mean, (y - mean).square().sum(0), y.amin(0), y.amax(0), (y <= 0).sum(0))
+
+    def _merge(
+        self,
+        n: int,
+        mean: torch.Tensor,
+        m2: torch.Tensor,
+        low: torch.Tensor,
+        high: torch.Tensor,
+        dead: torch.Tensor,
+    ) -> None:
         if not self.count:
             self.count, self.mean, self.m2 = n, mean, m2
             self.low, self.high, self.dead = low, high, dead
@@ -208,6 +222,16 @@ class _Moments(Observer):
 
     def tensors(self) -> Sequence[torch.Tensor]:
         return (self.mean,)
+
+    def reduce(self, processes: Processes) -> None:
+        own = self.mean.device
+        seen = processes.gather(
+            (self.count, *(t.cpu() for t in (self.mean, self.m2, self.low, self.high, self.dead)))
+        )
+        self.count = 0
+        for n, *parts in seen:
+            if n:
+                self._merge(n, *(t.to(own) for t in parts))
 
     def result(self) -> _Moments:
         return self
@@ -287,10 +311,19 @@ class Histogram:
             self.counts.shape
         )
 
+    def reduce(self, processes: Processes) -> None:
+        """Counts of all processes, over the widest of their ranges."""
+        self._widen(max(processes.gather(self.limit)))
+        counts = processes.add([self.counts] if self.counts.numel() else [])
+        if counts:
+            self.counts = counts[0]
+
     def _grow(self, peak: float) -> None:
         if not math.isfinite(peak):
             raise ValueError("data: expected finite activations, got NaN or infinity")
-        limit = 2.0 ** max(math.floor(math.log2(peak)) + 1, -126) if peak > 0 else 2.0**-126
+        self._widen(2.0 ** max(math.floor(math.log2(peak)) + 1, -126) if peak > 0 else 2.0**-126)
+
+    def _widen(self, limit: float) -> None:
         if self.limit == 0.0:
             self.limit = limit
         while self.limit < limit:
@@ -311,6 +344,9 @@ class _Histograms(Observer):
 
     def output(self, y: torch.Tensor) -> None:
         self.histogram.add(y.reshape(-1, y.shape[-1]).to(torch.float64))
+
+    def reduce(self, processes: Processes) -> None:
+        self.histogram.reduce(processes)
 
     def result(self) -> torch.Tensor:
         return self.histogram.counts.sum(2)
@@ -430,6 +466,9 @@ class _LabelledHistograms(Observer):
         self.histogram.add(
             y.to(torch.float64).mean(1), self.label
         )  # one label a sample: positions are pooled
+
+    def reduce(self, processes: Processes) -> None:
+        self.histogram.reduce(processes)
 
     def result(self) -> torch.Tensor:
         return mutual_information(self.histogram.counts)
@@ -718,8 +757,8 @@ class ChangeRate:
                     f"{target.layer!r}; leave it out with exclude"
                 )
         moved = {t.name: torch.zeros(outputs_of(t), dtype=torch.float64) for t in targets}
-        total = 0
-        with frozen(model), torch.no_grad():
+        total, processes = 0, distributed.current()
+        with distributed.together(processes), frozen(model), torch.no_grad():
             for index, batch in enumerate(batches(data, f"{self.name!r}")):
                 n = batch_size(batch)
                 total += n
@@ -734,6 +773,9 @@ class ChangeRate:
                         else:
                             norm = float(torch.linalg.vector_norm(base)) or 1.0
                             moved[target.name][unit] += n * float(torch.linalg.vector_norm(change)) / norm
+        if processes is not None:
+            (total,) = processes.total(total)
+            moved = {name: processes.add_(x) for name, x in moved.items()}
         return {name: (x / total).abs() for name, x in moved.items()}
 
     def score(self, module: nn.Module, statistics: Statistics) -> torch.Tensor:

@@ -7,7 +7,8 @@ others in `pared.pruning.criteria`. A plain callable ``module -> scores`` is acc
 A criterion that needs data or gradients says what it wants to see of each tensor with ``observe(target,
 pattern)``, which returns an `pared.pruning.calibration.Observer`; one that runs the model itself, or looks at
 other layers, has ``measure(model, targets, data, loss_fn)``, which returns a dict by tensor name. Either
-result is ``statistics.observed`` when `score` is called.
+result is ``statistics.observed`` when `score` is called. In `pared.prune` a criterion may also change the
+weights that stay: ``compensate(observed, dropped)`` returns the new weight, or None.
 """
 
 from __future__ import annotations
@@ -173,6 +174,7 @@ _BUILT_IN: dict[str, tuple[str, str, tuple[object, ...]]] = {
     "gradient": ("criteria", "Gradient", ()),
     "taylor": ("criteria", "Taylor", ()),
     "fisher": ("criteria", "Fisher", ()),
+    "woodfisher": ("woodfisher", "WoodFisher", ()),
     "wanda": ("criteria", "Wanda", ()),
     "sparsegpt": ("reconstruct", "SparseGPT", ()),
     "obc": ("reconstruct", "OBC", ()),

@@ -144,7 +144,7 @@ class Blocks:
     def spread(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """From one number a block, [taps, block rows, block columns], to the weight's shape."""
         r, c = self.unit
-        return self._join([p.repeat_interleave(r, 1).repeat_interleave(c, 2) for p in parts])
+        return self.join([p.repeat_interleave(r, 1).repeat_interleave(c, 2) for p in parts])
 
     def corners(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """As `spread`, with the number in each block's first element and zeros in the others."""
@@ -154,9 +154,10 @@ class Blocks:
             block = p.new_zeros(taps, rows, r, cols, c)
             block[:, :, 0, :, 0] = p
             grown.append(block.reshape(taps, rows * r, cols * c))
-        return self._join(grown)
+        return self.join(grown)
 
-    def _join(self, grown: Sequence[torch.Tensor]) -> torch.Tensor:
+    def join(self, grown: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The weight from the padded matrices [taps, rows, columns] of its parts."""
         x = torch.cat([p[:, : self.part] for p in grown], 1)
         x = x[:, : self.out, : self.channels].permute(1, 2, 0)
         x = x.reshape(self.out, self.channels) if len(self.shape) == 2 else x.reshape(self.shape)

@@ -24,6 +24,7 @@ import torch
 
 from pared import ops
 from pared.pruning.calibration import _CONVOLUTIONS, INPUT, Observer, accumulator, columns
+from pared.pruning.distributed import Processes
 from pared.pruning.masks import keep_count
 from pared.pruning.patterns import Pattern
 from pared.pruning.targets import Target
@@ -136,6 +137,9 @@ class Hessian(Observer):
 
     def tensors(self) -> Sequence[torch.Tensor]:
         return [s.diagonal() for s in self.sums]
+
+    def reduce(self, processes: Processes) -> None:
+        self.sums, self.rows = processes.add(self.sums), processes.total(*self.rows)
 
     def result(self) -> list[torch.Tensor]:
         if not all(self.rows):

@@ -13,7 +13,7 @@ from torch import nn
 
 from pared._errors import choice_error
 from pared._sparsity import bake, masked_names, weight_format
-from pared.pruning import calibration
+from pared.pruning import calibration, distributed
 from pared.pruning.calibration import InputNorms, LossFn, MeanGradient
 from pared.pruning.importance import Criterion, Importance, resolve, selection_key
 from pared.pruning.masks import SCOPES, Scored, check_finite, check_writable, choose, score
@@ -107,11 +107,43 @@ def choose_masks(
 ) -> list[torch.Tensor]:
     """Masks of all targets; only a global selection holds more than one layer's scores at a time."""
     scored, key = score_all(plan, observed, zeros_last=zeros_last), selection_key(plan.criterion)
-    if not isinstance(sparsity, Mapping):
-        if plan.scope == "global" and plan.pattern.kind != "nm":
-            return choose(list(scored), key, sparsity, plan.pattern, plan.scope)
-        sparsity = dict.fromkeys((t.name for t in plan.targets), sparsity)
-    return [choose([s], key, sparsity[s.target.name], plan.pattern, plan.scope)[0] for s in scored]
+    if isinstance(sparsity, Mapping) or plan.scope != "global" or plan.pattern.kind == "nm":
+        shares = (
+            sparsity
+            if isinstance(sparsity, Mapping)
+            else dict.fromkeys((t.name for t in plan.targets), sparsity)
+        )
+        masks = [choose([s], key, shares[s.target.name], plan.pattern, plan.scope)[0] for s in scored]
+    else:
+        masks = choose(list(scored), key, sparsity, plan.pattern, plan.scope)
+    shared = plan.criterion.needs_data or plan.criterion.needs_gradients
+    if shared and (processes := distributed.current()) is not None:
+        masks = [processes.first_(mask) for mask in masks]  # replicas stay replicas, whatever rounds where
+    return masks
+
+
+def compensated(
+    plan: Plan, observed: Mapping[str, Any], dropped: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The weights as the criterion changes them for what is dropped; empty where it does not."""
+    compensate = getattr(plan.criterion, "compensate", None)
+    if compensate is None:
+        return []
+    found = []
+    for target, gone in zip(plan.targets, dropped, strict=True):
+        # What is zero stays zero.
+        new = compensate(observed[target.name], gone | (target.weight == 0))
+        if new is None:
+            return []
+        if not bool(torch.isfinite(new).all()):
+            raise ValueError(
+                f"importance: expected finite weights from {plan.criterion.name!r}, got others at "
+                f"{target.name!r}; a larger damping may help"
+            )
+        found.append(new)
+    if (processes := distributed.current()) is not None:
+        found = [processes.first_(new.contiguous()) for new in found]
+    return found
 
 
 def _check_ties(target: Target) -> None:
@@ -268,10 +300,11 @@ def prune(
     importance : a name: "magnitude" (``|w|``, the L1 norm of a block), "random"; with `data` "wanda",
         "activation", "apoz", "entropy", "mutual_information", "change_rate",
         "sparsegpt" and "obc", which also rewrite the weights that stay; with `data` and `loss_fn`
-        "taylor", "fisher", "gradient"; from the layers around "output_weight", "propagation", "bn_scale",
-        "geometric_median". Or an object that follows `pared.pruning.Criterion`, or a callable ``module ->
-        scores`` (of the weight's shape, larger is more important; a dict by tensor name for modules with
-        several weights). The classes in `pared.pruning` say what each is, and take options.
+        "taylor", "fisher", "gradient", and "woodfisher", which rewrites too; from the layers around
+        "output_weight", "propagation", "bn_scale", "geometric_median". Or an
+        object that follows `pared.pruning.Criterion`, or a callable ``module -> scores`` (of the weight's
+        shape, larger is more important; a dict by tensor name for modules with several weights). The
+        classes in `pared.pruning` say what each is, and take options.
     scope : where scores compete. "global": over all layers; "layer": each layer loses the same share;
         "row": each output (block row) does. None: the criterion's own: row for wanda, layer for those that
         rank units, global for the others. N:M is the same for each.
@@ -305,6 +338,10 @@ def prune(
     Statistics are streamed: sums stay, activations do not. The model runs in eval mode, and its mode, its
     ``.grad`` and its ``requires_grad`` flags are as before afterwards.
 
+    Where torch.distributed is initialised, criteria that need data reduce their statistics over the
+    processes: every process calls this with its own share of the data, and all get the same masks
+    (`pared.pruning.process_group`).
+
     Zeros alone are not faster: `pared.accelerate` is the next step. To fine-tune a pruned model with its
     zeros held, use `pared.Pruner`.
     """
@@ -328,8 +365,13 @@ def prune(
     if plan.targets and hasattr(plan.criterion, "reconstruct"):
         reconstruct(plan, shares, data, loss_fn)
     elif plan.targets:
-        masks = choose_masks(plan, observe(plan, data, loss_fn), shares)
+        observed = observe(plan, data, loss_fn)
+        dropped = [mask.logical_not_() for mask in choose_masks(plan, observed, shares)]
+        changed = compensated(plan, observed, dropped)
         bake_targets(plan.targets)
-        for target, mask in zip(plan.targets, masks, strict=True):
-            zero(target.tensor, mask.logical_not_())
+        for i, target in enumerate(plan.targets):
+            if changed:
+                with torch.no_grad():
+                    target.tensor.copy_(changed[i])
+            zero(target.tensor, dropped[i])
     return make_report(plan, overall, before)

@@ -82,8 +82,9 @@ class Pruner:
     `update_every` steps, those that have grown compete again. Masks of other tools are made permanent but
     not held. `finalize` applies the masks of the last choice for good.
 
-    Masks are chosen from the weights alone, so the ranks of a data-parallel job choose the same. Steps that a
-    ``GradScaler`` skips still count as steps. Parameters stay the same objects and are written in place,
+    In a data-parallel job every process has a pruner. Masks that are chosen from the weights alone are the
+    same everywhere; statistics of `data` are reduced over the processes. Steps that a ``GradScaler`` skips
+    still count as steps. Parameters stay the same objects and are written in place,
     between the backward passes, so autograd, compiled models and mixed precision go on as before.
     """
 

@@ -20,8 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from pared._checkpoint import Checkpoint, Item, digest
-from pared.pruning import obs
+from pared.pruning import distributed, obs
 from pared.pruning.calibration import LossFn, Observer, batches, collect, forward, frozen
+from pared.pruning.distributed import Processes
 from pared.pruning.importance import Statistics
 from pared.pruning.masks import keep_count
 from pared.pruning.patterns import Pattern
@@ -268,10 +269,15 @@ def walk(
     memory : bytes for the Hessians of layers that are collected in the same pass.
     """
     check_repeatable(data, why)
-    with torch.no_grad():
-        order = _Order(model, targets, next(iter(batches(data, why))), loss_fn)
+    processes = distributed.current()
+    with distributed.together(processes):
+        with torch.no_grad():
+            order = _Order(model, targets, next(iter(batches(data, why))), loss_fn)
+        before = {t.name: digest(t.tensor) for t in targets}
+        # Of several processes the first one reads and writes.
+        first = processes is None or processes.rank == 0
+        done = Checkpoint(resume if first else None, {**settings, "before": before})
     plan = list(stages(model, targets, order, memory))
-    done = Checkpoint(resume, {**settings, "before": {t.name: digest(t.tensor) for t in targets}})
     backup: dict[str, torch.Tensor] = {}
     bar = Progress(
         TextColumn("{task.description}"),
@@ -284,7 +290,7 @@ def walk(
         with bar:
             task = bar.add_task(settings["method"], total=len(targets))
             for stage in plan:
-                if not _take(done, stage, backup, extra):
+                if not _take(done, stage, backup, extra, processes):
                     bar.update(task, description=f"{settings['method']}: {stage[0].layer}")
                     observers: dict[str, Observer] = {t.name: obs.Hessian(t) for t in stage}
                     last = None
@@ -293,6 +299,8 @@ def walk(
                     collect(model, stage, observers, data, loss_fn, why, stop_after=last)
                     for target in stage:
                         new = settle(target, observers.pop(target.name).result())
+                        if processes is not None:
+                            new = processes.first_(new.contiguous())
                         backup[target.name] = target.tensor.detach().clone()
                         _write(target, new)
                     _put(done, stage, extra)
@@ -306,10 +314,17 @@ def walk(
 
 
 def _take(
-    done: Checkpoint, stage: Sequence[Target], backup: dict[str, torch.Tensor], extra: Extra | None
+    done: Checkpoint,
+    stage: Sequence[Target],
+    backup: dict[str, torch.Tensor],
+    extra: Extra | None,
+    processes: Processes | None,
 ) -> bool:
     """Whether the stage is done; its weights are then those that were kept."""
-    item = done.get(stage[0].name)
+    with distributed.together(processes):
+        item = done.get(stage[0].name)
+    if processes is not None:
+        item = processes.gather(item)[0]
     if item is None or not all(t.name in item.tensors for t in stage):
         return False
     for target in stage:

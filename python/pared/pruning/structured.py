@@ -29,9 +29,19 @@ from pared import ops
 from pared._inputs import Example, compare, examples, leaves, run, tolerance
 from pared._sparsity import weight_format
 from pared._surgery import copy_model
-from pared.pruning import oneshot
-from pared.pruning.calibration import _CONVOLUTIONS, LossFn, batches, forward, frozen
-from pared.pruning.criteria import OutputWeight
+from pared.pruning import distributed, oneshot
+from pared.pruning.calibration import (
+    _CONVOLUTIONS,
+    SAMPLE_GRADIENT,
+    LossFn,
+    Observer,
+    batches,
+    collect,
+    forward,
+    frozen,
+)
+from pared.pruning.criteria import Fisher, OutputWeight
+from pared.pruning.distributed import Processes
 from pared.pruning.importance import Importance, resolve
 from pared.pruning.masks import check_finite, keep_count
 from pared.pruning.patterns import parse_pattern
@@ -276,6 +286,8 @@ def _channel_scores(
     targets = [Target(modules[n], n, "weight", [f"{n}.weight"], [(modules[n], "weight")]) for n in names]
     for target in targets:
         check_finite(target, target.weight)
+    if isinstance(criterion, Fisher):
+        return _group_fisher(model, groups, targets, data, loss_fn), str(criterion.name)
     plan = oneshot.Plan(model, parse_pattern("unstructured"), criterion, "layer", targets, [])
     observed = oneshot.observe(plan, data, loss_fn)
     rows: dict[str, torch.Tensor] = {}
@@ -296,6 +308,81 @@ def _channel_scores(
         # First order: contributions of all the layers that share a channel cancel or add up like their sum.
         scores.append(total.abs() if criterion.key == "abs_sum" else total)
     return scores, str(criterion.name)
+
+
+class _GroupFisher:
+    """``sum over samples of (sum over a channel's weights of g * w)**2``, over all layers that share the
+    channel: their contributions to one sample add up before they are squared.
+
+    Liu et al., "Group Fisher Pruning for Practical Network Compression" (arXiv 2108.00708).
+    """
+
+    def __init__(self, group: _Group) -> None:
+        self.sum = torch.zeros(group.channels, dtype=torch.float64)
+        self.sample = torch.zeros(group.channels, dtype=torch.float64)
+        self.seen: set[str] = set()
+
+    def add(self, layer: str, channels: torch.Tensor, products: torch.Tensor) -> None:
+        if layer in self.seen:
+            self.flush()  # the next sample
+        self.seen.add(layer)
+        self.sample.index_add_(0, channels, products)
+
+    def flush(self) -> None:
+        self.sum += self.sample.square()
+        self.sample.zero_()
+        self.seen.clear()
+
+
+class _ChannelProducts(Observer):
+    """Feeds a layer's share of its group's `_GroupFisher`."""
+
+    events = frozenset({SAMPLE_GRADIENT})
+
+    def __init__(
+        self, target: Target, group: _GroupFisher, indices: dict[int, list[int]], first: bool
+    ) -> None:
+        self.target, self.group, self.first = target, group, first
+        self.weight = target.weight
+        self.channels = torch.tensor([c for c, own in indices.items() for _ in own])
+        self.own = torch.tensor([i for own in indices.values() for i in own], device=self.weight.device)
+
+    def gradient(self, g: torch.Tensor, samples: int) -> None:
+        products = rows_of(self.target, g.double() * self.weight.double()).sum(1)
+        self.group.add(self.target.layer, self.channels, products[self.own].cpu())
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return (self.group.sum, self.group.sample)
+
+    def reduce(self, processes: Processes) -> None:
+        self.group.flush()
+        if self.first:  # the layers of a group share its sums
+            processes.add_(self.group.sum)
+
+
+def rows_of(target: Target, x: torch.Tensor) -> torch.Tensor:
+    """[outputs, the rest] of what has the shape of the weight."""
+    return (x.t() if target.transposed else x).flatten(1)
+
+
+def _group_fisher(
+    model: nn.Module,
+    groups: Sequence[_Group],
+    targets: Sequence[Target],
+    data: object,
+    loss_fn: LossFn | None,
+) -> list[torch.Tensor]:
+    by_name = {t.layer: t for t in targets}
+    found = [_GroupFisher(group) for group in groups]
+    observers: dict[str, Observer] = {}
+    for group, sums in zip(groups, found, strict=True):
+        for i, (layer, indices) in enumerate(group.producers.items()):
+            observers[by_name[layer].name] = _ChannelProducts(by_name[layer], sums, indices, i == 0)
+    collect(model, targets, observers, data, loss_fn, "'fisher'")
+    samples = next(iter(observers.values())).samples
+    for sums in found:
+        sums.flush()
+    return [(sums.sum / (2 * max(samples, 1))).float() for sums in found]
 
 
 def _by_input(module: nn.Module) -> torch.Tensor:
@@ -527,8 +614,8 @@ def prune_channels(
     example_inputs : as in `pared.accelerate`; they show the graph, and are what the result is checked on.
     ratio : share of the channels to remove, in [0, 1).
     importance, data, loss_fn : as in `pared.prune`. A channel's score is that of its weights in all the
-        layers that share it: summed ("taylor": inside the absolute value), or its own for criteria that rank
-        units. "output_weight" reads the graph.
+        layers that share it: summed ("taylor": inside the absolute value; "fisher": before a sample's
+        square), or its own for criteria that rank units. "output_weight" reads the graph.
     scope : "layer": each loses the same share; "global": scores compete, each relative to its layer's mean.
     round_to : widths become multiples of this, upwards: what kernels work in.
     include, exclude : filters over layers, as in `pared.prune`; a group of layers that share channels is
@@ -745,6 +832,17 @@ class _Influence:
 
         return after
 
+    def reduce(self, processes: Processes) -> None:
+        """Take in what other processes have seen of their data."""
+        seen = processes.gather((self.sum, self.count, self.wrap, self.other))
+        self.sum, self.count = {}, {}
+        for sums, counts, wrap, other in seen:
+            for name, value in sums.items():
+                self.sum[name] = self.sum.get(name, 0.0) + value
+                self.count[name] = self.count.get(name, 0) + counts[name]
+            self.wrap.update(wrap)
+            self.other |= other
+
 
 def prune_layers(
     model: nn.Module,
@@ -789,7 +887,8 @@ def prune_layers(
     inputs = examples(example_inputs)
     candidates = _candidates(module, include, exclude)
     influence = _Influence()
-    with ExitStack() as stack:
+    processes = None if data is None else distributed.current()
+    with distributed.together(processes), ExitStack() as stack:
         stack.enter_context(frozen(module))
         for name, block in candidates.items():
             handle = block.register_forward_hook(influence.hook(name), with_kwargs=True)
@@ -797,6 +896,8 @@ def prune_layers(
         with torch.no_grad():
             for run_one in _runs(module, inputs, data, loss_fn):
                 run_one()
+    if processes is not None:
+        influence.reduce(processes)
     usable = [c for c in candidates if c in influence.count and c not in influence.other]
     if not 0 <= n < max(1, len(usable)):
         raise ValueError(
@@ -854,7 +955,8 @@ def _block_changes(
     from pared.pruning.criteria import _flat
 
     moved = dict.fromkeys(names, 0.0)
-    with frozen(model), torch.no_grad():
+    processes = None if data is None else distributed.current()
+    with distributed.together(processes), frozen(model), torch.no_grad():
         for index, run_one in enumerate(_runs(model, inputs, data, loss_fn)):
             used = loss_fn if data is not None else None
             base = _flat(run_one(), used, index)
@@ -869,4 +971,7 @@ def _block_changes(
                 else:
                     norm = float(torch.linalg.vector_norm(base)) or 1.0
                     moved[name] += float(torch.linalg.vector_norm(change)) / norm
+    if processes is not None:
+        sums = processes.add_(torch.tensor([moved[name] for name in names], dtype=torch.float64))
+        moved = dict(zip(names, sums.tolist(), strict=True))
     return {name: abs(x) for name, x in moved.items()}

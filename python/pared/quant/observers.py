@@ -12,6 +12,7 @@ import torch
 from pared._errors import choice_error
 from pared.pruning.calibration import INPUT, Observer
 from pared.pruning.criteria import Histogram
+from pared.pruning.distributed import Processes
 from pared.pruning.patterns import Pattern
 from pared.pruning.targets import Target
 
@@ -81,6 +82,14 @@ class InputRange(Observer):
         self.count += flat.numel()
         self.powers += torch.stack([flat.pow(p).sum() for p in (1, 2, 3, 4)]).cpu()
         self.integers = self.integers and bool((flat == flat.round()).all())
+
+    def reduce(self, processes: Processes) -> None:
+        self.histogram.reduce(processes)
+        seen = processes.gather((self.low, self.high, self.count, self.integers))
+        lows, highs, counts, integers = zip(*seen, strict=True)
+        self.low, self.high = min(lows), max(highs)
+        self.count, self.integers = sum(counts), all(integers)
+        processes.add_(self.powers)
 
     def result(self) -> InputRange:
         if not self.count:

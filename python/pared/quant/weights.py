@@ -20,6 +20,7 @@ from pared._sparsity import weight_format
 from pared.ops import Int8
 from pared.pruning import calibration, obs, reconstruct
 from pared.pruning.calibration import LossFn, Observer, columns
+from pared.pruning.distributed import Processes
 from pared.pruning.masks import check_finite, check_writable
 from pared.pruning.oneshot import check_sparsity
 from pared.pruning.patterns import Pattern, parse_pattern
@@ -453,6 +454,9 @@ class InputMean(Observer):
             self.sums[part] += x.sum(0, dtype=torch.float64).cpu()
             self.rows[part] += x.shape[0]
             self.turn += 1
+
+    def reduce(self, processes: Processes) -> None:
+        self.sums, self.rows = processes.add(self.sums), processes.total(*self.rows)
 
     def result(self) -> list[torch.Tensor]:
         return [s / max(1, n) for s, n in zip(self.sums, self.rows, strict=True)]
