@@ -47,6 +47,8 @@ _NEVER_SLOWER = 0.98
 _RECORD_BYTES = 512 << 20
 # Of the largest output, where max_error is not given: what 8 bits may change.
 _BUDGET = {"int8": 0.1, "auto": 0.02}
+# Share of zeros from which a matrix counts as pruned: an embedding's padding row does not make it so.
+_PRUNED = 0.1
 _LAYER_SECONDS = 0.15
 # Layers are computed together when that is so many times faster.
 _HAND_OVER = 1.02
@@ -226,6 +228,7 @@ def accelerate(
         if fuse:
             _hand_over(fast, inputs, reference, candidates, report)
         report.layers = [c.row for c in candidates]
+        report.notes += _without_kernel(dense)
         report.memory_after, report.disk_after = _memory(fast), _disk(fast)
         advance("done", 1.0)
     fast.eval().requires_grad_(False)
@@ -338,6 +341,25 @@ def _candidates(model: nn.Module) -> list[Candidate]:
         )
         found.append(Candidate(name, names[id(module)], module, row, refused=refused))
     return found
+
+
+def _without_kernel(model: nn.Module) -> list[str]:
+    """A line for each type of module whose pruned matrices no kernel takes: their zeros save no time."""
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        kind = base_type(module)
+        if kind in RULES or issubclass(kind, PackedModule):
+            continue
+        own = [p for p in module.parameters(recurse=False) if p.ndim > 1]
+        zeros = sum(p.numel() - int(torch.count_nonzero(p)) for p in own)
+        if zeros >= _PRUNED * max(1, sum(p.numel() for p in own)):
+            found.setdefault(kind.__name__, []).append(name or "(model)")
+    return [
+        f"no kernel accelerates {kind}: zeros in {', '.join(names[:3])}"
+        + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        + " save no time"
+        for kind, names in found.items()
+    ]
 
 
 def _record(model: nn.Module, inputs: list[Example], candidates: list[Candidate], fuse: bool) -> None:

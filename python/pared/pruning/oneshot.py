@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from pared._errors import choice_error
-from pared._sparsity import bake, masked_names, weight_format
+from pared._sparsity import bake, base_type, masked_names, weight_format
+from pared.nn import RULES
 from pared.pruning import calibration, distributed
 from pared.pruning.calibration import InputNorms, LossFn, MeanGradient
 from pared.pruning.importance import Criterion, Importance, resolve, selection_key
@@ -259,6 +260,10 @@ def make_report(plan: Plan, sparsity: float, before: Sequence[int]) -> PruneRepo
     if last and plan.scope == "global" and plan.pattern.kind != "nm":
         more = f" and {len(last) - 3} more" if len(last) > 3 else ""
         notes.append(f"one weight or block is left in {', '.join(last[:3])}{more}: try scope='layer'")
+    for kind in dict.fromkeys(t.type for t in plan.targets if base_type(t.module) not in RULES):
+        names = [t.name for t in plan.targets if t.type == kind]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        notes.append(f"no kernel accelerates {kind}: zeros in {', '.join(names[:3])}{more} save no time")
     return PruneReport(
         pattern=str(plan.pattern),
         importance=plan.criterion.name,
