@@ -75,7 +75,7 @@ ORDERS = {"emulated": 0, "emulated-reversed": 1, "emulated-shuffled": 20241107}
 
 @pytest.fixture(params=[*ORDERS, "cuda"])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Every place, one by one. A test that takes it has to run a kernel: with none it proves nothing, and fails."""
+    """Every place, one by one. A test that takes it and runs no kernel proves nothing, and fails."""
     if request.param == "cuda":
         try:
             module = _cuda.kernels(0)
