@@ -6,6 +6,7 @@ import copy
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from int8_check import check_int8, linear_int8
@@ -13,7 +14,7 @@ from torch import nn
 
 import pared
 from pared import _core, ops
-from pared.nn import Linear
+from pared.nn import Conv2d, Linear
 
 ENGINES = [e for e in ("onednn", "x86", "fbgemm") if e in torch.backends.quantized.supported_engines]
 
@@ -83,6 +84,90 @@ def test_a_static_layer_of_torch(plain: nn.Linear, engine: str) -> None:
     assert ((y - want).abs() <= 0.5 * 0.02 + bias_step + 1e-5).all()
 
 
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> Any:
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = request.param
+    yield request.param
+    torch.backends.quantized.engine = before
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_static_convolution_of_torch(engine: str, relu: bool, groups: int) -> None:
+    """Given the same input bytes, outputs equal up to the rounding to torch's 8-bit outputs: half a step."""
+    torch.manual_seed(0)
+    plain = nn.Conv2d(24, 18, 3, stride=2, padding=1, groups=groups)
+    kind = torch.ao.nn.intrinsic.quantized.ConvReLU2d if relu else torch.ao.nn.quantized.Conv2d
+    theirs = kind(24, 18, 3, stride=2, padding=1, groups=groups)
+    w = plain.weight.detach()
+    scales = w.abs().amax((1, 2, 3)) / 127
+    qw = torch.quantize_per_channel(w, scales.double(), torch.zeros(18, dtype=torch.long), 0, torch.qint8)
+    theirs.set_weight_bias(qw, plain.bias.detach())
+    step, zero = 0.03, 0 if relu else 128
+    theirs.scale, theirs.zero_point = step, zero
+    # Half of uint8's range: fbgemm's products of pairs saturate in 16 bits above it.
+    x = torch.quantize_per_tensor(torch.rand(2, 24, 9, 11) - 0.45, 1 / 127, 57, torch.quint8)
+    want = theirs(x).dequantize()
+    ours = ops.Int8.from_torch(theirs, activation_scale=1 / 127, activation_zero=57)
+    assert ours.groups == groups
+    assert np.array_equal(ours.to_quantized()[0], qw.int_repr().numpy())
+    layer = Conv2d.from_quantized(theirs, activation_scale=1 / 127, activation_zero=57)
+    y = layer(x.dequantize())
+    assert layer.activation == ("relu" if relu else None)
+    assert torch.equal(
+        y, ops.conv2d(x.dequantize(), ours, plain.bias.detach(), 2, 1, 1, groups, layer.activation)
+    )
+    assert want.abs().max() < step * 127  # not saturated
+    # fbgemm rounds the bias to its accumulator's grid too.
+    slack = step * 0.5 + float(scales.max()) / 127 + 1e-5
+    assert ((y - want).abs() <= slack).all()
+    # Nearer than that there is nothing: the requantisation is the difference.
+    assert torch.equal(
+        torch.clamp(torch.round(y / step) + zero, 0, 255).sub(zero).mul(step).sub(want).abs() <= slack,
+        torch.ones_like(want, dtype=torch.bool),
+    )
+    off = ops.Int8.from_torch(theirs, activation_scale=1 / 127, activation_zero=56)
+    wrong = ops.conv2d(x.dequantize(), off, plain.bias.detach(), 2, 1, 1, groups, layer.activation)
+    assert not ((wrong - want).abs() <= slack).all()  # the zero point of the padding and of every input
+
+
+def test_a_convolution_with_scales_by_hand() -> None:
+    """As an ONNX QLinearConv has them: x, w scales, input zero point; padding is the zero point's value."""
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randint(-128, 128, (11, 5, 3, 3), dtype=torch.int8, generator=generator)
+    scales, x = torch.rand(11, generator=generator) * 0.1, torch.rand(2, 5, 8, 9, generator=generator) * 4 - 1
+    packed = ops.Int8.from_quantized(
+        q, scales, activation_scale=0.017, activation_zero=59, activation_dtype="uint8"
+    )
+    u = torch.clamp(torch.round(x * (1 / torch.tensor(0.017))) + 59, 0, 255) - 59
+    sums = torch.nn.functional.conv2d(u.double(), q.double(), padding=1).float()
+    want = (sums * torch.tensor(0.017)) * scales[:, None, None]
+    assert torch.equal(ops.conv2d(x, packed, padding=1), want)
+
+
+def test_convolutions_of_torchao() -> None:
+    q = torch.randint(-128, 128, (6, 4, 3, 3), dtype=torch.int8)
+    w = torchao_like(q, torch.rand(6, 1, 1, 1))
+    packed = ops.Int8.from_torch(w, groups=2)
+    assert np.array_equal(packed.to_quantized()[0], q.numpy())
+    assert packed.groups == 2
+
+
+def test_modules_from_quantized_ones(plain: nn.Linear) -> None:
+    """Linear too, with the layer's own bias; what is no quantized layer is refused."""
+    theirs = dynamic(plain, True)
+    layer = Linear.from_quantized(theirs)
+    x = torch.randn(3, 101)
+    assert torch.equal(layer(x), ops.linear(x, ops.Int8.from_torch(theirs), plain.bias.detach()))
+    with pytest.raises(TypeError, match="module: expected a quantized Linear"):
+        Linear.from_quantized(plain)
+    with pytest.raises(TypeError, match="module: expected a quantized Conv2d"):
+        Conv2d.from_quantized(theirs)
+
+
 def test_a_quantized_tensor_and_a_module_around_it(plain: nn.Linear) -> None:
     w = torch.quantize_per_tensor(plain.weight.detach(), 0.001, 0, torch.qint8)
     packed = ops.Int8.from_torch(w)
@@ -113,8 +198,8 @@ def test_other_weights_are_refused(plain: nn.Linear) -> None:
     w = plain.weight.detach()
     q = torch.zeros(5, 8, dtype=torch.int8)
     for source, error, message in (
-        (plain, TypeError, "source: expected a quantized linear layer"),
-        (3, TypeError, "source: expected a quantized linear layer or weight, got int"),
+        (plain, TypeError, "source: expected a quantized layer"),
+        (3, TypeError, "source: expected a quantized layer or weight, got int"),
         (torch.quantize_per_tensor(w, 0.001, 3, torch.qint8), ValueError, "zero points of 0"),
         (torch.quantize_per_tensor(w, 0.001, 0, torch.quint8), ValueError, "expected qint8"),
         (torchao_like(q, torch.rand(5, 2)), ValueError, "expected int8 with one scale an output"),

@@ -8,14 +8,15 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from _models import set_times, sparse_linear
+from _models import set_times, sparse_conv, sparse_linear
 from torch import nn
 
 import pared
 import pared._accelerate as acc
-from pared.nn import Linear, PackedModule
+from pared.nn import Conv2d, Linear, PackedModule
 from pared.ops import Int8
 
 
@@ -97,6 +98,95 @@ def test_compile_export_and_opcheck() -> None:
 
     arguments = (x, layer.packed, layer.bias, 24, "relu")
     assert set(torch.library.opcheck(linear_op, arguments).values()) == {"SUCCESS"}
+
+
+def foreign_conv(**kwargs: Any) -> Conv2d:
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randint(-128, 100, (24, 6, 3, 3), dtype=torch.int8, generator=generator)
+    scales = torch.rand(24, generator=generator) * 0.1
+    packed = Int8.from_quantized(
+        q, scales, groups=2, activation_scale=0.05, activation_zero=7, activation_dtype="uint8"
+    )
+    return Conv2d(packed, torch.randn(24, generator=generator), padding=1, activation="relu", **kwargs)
+
+
+def test_a_convolution_compiled_and_exported() -> None:
+    layer = foreign_conv(stride=2)
+    x = torch.randn(2, 12, 9, 9)
+    with torch.no_grad():
+        assert torch.equal(torch.export.export(layer, (x,)).module()(x), layer(x))
+        assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+
+
+def convolutions() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        sparse_conv(8, 24, 3, 0.5, padding=1),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        sparse_conv(24, 16, 3, 0.5, padding=1, groups=2, seed=1),
+        nn.ReLU(),
+        sparse_conv(16, 5, 1, 0.5, stride=2, padding_mode="reflect", padding=1, seed=2),
+    ).eval()
+    norm = layers[1]
+    with torch.no_grad():
+        for t in (norm.weight, norm.running_var):
+            t.copy_(torch.rand(24) + 0.5)
+        for t in (norm.bias, norm.running_mean):
+            t.copy_(torch.randn(24))
+        norm.weight[3] = -0.7
+    return layers
+
+
+@pytest.mark.parametrize("format", ["int8", "bsr8"])
+def test_accelerate_converts_convolutions(monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    """Within the bound of 8 bits, with the normalisation in it; also restored, and saved and loaded."""
+    set_times(monkeypatch, lambda name, m: 1.0 if m is None else 0.5)
+    plain, x = convolutions(), torch.randn(2, 8, 11, 10)
+    fast = converted(plain, x, formats=[format])
+    rows = pared.report(fast).layers
+    assert formats(fast) == [format] * 3
+    assert rows[0].norm
+    assert all(0 < row.error <= row.bound for row in rows)
+    want, y = plain(x).detach(), fast(x)
+    assert 0 < (y - want).abs().max() < 0.05 * want.abs().max()
+    loaded = pared.load(io.BytesIO(saved(fast)), convolutions())
+    # A folded weight is unfolded for the file: its integers come back, its scales up to their rounding.
+    torch.testing.assert_close(loaded(x), y, rtol=1e-5, atol=1e-5)
+    if format == "int8":
+        for mine, theirs in zip(fast.modules(), loaded.modules(), strict=True):
+            if isinstance(mine, Conv2d):
+                q, scales = mine.packed_weight().to_quantized()
+                again, others = theirs.packed_weight().to_quantized()
+                assert np.array_equal(q, again)
+                np.testing.assert_allclose(scales, others, rtol=1e-6 if "fold_scale" in mine._buffers else 0)
+    back = pared.restore(fast)
+    torch.testing.assert_close(back(x), want, rtol=0, atol=0.05 * float(want.abs().max()))
+
+
+def test_the_bound_of_a_convolution_is_no_larger_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are off by one step are beyond it."""
+    set_times(monkeypatch, lambda name, m: 1.0 if m is None else 0.5)
+    pack = acc.pack
+
+    def coarse(format: str, weight: torch.Tensor, groups: int = 1, record: Any = None) -> Any:
+        return pack(format, weight + weight.abs().amax() / 16, groups, record)
+
+    plain, x = convolutions()[3:4], torch.rand(1, 24, 9, 9)
+    assert formats(converted(plain, x, max_error=10, formats=["int8"])) == ["int8"]
+    monkeypatch.setattr(acc, "pack", coarse)
+    assert formats(converted(plain, x, max_error=10, formats=["int8"])) == []
+
+
+def test_a_convolution_keeps_its_integers_in_a_file() -> None:
+    layer = foreign_conv()
+    fast = nn.Sequential(layer)
+    report = pared.report(converted(nn.Sequential(nn.Conv2d(12, 24, 3)), torch.randn(1, 12, 5, 5)))
+    vars(fast)[acc._ATTRIBUTE] = report
+    x = torch.randn(2, 12, 9, 9)
+    loaded = pared.load(io.BytesIO(saved(fast)), nn.Sequential(nn.Conv2d(12, 24, 3, padding=1, groups=2)))
+    assert torch.equal(loaded[0].packed, layer.packed)
+    assert torch.equal(loaded(x), layer(x))
 
 
 # -- the file

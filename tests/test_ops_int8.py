@@ -86,9 +86,24 @@ Q = np.ones((2, 3), np.int8)
     ("call", "error", "message"),
     [
         (lambda: ops.Int8.from_dense([[1.0]]), TypeError, "weight: expected a numpy array"),
-        (lambda: ops.Int8.from_dense(F[0]), ValueError, r"weight: expected \[out, in\], got \[3\]"),
+        (lambda: ops.Int8.from_dense(F[0]), ValueError, r"weight: expected \[out, in\] or .*, got \[3\]"),
         (lambda: ops.Int8.from_dense(F.astype(np.float64)), TypeError, "weight: expected dtype float32"),
         (lambda: ops.Int8.from_dense(F, groups=2), ValueError, "groups: expected 1"),
+        (
+            lambda: ops.Int8.from_dense(np.ones((3, 1, 1, 1), np.float32), groups=2),
+            ValueError,
+            "divisor of 3",
+        ),
+        (
+            lambda: ops.Bitmap8.from_dense(np.ones((3, 1, 1, 1), np.float32)),
+            ValueError,
+            "got a convolution's",
+        ),
+        (
+            lambda: ops.linear(F, ops.Int8.from_dense(np.ones((3, 3, 1, 1), np.float32))),
+            ValueError,
+            "use conv2d",
+        ),
         (lambda: ops.Int8.from_dense(F * np.nan), ValueError, "NaN or infinity in row"),
         (lambda: ops.Int8.from_dense(F * np.inf), ValueError, "NaN or infinity in row"),
         (
@@ -123,7 +138,7 @@ Q = np.ones((2, 3), np.int8)
             "activation_dtype: expected 'int8' or 'uint8'",
         ),
         (lambda: ops.Int8.from_quantized(F, 1.0), TypeError, "q: expected dtype int8, got float32"),
-        (lambda: ops.Int8.from_quantized(Q[0], 1.0), ValueError, r"q: expected \[out, in\]"),
+        (lambda: ops.Int8.from_quantized(Q[0], 1.0), ValueError, r"q: expected \[out, in\] or"),
         (lambda: ops.Int8.from_quantized(Q, [1.0]), ValueError, r"scales: expected shape \[2\], got \[1\]"),
         (lambda: ops.Int8.from_quantized(Q, -1.0), ValueError, "scales: expected finite numbers"),
         (lambda: ops.Int8.from_quantized(Q, np.nan), ValueError, "scales: expected finite numbers"),
@@ -160,7 +175,7 @@ Q = np.ones((2, 3), np.int8)
         (
             lambda: ops.conv2d(np.ones((1, 1, 3, 3), np.float32), ops.Int8.from_dense(F)),
             ValueError,
-            "w: expected a format with a conv2d kernel, got Int8",
+            r"w: expected a weight \[out, in/groups, kh, kw\]",
         ),
     ],
 )

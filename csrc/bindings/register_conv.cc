@@ -9,6 +9,7 @@
 #include "core/check.h"
 #include "ops/conv.h"
 #include "ops/conv_bsr8.h"
+#include "ops/conv_int8.h"
 #include "ref/conv.h"
 
 namespace pared {
@@ -152,6 +153,19 @@ void register_conv(py::module_& m) {
             parse_conv(x, ap, *w.panel.header, bias, out, stride, padding, dilation, activation);
         py::gil_scoped_release unlocked;
         conv2d_bsr8(args, w);
+      },
+      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("stride"), py::arg("padding"),
+      py::arg("dilation"), py::arg("activation") = "");
+
+  m.def(
+      "conv2d_int8",
+      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const Pair& stride,
+         const Padding& padding, const Pair& dilation, const std::string& activation) {
+        const Array ap = parse_array(packed, "packed");
+        const Int8Packed w = view_int8(packed_bytes(ap), ap.size());
+        const ConvArgs args = parse_conv(x, ap, *w.header, bias, out, stride, padding, dilation, activation);
+        py::gil_scoped_release unlocked;
+        conv2d_int8(args, w);
       },
       py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("stride"), py::arg("padding"),
       py::arg("dilation"), py::arg("activation") = "");

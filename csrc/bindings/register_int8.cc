@@ -8,6 +8,7 @@
 #include "core/aligned.h"
 #include "core/check.h"
 #include "formats/bitmap8.h"
+#include "formats/formats.h"
 #include "formats/int8.h"
 #include "ops/bitmap8.h"
 #include "ops/linear_int8.h"
@@ -29,11 +30,12 @@ ActivationRange parse_activations(py::handle given) {
   return {static_cast<float>(scale), zero, low, high};
 }
 
-// masked: as formats/bitmap8.h stores it.
+// masked: as formats/bitmap8.h stores it, linear weights alone.
 template <class View>
-py::array_t<uint8_t> pack(const View& w, const ActivationRange& activations, bool masked) {
-  const PackedHeader header = plan_int8(w.rows, w.cols, w.dtype, activations);
+py::array_t<uint8_t> pack(const View& w, const PackedHeader& header, const ActivationRange& activations,
+                          bool masked) {
   if (!masked) return packed_array(header, [&](uint8_t* out) { pack_int8(w, activations, header, out); });
+  PARED_CHECK(header.kh == 0, "weight: expected [out, in], got a convolution's");
   Scratch memory;
   Bitmap8Plan plan;
   Int8Packed dense;
@@ -59,33 +61,37 @@ Rows matrix(const Array& a, DType dtype) {
 void register_int8(py::module_& m) {
   m.def(
       "int8_pack_dense",
-      [](py::handle weight, py::handle activations, bool masked) {
+      [](py::handle weight, py::handle activations, bool masked, int64_t groups) {
         const Array a = parse_array(weight, "weight");
         require_dtype(a, kFloatTypes);
-        PARED_CHECK(a.ndim == 2, "weight: expected [out, in], got ", a.shape_text());
-        return pack(DenseView{a.data, a.dtype, a.shape[0], a.shape[1], a.strides[0], a.strides[1]},
-                    parse_activations(activations), masked);
+        ConvShape conv;
+        const DenseView view = dense_view(a, conv, groups);
+        const ActivationRange range = parse_activations(activations);
+        return pack(view, plan_int8(view, conv, a.dtype, range), range, masked);
       },
-      py::arg("weight"), py::arg("activations") = py::none(), py::arg("masked") = false);
+      py::arg("weight"), py::arg("activations") = py::none(), py::arg("masked") = false,
+      py::arg("groups") = 1);
 
   m.def(
       "int8_pack_quantized",
-      [](py::handle q, py::handle scales, const std::string& dtype, py::handle activations, bool masked) {
+      [](py::handle q, py::handle scales, const std::string& dtype, py::handle activations, bool masked,
+         int64_t groups) {
         const Array a = parse_array(q, "q"), s = parse_array(scales, "scales");
         require_dtype(a, {DType::i8});
-        require_shape(a, {-1, -1});
+        ConvShape conv;
+        const DenseView view = dense_view(a, conv, groups);
         require_dtype(s, {DType::f32});
         require_shape(s, {a.shape[0]});
         require_contiguous(s);
+        const ActivationRange range = parse_activations(activations);
         for (DType t : kFloatTypes)
           if (dtype == dtype_name(t))
-            return pack(QuantizedView{static_cast<const int8_t*>(a.data), a.shape[0], a.shape[1],
-                                      a.strides[0], a.strides[1], static_cast<const float*>(s.data), t},
-                        parse_activations(activations), masked);
+            return pack(QuantizedView{view, static_cast<const float*>(s.data)},
+                        plan_int8(view, conv, t, range), range, masked);
         throw ValueError(str("dtype: expected float32, float16 or bfloat16, got '", dtype, "'"));
       },
       py::arg("q"), py::arg("scales"), py::arg("dtype") = "float32", py::arg("activations") = py::none(),
-      py::arg("masked") = false);
+      py::arg("masked") = false, py::arg("groups") = 1);
 
   m.def(
       "int8_activations",
@@ -104,7 +110,7 @@ void register_int8(py::module_& m) {
         const Array a = parse_array(packed, "packed");
         const bool masked = is_masked(a);
         const PackedHeader& h = masked ? *packed_bitmap8(a).header : *packed_int8(a).header;
-        py::array_t<int8_t> q({h.rows, h.cols});
+        py::array_t<int8_t> q({h.rows, dense_cols(h)});
         py::array_t<float> scales(h.rows);
         auto* to = q.mutable_data();
         auto* s = scales.mutable_data();
@@ -122,6 +128,7 @@ void register_int8(py::module_& m) {
       [](py::handle x, py::handle packed, py::handle bias, py::handle out, const std::string& activation) {
         const Array ap = parse_array(packed, "packed");
         const Int8Packed w = packed_int8(ap);
+        PARED_CHECK(w.header->kh == 0, "packed: expected a linear weight, got a convolution's");
         const LinearArgs args = parse_linear(x, ap, *w.header, bias, out, activation);
         py::gil_scoped_release unlocked;
         linear_int8(args, w);

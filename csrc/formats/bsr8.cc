@@ -13,25 +13,10 @@ using namespace panel_layout;  // NOLINT: this file fills and reads that layout
 
 constexpr int kUnit = kInt8Unit;
 
-// How a row's elements, in the order of the user's weight, lie in words.
-struct Words {
-  int64_t taps, channels, groups;  // a linear weight has one tap
-  int64_t per_tap() const { return (channels + kUnit - 1) / kUnit; }
-  int64_t per_row() const { return taps * per_tap(); }  // words of one row
-  int64_t units() const { return groups * per_row(); }
-  // Byte of element c of a row.
-  int64_t byte(int64_t c) const { return (c % taps) * per_tap() * kUnit + c / taps; }
-};
-
-Words words_of(const PackedHeader& h) {
-  if (h.kh == 0) return {1, h.cols, 1};
-  return {static_cast<int64_t>(h.kh) * h.kw, h.channels, h.groups};
-}
-
 // The bytes of rows, quantised the same way each time.
 class ByteRows {
  public:
-  ByteRows(const DenseView& w, const Words& words, const float* scales)
+  ByteRows(const DenseView& w, const Int8Words& words, const float* scales)
       : w_(w), words_(words), scales_(scales) {}
 
   // Largest magnitude of a row of float type; NaN or infinity when it holds one.
@@ -63,12 +48,12 @@ class ByteRows {
   int64_t at(int64_t row, int64_t c) const { return row * w_.row_stride + c * w_.col_stride; }
 
   const DenseView& w_;
-  const Words& words_;
+  const Int8Words& words_;
   const float* scales_;
 };
 
 // What panel.h asks for: the entries of a slot, a word (or four) that is not zero.
-auto new_entries(const DenseView& w, const Words& words, const float* scales, int entry_rows) {
+auto new_entries(const DenseView& w, const Int8Words& words, const float* scales, int entry_rows) {
   return [=, &w, &words] {
     return [=, &w, &words, bytes = std::vector<int8_t>(words.per_row() * kUnit * entry_rows)](
                int64_t slot, auto fn) mutable {
@@ -132,7 +117,7 @@ Bsr8Plan plan_bsr8(const DenseView& w, const ConvShape& conv, const float* scale
   h.kh = conv.kh;
   h.kw = conv.kw;
   h.groups = conv.groups;
-  const Words words = words_of(h);
+  const Int8Words words = int8_words(h);
 
   plan.scales.resize(w.rows);
   plan.sums.resize(w.rows);
@@ -195,7 +180,7 @@ Bsr8Plan plan_bsr8(const DenseView& w, const ConvShape& conv, const float* scale
 
 void pack_bsr8(const DenseView& w, const Bsr8Plan& plan, uint8_t* out) {
   const PackedHeader& h = plan.panel.header;
-  const Words words = words_of(h);
+  const Int8Words words = int8_words(h);
   write_panel<int32_t>(plan.panel, words.units(), new_entries(w, words, plan.scales.data(), h.entry_rows),
                        out);
   Sections sections(sizeof(PackedHeader));
@@ -214,7 +199,7 @@ Bsr8Packed view_bsr8(const uint8_t* data, int64_t bytes) {
   PARED_CHECK(dense_cols(h) <= kInt8MaxCols, "packed weight: expected at most ", kInt8MaxCols,
               " elements a row, got a corrupt header");
   Bsr8Packed w;
-  w.panel = view_panel<int32_t>(h, words_of(h).units());
+  w.panel = view_panel<int32_t>(h, int8_words(h).units());
   Sections sections(sizeof(PackedHeader));
   const size_t scales_at = sections.add(h.rows * sizeof(float));
   const size_t sums_at = sections.add(h.rows * sizeof(int32_t));
@@ -227,7 +212,7 @@ Bsr8Packed view_bsr8(const uint8_t* data, int64_t bytes) {
 
 void validate_bsr8(const Bsr8Packed& w) {
   const PackedHeader& h = *w.panel.header;
-  const Words words = words_of(h);
+  const Int8Words words = int8_words(h);
   std::vector<int32_t> sums(h.rows);
   validate_panel(w.panel, [&](int64_t row, int64_t unit, int32_t word) {
     PARED_CHECK(row < h.rows && row / (h.rows / words.groups) == unit / words.per_row(),
@@ -256,7 +241,7 @@ namespace {
 template <class F>
 void for_each_byte(const Bsr8Packed& w, F fn) {
   validate_bsr8(w);  // what follows writes where the contents say
-  const Words words = words_of(*w.panel.header);
+  const Int8Words words = int8_words(*w.panel.header);
   for_each_value(w.panel, [&](int64_t row, int64_t unit, int32_t word) {
     int8_t bytes[kUnit];
     std::memcpy(bytes, &word, kUnit);

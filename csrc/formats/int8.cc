@@ -9,6 +9,7 @@
 #include "core/aligned.h"
 #include "core/check.h"
 #include "core/parallel.h"
+#include "formats/formats.h"
 #include "formats/values.h"
 
 namespace pared {
@@ -16,17 +17,37 @@ namespace {
 
 constexpr int64_t kPanelsPerTask = 2;
 
-// Where q[n][k] lies.
-int64_t at(int64_t n, int64_t k, int64_t units) {
-  return ((n / kInt8Panel * units + k / kInt8Unit) * kInt8Panel + n % kInt8Panel) * kInt8Unit + k % kInt8Unit;
-}
+// Where rows and their elements lie.
+struct Layout {
+  explicit Layout(const PackedHeader& h) : words(int8_words(h)), units(words.per_row()) {
+    group_rows = h.rows / words.groups;
+    group_panels = (group_rows + kInt8Panel - 1) / kInt8Panel;
+  }
+  int64_t panels() const { return words.groups * group_panels; }
+  // Of the padded rows.
+  int64_t place(int64_t row) const { return row / group_rows * group_panels * kInt8Panel + row % group_rows; }
+  // The row at a place; -1 for padding.
+  int64_t row(int64_t place) const {
+    const int64_t padded = group_panels * kInt8Panel, r = place % padded;
+    return r < group_rows ? place / padded * group_rows + r : -1;
+  }
+  // Byte b of a place.
+  int64_t at(int64_t place, int64_t b) const {
+    return ((place / kInt8Panel * units + b / kInt8Unit) * kInt8Panel + place % kInt8Panel) * kInt8Unit +
+           b % kInt8Unit;
+  }
 
-// The buffer around rows that row(n, scale, emit) gives: it sets the row's scale and calls emit(k, q).
+  Int8Words words;
+  int64_t units, group_rows, group_panels;
+};
+
+// The buffer around rows that row(n, scale, emit) gives: it sets the row's scale and calls emit(k, q), k in
+// the order of the user's weight.
 template <class Row>
 void write(const ActivationRange& activations, PackedHeader h, uint8_t* out, const Row& row) {
   std::memset(out, 0, h.bytes);
-  const int64_t units = (h.cols + kInt8Unit - 1) / kInt8Unit;
-  const int64_t panels = (h.rows + kInt8Panel - 1) / kInt8Panel;
+  const Layout layout(h);
+  const int64_t panels = layout.panels();
   Int8Tail tail;
   tail.compensation_at = h.bytes - round_up(panels * kInt8Panel * sizeof(int32_t), kCacheLine);
   tail.scales_at = tail.compensation_at - round_up(panels * kInt8Panel * sizeof(float), kCacheLine);
@@ -38,10 +59,12 @@ void write(const ActivationRange& activations, PackedHeader h, uint8_t* out, con
   std::atomic<int64_t> nnz{0};
   parallel_for(0, panels, kPanelsPerTask, [&](int64_t p0, int64_t p1) {
     int64_t stored = 0;
-    for (int64_t n = p0 * kInt8Panel; n < std::min(h.rows, p1 * kInt8Panel); ++n) {
+    for (int64_t n = p0 * kInt8Panel; n < p1 * kInt8Panel; ++n) {
+      const int64_t r = layout.row(n);
+      if (r < 0) continue;
       int64_t sum = 0;
-      row(n, scales[n], [&](int64_t k, int q) {
-        weights[at(n, k, units)] = static_cast<int8_t>(q);
+      row(r, scales[n], [&](int64_t k, int q) {
+        weights[layout.at(n, layout.words.byte(k))] = static_cast<int8_t>(q);
         sum += q;
         stored += q != 0;
       });
@@ -54,6 +77,11 @@ void write(const ActivationRange& activations, PackedHeader h, uint8_t* out, con
 }
 
 }  // namespace
+
+Int8Words int8_words(const PackedHeader& h) {
+  if (h.kh == 0) return {1, h.cols, 1};
+  return {static_cast<int64_t>(h.kh) * h.kw, h.channels, h.groups};
+}
 
 void check_activations(const ActivationRange& a) {
   if (a.scale == 0.0f) {
@@ -68,15 +96,21 @@ void check_activations(const ActivationRange& a) {
               a.zero, ", ", a.high);
 }
 
-PackedHeader plan_int8(int64_t rows, int64_t cols, DType dtype, const ActivationRange& activations) {
-  PARED_CHECK(rows >= 0 && rows < kMaxSize / 2 && cols >= 0 && cols <= kInt8MaxCols,
+PackedHeader plan_int8(const DenseView& w, const ConvShape& conv, DType dtype,
+                       const ActivationRange& activations) {
+  PARED_CHECK(w.rows >= 0 && w.rows < kMaxSize / 2 && w.cols >= 0 && w.cols <= kInt8MaxCols,
               "weight: expected at most ", kInt8MaxCols,
-              " inputs, beyond which int32 sums could overflow, got [", rows, ", ", cols, "]");
+              " inputs, beyond which int32 sums could overflow, got [", w.rows, ", ", w.cols, "]");
   check_activations(activations);
-  PackedHeader h = new_header(PackedKind::int8, dtype, rows, cols);
-  const uint64_t panels = (rows + kInt8Panel - 1) / kInt8Panel, units = (cols + kInt8Unit - 1) / kInt8Unit;
+  PackedHeader h = new_header(PackedKind::int8, dtype, w.rows, w.cols * w.groups);
+  h.channels = conv.channels;
+  h.kh = conv.kh;
+  h.kw = conv.kw;
+  h.groups = conv.groups;
+  const Layout layout(h);
+  const uint64_t panels = layout.panels();
   h.values_at = round_up(kInt8TailAt + sizeof(Int8Tail), kCacheLine);
-  h.bytes = h.values_at + panels * units * kInt8Panel * kInt8Unit +
+  h.bytes = h.values_at + panels * layout.units * kInt8Panel * kInt8Unit +
             2 * round_up(panels * kInt8Panel * sizeof(float), kCacheLine);
   return h;
 }
@@ -104,12 +138,13 @@ void pack_int8(const DenseView& w, const ActivationRange& activations, PackedHea
 
 void pack_int8(const QuantizedView& w, const ActivationRange& activations, PackedHeader header,
                uint8_t* out) {
-  for (int64_t n = 0; n < w.rows; ++n)
+  const auto* q = static_cast<const int8_t*>(w.q.data);
+  for (int64_t n = 0; n < w.q.rows; ++n)
     PARED_CHECK(std::isfinite(w.scales[n]) && w.scales[n] >= 0.0f,
                 "scales: expected finite numbers of at least 0, got ", w.scales[n], " for row ", n);
   write(activations, header, out, [&](int64_t n, float& scale, const auto& emit) {
     scale = w.scales[n];
-    for (int64_t k = 0; k < w.cols; ++k) emit(k, w.q[n * w.row_stride + k * w.col_stride]);
+    for (int64_t k = 0; k < w.q.cols; ++k) emit(k, q[n * w.q.row_stride + k * w.q.col_stride]);
   });
 }
 
@@ -117,14 +152,18 @@ Int8Packed view_int8(const uint8_t* data, int64_t bytes) {
   const PackedHeader& h = checked_header(data, bytes);
   PARED_CHECK(h.kind == PackedKind::int8, "packed weight: expected int8, got kind ",
               static_cast<int>(h.kind));
-  PARED_CHECK(bytes >= static_cast<int64_t>(kInt8TailAt + sizeof(Int8Tail)) && h.cols <= kInt8MaxCols &&
-                  h.rows < kMaxSize / 2 && h.kh == 0 && h.nnz >= 0,
+  check_conv_shape(h);
+  PARED_CHECK(bytes >= static_cast<int64_t>(kInt8TailAt + sizeof(Int8Tail)) &&
+                  dense_cols(h) <= kInt8MaxCols && h.rows < kMaxSize / 2 && h.nnz >= 0,
               "packed weight: expected a valid header, got a corrupt one");
   const auto* tail = reinterpret_cast<const Int8Tail*>(data + kInt8TailAt);
   check_activations(tail->activations);
   Int8Packed w;
   w.header = &h;
   w.activations = &tail->activations;
+  // First by division: the products below cannot overflow then.
+  PARED_CHECK(w.panels() == 0 || w.units() <= bytes / (w.panels() * kInt8Panel),
+              "packed weight: expected a buffer of the size of its matrix, got a corrupt header");
   const uint64_t padded = w.panels() * kInt8Panel;
   check_section(h, h.values_at, w.panels() * w.panel_bytes());
   check_section(h, tail->scales_at, padded * sizeof(float));
@@ -138,44 +177,59 @@ Int8Packed view_int8(const uint8_t* data, int64_t bytes) {
 void validate_int8(const Int8Packed& w) {
   const PackedHeader& h = *w.header;
   check_sum(h);
-  const int64_t units = w.units();
+  const Layout layout(h);
   int64_t nnz = 0;
-  for (int64_t n = 0; n < w.panels() * kInt8Panel; ++n) {
-    const bool real = n < h.rows;
-    PARED_CHECK(std::isfinite(w.scales[n]) && w.scales[n] >= 0.0f && (real || w.scales[n] == 0.0f),
-                "packed weight: row ", n, ": invalid scale ", w.scales[n]);
+  for (int64_t n = 0; n < layout.panels() * kInt8Panel; ++n) {
+    const int64_t row = layout.row(n);
+    PARED_CHECK(std::isfinite(w.scales[n]) && w.scales[n] >= 0.0f && (row >= 0 || w.scales[n] == 0.0f),
+                "packed weight: row ", row, ": invalid scale ", w.scales[n]);
+    const int64_t tap_bytes = layout.words.per_tap() * kInt8Unit;
     int64_t sum = 0;
-    for (int64_t k = 0; k < units * kInt8Unit; ++k) {
-      const int q = w.weights[at(n, k, units)];
-      PARED_CHECK(q == 0 || (real && k < h.cols), "packed weight: row ", n, ": invalid value ", q,
-                  " in the padding");
+    for (int64_t b = 0; b < layout.units * kInt8Unit; ++b) {
+      const int q = w.weights[layout.at(n, b)];
+      PARED_CHECK(q == 0 || (row >= 0 && b % tap_bytes < layout.words.channels), "packed weight: row ", row,
+                  ": invalid value ", q, " in the padding");
       sum += q;
       nnz += q != 0;
     }
-    PARED_CHECK(w.compensation[n] == sum * w.activations->zero, "packed weight: row ", n,
+    PARED_CHECK(w.compensation[n] == sum * w.activations->zero, "packed weight: row ", row,
                 ": expected compensation ", sum * w.activations->zero, ", got ", w.compensation[n]);
   }
   PARED_CHECK(nnz == h.nnz, "packed weight: expected ", h.nnz, " non-zeros, got ", nnz);
 }
 
-void unpack_int8(const Int8Packed& w, int8_t* q, float* scales) {
+namespace {
+
+// Calls fn(row, element in the user's order, q, scale).
+template <class F>
+void for_each_element(const Int8Packed& w, F fn) {
   validate_int8(w);
-  const PackedHeader& h = *w.header;
-  for (int64_t n = 0; n < h.rows; ++n)
-    for (int64_t k = 0; k < h.cols; ++k) q[n * h.cols + k] = w.weights[at(n, k, w.units())];
-  std::copy_n(w.scales, h.rows, scales);
+  const Layout layout(*w.header);
+  const int64_t cols = dense_cols(*w.header);
+  for (int64_t row = 0; row < w.header->rows; ++row) {
+    const int64_t place = layout.place(row);
+    for (int64_t k = 0; k < cols; ++k)
+      fn(row, k, w.weights[layout.at(place, layout.words.byte(k))], w.scales[place]);
+  }
+}
+
+}  // namespace
+
+void unpack_int8(const Int8Packed& w, int8_t* q, float* scales) {
+  const int64_t cols = dense_cols(*w.header);
+  for_each_element(w, [&](int64_t row, int64_t k, int8_t v, float) { q[row * cols + k] = v; });
+  const Layout layout(*w.header);
+  for (int64_t row = 0; row < w.header->rows; ++row) scales[row] = w.scales[layout.place(row)];
 }
 
 void unpack_int8_dense(const Int8Packed& w, DType dtype, void* out) {
-  validate_int8(w);
-  const PackedHeader& h = *w.header;
-  for (int64_t n = 0; n < h.rows; ++n)
-    for (int64_t k = 0; k < h.cols; ++k) {
-      const float v = static_cast<float>(w.weights[at(n, k, w.units())]) * w.scales[n];
-      const int64_t i = n * h.cols + k;
-      if (dtype == DType::f32) static_cast<float*>(out)[i] = v;
-      else static_cast<uint16_t*>(out)[i] = dtype == DType::bf16 ? float_to_bf16(v) : float_to_f16(v);
-    }
+  const int64_t cols = dense_cols(*w.header);
+  for_each_element(w, [&](int64_t row, int64_t k, int8_t q, float scale) {
+    const float v = static_cast<float>(q) * scale;
+    const int64_t i = row * cols + k;
+    if (dtype == DType::f32) static_cast<float*>(out)[i] = v;
+    else static_cast<uint16_t*>(out)[i] = dtype == DType::bf16 ? float_to_bf16(v) : float_to_f16(v);
+  });
 }
 
 }  // namespace pared

@@ -40,17 +40,51 @@ struct quantize_u8 {
   static constexpr const char* doc = "activations to 8 bits, dynamically by row or with a given scale";
 };
 
+// The largest magnitude of `count` elements, as the bits of a float32: NaN above infinity above all others.
+struct MagnitudeArgs {
+  const void* x;
+  DType dtype;  // f32, f16 or bf16
+  int64_t count;
+  uint32_t* largest;  // written
+};
+struct largest_magnitude {
+  using Fn = void(const MagnitudeArgs&);
+  static constexpr const char* doc = "largest magnitude of a run of activations";
+};
+
+// Channel planes to words of four channels' bytes: out[c / 4][m], byte c % 4 = clamp(round(x[c][m] / scale) +
+// zero, low, high); zero bytes for channels beyond the last. Whole vectors of 16 words are written.
+struct QuantizePlanesArgs {
+  const void* x;           // first channel, first position
+  int64_t channel_stride;  // elements
+  DType dtype;             // f32, f16 or bf16
+  int32_t channels, count;
+  int64_t readable;  // elements that may be read from a channel's first position on; at least `count`
+  float scale;
+  int32_t zero, low, high;
+  uint32_t* out;
+  int64_t out_stride;  // words between units, at least `count` rounded up to 16
+  uint32_t* largest;   // written: as MagnitudeArgs has it, over what was read
+};
+struct quantize_planes {
+  using Fn = void(const QuantizePlanesArgs&);
+  static constexpr const char* doc = "channel planes to words of four channels, 8 bits each";
+};
+
 // acc[m][16 v + j] (+)= sum over units of x[m] . w[v][unit][j], for the tokens and panels of the table's
-// entry.
+// entry. A token's units may lie in several runs of equal length: run r at x + m * x_stride + run_at[r].
+constexpr int64_t kOneRun[] = {0};
 struct GemmArgs {
   const uint8_t* x;  // [tokens][x_stride]
   int64_t x_stride;
-  const int8_t* w;   // [panels][w_stride]: [units][16][4], 64-byte aligned
+  const int8_t* w;   // [panels][w_stride]: [runs][units][16][4], 64-byte aligned
   int64_t w_stride;  // bytes between panels
-  int32_t units;
-  int32_t* acc;  // 64-byte aligned
+  int32_t units;     // of a run
+  int32_t* acc;      // 64-byte aligned
   int64_t acc_stride;
   bool accumulate;  // false: acc is written, not read
+  int32_t runs = 1;
+  const int64_t* run_at = kOneRun;  // [runs], bytes
 };
 struct gemm_u8s8 {
   // One function for each tile: index (tokens - 1) * kGemmPanels + panels - 1.

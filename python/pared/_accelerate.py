@@ -440,6 +440,7 @@ def _decide(
     # Fusing saves passes over memory, but torch's own code for an activation may be faster: all are timed.
     variants: dict[str, Variant] = {}
     references: dict[int, list[Reference]] = {}
+    eight = any(FORMATS[name].precision != "float32" for name in suitable)
     weight = c.module.weight
     groups = getattr(c.module, "groups", 1)
     for name in suitable:
@@ -455,7 +456,7 @@ def _decide(
             except ValueError:  # a batch normalisation that cannot be undone
                 continue
             if fused not in references:
-                references[fused] = _references(c, fused)
+                references[fused] = _references(c, fused, eight)
             quantized = FORMATS[name].precision != "float32"
             error, bound, damage = _layer_error(module, references[fused], quantized)
             if math.isinf(error) and quantized:
@@ -543,10 +544,10 @@ class Reference:
     x: Tensor
     output: Tensor
     bound: Tensor
-    rounding: Tensor | None  # what rounding weights and inputs to 8 bits may add to the bound; linear layers
+    rounding: Tensor | None  # what rounding weights and inputs to 8 bits may add to the bound, where asked
 
 
-def _references(c: Candidate, fused: int) -> list[Reference]:
+def _references(c: Candidate, fused: int, quantized: bool) -> list[Reference]:
     """For each recorded input, what the layer and the steps to be fused into it give, in float32.
 
     Two float32 sums of the same K products in different orders differ by at most ``K * eps * S`` with S the
@@ -572,13 +573,44 @@ def _references(c: Candidate, fused: int) -> list[Reference]:
         narrow = 0.0 if s.dtype == torch.float32 else torch.finfo(s.dtype).eps
         bound = 1.13 * (depth + 8) * eps * size + narrow * y.abs() + 1e-30
         rounding = None
-        if isinstance(plain, nn.Linear) and x.numel():
-            u, w = x.float().abs(), plain.weight.abs()
-            s_x, s_w = u.amax(-1, keepdim=True) / 254, w.amax(1) / 254
-            s_x = torch.maximum(s_x, _static_error(c.module, x.float()))
-            rounding = 1.14 * (s_x * w.sum(1) + s_w * u.sum(-1, keepdim=True) + depth * s_x * s_w) + 2.0**-90
+        if quantized:
+            rounding = _rounding(c, plain, magnitude, x.float())
+            for step in steps:
+                rounding = rounding * _scale(step)
+            rounding = 1.14 * rounding + 2.0**-90
         found.append(Reference(x, y, bound, rounding))
     return found
+
+
+def _rounding(c: Candidate, plain: nn.Module, magnitude: nn.Module, x: Tensor) -> Tensor:
+    """How far a layer's outputs may move with weights and inputs on grids of 8 bits: per output, half a step
+    of each weight times its input's magnitude, and of each input (a scale a token, or an image) times its
+    weight's."""
+    weight = cast(Tensor, plain.weight).abs().flatten(1)
+    step = weight.amax(1) / 254
+    depth, u = weight.shape[1], x.abs()
+    if isinstance(plain, nn.Linear):
+        half = u.amax(-1, keepdim=True) / 254 if x.numel() else u.sum(-1, keepdim=True)
+        half = torch.maximum(half, _static_error(c.module, x))
+        linear: Tensor = half * weight.sum(1) + step * u.sum(-1, keepdim=True) + depth * half * step
+        return linear
+    half = u.amax((-3, -2, -1), keepdim=True) / 254
+    ones = copy_model(magnitude)
+    cast(Tensor, ones.weight).fill_(1)
+    if ones.bias is not None:
+        cast(Tensor, ones.bias).zero_()
+    total, step = (t.reshape(-1, 1, 1) for t in (weight.sum(1), step))
+    rounding: Tensor = half * total + step * ones.forward(u) + depth * half * step
+    return rounding
+
+
+def _scale(step: nn.Module) -> Tensor | float:
+    """What a step multiplies each channel with."""
+    if not isinstance(step, nn.BatchNorm2d):
+        return 1.0
+    assert step.running_var is not None  # can_fold has looked
+    scale = torch.rsqrt(step.running_var + step.eps)
+    return (scale if step.weight is None else scale * step.weight.abs()).reshape(-1, 1, 1)
 
 
 def _static_error(module: nn.Module, x: Tensor) -> Tensor:

@@ -76,7 +76,10 @@ def int4_pack_quantized(q: Any, scales: Any, group: int) -> NDArray[np.uint8]: .
 def int4_unpack(packed: Any) -> tuple[NDArray[np.int8], NDArray[np.float32], int]: ...
 def linear_int4(x: Any, packed: Any, bias: Any, out: Any, activation: str = "") -> None: ...
 def int8_pack_dense(
-    weight: Any, activations: tuple[float, int, int, int] | None = None, masked: bool = False
+    weight: Any,
+    activations: tuple[float, int, int, int] | None = None,
+    masked: bool = False,
+    groups: int = 1,
 ) -> NDArray[np.uint8]: ...
 def int8_pack_quantized(
     q: Any,
@@ -84,6 +87,7 @@ def int8_pack_quantized(
     dtype: str = "float32",
     activations: tuple[float, int, int, int] | None = None,
     masked: bool = False,
+    groups: int = 1,
 ) -> NDArray[np.uint8]: ...
 def int8_activations(packed: Any) -> tuple[float, int, int, int] | None: ...
 def int8_unpack(packed: Any) -> tuple[NDArray[np.int8], NDArray[np.float32]]: ...
@@ -110,6 +114,16 @@ def conv2d_csr(
     activation: str = "",
 ) -> None: ...
 def conv2d_bsr8(
+    x: Any,
+    packed: Any,
+    bias: Any,
+    out: Any,
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    activation: str = "",
+) -> None: ...
+def conv2d_int8(
     x: Any,
     packed: Any,
     bias: Any,

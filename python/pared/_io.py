@@ -462,7 +462,7 @@ def _match_layers(model: torch.nn.Module, about: _About) -> dict[int, _Target]:
         same = all(about.layers.get(n) == layer for n in mine)
         require(same, f"model: layer {name!r}: shared in the model as {mine}, not so in the file")
         dtype, trainable = module.weight.dtype, module.weight.requires_grad
-        if issubclass(FORMATS[layer.format].weight, QuantizedWeight):
+        if issubclass(FORMATS[layer.format].weight, QuantizedWeight) and layer.norm is None:
             _expect_quantized(module)
         tensors = {_join(n, t) for n in mine for t, _ in module.named_parameters(recurse=False)}
         norm = None if layer.norm is None else modules.get(layer.norm)
@@ -621,7 +621,7 @@ def _pack(
 def _quantized(target: _Target) -> PackedWeight | None:
     """The packed weight of a layer that is stored quantized; None for others."""
     kind = FORMATS[target.layer.format].weight
-    if not issubclass(kind, QuantizedWeight):
+    if not issubclass(kind, QuantizedWeight) or target.norm is not None:
         return None
     fixed = target.layer.input
     if fixed is not None:
@@ -634,6 +634,7 @@ def _quantized(target: _Target) -> PackedWeight | None:
         cast(torch.Tensor, scale).detach(),
         str(target.dtype).removeprefix("torch."),
         None if fixed is None else (fixed[0], int(fixed[1]), int(fixed[2]), int(fixed[3])),
+        getattr(target.module, "groups", 1),
     )
     return kind(torch.as_tensor(packed.packed))
 

@@ -7,6 +7,7 @@ import pytest
 from block_int8_check import LEAST, quantize_weight
 
 from pared import ops
+from pared.ops._formats import FORMATS
 
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional
@@ -40,8 +41,20 @@ def quantize_images(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return q, np.where(counts, scales, np.where(np.isfinite(most), np.float32(0), np.float32(np.nan)))
 
 
-def expected(x, q, scales, bias, stride, padding, dilation, groups) -> np.ndarray:
-    qx, sx = quantize_images(x)
+def quantize_with(x: np.ndarray, activations) -> tuple[np.ndarray, np.ndarray]:
+    """The same with a given scale, zero point and range."""
+    scale, zero, low, high = activations
+    finite = np.isfinite(x).reshape(len(x), -1).all(1)
+    inverse = np.float32(1) / np.float32(scale)
+    q = np.rint(np.clip(np.where(np.isfinite(x), x, 0) * inverse, low - zero, high - zero))
+    return q, np.where(finite, np.float32(scale), np.float32(np.nan)).astype(np.float32)
+
+
+def expected(
+    x, q, scales, bias, stride, padding, dilation, groups, dense=False, activations=None
+) -> np.ndarray:
+    """dense: as csrc/ops/conv_int8.h rounds, else as csrc/ops/conv_bsr8.h does."""
+    qx, sx = quantize_images(x) if activations is None else quantize_with(x, activations)
     total = functional.conv2d(
         torch.from_numpy(qx.astype(np.float64)),
         torch.from_numpy(q.astype(np.float64)),
@@ -52,8 +65,9 @@ def expected(x, q, scales, bias, stride, padding, dilation, groups) -> np.ndarra
         groups,
     ).numpy()
     assert np.abs(total).max(initial=0) < 2**31
-    scale = scales[None, :, None, None] * sx[:, None, None, None]
-    return total.astype(np.int32).astype(np.float32) * scale + bias[None, :, None, None]
+    sums, sx = total.astype(np.int32).astype(np.float32), sx[:, None, None, None]
+    y = sums * sx * scales[None, :, None, None] if dense else sums * (scales[None, :, None, None] * sx)
+    return y + bias[None, :, None, None]
 
 
 def sparse_weight(rng, shape: tuple[int, ...], block_rows: int) -> np.ndarray:
@@ -85,10 +99,82 @@ def test_shapes(isa, rng, shape, block_rows):
     check(y.numpy(), want)
 
 
+# Besides SHAPES, for the dense kernel: panels and runs that are cut, groups of several panels.
+DENSE_SHAPES = [
+    *SHAPES,
+    (64, 70, 1, (3, 3), (9, 15), (1, 1), (1, 1), (1, 1), 1),
+    (600, 17, 1, (1, 1), (4, 7), (1, 1), (0, 0), (1, 1), 2),
+    (160, 33, 1, (3, 3), (5, 7), (1, 1), (1, 1), (1, 1), 1),
+    (8, 70, 2, (3, 3), (6, 25), (1, 1), (1, 1), (1, 1), 1),
+    (7, 7, 7, (3, 3), (9, 33), (1, 1), (1, 1), (1, 1), 1),
+    (3, 64, 1, (7, 7), (31, 37), (2, 2), (3, 3), (1, 1), 1),
+    (68, 34, 17, (3, 3), (6, 7), (1, 1), (0, 1), (1, 1), 1),
+]
+
+
+@pytest.mark.parametrize("activations", [None, (0.031, 0, "uint8"), (0.02, 117, "uint8"), (0.05, -3, "int8")])
+@pytest.mark.parametrize("shape", DENSE_SHAPES, ids=str)
+def test_dense_weights(isa, rng, shape, activations):
+    """Both layouts, with activations dynamic and static: padding is the zero point then."""
+    channels, filters, groups, kernel, size, stride, padding, dilation, images = shape
+    w = rng.standard_normal((filters, channels // groups, *kernel)).astype(np.float32)
+    bias = rng.standard_normal(filters).astype(np.float32)
+    x = rng.standard_normal((images, channels, *size)).astype(np.float32)
+    scale, zero, dtype = activations or (None, 0, "int8")
+    packed = ops.Int8.from_dense(
+        w, groups=groups, activation_scale=scale, activation_zero=zero, activation_dtype=dtype
+    )
+    q, scales = packed.to_quantized()
+    for got, want in zip((q, scales), quantize_weight(w), strict=True):
+        assert np.array_equal(got, want)
+    assert np.array_equal(packed.to_dense(), q * scales[:, None, None, None])
+    packed.validate()
+    geometry = (stride, padding, dilation, groups)
+    want = expected(x, q, scales, bias, *geometry, dense=True, activations=packed.activations)
+    check(ops.conv2d(x, packed, bias, *geometry), want)
+    last = torch.from_numpy(x).contiguous(memory_format=torch.channels_last)
+    check(ops.conv2d(last, packed, torch.from_numpy(bias), *geometry).numpy(), want)
+
+
+def test_dense_weights_that_are_quantised_already(isa, rng):
+    """Every byte, -128 included, at the length where sums come closest to 2^31."""
+    q = rng.integers(-128, 128, (18, 40, 3, 3), dtype=np.int8)
+    scales = rng.random(18, np.float32)
+    packed = ops.Int8.from_quantized(q, scales, activation_scale=0.5, activation_dtype="uint8")
+    assert np.array_equal(packed.to_quantized()[0], q)
+    x = rng.random((1, 40, 8, 8), np.float32) * 127
+    want = expected(
+        x, q, scales, np.zeros(18, np.float32), 1, 1, 1, 1, dense=True, activations=packed.activations
+    )
+    check(ops.conv2d(x, packed, padding=1), want)
+    worst = ops.Int8.from_quantized(
+        np.full((1, 7310, 3, 3), -128, np.int8), 1.0, activation_scale=1.0, activation_dtype="uint8"
+    )
+    y = ops.conv2d(np.full((1, 7310, 3, 3), 255, np.float32), worst)
+    assert y.reshape(()) == np.float32(-128 * 255 * 7310 * 9)
+
+
+def test_threads_share_outputs_or_filters(isa, rng):
+    """Large enough for two threads, both ways of sharing, with the bits of one."""
+    for size, filters in ((20, 64), (3, 300)):
+        w = rng.standard_normal((filters, 128, 3, 3)).astype(np.float32)
+        x = rng.standard_normal((1, 128, size, size)).astype(np.float32)
+        packed = ops.Int8.from_dense(w)
+        want = expected(x, *packed.to_quantized(), np.zeros(filters, np.float32), 1, 1, 1, 1, dense=True)
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                check(ops.conv2d(x, packed, padding=1), want)
+        finally:
+            torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("weight", ["bsr8", "int8"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_16_bit_images(isa, rng, dtype):
+def test_16_bit_images(isa, rng, dtype, weight):
     w = sparse_weight(rng, (9, 12, 3, 3), 1)
-    packed = ops.BSRInt8.from_dense(w)
+    packed = FORMATS[weight].weight.from_dense(w)
     x = torch.from_numpy(rng.standard_normal((2, 12, 9, 11))).to(getattr(torch, dtype))
     for images in (x, x.contiguous(memory_format=torch.channels_last)):
         y = ops.conv2d(images, packed, padding=1)
@@ -105,20 +191,28 @@ def test_images_that_are_not_finite_or_tiny(isa, rng):
     x[1, 7, 5, 5] = -np.inf
     x[2] = 0
     x[3] *= np.float32(2.0**-110)
-    y = ops.conv2d(x, ops.BSRInt8.from_dense(w), bias, padding=1)
-    check(y, expected(x, q, scales, bias, 1, 1, 1, 1))
-    assert np.isnan(y[:2]).all()
-    assert np.array_equal(y[2], np.broadcast_to(bias[:, None, None], y[2].shape))
+    for packed, dense in ((ops.BSRInt8.from_dense(w), False), (ops.Int8.from_dense(w), True)):
+        y = ops.conv2d(x, packed, bias, padding=1)
+        check(y, expected(x, q, scales, bias, 1, 1, 1, 1, dense))
+        assert np.isnan(y[:2]).all()
+        assert np.array_equal(y[2], np.broadcast_to(bias[:, None, None], y[2].shape))
+    static = ops.Int8.from_dense(w, activation_scale=0.03, activation_zero=9)
+    for images in (torch.from_numpy(x), torch.from_numpy(x).contiguous(memory_format=torch.channels_last)):
+        y = ops.conv2d(images, static, torch.from_numpy(bias), padding=1).numpy()
+        check(y, expected(x, q, scales, bias, 1, 1, 1, 1, True, static.activations))
 
 
 def test_a_slice_of_channels_and_activations(isa, rng):
     w = sparse_weight(rng, (10, 8, 3, 3), 4)
     packed = ops.BSRInt8.from_dense(w)
     x = rng.standard_normal((2, 20, 8, 9)).astype(np.float32)
-    part = x[:, 4:12]
-    want = expected(part, *quantize_weight(w), np.zeros(10, np.float32), 1, 1, 1, 1)
-    check(ops.conv2d(part, packed, padding=1), want)
-    check(ops.conv2d(part, packed, padding=1, activation="relu"), np.maximum(want, 0))
+    zero = np.zeros(10, np.float32)
+    last = np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    for weight, dense in ((packed, False), (ops.Int8.from_dense(w), True)):
+        want = expected(x[:, 4:12], *quantize_weight(w), zero, 1, 1, 1, 1, dense)
+        for part in (x[:, 4:12], last[:, 4:12]):
+            check(ops.conv2d(part, weight, padding=1), want)
+            check(ops.conv2d(part, weight, padding=1, activation="relu"), np.maximum(want, 0))
 
 
 def test_planted_faults_are_caught(isa, rng):
@@ -129,6 +223,14 @@ def test_planted_faults_are_caught(isa, rng):
     q, scales = quantize_weight(w)
     zero = np.zeros(6, np.float32)
     check(y, expected(x, q, scales, zero, 1, 1, 1, 1))
+    # A static zero point that padding ignores: the bytes of padding then stand for -zero * scale.
+    static = ops.Int8.from_dense(w, activation_scale=0.03, activation_zero=40, activation_dtype="uint8")
+    shifted = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=np.float32(-40 * 0.03))
+    check(
+        ops.conv2d(x, static, padding=1), expected(x, q, scales, zero, 1, 1, 1, 1, True, static.activations)
+    )
+    with pytest.raises(AssertionError):
+        check(ops.conv2d(shifted, static), expected(x, q, scales, zero, 1, 1, 1, 1, True, static.activations))
     for wrong in (q.transpose(0, 1, 3, 2), q[:, [1, 0, *range(2, 8)]]):
         with pytest.raises(AssertionError):
             check(y, expected(x, np.ascontiguousarray(wrong), scales, zero, 1, 1, 1, 1))
@@ -137,14 +239,16 @@ def test_planted_faults_are_caught(isa, rng):
         check(ops.conv2d(edge, ops.BSRInt8.from_dense(w)), expected(x, q, scales, zero, 1, 1, 1, 1))
 
 
-def test_module(isa, rng):
+@pytest.mark.parametrize("weight", ["bsr8", "int8"])
+def test_module(isa, rng, weight):
     from pared.nn import Conv2d
 
     plain = torch.nn.Conv2d(8, 12, 3, padding=1, stride=2)
-    module = Conv2d.from_module(plain, format="bsr8", activation="relu")
+    module = Conv2d.from_module(plain, format=weight, activation="relu")
     x = torch.randn(2, 8, 9, 9)
     w = plain.weight.detach().numpy()
-    want = expected(x.numpy(), *quantize_weight(w), plain.bias.detach().numpy(), 2, 1, 1, 1)
+    bias = plain.bias.detach().numpy()
+    want = expected(x.numpy(), *quantize_weight(w), bias, 2, 1, 1, 1, weight == "int8")
     check(module(x).numpy(), np.maximum(want, 0))
     assert (module(x) - plain(x).relu()).abs().max() < 0.05
 

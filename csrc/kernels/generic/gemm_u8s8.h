@@ -142,26 +142,28 @@ PARED_INLINE void gemm_tile(const GemmArgs& a, int token, int panel) {
     for (int m = 0; m < TOKENS; ++m)
 #pragma GCC unroll 4
       for (int v = 0; v < PANELS; ++v) sum[u][m][v] = D::zero();
-  const uint8_t* x = a.x + token * a.x_stride;
   const int8_t* w = a.w + panel * a.w_stride;
   constexpr int kVector = kInt8Panel * kInt8Unit;
-  const auto step = [&](int i, int u) __attribute__((always_inline)) {
-    typename D::W weights[PANELS];
+  for (int r = 0; r < a.runs; ++r, w += static_cast<int64_t>(a.units) * kVector) {
+    const uint8_t* x = a.x + token * a.x_stride + a.run_at[r];
+    const auto step = [&](int i, int u) __attribute__((always_inline)) {
+      typename D::W weights[PANELS];
 #pragma GCC unroll 4
-    for (int v = 0; v < PANELS; ++v)
-      weights[v] = D::weights(w + v * a.w_stride + static_cast<int64_t>(i) * kVector);
+      for (int v = 0; v < PANELS; ++v)
+        weights[v] = D::weights(w + v * a.w_stride + static_cast<int64_t>(i) * kVector);
 #pragma GCC unroll 8
-    for (int m = 0; m < TOKENS; ++m) {
-      const typename D::A unit = D::unit(x + m * a.x_stride + static_cast<int64_t>(i) * kInt8Unit);
+      for (int m = 0; m < TOKENS; ++m) {
+        const typename D::A unit = D::unit(x + m * a.x_stride + static_cast<int64_t>(i) * kInt8Unit);
 #pragma GCC unroll 4
-      for (int v = 0; v < PANELS; ++v) D::dot(sum[u][m][v], unit, weights[v]);
-    }
-  };
-  int i = 0;
-  for (; i + U <= a.units; i += U)
+        for (int v = 0; v < PANELS; ++v) D::dot(sum[u][m][v], unit, weights[v]);
+      }
+    };
+    int i = 0;
+    for (; i + U <= a.units; i += U)
 #pragma GCC unroll 2
-    for (int u = 0; u < U; ++u) step(i + u, u);
-  if (U > 1 && i < a.units) step(i, 0);
+      for (int u = 0; u < U; ++u) step(i + u, u);
+    if (U > 1 && i < a.units) step(i, 0);
+  }
 #pragma GCC unroll 8
   for (int m = 0; m < TOKENS; ++m)
 #pragma GCC unroll 4

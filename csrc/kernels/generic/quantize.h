@@ -1,6 +1,7 @@
-// Activations to unsigned bytes: one pass for the largest magnitude, one for the bytes, both over a row that
-// stays in L1. Bit-identical at every level: magnitudes are compared as integers, which orders NaN above
-// infinity above everything else, and a product is rounded to the nearest even integer.
+// Activations to unsigned bytes, rows: one pass for the largest magnitude, one for the bytes, both over a row
+// that stays in L1; channel planes: the two as operations of their own. Bit-identical at every level:
+// magnitudes are compared as integers, which orders NaN above infinity above everything else, and a product
+// is rounded to the nearest even integer.
 #pragma once
 
 #include "kernels/generic/half.h"
@@ -25,14 +26,21 @@ struct ScalarBytes {
   }
   static PARED_INLINE uint32_t reduce(I m) { return m; }
   // clamp(v * inverse, low, high), rounded, plus zero.
-  static PARED_INLINE void store(uint8_t* out, V v, float inverse, float low, float high, int32_t zero) {
+  static PARED_INLINE I quantized(V v, float inverse, float low, float high, int32_t zero) {
     float q = v * inverse;
     q = q > low ? q : low;  // NaN becomes low, as vmaxps has it
     q = q < high ? q : high;
     // Adding 1.5 * 2^23 rounds to the nearest even integer.
-    const int32_t i = static_cast<int32_t>(float_bits(q + 12582912.0f) - 0x4b400000u);
-    *out = static_cast<uint8_t>(i + zero);
+    return float_bits(q + 12582912.0f) - 0x4b400000u + static_cast<uint32_t>(zero);
   }
+  static PARED_INLINE void store(uint8_t* out, V v, float inverse, float low, float high, int32_t zero) {
+    *out = static_cast<uint8_t>(quantized(v, inverse, low, high, zero));
+  }
+  template <int BITS>
+  static PARED_INLINE I with(I word, I byte) {
+    return word | byte << BITS;
+  }
+  static PARED_INLINE void store_words(uint32_t* out, I words) { *out = words; }
 };
 
 #if defined(__AVX2__)
@@ -55,10 +63,20 @@ struct Avx2Bytes {
     a = _mm_max_epi32(a, _mm_shuffle_epi32(a, 0xb1));
     return static_cast<uint32_t>(_mm_cvtsi128_si32(a));
   }
-  static PARED_INLINE void store(uint8_t* out, V v, float inverse, float low, float high, int32_t zero) {
+  static PARED_INLINE I quantized(V v, float inverse, float low, float high, int32_t zero) {
     const __m256 q = _mm256_min_ps(
         _mm256_max_ps(_mm256_mul_ps(v, _mm256_set1_ps(inverse)), _mm256_set1_ps(low)), _mm256_set1_ps(high));
-    const __m256i i = _mm256_add_epi32(_mm256_cvtps_epi32(q), _mm256_set1_epi32(zero));
+    return _mm256_add_epi32(_mm256_cvtps_epi32(q), _mm256_set1_epi32(zero));
+  }
+  template <int BITS>
+  static PARED_INLINE I with(I word, I byte) {
+    return _mm256_or_si256(word, _mm256_slli_epi32(byte, BITS));
+  }
+  static PARED_INLINE void store_words(uint32_t* out, I words) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), words);
+  }
+  static PARED_INLINE void store(uint8_t* out, V v, float inverse, float low, float high, int32_t zero) {
+    const __m256i i = quantized(v, inverse, low, high, zero);
     const __m128i h = _mm_packus_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(h, h));
   }
@@ -80,24 +98,33 @@ struct Avx512Bytes {
     return _mm512_max_epi32(m, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
   }
   static PARED_INLINE uint32_t reduce(I m) { return static_cast<uint32_t>(_mm512_reduce_max_epi32(m)); }
-  static PARED_INLINE void store(uint8_t* out, V v, float inverse, float low, float high, int32_t zero) {
+  static PARED_INLINE I quantized(V v, float inverse, float low, float high, int32_t zero) {
     const __m512 q = _mm512_min_ps(
         _mm512_max_ps(_mm512_mul_ps(v, _mm512_set1_ps(inverse)), _mm512_set1_ps(low)), _mm512_set1_ps(high));
-    const __m512i i = _mm512_add_epi32(_mm512_cvtps_epi32(q), _mm512_set1_epi32(zero));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(i));
+    return _mm512_add_epi32(_mm512_cvtps_epi32(q), _mm512_set1_epi32(zero));
+  }
+  template <int BITS>
+  static PARED_INLINE I with(I word, I byte) {
+    return _mm512_or_si512(word, _mm512_slli_epi32(byte, BITS));
+  }
+  static PARED_INLINE void store_words(uint32_t* out, I words) { _mm512_storeu_si512(out, words); }
+  static PARED_INLINE void store(uint8_t* out, V v, float inverse, float low, float high, int32_t zero) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                     _mm512_cvtepi32_epi8(quantized(v, inverse, low, high, zero)));
   }
 };
 #endif
 
 // Elements [c, c + width) of a row, those beyond its end zero: `tail` is scratch of `width` elements.
 template <class B>
-PARED_INLINE typename B::V row_vector(const float* row, int c, int cols, bool, float* tail) {
+PARED_INLINE typename B::V row_vector(const float* row, int64_t c, int64_t cols, bool, float* tail) {
   if (c + B::width <= cols) return B::load(row + c);
   for (int i = 0; i < B::width; ++i) tail[i] = c + i < cols ? row[c + i] : 0.0f;
   return B::load(tail);
 }
 template <class B>
-PARED_INLINE typename B::V row_vector(const uint16_t* row, int c, int cols, bool bf16, uint16_t* tail) {
+PARED_INLINE typename B::V row_vector(const uint16_t* row, int64_t c, int64_t cols, bool bf16,
+                                      uint16_t* tail) {
   if (c + B::width <= cols) return B::load(row + c, bf16);
   for (int i = 0; i < B::width; ++i) tail[i] = c + i < cols ? row[c + i] : uint16_t{0};
   return B::load(tail, bf16);
@@ -153,6 +180,67 @@ template <class B>
 void quantize_rows(const QuantizeArgs& a) {
   if (a.dtype == DType::f32) quantize_rows_of<B, float>(a);
   else quantize_rows_of<B, uint16_t>(a);
+}
+
+template <class B, class T>
+PARED_INLINE uint32_t magnitude_of(const MagnitudeArgs& a) {
+  constexpr int W = B::width;
+  const bool bf16 = a.dtype == DType::bf16;
+  const T* x = static_cast<const T*>(a.x);
+  T tail[W];
+  // Four chains: a chain of maxima waits for each of them.
+  typename B::I m[4] = {B::zero(), B::zero(), B::zero(), B::zero()};
+  int64_t i = 0;
+  for (; i + 4 * W <= a.count; i += 4 * W)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+      m[j] = B::max_magnitude(m[j], row_vector<B>(x, i + j * W, a.count, bf16, tail));
+  for (; i < a.count; i += W) m[0] = B::max_magnitude(m[0], row_vector<B>(x, i, a.count, bf16, tail));
+  uint32_t most = 0;
+  for (int j = 0; j < 4; ++j) {
+    const uint32_t b = B::reduce(m[j]);
+    most = b > most ? b : most;
+  }
+  return most;
+}
+
+template <class B>
+void magnitude(const MagnitudeArgs& a) {
+  *a.largest = a.dtype == DType::f32 ? magnitude_of<B, float>(a) : magnitude_of<B, uint16_t>(a);
+}
+
+template <class B, class T>
+PARED_INLINE uint32_t quantize_planes_of(const QuantizePlanesArgs& a) {
+  constexpr int W = B::width;
+  const bool bf16 = a.dtype == DType::bf16;
+  const float inverse = 1.0f / a.scale;
+  const float low = static_cast<float>(a.low - a.zero), high = static_cast<float>(a.high - a.zero);
+  T tail[W];
+  typename B::I most = B::zero();
+  for (int c = 0; c < a.channels; c += kInt8Unit) {
+    const T* x = static_cast<const T*>(a.x) + c * a.channel_stride;
+    uint32_t* out = a.out + c / kInt8Unit * a.out_stride;
+    const int left = a.channels - c;
+    for (int64_t m = 0; m < a.count; m += W) {
+      typename B::I word = B::zero();
+      const auto byte = [&](int i) __attribute__((always_inline)) {
+        const typename B::V v = row_vector<B>(x + i * a.channel_stride, m, a.readable, bf16, tail);
+        most = B::max_magnitude(most, v);
+        return B::quantized(v, inverse, low, high, a.zero);
+      };
+      word = B::template with<0>(word, byte(0));
+      if (left > 1) word = B::template with<8>(word, byte(1));
+      if (left > 2) word = B::template with<16>(word, byte(2));
+      if (left > 3) word = B::template with<24>(word, byte(3));
+      B::store_words(out + m, word);
+    }
+  }
+  return B::reduce(most);
+}
+
+template <class B>
+void quantize_plane_words(const QuantizePlanesArgs& a) {
+  *a.largest = a.dtype == DType::f32 ? quantize_planes_of<B, float>(a) : quantize_planes_of<B, uint16_t>(a);
 }
 
 }  // namespace

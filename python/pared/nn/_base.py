@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from pared.ops._formats import FORMATS, Format
 from pared.ops._library import aligned
-from pared.ops.int8 import QuantizedWeight, check_activations
+from pared.ops.int8 import Int8, QuantizedWeight, check_activations
 from pared.ops.packed import PackedWeight
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
@@ -156,16 +156,42 @@ class PackedModule(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def from_quantized(
+        cls,
+        module: nn.Module,
+        *,
+        activation_scale: float | None = None,
+        activation_zero: int = 0,
+        activation_dtype: str = "uint8",
+    ) -> Self:
+        """Take over a layer that torch or torchao quantized: its integers, scales, bias and fused ReLU.
+
+        The new layer takes and returns float tensors; a static layer's own rounding of its outputs to 8 bits
+        is the only one that it leaves out.
+
+        Parameters
+        ----------
+        module, activation_scale, activation_zero, activation_dtype : as for ``pared.ops.Int8.from_torch``.
+
+        Raises
+        ------
+        TypeError, ValueError : a layer of another kind, with zero points in its weight, or with scales of
+            groups.
+        """
+        raise NotImplementedError
+
     def to_module(self) -> nn.Module:
         """The plain module again, with dense weights, in eval mode, without the fused activation."""
         raise NotImplementedError
 
     def stored(self) -> dict[str, Tensor]:
         """What a file holds of the layer: the plain layer's parameters, with integers as ``weight`` and their
-        ``weight_scale`` where it is quantized."""
+        ``weight_scale`` where it is quantized, unless they are those of a folded weight: these come out the
+        same when it is quantized again."""
         tensors: dict[str, Tensor] = dict(self.to_module().named_parameters())
         weight = self.packed_weight()
-        if isinstance(weight, QuantizedWeight):
+        if isinstance(weight, QuantizedWeight) and "fold_scale" not in self._buffers:
             q, scales = weight.to_quantized()
             tensors["weight"] = torch.from_numpy(q)
             tensors["weight_scale"] = torch.from_numpy(scales)
@@ -269,6 +295,33 @@ class PackedModule(nn.Module):
         return f"{tail}, activation={self.activation}" if self.activation else tail
 
 
+def quantized_parts(
+    module: nn.Module,
+    kind: str,
+    activation_scale: float | None,
+    activation_zero: int,
+    activation_dtype: str,
+) -> tuple[Int8, Tensor | None, str | None]:
+    """``(weight, bias, activation)`` of a quantized layer; `kind` is ``"Linear"`` or ``"Conv2d"``."""
+    name = type(module).__name__
+    if not isinstance(module, nn.Module) or not hasattr(module, "weight"):
+        raise TypeError(f"module: expected a quantized {kind}, got {name}")
+    try:
+        weight = Int8.from_torch(
+            module,
+            activation_scale=activation_scale,
+            activation_zero=activation_zero,
+            activation_dtype=activation_dtype,
+        )
+    except TypeError:
+        raise TypeError(f"module: expected a quantized {kind}, got {name}") from None
+    if len(weight.shape) != (2 if kind == "Linear" else 4):
+        raise TypeError(f"module: expected a quantized {kind}, got {name}")
+    bias: Any = module.bias
+    bias = bias() if callable(bias) and not isinstance(bias, Tensor) else bias
+    return weight, bias, "relu" if "ReLU" in name else None
+
+
 def format_name(weight: PackedWeight) -> str:
     """The registered name of a packed weight's format."""
     for f in FORMATS.values():
@@ -315,4 +368,5 @@ __all__ = [
     "WeightStandIn",
     "format_name",
     "pack",
+    "quantized_parts",
 ]

@@ -107,8 +107,10 @@ def fold(layer: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, dict[s
 
 
 def unfold_weight(folded: Tensor, scale: Tensor, delta: Tensor) -> Tensor:
-    """The weight that `fold` was given, in float32, bit for bit."""
+    """The weight that `fold` was given, in float32, bit for bit; rounded where `folded` was (no `delta`)."""
     weight = _divide(folded, scale)
+    if not delta.numel():
+        return weight
     stored = folded != 0
     weight[stored] = (_bits(weight[stored]) + delta).view(torch.float32)
     return weight

@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 from typing_extensions import Self
 
 from pared import _core
-from pared.nn._base import PackedModule, pack
+from pared.nn._base import PackedModule, pack, quantized_parts
 from pared.nn._fold import can_fold, fold, unfold_weight
 from pared.ops._formats import FORMATS
 from pared.ops._library import conv2d_op, empty_images, grad_error, images
@@ -99,6 +99,8 @@ class Conv2d(PackedModule):
                 )
             dense, bias, undo = fold(module, norm)
             weight = None
+            if FORMATS[format].precision != "float32":  # the weight's own bits are gone
+                undo["fold_delta"] = torch.empty(0, dtype=torch.int8)
         new = cls(
             weight or pack(format, dense, module.groups),
             bias,
@@ -113,6 +115,21 @@ class Conv2d(PackedModule):
             new.register_buffer(name, tensor)
         new._requires_grad = (module.weight.requires_grad, getattr(module.bias, "requires_grad", True))
         return new
+
+    @classmethod
+    def from_quantized(
+        cls,
+        module: Any,
+        *,
+        activation_scale: float | None = None,
+        activation_zero: int = 0,
+        activation_dtype: str = "uint8",
+    ) -> Self:
+        weight, bias, activation = quantized_parts(
+            module, "Conv2d", activation_scale, activation_zero, activation_dtype
+        )
+        geometry = (module.stride, module.padding, module.dilation, module.padding_mode)
+        return cls(weight, bias, *geometry, activation)
 
     def to_module(self) -> nn.Conv2d:
         w, bias = torch.as_tensor(self.packed_weight().to_dense()), self.bias

@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 from typing_extensions import Self
 
 from pared import _core
-from pared.nn._base import PackedModule, pack
+from pared.nn._base import PackedModule, pack, quantized_parts
 from pared.ops._formats import FORMATS
 from pared.ops._library import foldable, grad_error, linear_op
 from pared.ops.chain import chainable
@@ -72,6 +72,17 @@ class Linear(PackedModule):
         new = cls(weight or pack(format, module.weight), module.bias, activation)
         new._requires_grad = (module.weight.requires_grad, getattr(module.bias, "requires_grad", True))
         return new
+
+    @classmethod
+    def from_quantized(
+        cls,
+        module: nn.Module,
+        *,
+        activation_scale: float | None = None,
+        activation_zero: int = 0,
+        activation_dtype: str = "uint8",
+    ) -> Self:
+        return cls(*quantized_parts(module, "Linear", activation_scale, activation_zero, activation_dtype))
 
     def to_module(self) -> nn.Linear:
         w = torch.as_tensor(FORMATS[self.format].weight(self.packed).to_dense())

@@ -87,7 +87,7 @@ FORMATS: dict[str, Format] = {
             "float32",
             lambda d, q, n: d <= 0.85 and n <= min(48, 16 + 100 * d),
         ),
-        Format("int8", 4, Int8, _core.linear_int8, None, "int8", lambda d, q, n: True),
+        Format("int8", 4, Int8, _core.linear_int8, _core.conv2d_int8, "int8", lambda d, q, n: True),
         # Not for accelerate: its rounding is beyond the bound of 8 bits.
         Format("int4", 8, Int4, _core.linear_int4, None, "int8", lambda d, q, n: False),
         Format("bitmap8", 6, Bitmap8, _core.linear_bitmap8, None, "int8", lambda d, q, n: d <= 0.85),

@@ -39,10 +39,11 @@ class QuantizedWeight(PackedWeight):
     """An int8 weight with one scale an output: ``w[n, k]`` is about ``scales[n] * q[n, k]``.
 
     `pared.ops.linear` quantizes its input on the way in: by token, symmetrically, by the token's own largest
-    magnitude; or with a given scale and zero point. Sums are exact in int32, the same bits on every
-    instruction set. A token that holds NaN or infinity gives NaN in all of its outputs.
+    magnitude; or with a given scale and zero point. `pared.ops.conv2d` does the same by image. Sums are exact
+    in int32, the same bits on every instruction set. A token (an image) that holds NaN or infinity gives NaN
+    in all of its outputs.
 
-    Build it with `from_dense` or `from_quantized`. At most 65793 inputs.
+    Build it with `from_dense` or `from_quantized`. At most 65793 inputs an output.
     """
 
     __slots__ = ()
@@ -62,9 +63,9 @@ class QuantizedWeight(PackedWeight):
 
         Parameters
         ----------
-        weight : [out, in], float32, bfloat16 or float16. Outputs whose largest magnitude is below 2**-100 are
-            zero.
-        groups : 1.
+        weight : [out, in], or for `Int8` a convolution's [out, in/groups, kh, kw]; float32, bfloat16 or
+            float16. Outputs whose largest magnitude is below 2**-100 are zero.
+        groups : of a convolution; 1 for a linear weight.
         activation_scale, activation_zero, activation_dtype : None for activations that are quantized by
             token; else ``x`` is about ``activation_scale * (q - activation_zero)`` with q of ``"int8"`` or
             ``"uint8"``.
@@ -74,11 +75,10 @@ class QuantizedWeight(PackedWeight):
         TypeError, ValueError : naming the argument; NaN or infinity in the weight.
         """
         require_array(weight, "weight")
-        if groups != 1:
-            raise ValueError(f"groups: expected 1 for an int8 weight, got {groups!r}")
+        _check_groups(groups, weight.ndim)
         activations = check_activations(activation_scale, activation_zero, activation_dtype)
         dense = weight.detach() if is_torch(weight) else weight
-        return cls(_core.int8_pack_dense(dense, activations, cls._masked))
+        return cls(_core.int8_pack_dense(dense, activations, cls._masked, groups))
 
     @classmethod
     def from_quantized(
@@ -86,6 +86,7 @@ class QuantizedWeight(PackedWeight):
         q: Array,
         scales: Any,
         *,
+        groups: int = 1,
         dtype: str = "float32",
         activation_scale: float | None = None,
         activation_zero: int = 0,
@@ -95,7 +96,8 @@ class QuantizedWeight(PackedWeight):
 
         Parameters
         ----------
-        q : [out, in], int8, any values (-128 included).
+        q : shaped as for `from_dense`, int8, any values (-128 included).
+        groups : of a convolution; 1 for a linear weight.
         scales : [out] or a number, finite and at least 0.
         dtype : float dtype that `to_dense` gives a tensor.
         activation_scale, activation_zero, activation_dtype : as for `from_dense`.
@@ -105,19 +107,21 @@ class QuantizedWeight(PackedWeight):
         TypeError, ValueError : naming the argument, what was expected and what came.
         """
         require_array(q, "q")
-        if q.ndim != 2:
-            raise ValueError(f"q: expected [out, in], got shape {list(q.shape)}")
+        _check_groups(groups, q.ndim)
         s = np.asarray(scales.detach().cpu().numpy() if is_torch(scales) else scales, dtype=np.float32)
         if s.ndim == 0:
             s = np.full(q.shape[0], s, np.float32)
         activations = check_activations(activation_scale, activation_zero, activation_dtype)
-        return cls(_core.int8_pack_quantized(q, np.ascontiguousarray(s), dtype, activations, cls._masked))
+        return cls(
+            _core.int8_pack_quantized(q, np.ascontiguousarray(s), dtype, activations, cls._masked, groups)
+        )
 
     @classmethod
     def from_torch(
         cls: type[Q],
         source: Any,
         *,
+        groups: int | None = None,
         activation_scale: float | None = None,
         activation_zero: int = 0,
         activation_dtype: str = "uint8",
@@ -126,9 +130,11 @@ class QuantizedWeight(PackedWeight):
 
         Parameters
         ----------
-        source : a ``torch.ao.nn.quantized`` or ``torch.ao.nn.quantized.dynamic`` Linear, an ``nn.Linear``
-            whose weight is torchao's ``Int8Tensor``, or such a weight: qint8 with one scale a tensor or an
-            output and zero points of 0; ``Int8Tensor`` with one scale an output.
+        source : a ``torch.ao.nn.quantized`` Linear or Conv2d (also with its fused ReLU, which is the caller's
+            to apply), a ``torch.ao.nn.quantized.dynamic`` Linear, an ``nn.Linear`` or ``nn.Conv2d`` whose
+            weight is torchao's ``Int8Tensor``, or such a weight: qint8 with one scale a tensor or an output
+            and zero points of 0; ``Int8Tensor`` with one scale an output.
+        groups : of a convolution's bare weight; a module has its own.
         activation_scale, activation_zero, activation_dtype : of the tensors that a static layer is called
             with, as torch's quint8 has them; None to quantize inputs by token, as dynamic layers do.
 
@@ -145,6 +151,7 @@ class QuantizedWeight(PackedWeight):
         return cls.from_quantized(
             q,
             scales,
+            groups=getattr(source, "groups", 1) if groups is None else groups,
             dtype=dtype,
             activation_scale=activation_scale,
             activation_zero=activation_zero,
@@ -163,17 +170,26 @@ class QuantizedWeight(PackedWeight):
         return _core.int8_activations(self.packed)
 
     @classmethod
-    def from_parts(cls: type[Q], q: Array, scales: Array, dtype: str, activations: Activations | None) -> Q:
-        """From what `to_quantized`, `dtype` and `activations` gave."""
-        return cls(_core.int8_pack_quantized(q, scales, dtype, activations, cls._masked))
+    def from_parts(
+        cls: type[Q],
+        q: Array,
+        scales: Array,
+        dtype: str,
+        activations: Activations | None,
+        groups: int = 1,
+    ) -> Q:
+        """From what `to_quantized`, `dtype`, `activations` and `groups` gave."""
+        return cls(_core.int8_pack_quantized(q, scales, dtype, activations, cls._masked, groups))
 
     def to_quantized(self) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        """``(q [out, in], scales [out])``."""
-        return _core.int8_unpack(self.packed)
+        """``(q, scales)``: int8 in the weight's shape, float32 [out]."""
+        q, scales = _core.int8_unpack(self.packed)
+        return q.reshape(self.shape), scales
 
 
 class Int8(QuantizedWeight):
-    """A dense int8 weight, one byte an element. See `QuantizedWeight` for the numbers."""
+    """A dense int8 weight, linear or a convolution's, one byte an element (the channels of a group padded to
+    four, its filters to 16). See `QuantizedWeight` for the numbers."""
 
     __slots__ = ()
     kind: ClassVar[str] = "int8"
@@ -193,6 +209,11 @@ class Bitmap8(QuantizedWeight):
     _masked: ClassVar[bool] = True
 
 
+def _check_groups(groups: Any, ndim: int) -> None:
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1 or (ndim == 2 and groups != 1):
+        raise ValueError(f"groups: expected 1, or a convolution's groups, got {groups!r}")
+
+
 def _torch_weight(source: Any) -> tuple[Any, Any, str]:
     """``(q, scales, dtype)`` of what torch or torchao quantized."""
     import torch
@@ -200,8 +221,8 @@ def _torch_weight(source: Any) -> tuple[Any, Any, str]:
     w: Any = getattr(source, "weight", source)
     if callable(w) and not isinstance(w, torch.Tensor):  # torch.ao's modules have a method
         w = w()
-    if not isinstance(w, torch.Tensor) or w.ndim != 2:
-        raise TypeError(f"source: expected a quantized linear layer or weight, got {type(source).__name__}")
+    if not isinstance(w, torch.Tensor) or w.ndim not in (2, 4):
+        raise TypeError(f"source: expected a quantized layer or weight, got {type(source).__name__}")
     if w.is_quantized:
         per_tensor = w.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric)
         if w.dtype != torch.qint8 or not (per_tensor or w.q_per_channel_axis() == 0):
@@ -219,7 +240,7 @@ def _torch_weight(source: Any) -> tuple[Any, Any, str]:
             )
         scales = scales.reshape(-1) if scales.numel() > 1 else scales.reshape(())
     else:
-        raise TypeError(f"source: expected a quantized linear layer or weight, got {type(source).__name__}")
+        raise TypeError(f"source: expected a quantized layer or weight, got {type(source).__name__}")
     if bool(zeros.any()):
         raise ValueError("source: expected zero points of 0 in the weight, got others")
     return q.contiguous(), scales.float(), dtype

@@ -1,0 +1,190 @@
+// A convolution without im2col: the micro-kernel of the linear operation takes neighbouring outputs of a row
+// for its tokens, and what lies behind each other in the frame of a tap (or, where taps touch, of a kernel
+// row) for a run of its reduction.
+//
+//   for each image: quantise it into its frame
+//     for each thread's share of outputs, or of filters where there are few outputs:
+//       for each block of outputs:
+//         for each four panels (64 filters):
+//           for each K block (32 KB of weights: they stay in L1 while the block's outputs pass):
+//             for each tile of up to 6 outputs: micro-kernel, sums in L1 or L2
+//               after the last block: scales, bias, activation; planes are transposed a block at a time
+#include "ops/conv_int8.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "core/aligned.h"
+#include "core/parallel.h"
+#include "kernels/registry.h"
+#include "ops/conv_frame.h"
+
+namespace pared {
+namespace {
+
+constexpr int64_t kBlockUnits = 128;  // of the reduction: 64 filters by 512 bytes, 32 KB
+constexpr int64_t kBlockOutputs = 192;
+constexpr int64_t kMinWorkPerThread = 1 << 22;  // multiply-adds
+constexpr int64_t kWidth = kGemmPanels * kInt8Panel;
+
+// Runs of one K block: where they begin in the frame, of outputs 0, and in the weights.
+struct KBlock {
+  int64_t first_unit, units, run, runs;  // run: index into run_at
+};
+
+// Up to kGemmTokens outputs of one row.
+struct Tile {
+  int64_t output;  // in the plane
+  int64_t byte;    // of the frame
+  int32_t count;
+};
+
+class Convolution {
+ public:
+  Convolution(const ConvArgs& a, const Int8Packed& w) : a_(a), w_(w), frame_(a, *w.header) {
+    const int64_t per_row = w.units();
+    for (int64_t g = 0; g < w.groups(); ++g) {
+      for (int64_t u = 0, run; u < per_row; u += run) {
+        const int64_t at = frame_.unit(g * per_row + u, &run) * kInt8Unit;
+        // Long runs are cut, short ones share a block: all of one length, as taps and kernel rows are.
+        const int64_t parts = (run + kBlockUnits - 1) / kBlockUnits;
+        for (int64_t i = 0; i < parts; ++i) {
+          const int64_t k = run * i / parts, units = run * (i + 1) / parts - k;
+          if (g == 0) {
+            KBlock* last = blocks_.empty() ? nullptr : &blocks_.back();
+            if (last && last->units == units && (last->runs + 1) * units <= kBlockUnits) ++last->runs;
+            else blocks_.push_back({u + k, units, static_cast<int64_t>(run_at_.size()), 1});
+          }
+          run_at_.push_back(at + k * kInt8Unit);
+        }
+      }
+      if (g == 0) group_runs_ = static_cast<int64_t>(run_at_.size());
+    }
+    const bool one_row = frame_.outputs_a_row() == a.out_w;
+    const int64_t lines = one_row ? 1 : a.out_h, length = one_row ? a.out_h * a.out_w : a.out_w;
+    const int64_t tiles = (length + kGemmTokens - 1) / kGemmTokens;
+    step_ = frame_.position_words() * kInt8Unit;
+    for (int64_t y = 0; y < lines; ++y)
+      for (int64_t i = 0; i < tiles; ++i) {
+        // Of nearly equal size: one output alone after a full tile would wait out latencies.
+        const int64_t x0 = length * i / tiles, x1 = length * (i + 1) / tiles;
+        tiles_.push_back(
+            {y * length + x0, (y * frame_.outputs_a_row() + x0) * step_, static_cast<int32_t>(x1 - x0)});
+      }
+  }
+
+  void run() const {
+    thread_local Scratch memory;
+    auto* words = memory.get<uint32_t>(frame_.words());
+    const auto tiles = static_cast<int64_t>(tiles_.size());
+    const int64_t outputs = a_.out_h * a_.out_w, panels = w_.panels();
+    const int64_t work = outputs * panels * w_.units() * kInt8Panel * kInt8Unit;
+    const int64_t parts = std::min<int64_t>(num_threads(), std::max<int64_t>(1, work / kMinWorkPerThread));
+    const bool by_outputs = tiles >= 8 * parts || panels < parts;
+    for (int64_t n = 0; n < a_.images; ++n) {
+      const float scale = frame_.quantize(n, *w_.activations, words);
+      const auto* bytes = reinterpret_cast<const uint8_t*>(words);
+      parallel_for(0, parts, 1, [&](int64_t i0, int64_t i1) {
+        if (by_outputs) share(n, scale, bytes, tiles * i0 / parts, tiles * i1 / parts, 0, panels);
+        else share(n, scale, bytes, 0, tiles, panels * i0 / parts, panels * i1 / parts);
+      });
+    }
+  }
+
+ private:
+  // Tiles [t0, t1) by panels [p0, p1), in blocks of outputs.
+  void share(int64_t n, float scale, const uint8_t* bytes, int64_t t0, int64_t t1, int64_t p0,
+             int64_t p1) const {
+    float scales[kGemmTokens];
+    std::fill(std::begin(scales), std::end(scales), scale);
+    constexpr int64_t kTiles = kBlockOutputs / kGemmTokens;
+    const int64_t blocks = (t1 - t0 + kTiles - 1) / kTiles;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Tile* first = tiles_.data() + t0 + (t1 - t0) * b / blocks;
+      const Tile* last = tiles_.data() + t0 + (t1 - t0) * (b + 1) / blocks;
+      for (int64_t p = p0; p < p1;) {
+        const int64_t group = p / w_.group_panels();
+        const int64_t end = std::min(p1, (group + 1) * w_.group_panels());
+        const int panels = static_cast<int>(std::min<int64_t>(kGemmPanels, end - p));
+        product(n, scales, bytes, first, last, group, p, panels);
+        p += panels;
+      }
+    }
+  }
+
+  void product(int64_t n, const float* scales, const uint8_t* bytes, const Tile* first, const Tile* last,
+               int64_t group, int64_t panel, int panels) const {
+    const Isa isa = active_isa();
+    const auto gemm = kernel_for<gemm_u8s8>(isa).fn;
+    const auto dequantize = kernel_for<dequantize_store>(isa).fn;
+    thread_local Scratch acc_memory, plane_memory;
+    auto* acc = acc_memory.get<int32_t>(kBlockOutputs * kWidth);
+    // A tile more: planes are transposed 16 outputs at a time.
+    auto* planes = plane_memory.get<float>((kBlockOutputs + kPanelGroup) * kWidth);
+    const PackedHeader& h = *w_.header;
+    const int64_t in_group = (panel - group * w_.group_panels()) * kInt8Panel;
+    const int64_t filter = group * w_.group_rows() + in_group, slot = panel * kInt8Panel;
+    const auto filters =
+        static_cast<int32_t>(std::min<int64_t>(panels * kInt8Panel, w_.group_rows() - in_group));
+    const float* bias = a_.bias ? a_.bias + filter : nullptr;
+    const int64_t element = dtype_size(a_.dtype), plane = a_.out_h * a_.out_w;
+    char* y = static_cast<char*>(a_.y) + n * plane * h.rows * element;
+    const bool nchw = a_.layout == ImageLayout::nchw;
+    for (const KBlock& k : blocks_) {
+      const bool done = &k == &blocks_.back();
+      for (const Tile* t = first; t != last; ++t) {
+        int32_t* sums = acc + (t->output - first->output) * kWidth;
+        gemm[(t->count - 1) * kGemmPanels + panels - 1](
+            {bytes + t->byte, step_,
+             w_.weights + panel * w_.panel_bytes() + k.first_unit * kInt8Panel * kInt8Unit, w_.panel_bytes(),
+             static_cast<int32_t>(k.units), sums, kWidth, k.first_unit > 0, static_cast<int32_t>(k.runs),
+             run_at_.data() + group * group_runs_ + k.run});
+        if (!done) continue;
+        DequantizeArgs d{sums,
+                         kWidth,
+                         w_.compensation + slot,
+                         scales,
+                         w_.scales + slot,
+                         t->count,
+                         filters,
+                         bias,
+                         a_.activation,
+                         nullptr,
+                         0,
+                         DType::f32};
+        if (nchw) {
+          d.y = planes + (t->output - first->output) * kWidth;
+          d.y_stride = kWidth;
+        } else {
+          d.y = y + (t->output * h.rows + filter) * element;
+          d.y_stride = h.rows;
+          d.dtype = a_.dtype;
+        }
+        dequantize(d);
+      }
+    }
+    if (!nchw || first == last) return;
+    const int64_t outputs = (last - 1)->output + (last - 1)->count - first->output;
+    kernel_for<panel_store>(isa).fn({planes, kWidth, static_cast<int32_t>(outputs), filters, nullptr,
+                                     Activation::none, y + (filter * plane + first->output) * element, plane,
+                                     a_.dtype});
+  }
+
+  const ConvArgs& a_;
+  const Int8Packed& w_;
+  const ConvFrame frame_;
+  std::vector<KBlock> blocks_;
+  std::vector<int64_t> run_at_;  // [groups][group_runs_], bytes
+  int64_t group_runs_ = 0;
+  std::vector<Tile> tiles_;
+  int64_t step_;  // bytes between neighbouring outputs
+};
+
+}  // namespace
+
+void conv2d_int8(const ConvArgs& args, const Int8Packed& w) {
+  if (args.images == 0 || w.header->rows == 0) return;
+  Convolution(args, w).run();
+}
+
+}  // namespace pared
