@@ -8,6 +8,7 @@ of errors whose costs stay within the budget: a knapsack, solved exactly. Yang e
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
@@ -396,6 +397,7 @@ def measure_options(
     example_inputs: Any = None,
     pattern: str = "unstructured",
     importance: Importance = "magnitude",
+    scope: str | None = None,
     loss_fn: LossFn | None = None,
     precision: str = "float32",
     include: Filters = None,
@@ -403,7 +405,10 @@ def measure_options(
     keep_first: int = 0,
     keep_last: int = 0,
 ) -> Options:
-    """The costs and errors of every layer at every level, as `search_budget` describes them."""
+    """The costs and errors of every layer at every level, as `search_budget` describes them.
+
+    `scope` : "layer" or "row", in which weights compete; None: as `pared.prune` has it for the criterion.
+    """
     if cost not in COSTS:
         raise choice_error("cost", cost, COSTS)
     if cost != "parameters" and example_inputs is None:
@@ -412,7 +417,7 @@ def measure_options(
         copy_model(unwrap(model)),
         pattern,
         importance,
-        "row" if importance == "wanda" else "layer",
+        scope,
         data,
         loss_fn,
         include,
@@ -420,6 +425,8 @@ def measure_options(
         keep_first,
         keep_last,
     )
+    if plan.scope == "global":
+        plan = dataclasses.replace(plan, scope="layer")
     chosen = _check_levels(levels, plan)
     check_repeatable(data, "'search_budget'")
     for target in plan.targets:

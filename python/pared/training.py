@@ -6,6 +6,8 @@
     masks that move during training; scores that follow the training.
 `Proximal`, `SlimmingPenalty`
     penalties that make exact zeros, and BatchNorm scales that mean something.
+`FineTune`
+    a training step for `pared.compress`, which goes on from the last one that was kept when it is killed.
 `distillation_loss`
     a teacher's soft targets.
 `sensitivity`, `allocate`
@@ -28,6 +30,7 @@ from torch import nn
 from torch.nn import functional
 
 from pared import ops
+from pared._finetune import FineTune
 from pared.pruning.importance import Importance, Statistics
 from pared.pruning.masks import keep_count
 from pared.pruning.oneshot import check_sparsity, prune, zero
@@ -37,6 +40,7 @@ from pared.pruning.targets import Filters, collect, unwrap
 from pared.schedules import OneShot
 
 __all__ = [
+    "FineTune",
     "Movement",
     "Proximal",
     "RigL",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,6 +74,22 @@ class QuantReport:
             "bytes": self.bytes,
             "kept": [{"name": name, "reason": reason} for name, reason in self.kept],
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantReport:
+        """What `to_dict` gave."""
+        layers = []
+        for own in data["layers"]:
+            grid = own["activation"]
+            fields: dict[str, Any] = {
+                **own,
+                "shape": tuple(own["shape"]),
+                "activation": None if grid is None else tuple(grid),
+                "tried": tuple(tuple(t) for t in own["tried"]),
+            }
+            layers.append(QuantLayer(**fields))
+        kept = tuple((k["name"], k["reason"]) for k in data["kept"])
+        return cls(data["method"], data["observer"], tuple(layers), kept)
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON text."""

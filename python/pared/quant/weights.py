@@ -44,6 +44,30 @@ def quantized(module: nn.Module) -> QuantizedWeight | None:
     return record if isinstance(record, QuantizedWeight) else None
 
 
+def _to_item(record: QuantizedWeight) -> Item:
+    values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    return Item(values, {name: values.pop(name) for name in ("scale", "zero")})
+
+
+def _from_item(item: Item) -> QuantizedWeight:
+    fields: dict[str, Any] = {**item.values, **item.tensors}
+    return QuantizedWeight(**fields)
+
+
+def take_records(model: nn.Module) -> Item:
+    """What `quantize` left on the model's layers, by their names, for a checkpoint."""
+    items = {n: _to_item(r) for n, m in model.named_modules() if (r := quantized(m)) is not None}
+    tensors = {f"{name}/{k}": t for name, item in items.items() for k, t in item.tensors.items()}
+    return Item({name: item.values for name, item in items.items()}, tensors)
+
+
+def put_records(model: nn.Module, kept: Item) -> None:
+    """Put back what `take_records` gave."""
+    for name, values in kept.values.items():
+        tensors = {k: kept.tensors[f"{name}/{k}"] for k in ("scale", "zero")}
+        model.get_submodule(name).__dict__[_RECORD] = _from_item(Item(values, tensors))
+
+
 def int8_weight(layer: nn.Linear) -> Int8:
     """The packed int8 weight of a quantised Linear layer: its own codes and scales, nothing is rounded again.
 
@@ -183,13 +207,11 @@ def quantize(
 
     def save(target: Target) -> Item:
         record, errors = settled[target.name]
-        values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-        tensors = {k: values.pop(k) for k in ("scale", "zero")}
-        return Item({"record": values, "errors": [*errors.items()]}, tensors)
+        item = _to_item(record)
+        return Item({"record": item.values, "errors": [*errors.items()]}, item.tensors)
 
     def load(target: Target, item: Item) -> None:
-        fields: dict[str, Any] = {**item.values["record"], **item.tensors}
-        record = QuantizedWeight(**fields)
+        record = _from_item(Item(item.values["record"], item.tensors))
         settled[target.name] = record, {int(bits): error for bits, error in item.values["errors"]}
 
     reconstruct.walk(
