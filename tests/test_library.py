@@ -9,7 +9,8 @@ from torch import nn
 from torch.library import opcheck
 
 from pared.nn import Conv2d, Linear
-from pared.ops._library import conv2d_op, linear_op
+from pared.ops._formats import FORMATS
+from pared.ops._library import aligned, conv2d_op, linear_op
 
 
 @pytest.fixture
@@ -57,6 +58,17 @@ def test_the_operator_refuses(module: Linear) -> None:
         linear_op(x, module.packed, None, 24, "softmax")
     with pytest.raises(RuntimeError, match="pared::linear: expected an input that needs no gradient"):
         linear_op(x.requires_grad_(), module.packed, None, 24, "")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_objects_refuse_a_tensor_between_two_boundaries(name: str) -> None:
+    weight = FORMATS[name].weight
+    good = torch.as_tensor(weight.from_dense(torch.randn(20, 64)).packed)
+    view = torch.zeros(good.numel() + 1, dtype=torch.uint8)[1:]
+    view.copy_(good)
+    with pytest.raises(ValueError, match="expected 64-byte aligned memory, got an address 1 bytes past"):
+        weight(view)
+    weight(aligned(view))
 
 
 def test_the_operator_checks_a_weight_that_was_written_to(module: Linear) -> None:

@@ -53,8 +53,9 @@ PackedHeader new_header(PackedKind kind, DType dtype, int64_t rows, int64_t cols
 const PackedHeader& checked_header(const uint8_t* data, int64_t bytes) {
   PARED_CHECK(bytes >= static_cast<int64_t>(sizeof(PackedHeader)), "packed weight: expected at least ",
               sizeof(PackedHeader), " bytes, got ", bytes);
-  PARED_CHECK(reinterpret_cast<uintptr_t>(data) % kCacheLine == 0,
-              "packed weight: expected 64-byte aligned memory");
+  const uintptr_t past = reinterpret_cast<uintptr_t>(data) % kCacheLine;
+  PARED_CHECK(past == 0, "packed weight: expected 64-byte aligned memory, got an address ", past,
+              " bytes past a boundary");
   const auto* h = reinterpret_cast<const PackedHeader*>(data);
   PARED_CHECK(std::memcmp(h->magic, kPackedMagic, sizeof(h->magic)) == 0,
               "packed weight: expected a buffer that pared packed, got other data");

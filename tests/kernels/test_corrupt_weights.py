@@ -12,8 +12,9 @@ import pytest
 from packed_check import aligned_copy, header
 
 from pared import _core, ops
+from pared.ops._formats import FORMATS as ALL
 
-FORMATS = [ops.CSR, ops.BSR, ops.Dense]
+FORMATS = [ops.CSR, ops.BSR, ops.Dense, ops.BSRInt8]
 
 
 def sections(packed: np.ndarray) -> dict[str, np.ndarray]:
@@ -30,16 +31,39 @@ def sections(packed: np.ndarray) -> dict[str, np.ndarray]:
 def corrupted(rng, good: np.ndarray) -> np.ndarray:
     """A copy with some of its structure overwritten; the memory ends with the buffer."""
     packed = aligned_copy(good)
-    for name, section in sections(packed).items():
+    for section in sections(packed).values():
         if rng.random() < 0.3:
             continue
         kind = rng.integers(4)
         where = rng.integers(0, section.size, section.size if kind == 0 else 3)
         top = np.iinfo(section.dtype).max
         value = rng.integers(0, top, where.size, endpoint=True) if kind < 2 else top if kind == 2 else 0
-        # Kernels load whole aligned vectors: an offset that no packer writes may fault, not read elsewhere.
-        section[where] = np.asarray(value) & (top - 511 if name == "offsets" else top)
+        section[where] = np.asarray(value)
     return packed
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("shift", [1, 4, 8, 32, 63])
+def test_misaligned_buffers_are_refused_by_every_entry(rng, name, shift):
+    """Kernels load whole vectors of a weight: memory between two boundaries is an error, not a fault."""
+    format = ALL[name]
+    w = rng.standard_normal((20, 64)).astype(np.float32)
+    good = np.asarray(format.weight.from_dense(w).packed)
+    shifted = aligned_copy(np.zeros_like(good), extra=shift)[shift:]
+    shifted[:] = good
+    x, out = np.ones((3, 64), np.float32), np.empty((3, 20), np.float32)
+    assert format.linear is not None
+    entries: list[tuple[Callable[..., object], tuple[object, ...]]] = [
+        (format.linear, (x, shifted, None, out, "")),
+        (_core.packed_info, (shifted,)),
+        (_core.packed_validate, (shifted,)),
+        (_core.packed_unpack_dense, (shifted, np.empty_like(w))),
+        (format.weight, (shifted,)),
+    ]
+    for entry, args in entries:
+        with pytest.raises(ValueError, match=f"expected 64-byte aligned memory, got .* {shift} bytes past"):
+            entry(*args)
+    np.testing.assert_array_equal(format.weight._copied(shifted).packed, good)
 
 
 def runs(kernel: Callable[..., None], *args: object) -> bool:
@@ -59,14 +83,31 @@ def test_linear(isa, rng, format, density):
     w = rng.standard_normal((37, 300)).astype(np.float32)
     w[rng.random(w.shape) > density] = 0
     good = format.from_dense(w).packed
+    linear = ALL[format.kind].linear
     refused = 0
     for trial in range(60):
         x = np.ones(((1, 16, 130)[trial % 3], 300), np.float32)
         out = np.empty((len(x), 37), np.float32)
-        refused += not runs(_core.linear_csr, x, corrupted(rng, good), None, out, "")
+        refused += not runs(linear, x, corrupted(rng, good), None, out, "")
     assert refused > 10
-    _core.linear_csr(x, good, None, out, "")
-    np.testing.assert_allclose(out, x @ w.T, atol=1e-3)
+    linear(x, good, None, out, "")
+    # Of int8: half a step of the weights, and the ones are exact.
+    step = np.abs(w).max() / 127 if ALL[format.kind].precision == "int8" else 0.0
+    np.testing.assert_allclose(out, x @ w.T, atol=1e-3 + 300 * step / 2)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("step", [1, 2, 6, 33])
+def test_offsets_between_vectors(isa, rng, format, step):
+    """Offsets that no packer writes: read where they point, and never a fault."""
+    w = rng.standard_normal((37, 300)).astype(np.float32)
+    packed = aligned_copy(format.from_dense(w).packed)
+    offsets = sections(packed)["offsets"]
+    offsets += np.uint16(step)
+    linear = ALL[format.kind].linear
+    for tokens in (1, 16, 17, 96, 130):
+        out = np.empty((tokens, 37), np.float32)
+        assert runs(linear, np.ones((tokens, 300), np.float32), packed, None, out, "")
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -79,7 +120,7 @@ def test_conv2d(isa, rng, format):
     refused = 0
     for _ in range(60):
         packed = corrupted(rng, good)
-        refused += not runs(_core.conv2d_csr, x, packed, None, out, (1, 1), (1,) * 4, (1, 1), "")
+        refused += not runs(ALL[format.kind].conv2d, x, packed, None, out, (1, 1), (1,) * 4, (1, 1), "")
     assert refused > 10
 
 
@@ -91,11 +132,12 @@ def test_one_entry_too_many_is_noticed(isa, rng, format):
     h = header(packed)
     counts = sections(packed)["counts"][: 16 // int(h["entry_rows"])]
     x, out = np.ones((3, 40), np.float32), np.empty((3, 16), np.float32)
+    linear = ALL[format.kind].linear
     counts[-1] += 1
     with pytest.raises(ValueError, match="expected entries inside the buffer"):
-        _core.linear_csr(x, packed, None, out, "")
+        linear(x, packed, None, out, "")
     counts[-1] -= 1
-    _core.linear_csr(x, packed, None, out, "")
+    linear(x, packed, None, out, "")
 
 
 @pytest.mark.parametrize("format", FORMATS)

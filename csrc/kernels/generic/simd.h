@@ -24,7 +24,13 @@ struct ScalarF32 {
   using Element = float;
   using Operand = V;  // of the panel, as fma takes it
   using Value = V;    // a broadcast value
-  static PARED_INLINE Operand operand(const float* p) { return load(p); }
+  // A panel is aligned and so are the offsets into it, unless the packed weight is corrupt, which is to give
+  // wrong numbers at worst: no level's operand asks for the alignment.
+  static PARED_INLINE Operand operand(const float* p) {
+    float f;
+    __builtin_memcpy(&f, p, sizeof(f));
+    return f;
+  }
   static PARED_INLINE Value value(float f) { return set1(f); }
   static PARED_INLINE V zero() { return 0.0f; }
   static PARED_INLINE V set1(float f) { return f; }
@@ -63,7 +69,7 @@ struct Avx2F32 {
   using Element = float;
   using Operand = V;  // of the panel, as fma takes it
   using Value = V;    // a broadcast value
-  static PARED_INLINE Operand operand(const float* p) { return load(p); }
+  static PARED_INLINE Operand operand(const float* p) { return loadu(p); }
   static PARED_INLINE Value value(float f) { return set1(f); }
   static PARED_INLINE V zero() { return _mm256_setzero_ps(); }
   static PARED_INLINE V set1(float f) { return _mm256_set1_ps(f); }
@@ -96,7 +102,7 @@ struct Avx512F32 {
   using Element = float;
   using Operand = V;  // of the panel, as fma takes it
   using Value = V;    // a broadcast value
-  static PARED_INLINE Operand operand(const float* p) { return load(p); }
+  static PARED_INLINE Operand operand(const float* p) { return loadu(p); }
   static PARED_INLINE Value value(float f) { return set1(f); }
   static PARED_INLINE V zero() { return _mm512_setzero_ps(); }
   static PARED_INLINE V set1(float f) { return _mm512_set1_ps(f); }

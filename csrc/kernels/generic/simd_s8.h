@@ -2,6 +2,7 @@
 // Every type gives the same bits for all operands. vpdpbusd does it in one instruction; without it, the bytes
 // are widened to 16 bits and multiplied in pairs (vpmaddwd), which cannot saturate: vpmaddubsw would, from
 // 255 * 127 + 255 * 127 on. The panel's bytes are uint8 and the weight's int8 because vpdpbusd wants them so.
+// Operands need no alignment, for the sake of corrupt offsets: see generic/simd.h.
 #pragma once
 
 #include <string.h>
@@ -52,7 +53,7 @@ struct Avx2S8 {
   static PARED_INLINE void store(int32_t* p, V v) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), v); }
   static PARED_INLINE V add(V a, V b) { return _mm256_add_epi32(a, b); }
   static PARED_INLINE Operand operand(const int32_t* p) {
-    const __m256i x = load(p);
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm256_and_si256(x, _mm256_set1_epi16(0x00ff)), _mm256_srli_epi16(x, 8)};
   }
   static PARED_INLINE Value value(int32_t word) {
@@ -80,7 +81,7 @@ struct Avx512S8 {
   static PARED_INLINE void store(int32_t* p, V v) { _mm512_store_si512(p, v); }
   static PARED_INLINE V add(V a, V b) { return _mm512_add_epi32(a, b); }
   static PARED_INLINE Operand operand(const int32_t* p) {
-    const __m512i x = load(p);
+    const __m512i x = _mm512_loadu_si512(p);
     return {_mm512_and_si512(x, _mm512_set1_epi16(0x00ff)), _mm512_srli_epi16(x, 8)};
   }
   static PARED_INLINE Value value(int32_t word) {
@@ -105,7 +106,7 @@ struct VnniS8 {
   static PARED_INLINE V load(const int32_t* p) { return _mm512_load_si512(p); }
   static PARED_INLINE void store(int32_t* p, V v) { _mm512_store_si512(p, v); }
   static PARED_INLINE V add(V a, V b) { return _mm512_add_epi32(a, b); }
-  static PARED_INLINE Operand operand(const int32_t* p) { return load(p); }
+  static PARED_INLINE Operand operand(const int32_t* p) { return _mm512_loadu_si512(p); }
   static PARED_INLINE Value value(int32_t word) { return _mm512_set1_epi32(word); }
   static PARED_INLINE V fma(Value w, Operand x, V sum) { return _mm512_dpbusd_epi32(sum, x, w); }
 };
