@@ -71,22 +71,6 @@ def test_size_is_a_byte_a_non_zero_and_a_bit_an_element(rng):
             assert b.nbytes <= b.nnz + shape[0] * shape[1] / 8 + 11 * shape[0] + 1024
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 100])
-def test_threads_do_not_change_a_bit(rng, tokens):
-    w = Bitmap8.from_dense(random_weight(rng, 1500, 900, 0.7))
-    x = torch.from_numpy(rng.standard_normal((tokens, 900)).astype(np.float32))
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            results.append(ops.linear(x, w))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
 def test_module(rng):
     plain = torch.nn.Linear(70, 30)
     with torch.no_grad():

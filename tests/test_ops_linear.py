@@ -14,6 +14,7 @@ from linear_check import check_linear
 
 from pared import _core, ops
 from pared.ops import CSR
+from pared.ops._formats import FORMATS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -148,7 +149,7 @@ def test_any_shape(tokens, rows, cols, sparsity, dtype, has_bias, activation, le
 # ---- threads
 
 
-@pytest.mark.parametrize("tokens", [1, 40, 256, 700])
+@pytest.mark.parametrize("tokens", [1, 40, 129, 256, 700])
 @pytest.mark.parametrize("sparsity", [0.5, 0.95])
 def test_the_thread_count_does_not_change_a_bit(isa, rng, threads, tokens, sparsity):
     """Each output is summed by one thread, in an order that does not depend on how the work is shared."""
@@ -163,6 +164,26 @@ def test_the_thread_count_does_not_change_a_bit(isa, rng, threads, tokens, spars
         results.append(ops.linear(x, packed, bias))
     assert all(torch.equal(results[0], y) for y in results[1:])
     check_linear(results[0], x, w, bias)
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_how_threads_share_the_work_does_not_change_a_bit(rng, threads, format):
+    """One tile and two, equal and unequal; few tokens, which some formats share by their outputs."""
+    w = format.weight.from_dense(random_weight(rng, 1500, 900, 0.7))
+    inputs = [random_input(rng, tokens, 900) for tokens in (1, 3, 16, 33, 97, 128, 129)]
+    results = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        results.append([ops.linear(x, w) for x in inputs])
+    dense = torch.as_tensor(w.to_dense()).double()
+    for x, first, *others in zip(inputs, *results, strict=True):
+        assert all(torch.equal(first, y) for y in others), f"{len(x)} tokens"
+        x = x.double()
+        # Float32 sums; and where tokens are rounded to 8 bits, half a step of each input.
+        bound = 1000 * 2.0**-24 * (x.abs() @ dense.abs().T)
+        if format.precision == "int8":
+            bound += x.abs().amax(1, keepdim=True) / 254 * dense.abs().sum(1) * 1.001
+        assert ((first.double() - x @ dense.T).abs() <= bound).all(), f"{len(x)} tokens"
 
 
 def test_calls_from_many_python_threads(rng):
