@@ -871,3 +871,50 @@ def test_pared_prune_is_the_function_whatever_is_imported_first(first: str) -> N
         "assert pared.schedules.OneShot(0.5)(1) == 0.5\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---------------------------------------------------------------- counting and writing zeros
+
+
+def odd_values(dtype: torch.dtype, n: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, generator=generator, dtype=torch.float64).to(dtype)
+    if n > 8:
+        tiny = torch.finfo(dtype).smallest_normal / 4
+        x[:8] = torch.tensor([0.0, -0.0, tiny, -tiny, 1.0, -1.0, 0.0, 65504.0], dtype=dtype)
+        x[8::3] = 0.0
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n", [0, 1, 7, 1000, masks_module._PIECE + 1])
+def test_counting_and_zeroing_agree_with_torch(dtype: torch.dtype, n: int) -> None:
+    x = odd_values(dtype, n)
+    assert masks_module.nonzeros(x) == int(torch.count_nonzero(x))
+    dropped = torch.rand(n, generator=torch.Generator().manual_seed(1)) < 0.5
+    want = x.masked_fill(dropped, 0)
+    parameter = nn.Parameter(x.clone())
+    version = parameter._version
+    masks_module.zero(parameter, dropped)
+    bits = masks_module._BITS[dtype]
+    assert torch.equal(parameter.detach().view(bits), want.view(bits))  # true zeros, and nothing else changed
+    assert parameter._version > version or not n  # autograd notices a write after a save
+    assert masks_module.nonzeros(parameter) == int(torch.count_nonzero(want))
+    if n > 8:  # what the comparison is there for
+        masks_module.zero(parameter, ~dropped)
+        assert not torch.equal(parameter.detach(), want)
+
+
+def test_zeroing_through_strides() -> None:
+    x = torch.randn(6, 8, 3, 3).to(memory_format=torch.channels_last)
+    for tensor in (x, torch.randn(5, 7).t(), torch.randn(4, 6)[:, ::2]):
+        dropped = torch.rand(tensor.shape) < 0.5
+        want = tensor.masked_fill(dropped, 0)
+        masks_module.zero(tensor, dropped)
+        assert torch.equal(tensor, want)
+        assert masks_module.nonzeros(tensor) == int(torch.count_nonzero(want))
+
+
+def test_a_layer_without_zeros_and_one_of_zeros_alone_are_counted() -> None:
+    assert masks_module.nonzeros(torch.full((300,), 1e-30)) == 300
+    assert masks_module.nonzeros(torch.zeros(300)) == 0

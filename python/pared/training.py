@@ -32,8 +32,8 @@ from torch.nn import functional
 from pared import ops
 from pared._finetune import FineTune
 from pared.pruning.importance import Importance, Statistics
-from pared.pruning.masks import keep_count
-from pared.pruning.oneshot import check_sparsity, prune, zero
+from pared.pruning.masks import keep_count, zero
+from pared.pruning.oneshot import check_sparsity, prune
 from pared.pruning.patterns import parse_pattern
 from pared.pruning.pruner import Pruner, _zero_state
 from pared.pruning.targets import Filters, collect, unwrap

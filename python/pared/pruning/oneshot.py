@@ -17,7 +17,7 @@ from pared.nn import RULES
 from pared.pruning import calibration, distributed
 from pared.pruning.calibration import InputNorms, LossFn, MeanGradient
 from pared.pruning.importance import Criterion, Importance, resolve, selection_key
-from pared.pruning.masks import SCOPES, Scored, check_finite, check_writable, choose, score
+from pared.pruning.masks import SCOPES, Scored, check_finite, check_writable, choose, nonzeros, score, zero
 from pared.pruning.patterns import Pattern, parse_pattern
 from pared.pruning.report import LayerReport, PruneReport
 from pared.pruning.targets import Filters, Target, _matchers, collect, unwrap
@@ -233,15 +233,9 @@ def bake_targets(targets: Iterable[Target]) -> None:
             bake(module, recurse=False)
 
 
-def zero(tensor: torch.Tensor, dropped: torch.Tensor) -> None:
-    """Write true zeros where `dropped` is True."""
-    with torch.no_grad():
-        tensor.masked_fill_(dropped, 0)
-
-
 def layer_report(target: Target, before: int) -> LayerReport:
     tensor = target.tensor.detach()
-    kept = int(torch.count_nonzero(tensor))
+    kept = nonzeros(tensor)
     return LayerReport(target.name, target.type, tuple(tensor.shape), before, kept, tuple(target.names[1:]))
 
 
@@ -366,7 +360,7 @@ def prune(
         shares = overall = check_sparsity(sparsity, plan.pattern)
     for target in plan.targets:
         check_finite(target, target.weight)  # before the data: a model that is broken says so at once
-    before = [int(torch.count_nonzero(target.weight)) for target in plan.targets]
+    before = [nonzeros(target.weight) for target in plan.targets]
     if plan.targets and hasattr(plan.criterion, "reconstruct"):
         reconstruct(plan, shares, data, loss_fn)
     elif plan.targets:

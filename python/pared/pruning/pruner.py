@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pared.pruning.importance import Importance
+from pared.pruning.masks import zero
 from pared.pruning.oneshot import (
     bake_targets,
     check_sparsity,
@@ -19,7 +20,6 @@ from pared.pruning.oneshot import (
     make_plan,
     make_report,
     observe,
-    zero,
 )
 from pared.pruning.report import PruneReport
 from pared.pruning.targets import Filters, Target
