@@ -78,7 +78,8 @@ sanitize: $(VENV)/ready
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c 'from pared import _core; assert "$(SANITIZE)" in _core.__file__, _core.__file__'; \
-	$(BIN)/python -m pytest tests/kernels -p no:cacheprovider $(ARGS)
+	PARED_RANDOM_CASES=$${PARED_RANDOM_CASES:-50000} \
+	  $(BIN)/python -m pytest tests/kernels -p no:cacheprovider $(ARGS)
 
 # The CUDA kernels compiled for the CPU, for tests/cuda.
 emulated: $(VENV)/ready

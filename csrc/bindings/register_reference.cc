@@ -1,5 +1,6 @@
 // The specifications in csrc/ref, for the tests: numpy arrays in and out.
 #include <pybind11/numpy.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 
@@ -7,6 +8,7 @@
 #include "bindings/register.h"
 #include "core/check.h"
 #include "ref/linear.h"
+#include "ref/random_cases.h"
 #include "ref/selection.h"
 
 namespace pared {
@@ -94,6 +96,19 @@ void register_reference(py::module_& m) {
         return py::make_tuple(indices, mask, value, above, ties);
       },
       py::arg("keys"), py::arg("k"), py::arg("order") = py::none());
+
+  m.def("random_families", [] { return random_families(); });
+  m.def(
+      "random_cases",
+      [](const std::string& family, uint64_t seed, int64_t cases, bool fault) {
+        RandomCases r;
+        {
+          py::gil_scoped_release unlocked;
+          r = run_random_cases(family, seed, cases, fault);
+        }
+        return py::make_tuple(r.failed, r.seed, r.what);
+      },
+      py::arg("family"), py::arg("seed"), py::arg("cases"), py::arg("fault") = false);
 }
 
 }  // namespace pared
