@@ -31,15 +31,6 @@ DenseView dense_view(const Array& a, ConvShape& conv, int64_t groups) {
   return {a.data, a.dtype, a.shape[0], cols, cols, 1, groups};
 }
 
-Activation parse_activation(const std::string& name) {
-  if (name.empty() || name == "none") return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "silu") return Activation::silu;
-  throw ValueError(str("activation: expected one of relu, gelu, gelu_tanh, silu or None, got '", name, "'"));
-}
-
 const float* parse_bias(py::handle bias, int64_t rows, const Array& out) {
   if (bias.is_none()) return nullptr;
   const Array a = parse_array(bias, "bias");

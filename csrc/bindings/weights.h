@@ -7,6 +7,7 @@
 #include <string>
 
 #include "bindings/array.h"
+#include "bindings/names.h"
 #include "formats/csr.h"
 #include "kernels/types.h"
 #include "ops/linear.h"
@@ -38,9 +39,6 @@ py::array_t<uint8_t> packed_array(const PackedHeader& header, const Write& write
   }
   return py::array_t<uint8_t>(static_cast<py::ssize_t>(header.bytes), static_cast<uint8_t*>(p), owner);
 }
-
-// "" and "none" are no activation; throws ValueError on an unknown name.
-Activation parse_activation(const std::string& name);
 
 // The bias of an operation whose output is `out`: float32 [rows], or null for None.
 const float* parse_bias(py::handle bias, int64_t rows, const Array& out);

@@ -1,6 +1,8 @@
 # The sources of the CUDA part, once for the GPU build and for the emulated one. A kernel's tests find it here.
 set(PARED_CUDA_SOURCES
   device.cc
+  int8_product.cu
+  int8_quantize.cu
   self_check.cu
   threshold_mask.cu)
 list(TRANSFORM PARED_CUDA_SOURCES PREPEND ${CMAKE_CURRENT_LIST_DIR}/)

@@ -17,3 +17,55 @@ def threshold_mask(
 def plan_mask(
     x: int, mask: int, n: int, item_bytes: int, multiprocessors: int
 ) -> tuple[int, int, int, bool, int]: ...
+
+INT8_ALIGN: int
+INT8_TILES: tuple[tuple[int, int], ...]
+
+def multiprocessors(device: int) -> int: ...
+def quantize_rows(
+    x: int,
+    dtype: str,
+    rows: int,
+    cols: int,
+    x_stride: int,
+    activations: tuple[float, int, int, int],
+    q: int,
+    q_stride: int,
+    scales: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def pad_rows(
+    x: int,
+    rows: int,
+    cols: int,
+    x_stride: int,
+    column_stride: int,
+    out: int,
+    out_stride: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def plan_int8(
+    tokens: int, outputs: int, cols: int, multiprocessors: int
+) -> tuple[int, int, int, int, int, int]: ...
+def int8_product(
+    a: int,
+    b: int,
+    tokens: int,
+    outputs: int,
+    cols: int,
+    a_stride: int,
+    b_stride: int,
+    x_scales: int,
+    w_scales: int,
+    correction: int,
+    bias: int,
+    activation: str,
+    dtype: str,
+    y: int,
+    y_stride: int,
+    workspace: int,
+    device: int,
+    stream: int,
+) -> None: ...

@@ -255,7 +255,8 @@ def gemm_s8(a: Array, b: Array) -> Array:
 
     Returns
     -------
-    [M, N], int32, of `a`'s kind. `b` is packed on every call: keep an `Int8` weight where it stays the same.
+    [M, N], int32, of `a`'s kind. On a CPU `b` is packed on every call: keep an `Int8` weight where it stays
+    the same. On a CUDA device the product runs on torch's current stream, and nothing waits.
 
     Raises
     ------
@@ -269,6 +270,10 @@ def gemm_s8(a: Array, b: Array) -> Array:
     if is_torch(a):
         import torch
 
+        if a.is_cuda and is_torch(b):
+            from pared import _cuda_int8
+
+            return _cuda_int8.gemm_s8(a, b)
         dtype: Any = torch.int32
     else:
         dtype = np.int32

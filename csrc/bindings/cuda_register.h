@@ -1,0 +1,10 @@
+// The parts of the CUDA module, one file each.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pared {
+
+void register_cuda_int8(pybind11::module_& m);
+
+}  // namespace pared
