@@ -570,3 +570,16 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_changes() -> None:
 def test_repr() -> None:
     text = repr(pared.Pruner(net(), OneShot(0.5)))
     assert text.startswith("Pruner(schedule=OneShot(sparsity=0.5, at=0), pattern='unstructured'")
+
+
+def test_what_the_optimiser_moved_does_not_count_twice() -> None:
+    """A pruned weight that the optimiser has pushed away from zero, to the largest of all, is zero all the
+    same when the next masks are chosen: the count stays exact."""
+    torch.manual_seed(0)
+    model = nn.Linear(10, 10, bias=False)
+    pruner = pared.Pruner(model, pared.schedules.Linear(0.3, 0.5, begin=1, end=3))
+    for want in (30, 40, 50):
+        with torch.no_grad():
+            model.weight[model.weight == 0] = 100.0
+        pruner.step()
+        assert int((model.weight == 0).sum()) == want

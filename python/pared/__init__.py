@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pared import nn, ops, quant, schedules, training
+    from pared import callbacks, nn, ops, quant, schedules, training
     from pared._accelerate import accelerate
     from pared._compress import compress
     from pared._format import FormatError
@@ -45,13 +45,14 @@ _LAZY: dict[str, str] = {
     "save": "pared._io",
     "search_budget": "pared._search",
 }
-_SUBMODULES = ("nn", "ops", "quant", "schedules", "training")
+_SUBMODULES = ("callbacks", "nn", "ops", "quant", "schedules", "training")
 
 __all__ = [
     "FormatError",
     "Pruner",
     "Report",
     "accelerate",
+    "callbacks",
     "compress",
     "isa",
     "kernels",

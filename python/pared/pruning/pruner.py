@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pared.pruning.importance import Importance
-from pared.pruning.masks import zero
+from pared.pruning.masks import check_finite, zero
 from pared.pruning.oneshot import (
     bake_targets,
     check_sparsity,
@@ -214,6 +214,10 @@ class Pruner:
 
     def _choose(self, sparsity: float) -> list[torch.Tensor | None]:
         plan, held = self._plan, not self._allow_regrowth
+        if held:
+            for target in plan.targets:
+                check_finite(target, target.weight)
+            self._apply()  # what the optimiser has moved since competes as the zero that it is
         observed = observe(plan, self._data, self._loss_fn)
         masks = choose_masks(plan, observed, sparsity, zeros_last=held)
         dropped: list[torch.Tensor | None] = []
