@@ -42,15 +42,33 @@ DeviceInfo device_info(int device) {
   return {p.name, p.major, p.minor, p.multiProcessorCount};
 }
 
-int multiprocessors(int device) {
+namespace {
+
+// An attribute, asked of the driver once a device.
+template <cudaDeviceAttr kAttribute>
+int attribute(int device, const char* what) {
   constexpr int kCached = 64;
   static std::atomic<int> cache[kCached];
   const bool cached = device >= 0 && device < kCached;
   int n = cached ? cache[device].load(std::memory_order_relaxed) : 0;
   if (n) return n;
-  check(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+  check(cudaDeviceGetAttribute(&n, kAttribute, device), what);
   if (cached) cache[device].store(n, std::memory_order_relaxed);
   return n;
+}
+
+}  // namespace
+
+int multiprocessors(int device) {
+  return attribute<cudaDevAttrMultiProcessorCount>(device, "multiprocessors");
+}
+
+int64_t shared_limit(int device) {
+  return attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device, "shared_limit");
+}
+
+bool bulk_copies(int device) {
+  return attribute<cudaDevAttrComputeCapabilityMajor>(device, "bulk_copies") >= 9;
 }
 
 }  // namespace pared::cuda

@@ -120,15 +120,9 @@ def linear(
         raise ValueError(f"x: expected shape [..., {w.cols}], got {list(x.shape)}")
     if w.cols > MAX_COLS:
         raise ValueError(f"w: expected at most {MAX_COLS} inputs, got {w.cols}")
-    _require_device("x", x, w.q)
-    rows = _rows(x)
-    if bias is not None:
-        if not isinstance(bias, torch.Tensor) or bias.dtype != torch.float32:
-            got = bias.dtype if isinstance(bias, torch.Tensor) else type(bias).__name__
-            raise TypeError(f"bias: expected a float32 tensor, got {got}")
-        if bias.shape != (outputs,) or not bias.is_contiguous():
-            raise ValueError(f"bias: expected contiguous [{outputs}], got {list(bias.shape)}")
-        _require_device("bias", bias, w.q)
+    require_device("x", x, w.q)
+    rows = rows_of(x)
+    check_bias(bias, outputs, w.q)
     refuse_grad(x, "x")
     refuse_grad(bias, "bias")
     at = place or Place.of(x)
@@ -174,19 +168,34 @@ def gemm_s8(a: torch.Tensor, b: torch.Tensor, *, place: Place | None = None) -> 
         raise ValueError(f"b: expected [N, {cols}], got {list(b.shape)}")
     if cols > MAX_EXACT_COLS:
         raise ValueError(f"a: expected at most {MAX_EXACT_COLS} columns, got {cols}")
-    _require_device("b", b, a)
+    require_device("b", b, a)
     at = place or Place.of(a)
     out = torch.empty((a.shape[0], b.shape[0]), dtype=torch.int32, device=a.device)
     _product(at, _aligned(at, a), _aligned(at, b), cols, None, None, None, "", "", out)
     return out
 
 
-def _require_device(name: str, t: torch.Tensor, like: torch.Tensor) -> None:
+def check_bias(bias: torch.Tensor | None, outputs: int, like: torch.Tensor) -> None:
+    """Throws unless `bias` is None or float32 [outputs] on the device of `like`."""
+    import torch
+
+    if bias is None:
+        return
+    if not isinstance(bias, torch.Tensor) or bias.dtype != torch.float32:
+        got = bias.dtype if isinstance(bias, torch.Tensor) else type(bias).__name__
+        raise TypeError(f"bias: expected a float32 tensor, got {got}")
+    if bias.shape != (outputs,) or not bias.is_contiguous():
+        raise ValueError(f"bias: expected contiguous [{outputs}], got {list(bias.shape)}")
+    require_device("bias", bias, like)
+
+
+def require_device(name: str, t: torch.Tensor, like: torch.Tensor) -> None:
+    """Throws unless `t` is on the device of `like`."""
     if t.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {t.device}")
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def rows_of(x: torch.Tensor) -> torch.Tensor:
     """`x` as [tokens, in] without a copy. ``ValueError`` where its strides do not allow that."""
     if x.ndim == 2 and (x.stride(1) == 1 or x.shape[1] <= 1):
         return x

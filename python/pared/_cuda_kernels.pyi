@@ -69,3 +69,29 @@ def int8_product(
     device: int,
     stream: int,
 ) -> None: ...
+
+DECODE_MAX_TOKENS: int
+
+_DecodeWeight = tuple[int, int, str, str, int, int, int]
+
+def bulk_copies(device: int) -> bool: ...
+def shared_limit(device: int) -> int: ...
+def plan_decode(
+    tokens: int, outputs: int, cols: int, largest_block: int, multiprocessors: int, shared_limit: int
+) -> tuple[int, int, int, int, int, int, int]: ...
+def decode_product(
+    w: _DecodeWeight,
+    x: int,
+    tokens: int,
+    x_stride: int,
+    scales: int,
+    bias: int,
+    activation: str,
+    y: int,
+    y_stride: int,
+    workspace: int,
+    bulk: bool,
+    device: int,
+    stream: int,
+) -> None: ...
+def decode_expand(w: _DecodeWeight, scales: int, out: int, device: int, stream: int) -> None: ...

@@ -376,7 +376,11 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice = 209,
 };
 using cudaStream_t = struct CUstream_st*;
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 struct cudaFuncAttributes {
   int numRegs, maxThreadsPerBlock;
@@ -403,9 +407,14 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   *p = {"emulated", 9, 0, 3};
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
-  *value = 3;  // few multiprocessors: small grids, so that small tensors take several rounds of a persistent
-               // kernel
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 << 10; break;
+    default:
+      *value = 3;  // few multiprocessors: small grids, so that small tensors take several rounds of a
+                   // persistent kernel
+  }
   return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
 }
 template <class F>

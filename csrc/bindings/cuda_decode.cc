@@ -1,0 +1,102 @@
+// The products of few tokens of the CUDA module. python/pared/_cuda_decode.py has checked the tensors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <tuple>
+
+#include "bindings/cuda_register.h"
+#include "bindings/names.h"
+#include "core/check.h"
+#include "cuda/decode.h"
+#include "cuda/device.h"
+
+namespace py = pybind11;
+
+namespace pared {
+namespace {
+
+// blocks, offsets, format, dtype, outputs, cols, largest block in bytes
+using WeightTuple = std::tuple<uintptr_t, uintptr_t, std::string, std::string, int64_t, int64_t, int64_t>;
+
+cuda::DecodeWeight weight(const WeightTuple& t) {
+  const auto& [blocks, offsets, format, dtype, outputs, cols, largest] = t;
+  cuda::DecodeWeight w{reinterpret_cast<const uint8_t*>(blocks),
+                       reinterpret_cast<const uint32_t*>(offsets),
+                       {},
+                       parse_float_dtype(dtype),
+                       outputs,
+                       cols,
+                       largest};
+  if (format == "bitmap16") w.format = cuda::DecodeFormat::bitmap16;
+  else if (format == "bitmap8") w.format = cuda::DecodeFormat::bitmap8;
+  else if (format == "dense8") w.format = cuda::DecodeFormat::dense8;
+  else throw ValueError(str("format: expected one of bitmap16, bitmap8, dense8, got '", format, "'"));
+  if (w.dtype == DType::f32) throw TypeError("dtype: expected float16 or bfloat16, got float32");
+  PARED_CHECK(blocks % 16 == 0, "blocks: expected memory aligned to 16 bytes");
+  constexpr int64_t kMost = 64 * ((int64_t{1} << 31) - 1);
+  PARED_CHECK(outputs >= 0 && cols >= 0 && outputs < kMost && cols < kMost,
+              "w: expected non-negative sizes, got ", outputs, " x ", cols);
+  return w;
+}
+
+void require_tokens(int64_t tokens) {
+  PARED_CHECK(tokens >= 1 && tokens <= cuda::kDecodeMaxTokens, "tokens: expected 1 to ",
+              cuda::kDecodeMaxTokens, ", got ", tokens);
+}
+
+}  // namespace
+
+void register_cuda_decode(py::module_& m) {
+  m.attr("DECODE_MAX_TOKENS") = cuda::kDecodeMaxTokens;
+  m.def("bulk_copies", &cuda::bulk_copies, py::arg("device"));
+  m.def("shared_limit", &cuda::shared_limit, py::arg("device"));
+  m.def(
+      "plan_decode",
+      [](int64_t tokens, int64_t outputs, int64_t cols, int64_t largest_block, int multiprocessors,
+         int64_t shared_limit) {
+        require_tokens(tokens);
+        const cuda::DecodePlan p =
+            cuda::plan_decode(tokens, outputs, cols, largest_block, multiprocessors, shared_limit);
+        return py::make_tuple(p.tokens, p.block_rows, p.block_cols, p.splits, p.stages, p.shared_bytes,
+                              p.workspace_bytes);
+      },
+      py::arg("tokens"), py::arg("outputs"), py::arg("cols"), py::arg("largest_block"),
+      py::arg("multiprocessors"), py::arg("shared_limit"),
+      "(padded tokens, block rows, block columns, splits, stages, shared bytes, workspace bytes); no device "
+      "is touched.");
+  m.def(
+      "decode_product",
+      [](const WeightTuple& w, uintptr_t x, int64_t tokens, int64_t x_stride, uintptr_t scales,
+         uintptr_t bias, const std::string& activation, uintptr_t y, int64_t y_stride, uintptr_t workspace,
+         bool bulk, int device, uintptr_t stream) {
+        require_tokens(tokens);
+        const cuda::DecodeProduct p{weight(w),
+                                    reinterpret_cast<const void*>(x),
+                                    tokens,
+                                    x_stride,
+                                    reinterpret_cast<const float*>(scales),
+                                    reinterpret_cast<const float*>(bias),
+                                    parse_activation(activation),
+                                    reinterpret_cast<void*>(y),
+                                    y_stride,
+                                    reinterpret_cast<uint8_t*>(workspace),
+                                    bulk};
+        py::gil_scoped_release unlocked;
+        cuda::decode_product(p, device, reinterpret_cast<cudaStream_t>(stream));
+      },
+      py::arg("w"), py::arg("x"), py::arg("tokens"), py::arg("x_stride"), py::arg("scales"), py::arg("bias"),
+      py::arg("activation"), py::arg("y"), py::arg("y_stride"), py::arg("workspace"), py::arg("bulk"),
+      py::arg("device"), py::arg("stream"));
+  m.def(
+      "decode_expand",
+      [](const WeightTuple& w, uintptr_t scales, uintptr_t out, int device, uintptr_t stream) {
+        const cuda::DecodeWeight given = weight(w);
+        py::gil_scoped_release unlocked;
+        cuda::decode_expand(given, reinterpret_cast<const float*>(scales), reinterpret_cast<void*>(out),
+                            device, reinterpret_cast<cudaStream_t>(stream));
+      },
+      py::arg("w"), py::arg("scales"), py::arg("out"), py::arg("device"), py::arg("stream"));
+}
+
+}  // namespace pared

@@ -1,0 +1,66 @@
+// The layout of weights for few tokens, and what the host decides about their product: plain C++, tested on
+// machines without a GPU.
+//
+// A weight [outputs, cols] is cut into blocks of 64 outputs by 64 columns, block rows first; what is beyond
+// the matrix is zero. A block is 16 fragments of mma.m16n8k16's A operand: fragment (r, s) holds outputs
+// 16 r to 16 r + 15 and four columns of each lane quarter: value j of register i of lane (g, t) is
+//
+//   output 16 r + g + 8 (i % 2),  column 16 t + 4 s + 2 (i / 2) + j,
+//
+// so that the columns of a lane are 16 consecutive ones and its activations two loads of 16 bytes. Blocks lie
+// one after the other at multiples of 16 bytes, `offsets` (in 16 bytes, one more than there are blocks) says
+// where:
+//
+//   bitmap16, bitmap8: [32 lanes][4 r][4 s] bytes of masks, bit 2 i + j for value j of register i; then the
+//     non-zeros, 2 bytes or 1, fragments r-major, in a fragment by lane and bit; zeros up to 16 bytes;
+//   dense8: [4 r][2 halves of s][32 lanes][2 s][8 values], one byte each.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace pared::cuda {
+
+enum class DecodeFormat : uint8_t { bitmap16, bitmap8, dense8 };
+
+inline constexpr int kDecodeBlock = 64;
+inline constexpr int kDecodeMaskBytes = kDecodeBlock * kDecodeBlock / 8;
+inline constexpr int kDecodeWarps = 4;
+inline constexpr int kDecodeMaxTokens = 32;
+inline constexpr int64_t kDecodeStaticShared = 2048;  // at most, alignment included
+
+struct DecodePlan {
+  int tokens;  // padded: 8, 16 or 32
+  int64_t block_rows, block_cols;
+  int32_t splits;       // blocks of threads that share a row of blocks
+  int32_t stages;       // copies in flight a warp: 2 or 4
+  int32_t stage_bytes;  // of one: the largest block
+  int64_t shared_bytes;
+  int64_t counters_bytes, workspace_bytes;  // counters first, zero before the first launch
+};
+
+// 1 <= tokens <= kDecodeMaxTokens; largest_block in bytes; shared_limit: of a block of threads.
+inline DecodePlan plan_decode(int64_t tokens, int64_t outputs, int64_t cols, int64_t largest_block,
+                              int multiprocessors, int64_t shared_limit) {
+  const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  DecodePlan p{};
+  p.tokens = tokens <= 8 ? 8 : tokens <= 16 ? 16 : 32;
+  p.block_rows = up(outputs, kDecodeBlock);
+  p.block_cols = up(cols, kDecodeBlock);
+  // Two blocks of threads a multiprocessor keep enough bytes in flight; each warp should have a few blocks of
+  // the weight, or filling the pipeline is all it does.
+  const int64_t wanted = up(int64_t{2} * multiprocessors, p.block_rows);
+  p.splits =
+      static_cast<int32_t>(std::clamp<int64_t>(std::min(wanted, p.block_cols / (2 * kDecodeWarps)), 1, 64));
+  p.stage_bytes = static_cast<int32_t>(up(largest_block, 128) * 128);
+  const int64_t sums = int64_t{kDecodeWarps} * kDecodeBlock * p.tokens * 4;
+  p.stages = int64_t{4} * kDecodeWarps * p.stage_bytes <= shared_limit - kDecodeStaticShared ? 4 : 2;
+  p.shared_bytes = std::max<int64_t>(int64_t{p.stages} * kDecodeWarps * p.stage_bytes, sums);
+  if (p.splits > 1) {
+    p.counters_bytes = up(p.block_rows * 4, 16) * 16;
+    p.workspace_bytes = p.counters_bytes + p.block_rows * p.splits * kDecodeBlock * p.tokens * 4;
+  }
+  return p;
+}
+
+}  // namespace pared::cuda

@@ -1,0 +1,216 @@
+"""Products of few tokens on CUDA: what is packed comes back, and every count of tokens gives the sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pared import _cuda_decode
+from pared._cuda_decode import DecodeWeight
+from pared._cuda_int8 import Place
+
+FORMATS = ("bitmap16", "bitmap8", "dense8")
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def place(backend):
+    return Place(backend.module, 0, backend.stream)
+
+
+def random_weight(rng, shape, density, format, dtype, device):
+    """``(packed, what it stands for in float64)``."""
+    keep = torch.from_numpy(rng.random(shape) < density)
+    if format == "bitmap16":
+        w = torch.from_numpy(rng.standard_normal(shape)).to(dtype) * keep
+        return DecodeWeight.from_dense(w.to(device)), w.double()
+    q = torch.from_numpy(rng.integers(-128, 128, shape)).to(torch.int8) * keep
+    scales = torch.from_numpy(rng.random(shape[0])).float() + 0.5
+    packed = DecodeWeight.from_quantized(q.to(device), scales.to(device), dtype, format)
+    return packed, q.double() * scales.double()[:, None]
+
+
+def assert_close(got, x, w, bias=None):
+    """Within the output's rounding, and that of sums of `in` products in float32."""
+    exact = x.double() @ w.T + (0 if bias is None else bias.double())
+    magnitude = x.double().abs() @ w.abs().T + (0 if bias is None else bias.double().abs())
+    eps = torch.finfo(got.dtype).eps / 2 * exact.abs() + (x.shape[-1] + 4) * 2.0**-23 * magnitude
+    assert bool(((got.cpu().double() - exact).abs() <= eps + torch.finfo(got.dtype).tiny).all())
+
+
+# Around the blocks of 64, and around the tiles of tokens.
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "density"),
+    [
+        (1, 1, 1, 1.0),
+        (2, 64, 64, 0.5),
+        (8, 63, 65, 0.3),
+        (9, 65, 63, 1.0),
+        (16, 130, 200, 0.1),
+        (17, 64, 97, 0.7),
+        (31, 7, 129, 0.02),
+    ],
+)
+def test_products(backend, place, rng, format, dtype, m, n, k, density):
+    w, dense = random_weight(rng, (n, k), density, format, dtype, backend.device)
+    x = torch.from_numpy(rng.standard_normal((m, k))).to(dtype)
+    bias = torch.from_numpy(rng.standard_normal(n)).float()
+    for bulk in (True, False):
+        if bulk and not backend.module.bulk_copies(0):
+            continue
+        got = _cuda_decode.linear(x.to(backend.device), w, place=place, bulk=bulk)
+        assert got.dtype == dtype
+        assert_close(got, x, dense)
+        assert_close(
+            _cuda_decode.linear(x.to(backend.device), w, bias.to(backend.device), place=place, bulk=bulk),
+            x,
+            dense,
+            bias,
+        )
+
+
+def test_every_count_of_tokens(backend, place, rng):
+    w, dense = random_weight(rng, (20, 40), 0.5, "bitmap16", torch.bfloat16, backend.device)
+    for m in range(40):  # beyond 32: the dense weight
+        x = torch.from_numpy(rng.standard_normal((m, 40))).to(torch.bfloat16)
+        got = _cuda_decode.linear(x.to(backend.device), w, place=place)
+        assert got.shape == (m, 20)
+        assert_close(got, x, dense)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_long_reduction_is_split_in_a_fixed_order(backend, place, rng, format):
+    w, dense = random_weight(rng, (70, 64 * 33 + 5), 0.4, format, torch.float16, backend.device)
+    x = torch.from_numpy(rng.standard_normal((3, dense.shape[1]))).to(torch.float16)
+    sms = backend.module.multiprocessors(0)
+    *_, splits, _, _, workspace = backend.module.plan_decode(3, *w.shape, w.largest, sms, 232448)
+    assert splits > 1
+    assert workspace > 0
+    first = _cuda_decode.linear(x.to(backend.device), w, place=place)
+    assert_close(first, x, dense)
+    for _ in range(3):
+        assert torch.equal(_cuda_decode.linear(x.to(backend.device), w, place=place), first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (64, 64), (65, 130), (200, 31)])
+def test_what_is_packed_comes_back(backend, place, rng, dtype, n, k):
+    for density in (0.0, 0.03, 0.5, 1.0):
+        w, dense = random_weight(rng, (n, k), density, "bitmap16", dtype, backend.device)
+        assert torch.equal(w.to_dense(place=place).cpu().double(), dense)
+        assert (
+            w.nbytes <= (n + 63) // 64 * ((k + 63) // 64) * (512 + 15 + 4) + 2 * int((dense != 0).sum()) + 4
+        )
+        for format in ("bitmap8", "dense8"):
+            q, dense8 = random_weight(rng, (n, k), density, format, dtype, backend.device)
+            assert torch.equal(q.to_dense(place=place).cpu(), dense8.float().to(dtype))
+
+
+def test_special_values(backend, place):
+    w = torch.zeros(64, 64, dtype=torch.float16)
+    w[0, 0], w[5, 63], w[63, 1], w[7, 7] = float("inf"), float("nan"), 6e-8, -0.0
+    back = DecodeWeight.from_dense(w.to(backend.device)).to_dense(place=place).cpu()
+    assert torch.equal(back.nan_to_num(7.0), w.nan_to_num(7.0))
+    assert torch.isnan(back).sum() == 1
+    x = torch.ones(1, 64, dtype=torch.float16, device=backend.device)
+    y = _cuda_decode.linear(x, DecodeWeight.from_dense(w.to(backend.device)), place=place).cpu()[0]
+    assert torch.isinf(y[0])
+    assert torch.isnan(y[5])
+    assert torch.isfinite(y[[1, 7, 63]]).all()
+
+
+def test_every_position_of_a_block(backend, place):
+    # One non-zero at a time would be 4096 launches: 64 diagonals, each value its own power of two or column.
+    x = torch.eye(64, dtype=torch.float16)[:32].to(backend.device)
+    w = (torch.arange(4096).view(64, 64) % 2039 + 1).to(torch.float16)
+    for shift in range(0, 64, 9):
+        keep = (torch.arange(64)[:, None] * 5 + torch.arange(64) + shift) % 7 < 3
+        packed = DecodeWeight.from_dense((w * keep).to(backend.device))
+        got = _cuda_decode.linear(x, packed, place=place).cpu()
+        assert torch.equal(got, (w * keep).T[:32])
+
+
+def test_views_and_leading_dimensions(backend, place, rng):
+    w, dense = random_weight(rng, (30, 80), 0.5, "bitmap16", torch.bfloat16, backend.device)
+    x = torch.from_numpy(rng.standard_normal((2, 3, 83))).to(torch.bfloat16)
+    on = x.to(backend.device)
+    for cut in (slice(0, 80), slice(1, 81), slice(3, 83)):  # aligned to 16 bytes, and not
+        got = _cuda_decode.linear(on[..., cut], w, place=place)
+        assert got.shape == (2, 3, 30)
+        assert_close(got.reshape(6, 30), x[..., cut].reshape(6, 80), dense)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_activations(backend, place, rng, activation):
+    w, _ = random_weight(rng, (30, 64), 0.5, "bitmap16", torch.float16, backend.device)
+    x = torch.from_numpy(rng.standard_normal((40, 64))).to(torch.float16).to(backend.device)
+    few = _cuda_decode.linear(x[:32], w, None, activation, place=place)
+    many = _cuda_decode.linear(x, w, None, activation, place=place)[:32]
+    plain = _cuda_decode.linear(x[:32], w, place=place)
+    # The dense path rounds to float16 before the activation; its slope is at most 1.13.
+    assert bool(((few - many).abs() <= 2.0**-9 * (plain.abs() + 1e-2)).all())
+
+
+def test_nothing_beyond_the_output_is_written(backend, place, rng, monkeypatch):
+    w, dense = random_weight(rng, (37, 64), 0.5, "bitmap16", torch.float16, backend.device)
+    x = torch.from_numpy(rng.standard_normal((5, 64))).to(torch.float16)
+    poison = torch.full((37 * 5 + 64,), 7.0, dtype=torch.float16, device=backend.device)
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch,
+        "empty",
+        lambda *a, **k: poison[31 : 31 + 185].view(5, 37) if a[0] == (5, 37) else empty(*a, **k),
+    )
+    assert_close(_cuda_decode.linear(x.to(backend.device), w, place=place), x, dense)
+    assert bool((poison[:31] == 7).all())
+    assert bool((poison[31 + 185 :] == 7).all())
+
+
+# ---- errors and plans: no kernel runs
+
+
+def test_bad_input(rng):
+    w, _ = random_weight(rng, (4, 8), 0.5, "bitmap16", torch.float16, "cpu")
+    x, q = torch.ones(2, 8, dtype=torch.float16), torch.ones(4, 8, dtype=torch.int8)
+    ones = torch.ones(4)
+    linear, dense, quantized = _cuda_decode.linear, DecodeWeight.from_dense, DecodeWeight.from_quantized
+    for function, args, error, text in [
+        (linear, (x.float(), w), TypeError, "x: expected dtype float16, got torch.float32"),
+        (linear, (x[:, :7], w), ValueError, r"x: expected shape \[..., 8\], got \[2, 7\]"),
+        (linear, (x.to("meta"), w), ValueError, "x: expected a tensor on cpu, got one on meta"),
+        (linear, (x, w, ones[:3]), ValueError, r"bias: expected contiguous \[4\], got \[3\]"),
+        (
+            dense,
+            (torch.ones(4, 8),),
+            TypeError,
+            "weight: expected dtype float16 or bfloat16, got torch.float32",
+        ),
+        (dense, (x[0],), ValueError, r"weight: expected \[out, in\], got shape \[8\]"),
+        (quantized, (x, ones, torch.float16), TypeError, "q: expected dtype int8, got torch.float16"),
+        (quantized, (q, ones, torch.float32), TypeError, "dtype: expected float16 or bfloat16"),
+        (quantized, (q, ones[:3], torch.float16), ValueError, r"scales: expected \[4\], got \[3\]"),
+        (quantized, (q, ones, torch.float16, "csr"), ValueError, "format: expected 'bitmap8' or 'dense8'"),
+    ]:
+        with pytest.raises(error, match=text):
+            function(*args)
+
+
+def test_plans(emulated):
+    for tokens in (1, 8, 9, 16, 17, 32):
+        for outputs in (1, 64, 4096, 28672):
+            for cols in (0, 1, 64, 8192, 65536):
+                for largest in (512, 4608, 8704):
+                    for sms, limit in ((1, 99 << 10), (108, 163 << 10), (132, 227 << 10)):
+                        padded, rows, across, splits, stages, shared, workspace = emulated.plan_decode(
+                            tokens, outputs, cols, largest, sms, limit
+                        )
+                        assert tokens <= padded <= max(8, 2 * tokens)
+                        assert (rows - 1) * 64 < outputs <= rows * 64
+                        assert (across - 1) * 64 < cols <= across * 64
+                        assert 1 <= splits <= max(1, across // 8)
+                        assert stages in (2, 4)
+                        assert max(stages * 4 * largest, 4 * 64 * padded * 4) <= shared <= limit - 2048
+                        assert (workspace > 0) == (splits > 1)
+    assert emulated.plan_decode(1, 8192, 8192, 4608, 132, 227 << 10)[3] >= 2
