@@ -7,6 +7,7 @@ The public names are `pared.prune` (a function), `pared.Pruner` and `pared.sched
 
 from pared.pruning.calibration import Observer
 from pared.pruning.criteria import (
+    LAMP,
     Activation,
     BNScale,
     ChangeRate,
@@ -27,9 +28,11 @@ from pared.pruning.pruner import Pruner
 from pared.pruning.reconstruct import OBC, SparseGPT
 from pared.pruning.report import LayerReport, PruneReport
 from pared.pruning.structured import ChannelReport, LayerRemovalReport, prune_channels, prune_layers
+from pared.pruning.thresholds import threshold
 from pared.pruning.woodfisher import WoodFisher
 
 __all__ = [
+    "LAMP",
     "OBC",
     "Activation",
     "BNScale",
@@ -59,4 +62,5 @@ __all__ = [
     "prune",
     "prune_channels",
     "prune_layers",
+    "threshold",
 ]

@@ -711,6 +711,31 @@ class BNScale:
         return spread_units(statistics.observed, statistics)
 
 
+class LAMP:
+    """``w^2 / sum of v^2 over the weights v of its layer that are at least as large``: between 0 and 1.
+
+    The largest weight of every layer scores 1, so that a threshold over all layers empties none, whatever
+    their scales: magnitude within a layer, and a share for each layer without a parameter. Lee et al.,
+    "Layer-adaptive Sparsity for the Magnitude-based Pruning" (arXiv 2010.07611). Takes a sort of each layer.
+    """
+
+    name = "lamp"
+    needs_data = False
+    needs_gradients = False
+    scope = "global"
+    key = "identity"
+
+    def score(self, module: nn.Module, statistics: Statistics) -> torch.Tensor:
+        flat = statistics.weight.reshape(-1)
+        # Of equal weights the first counts as the largest: it is the one that a selection keeps.
+        order = flat.abs().argsort(descending=True, stable=True)
+        energy = flat[order].double().square()  # a sum of millions of terms
+        ranked = energy / energy.cumsum(0).clamp(min=torch.finfo(energy.dtype).tiny)
+        scores = torch.empty_like(flat, dtype=torch.float32)
+        scores[order] = ranked.float()
+        return scores.reshape(statistics.weight.shape)
+
+
 class GeometricMedian:
     """Sum of a filter's distances to the other filters of its layer: what lies near their median goes first.
 

@@ -171,6 +171,7 @@ Importance: TypeAlias = "str | Criterion | Callable[[nn.Module], torch.Tensor | 
 # Name -> (module, class, arguments). The criteria in other modules are imported when they are asked for.
 _BUILT_IN: dict[str, tuple[str, str, tuple[object, ...]]] = {
     "magnitude": ("importance", "Magnitude", ()),
+    "lamp": ("criteria", "LAMP", ()),
     "gradient": ("criteria", "Gradient", ()),
     "taylor": ("criteria", "Taylor", ()),
     "fisher": ("criteria", "Fisher", ()),
