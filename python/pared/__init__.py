@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pared import callbacks, nn, ops, quant, schedules, training
     from pared._accelerate import accelerate
     from pared._compress import compress
+    from pared._evaluate import evaluate
     from pared._format import FormatError
     from pared._info import isa, kernels
     from pared._io import load, save
@@ -33,6 +34,7 @@ _LAZY: dict[str, str] = {
     "Report": "pared._report",
     "accelerate": "pared._accelerate",
     "compress": "pared._compress",
+    "evaluate": "pared._evaluate",
     "isa": "pared._info",
     "kernels": "pared._info",
     "load": "pared._io",
@@ -54,6 +56,7 @@ __all__ = [
     "accelerate",
     "callbacks",
     "compress",
+    "evaluate",
     "isa",
     "kernels",
     "load",
