@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 import pared
+from bench._peers import one_layer
 from bench.roofline import linear_limit, measure
 from pared._timing import rotate
 
@@ -73,13 +74,17 @@ def run(
     packed: pared.ops.PackedWeight,
     tokens: int,
     threads: int,
-    sparse: bool = False,
+    full: bool = False,
 ) -> None:
-    """One row: all engines on ``[tokens, in] x w^T``."""
+    """One row: all engines on ``[tokens, in] x w^T``; `full`: those outside of torch, and torch.sparse."""
     out, inputs = w.shape
     nnz = int(w.count_nonzero())
+    x, bias = torch.randn(tokens, inputs), torch.randn(out)
+    calls = candidates(x, w, bias, packed, full)
+    if full:
+        calls.update(one_layer(w, bias, x, threads, int8=False))
     versus(
-        candidates(torch.randn(tokens, inputs), w, torch.randn(out), packed, sparse),
+        calls,
         suite=f"linear {kind} float32, {'>= 128' if tokens >= 128 else '16'} tokens",
         case=f"{out}x{inputs}, {tokens} tokens",
         cell=cell,

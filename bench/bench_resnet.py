@@ -1,9 +1,10 @@
 """A whole ResNet-50 at 224x224, 90 % of its weights zero, against torch's dense engines.
 
 The architecture is transformers', with random weights and random statistics of its batch normalisations:
-both sides compute the same. Rivals: eager torch in both memory layouts, and torch's frozen
-graph in both (``torch.jit.optimize_for_inference`` folds the normalisations and keeps oneDNN's blocked
-layout between convolutions), which is the fastest dense engine that torch has.
+both sides compute the same. Rivals: eager torch in both memory layouts, torch's frozen graph in both
+(``torch.jit.optimize_for_inference`` folds the normalisations and keeps oneDNN's blocked layout between
+convolutions), which is the fastest dense engine that torch has, and ONNX Runtime and OpenVINO where they are
+installed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 import pared
+from bench._peers import whole_models
 
 THREADS = pytest.mark.parametrize("threads", [1, 2], indirect=True, ids="{}t".format)
 
@@ -76,10 +78,11 @@ def test_resnet50(versus, images: int, threads: int) -> None:
             "frozen": lambda: graph(x),
             "frozen channels_last": lambda: graph_last(x_last),
             "pared": lambda: fast(x),
+            **whole_models(model, [x], threads, int8=False),
         }
         expected = calls["contiguous"]()
-        for name in calls:
-            torch.testing.assert_close(calls[name](), expected, rtol=1e-3, atol=1e-3)
+        for call in calls.values():
+            torch.testing.assert_close(torch.as_tensor(call()), expected, rtol=1e-3, atol=1e-3)
         versus(
             calls,
             suite="ResNet-50 float32, whole model",
