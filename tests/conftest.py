@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +15,8 @@ import numpy as np
 import pytest
 
 from pared import _core
+from pared._machine import Ceilings, Level
+from pared.ops import _estimate
 
 # Examples share the fixtures of their test, which is what `isa` wants: one level for all of them. Kernels
 # are compiled and machines differ: no deadline.
@@ -32,6 +37,44 @@ _deselected = pytest.StashKey[bool]()
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_dispatched] = set()
     config.stash[_deselected] = False
+    # Processes that tests start measure the machine; the user's own cache is not theirs to write.
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="pared-tests-")
+    os.environ.pop("PARED_CACHE", None)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+# One core of a Zen 5 server: what is estimated, and so what is timed, does not hang on where the tests run.
+CEILINGS = Ceilings(
+    threads=1,
+    isa="avx512vbmi2",
+    fma=220e9,
+    panel=200e9,
+    dot8=870e9,
+    levels=(
+        Level("L1", 48 << 10, 430e9, 210e9),
+        Level("L2", 1 << 20, 200e9, 115e9),
+        Level("L3", 32 << 20, 55e9, 36e9),
+        Level("memory", 1 << 62, 35e9, 24e9),
+    ),
+    pack=10e9,
+    store=4.5e9,
+    expand=1.6e9,
+)
+
+
+@pytest.fixture(autouse=True)
+def same_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test finds the same machine, and nothing timed before it: timers are replaced within tests."""
+    monkeypatch.setattr(_estimate, "ceilings", lambda: CEILINGS)
+    accelerate = sys.modules.get("pared._accelerate")  # which imports torch
+    if accelerate is not None:
+        choices = accelerate.Choices
+        monkeypatch.setattr(
+            accelerate, "Choices", lambda cache=None: choices(False if cache is None else cache)
+        )
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

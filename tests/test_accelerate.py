@@ -700,7 +700,7 @@ def test_formats_that_suit(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: dict[str, list[str]] = {}
 
     def time_layer(c: acc.Candidate, variants: dict[str, acc.Variant]) -> float:
-        tried[c.name] = list(variants)
+        tried[c.name] = sorted(variants)
         return 1.0
 
     monkeypatch.setattr(acc, "_time_layer", time_layer)
@@ -709,10 +709,10 @@ def test_formats_that_suit(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         blocks.weight.mul_((torch.rand(8, 1, 32) < 0.3).float().expand(8, 4, 32).reshape(32, 32))
     model = nn.Sequential(sparse_linear(32, 32, 0.1), nn.Linear(32, 32), blocks, sparse_linear(32, 32, 0.6))
     pared.accelerate(model, torch.randn(64, 32))
-    assert tried == {"0": ["csr"], "1": ["dense"], "2": ["csr", "bsr"], "3": ["csr", "dense"]}
+    assert tried == {"0": ["csr"], "1": ["dense"], "2": ["bsr", "csr"], "3": ["csr", "dense"]}
     fast = pared.accelerate(model, torch.randn(1, 32))
-    assert tried["0"] == ["csr", "bitmap"]
-    assert tried["2"] == ["csr", "bsr", "bitmap"]
+    assert tried["0"] == ["bitmap", "csr"]
+    assert tried["2"] == ["bitmap", "bsr", "csr"]
     assert "no kernel is faster with 0.0% zeros" in row(fast, "1").reason
 
 
@@ -996,7 +996,7 @@ def test_layers_in_a_row_hand_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         sparse_linear(32, 64), nn.ReLU(), nn.Dropout(), sparse_linear(64, 48), sparse_linear(48, 8)
     ).eval()
     x = torch.randn(70, 32)
-    fast = pared.accelerate(model, x, min_speedup=0)
+    fast = convert(model, x)
     assert fast[0]._handed == (fast[3], fast[4])
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x))
@@ -1011,11 +1011,30 @@ def test_layers_in_a_row_hand_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         assert torch.equal(pared.restore(fast)(x), model(x))
 
 
+@pytest.mark.parametrize("formats", [["int8"], ["bsr8"]])
+def test_layers_of_8_bits_hand_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, formats: list[str]
+) -> None:
+    always_hand_over(monkeypatch)
+    model = nn.Sequential(sparse_linear(32, 64), nn.GELU(), sparse_linear(64, 16, seed=1)).eval()
+    x = torch.randn(70, 32)
+    fast = convert(model, x, precision="int8", formats=formats, max_error=1.0)
+    assert fast[0]._handed == (fast[2],)
+    assert {m.format for m in fast if isinstance(m, Linear)} == set(formats)
+    pared.save(fast, tmp_path / "fast.pared")
+    loaded = pared.load(tmp_path / "fast.pared", model)
+    assert loaded[0]._handed == (loaded[2],)
+    together = fast(x)
+    fast[0].hand_to()
+    assert torch.equal(fast(x), together)  # quantised once, with the bits of one after the other
+    torch.testing.assert_close(loaded(x), together)
+
+
 def test_no_hand_over_where_the_output_is_used_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     always_hand_over(monkeypatch)
     model = WithDropout().eval()
     x = torch.randn(70, 32)
-    fast = pared.accelerate(model, x, min_speedup=0)
+    fast = convert(model, x)
     assert not any(m._handed for m in fast.modules() if isinstance(m, Linear))
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x))
@@ -1024,9 +1043,9 @@ def test_no_hand_over_where_the_output_is_used_elsewhere(monkeypatch: pytest.Mon
 def test_no_hand_over_without_fusion_or_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     always_hand_over(monkeypatch)
     model = nn.Sequential(sparse_linear(32, 64), sparse_linear(64, 48)).eval()
-    assert pared.accelerate(model, torch.randn(8, 32), min_speedup=0, fuse=False)[0]._handed == ()
+    assert convert(model, torch.randn(8, 32), fuse=False)[0]._handed == ()
     monkeypatch.setattr(acc, "_time_hand_over", lambda layers, calls: 1.0)
-    assert pared.accelerate(model, torch.randn(8, 32), min_speedup=0)[0]._handed == ()
+    assert convert(model, torch.randn(8, 32))[0]._handed == ()
 
 
 def test_the_gain_of_a_hand_over_is_really_timed() -> None:

@@ -560,12 +560,12 @@ def test_handed_layers_compute_one_by_one_where_they_are_traced():
 
 def test_what_cannot_be_handed_over_is_refused():
     first, second = handed_pair()
-    with pytest.raises(TypeError, match="followers: expected Linear layers with csr"):
+    with pytest.raises(TypeError, match="followers: expected Linear layers that go with csr"):
         first.hand_to(nn.Linear(40, 3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="followers: expected a layer of 40 inputs"):
         first.hand_to(first)
     quantized = Linear.from_module(sparse_linear(40, 24), format="int8")
-    with pytest.raises(TypeError, match="followers: expected Linear layers with csr"):
+    with pytest.raises(TypeError, match="followers: expected Linear layers that go with csr"):
         first.hand_to(quantized)
     first.hand_to(second)
     with pytest.raises(ValueError, match="followers: expected a layer of"):

@@ -1,4 +1,6 @@
-"""pared.ops.linear_chain: the same as linear after linear, within a bound that is a formula."""
+"""pared.ops.linear_chain: the same as linear after linear; with int8 weights to the bit, with float32 ones
+within a bound that is a formula.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from linear_check import ACTIVATIONS, expected, to_float64
 
 from pared import ops
-from pared.ops import BSR, CSR, Dense
+from pared.ops import BSR, CSR, Bitmap8, BSRInt8, Dense, Int8
 
 WIDTHS = [(1, 1, 1), (16, 17, 3), (33, 128, 40), (70, 300, 129), (256, 96, 256)]
 
@@ -120,6 +122,111 @@ def test_random_chains(widths, tokens, sparsity, seed):
     biases = [None if i % 2 else rng.standard_normal(len(w)).astype(np.float32) for i, w in enumerate(ws)]
     x = rng.standard_normal((tokens, widths[0])).astype(np.float32)
     check(ops.linear_chain(x, [CSR.from_dense(w) for w in ws], biases, names), x, ws, biases, names)
+
+
+def one_by_one(x: Any, weights: list[Any], biases: list[Any], names: list[Any]) -> Any:
+    for w, b, name in zip(weights, biases, names, strict=True):
+        x = ops.linear(x, w, b, name)
+    return x
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    a, b = (t.view(torch.int16).numpy() if t.dtype == torch.bfloat16 else t.numpy() for t in (a, b))
+    return a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+
+
+EIGHT_BITS = {
+    "int8": Int8.from_dense,
+    "bitmap8": Bitmap8.from_dense,
+    "bsr8 1x4": lambda w: BSRInt8.from_dense(w, block=(1, 4)),
+    "bsr8 4x4": lambda w: BSRInt8.from_dense(w, block=(4, 4)),
+    "static": lambda w: Int8.from_dense(
+        w, activation_scale=0.03, activation_zero=100, activation_dtype="uint8"
+    ),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("kind", EIGHT_BITS)
+def test_8_bits_are_those_of_one_layer_after_the_other(isa, rng, kind, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    pack = EIGHT_BITS[kind]
+    try:
+        for widths in ((1, 1, 1), (33, 128, 40), (70, 300, 129), (64, 1024, 64, 17)):
+            ws = [weight(rng, o, i, 0.5) for i, o in itertools.pairwise(widths)]
+            packed = [pack(w) for w in ws]
+            names = ["gelu", "silu", None][: len(ws)]
+            biases = [torch.from_numpy(rng.standard_normal(len(w)).astype(np.float32)) for w in ws]
+            for tokens in (1, 17, 48, 97, 333):
+                x = torch.from_numpy(rng.standard_normal((tokens, widths[0])).astype(np.float32))
+                y = ops.linear_chain(x, packed, biases, names)
+                assert same_bits(y, one_by_one(x, packed, biases, names)), (widths, tokens)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_8_bits_of_every_dtype_in_mixed_formats(isa, rng, dtype):
+    ws = [weight(rng, 200, 60, 0.6), weight(rng, 90, 200, 0.6), weight(rng, 33, 90, 0.6)]
+    packed = [
+        p(w) for p, w in zip((Int8.from_dense, BSRInt8.from_dense, Bitmap8.from_dense), ws, strict=True)
+    ]
+    x = torch.from_numpy(rng.standard_normal((2, 130, 60)).astype(np.float32)).to(dtype)
+    names = ["relu", "gelu_tanh", None]
+    y = ops.linear_chain(x, packed, None, names)
+    assert y.dtype == dtype
+    assert same_bits(y, one_by_one(x, packed, [None] * 3, names))
+
+
+def test_8_bits_of_tokens_that_are_not_finite(isa, rng):
+    ws = [weight(rng, 64, 48, 0.5), weight(rng, 32, 64, 0.5)]
+    x = torch.from_numpy(rng.standard_normal((100, 48)).astype(np.float32))
+    x[3, 5], x[70, 0], x[71] = float("nan"), float("inf"), 0.0
+    packed = [Int8.from_dense(w) for w in ws]
+    y = ops.linear_chain(x, packed, None, ["relu", None])
+    assert same_bits(y, one_by_one(x, packed, [None] * 2, ["relu", None]))
+    assert torch.isnan(y).all(1).nonzero().flatten().tolist() == [3, 70]
+
+
+def test_a_planted_fault_in_8_bits_is_caught(rng):
+    packed = [Int8.from_dense(weight(rng, 64, 32, 0.5)), Int8.from_dense(weight(rng, 16, 64, 0.5))]
+    x = torch.from_numpy(rng.standard_normal((100, 32)).astype(np.float32))
+    y = ops.linear_chain(x, packed)
+    y[50, 3] = np.nextafter(float(y[50, 3]), np.float32(np.inf), dtype=np.float32).item()
+    assert not same_bits(y, one_by_one(x, packed, [None] * 2, [None] * 2))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    widths=st.lists(st.integers(1, 90), min_size=3, max_size=5),
+    tokens=st.integers(0, 250),
+    kinds=st.lists(st.sampled_from(sorted(EIGHT_BITS)), min_size=4, max_size=4),
+    seed=st.integers(0, 1000),
+)
+def test_random_chains_of_8_bits(widths, tokens, kinds, seed):
+    rng = np.random.default_rng(seed)
+    packed = [
+        EIGHT_BITS[kinds[n]](weight(rng, o, i, 0.6)) for n, (i, o) in enumerate(itertools.pairwise(widths))
+    ]
+    names = [("relu", None, "silu")[i % 3] for i in range(len(packed))]
+    x = torch.from_numpy(rng.standard_normal((tokens, widths[0])).astype(np.float32))
+    y = ops.linear_chain(x, packed, None, names)
+    assert same_bits(y, one_by_one(x, packed, [None] * len(packed), names))
+
+
+def test_precisions_do_not_mix(rng):
+    exact, rounded = CSR.from_dense(weight(rng, 8, 8, 0.5)), Int8.from_dense(weight(rng, 8, 8, 0.5))
+    with pytest.raises(TypeError, match=r"float32 weights alone or int8 weights alone, got CSR, Int8"):
+        ops.linear_chain(np.ones((3, 8), np.float32), [exact, rounded])
+    with pytest.raises(ValueError, match=r"packed weight"):
+        ops.chain.FORMATS["int8"].chain(
+            np.ones((3, 8), np.float32),
+            [exact.packed, rounded.packed],
+            [None, None],
+            np.empty((3, 8), np.float32),
+            ["", ""],
+        )
 
 
 def test_bad_arguments_are_named(rng):

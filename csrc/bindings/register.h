@@ -8,6 +8,7 @@ namespace py = pybind11;
 
 void register_info(py::module_& m);
 void register_packed(py::module_& m);
+void register_chain(py::module_& m);
 void register_csr(py::module_& m);
 void register_bitmap(py::module_& m);
 void register_int4(py::module_& m);

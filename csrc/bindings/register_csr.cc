@@ -11,7 +11,6 @@
 #include "core/check.h"
 #include "formats/csr.h"
 #include "ops/linear.h"
-#include "ops/linear_chain.h"
 
 namespace pared {
 namespace {
@@ -104,34 +103,6 @@ void register_csr(py::module_& m) {
         linear_csr(args, w);
       },
       py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation") = "");
-
-  m.def(
-      "linear_chain_csr",
-      [](py::handle x, const std::vector<py::object>& packed, const std::vector<py::object>& bias,
-         py::handle out, const std::vector<std::string>& activation) {
-        PARED_CHECK(packed.size() >= 2, "packed: expected two weights or more, got ", packed.size());
-        PARED_CHECK(bias.size() == packed.size(), "bias: expected ", packed.size(), " entries, got ",
-                    bias.size());
-        PARED_CHECK(activation.size() == packed.size(), "activation: expected ", packed.size(),
-                    " entries, got ", activation.size());
-        const Array ax = parse_array(x, "x"), ay = parse_array(out, "out");
-        std::vector<ChainStage> stages;
-        for (size_t i = 0; i < packed.size(); ++i) {
-          const Array ap = parse_array(packed[i], "packed");
-          const CsrPacked w = packed_csr(ap);
-          if (i > 0)
-            PARED_CHECK(w.header->cols == stages[i - 1].w.header->rows, "packed: expected weight ", i,
-                        " to take the ", stages[i - 1].w.header->rows, " outputs of the one before, got ",
-                        w.header->cols, " inputs");
-          require_disjoint(ay, ap);
-          stages.push_back({w, parse_bias(bias[i], w.header->rows, ay), parse_activation(activation[i])});
-        }
-        const RowsPair r = parse_rows(ax, ay, stages.front().w.header->cols, stages.back().w.header->rows);
-        const ChainArgs args{ax.data, r.x.stride, r.x.rows, ax.dtype, ay.data, r.y.stride};
-        py::gil_scoped_release unlocked;
-        linear_chain_csr(args, stages);
-      },
-      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation"));
 }
 
 }  // namespace pared

@@ -106,7 +106,56 @@ void run_stages(const ChainArgs& a, const std::vector<ChainStage>& stages, int64
   }
 }
 
+// Bytes of rows between two stages that stay in a second-level cache beside the weights that pass through it,
+// and the tokens that are worth reading those weights for.
+constexpr int64_t kRowBytes = 512 * 1024;
+constexpr int64_t kMinRowTokens = 48, kMaxRowTokens = 192;
+
+// Elements between rows: an odd number of cache lines, lest the rows of a power of two fall into one set.
+int64_t row_stride(int64_t rows, int64_t element) {
+  const auto lines = static_cast<int64_t>(round_up(rows * element, kCacheLine) / kCacheLine);
+  return (lines | 1) * static_cast<int64_t>(kCacheLine) / element;
+}
+
+// Tokens [begin, end) through all stages.
+void run_row_stages(const ChainArgs& a, const std::vector<RowStage>& stages, int64_t widest, int64_t begin,
+                    int64_t end) {
+  const int64_t element = dtype_size(a.dtype), tokens = end - begin, stride = row_stride(widest, element);
+  thread_local Scratch memory;
+  char* buffers = memory.get<char>(std::min<size_t>(2, stages.size() - 1) * tokens * stride * element);
+  const char* x = static_cast<const char*>(a.x) + begin * a.x_stride * element;
+  int64_t x_stride = a.x_stride;
+  for (size_t i = 0; i < stages.size(); ++i) {
+    const bool last = i + 1 == stages.size();
+    char* y = last ? static_cast<char*>(a.y) + begin * a.y_stride * element
+                   : buffers + i % 2 * tokens * stride * element;
+    const int64_t y_stride = last ? a.y_stride : stride;
+    stages[i].run({x, x_stride, tokens, a.dtype, stages[i].bias, stages[i].activation, y, y_stride});
+    x = y;
+    x_stride = y_stride;
+  }
+}
+
 }  // namespace
+
+void linear_chain_rows(const ChainArgs& a, const std::vector<RowStage>& stages) {
+  if (a.tokens == 0) return;
+  int64_t widest = 0;
+  for (size_t i = 0; i + 1 < stages.size(); ++i) widest = std::max(widest, stages[i].rows);
+  const int64_t threads = num_threads();
+  const int64_t bytes = row_stride(widest, dtype_size(a.dtype)) * dtype_size(a.dtype);
+  const int64_t most = std::clamp(kRowBytes / bytes, kMinRowTokens, kMaxRowTokens);
+  // As many blocks as a multiple of the threads. With too few tokens for that the stages are shared out one
+  // after the other.
+  int64_t blocks = (a.tokens + most - 1) / most;
+  blocks = (blocks + threads - 1) / threads * threads;
+  if (blocks == 1 || a.tokens / blocks < kMinRowTokens / 2)
+    return run_row_stages(a, stages, widest, 0, a.tokens);
+  parallel_for(0, blocks, 1, [&](int64_t b0, int64_t b1) {
+    for (int64_t b = b0; b < b1; ++b)
+      run_row_stages(a, stages, widest, a.tokens * b / blocks, a.tokens * (b + 1) / blocks);
+  });
+}
 
 void linear_chain_csr(const ChainArgs& a, const std::vector<ChainStage>& stages) {
   if (a.tokens == 0) return;

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +19,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from pared import _core
+from pared._choices import Choices, Timed
 from pared._fusion import activation_of, find_fusions
 from pared._inputs import Difference, Example, compare, examples, run, tolerance
-from pared._report import _ATTRIBUTE, KEPT, LayerReport, ModelTime, Report
+from pared._report import _ATTRIBUTE, KEPT, CandidateTime, LayerReport, ModelTime, Report
+from pared._select import Shortlist, facts_of, shortlist
 from pared._sparsity import bake, base_type, effective_weight
 from pared._surgery import (
     adopt_hooks,
@@ -31,8 +36,9 @@ from pared._surgery import (
 from pared._timing import interleave
 from pared.nn import RULES, DenseWeightError, FoldedBatchNorm2d, Fused, Linear, PackedModule
 from pared.nn._base import pack
+from pared.ops._estimate import Facts
 from pared.ops._formats import FORMATS
-from pared.ops.chain import chainable, linear_chain
+from pared.ops.chain import chain_of, linear_chain
 from pared.ops.packed import PackedWeight
 from pared.quant.weights import quantized as quantized_weight
 
@@ -82,12 +88,19 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Timed:
-    """What has been timed for a layer: seconds dense, and (seconds, speed-up) of each variant."""
+class Plan:
+    """A variant before it is made: the packed format, and how many of the steps behind it are fused."""
 
-    layer: str
-    before: float
-    variants: dict[str, tuple[float, float]]
+    format: str
+    fused: int
+
+    @property
+    def quantized(self) -> bool:
+        return FORMATS[self.format].precision != "float32"
+
+
+class UnfitError(Exception):
+    """A kernel does not compute what the layer does: a reason to keep it dense."""
 
 
 @dataclass
@@ -149,14 +162,16 @@ def accelerate(
     formats: Sequence[str] | None = None,
     fuse: bool = True,
     progress: bool | None = None,
+    cache: str | os.PathLike[str] | bool | None = None,
 ) -> nn.Module:
     """A copy of the model that runs packed kernels in every layer where they are measurably faster.
 
-    Runs the example inputs, and times each ``nn.Linear`` and ``nn.Conv2d`` (dense, and each packed format
-    that suits it) on the shapes that it really gets, in interleaved rounds. What is faster by `min_speedup`
-    is kept; a following activation is fused where the model allows it. Then the whole model is compared with
-    the original, outputs and time: where the outputs differ by more than allowed, or the model is not faster,
-    layers go back to dense. ``print(pared.report(fast))`` says what was done and why.
+    Runs the example inputs, and times each ``nn.Linear`` and ``nn.Conv2d`` (dense, and the two or three
+    packed formats that are estimated to be the fastest) on the shapes that it really gets, in interleaved
+    rounds. What is faster by `min_speedup` is kept; a following activation is fused where the model allows
+    it. Then the whole model is compared with the original, outputs and time: where the outputs differ by more
+    than allowed, or the model is not faster, layers go back to dense. ``print(pared.report(fast))`` says what
+    was done and why, ``rich.print(pared.report(fast).candidates())`` what it was chosen from.
 
     Parameters
     ----------
@@ -172,12 +187,15 @@ def accelerate(
         allows 0.1 for ``"int8"``, 0.02 for ``"auto"``, and for exact kernels
         ``8 * 2**-23 * sqrt(depth) * layers`` (depth: the longest reduction) and, for 16-bit outputs, their
         rounding.
+    cache : what timing found out is kept in the process for layers and models like these, so that they are
+        not timed again, and in the file that the environment variable ``PARED_CACHE`` names. A path: in that
+        file instead. False: nothing is kept, and everything is timed.
     min_speedup : a layer is converted when it is this many times faster. 0 converts whatever a kernel exists
         for.
-    formats : packed formats to try, of ``"csr"``, ``"bsr"`` (blocks of four outputs), ``"dense"`` (packed
-        once, where torch packs on every call), ``"bitmap"`` (few tokens) and ``"bitmap+csr"`` (both, by the
-        tokens of a call), with 8 bits also ``"int8"`` and ``"bitmap8"``; None: all that suit a layer's zeros
-        and calls.
+    formats : packed formats to choose from, of ``"csr"``, ``"bsr"`` (blocks of four outputs), ``"dense"``
+        (packed once, where torch packs on every call), ``"bitmap"`` (few tokens) and ``"bitmap+csr"`` (both,
+        by the tokens of a call), with 8 bits also ``"int8"`` and ``"bitmap8"``; None: all that suit a layer's
+        zeros and calls.
     fuse : fuse activations, fold batch normalisation into convolutions, and let linear layers that follow
         each other keep the kernels' own layout between them.
     progress : show a progress bar; None: when the work takes more than two seconds and stderr is a terminal.
@@ -215,7 +233,7 @@ def accelerate(
             },
         )
         packed: dict[Any, PackedWeight] = {}
-        timed: dict[Any, Timed] = {}
+        timed = Choices(cache)
         for i, c in enumerate(candidates):
             advance(f"timing {c.name or type(c.module).__name__}", 0.05 + 0.75 * i / len(candidates))
             _decide(c, packed, timed, formats, min_speedup)
@@ -223,10 +241,19 @@ def accelerate(
         fast = _settle(dense, inputs, reference, candidates, report, max_error)
         advance("timing the model", 0.9)
         fast = _race(
-            dense, fast, inputs, reference, candidates, report, max_error, min(_NEVER_SLOWER, min_speedup)
+            dense,
+            fast,
+            inputs,
+            reference,
+            candidates,
+            report,
+            max_error,
+            min(_NEVER_SLOWER, min_speedup),
+            timed,
         )
         if fuse:
-            _hand_over(fast, inputs, reference, candidates, report)
+            _hand_over(fast, inputs, reference, candidates, report, timed)
+        timed.save()
         report.layers = [c.row for c in candidates]
         report.notes += _without_kernel(dense)
         report.memory_after, report.disk_after = _memory(fast), _disk(fast)
@@ -256,7 +283,7 @@ def layer_seconds(
         _record(dense, inputs, candidates, fuse=True)
         known = _check_formats(formats, precision)
         packed: dict[Any, PackedWeight] = {}
-        timed: dict[Any, Timed] = {}
+        timed = Choices()
         found: dict[str, tuple[float, float]] = {}
         for c in candidates:
             if c.refused or _hopeless(c):
@@ -264,6 +291,7 @@ def layer_seconds(
             _decide(c, packed, timed, known, 1.0)
             before = _time_layer(c, {}) if c.row.before is None else c.row.before
             found[c.name] = (before, c.row.speedup or 1.0)
+        timed.save()
     return found
 
 
@@ -422,62 +450,66 @@ def _timing_input(s: Signature) -> Tensor:
 def _decide(
     c: Candidate,
     packed: dict[Any, PackedWeight],
-    timed: dict[Any, Timed],
+    timed: Choices,
     formats: Sequence[str],
     min_speedup: float,
 ) -> None:
-    """Pack, check and time one layer; sets `chosen` or says why not."""
+    """Find out which variant of a layer is the fastest; sets `chosen` or says why not.
+
+    The estimates say which formats are worth timing, `timed` what is known about layers like this one. What
+    has not been timed yet is packed, checked and timed; of what has, only the best variant is packed.
+    """
     row = c.row
     reason = c.refused or _hopeless(c)
     if reason:
         return c.keep_dense(reason)
-    suitable = _suitable(c, formats, min_speedup)
+    facts = facts_of(cast(Tensor, c.module.weight), getattr(c.module, "groups", 1))
+    positions = _positions(c)
+    suitable = _suitable(c, facts, positions, formats, min_speedup)
     record = quantized_weight(c.module)
     if record is not None and record.bits > 8:  # that 8 are too few has been measured
         suitable = [name for name in suitable if FORMATS[name].precision == "float32"]
     if not suitable:
         return c.keep_dense(f"no kernel is faster with {100 * row.sparsity:.1f}% zeros at these shapes")
+    short = shortlist(suitable, facts, positions, torch.get_num_threads())
     # Fusing saves passes over memory, but torch's own code for an activation may be faster: all are timed.
-    variants: dict[str, Variant] = {}
-    references: dict[int, list[Reference]] = {}
-    eight = any(FORMATS[name].precision != "float32" for name in suitable)
-    weight = c.module.weight
-    groups = getattr(c.module, "groups", 1)
-    for name in suitable:
-        key = (id(weight), groups, name, id(record))
-        if key not in packed:
-            try:
-                packed[key] = pack(name, weight, groups, record)  # type: ignore[arg-type]
-            except ValueError as e:
-                raise ValueError(f"model: layer {c.name!r}: {e}") from e
-        for fused in range(len(c.steps) + 1):
-            try:
-                module = _convert(c, name, packed[key], fused)
-            except ValueError:  # a batch normalisation that cannot be undone
-                continue
-            if fused not in references:
-                references[fused] = _references(c, fused, eight)
-            quantized = FORMATS[name].precision != "float32"
-            error, bound, damage = _layer_error(module, references[fused], quantized)
-            if math.isinf(error) and quantized:
-                continue  # a token that is not finite gives NaN in all outputs
-            if math.isinf(error):
-                return c.keep_dense(f"{name} is not finite in the same places: zeros skip inf and NaN inputs")
-            if error > bound:
-                return c.keep_dense(f"{name} differs by {error:.1e}, more than its bound {bound:.1e}")
-            variants[_kernel_text(module)] = Variant(
-                module, fused, error, bound, damage if quantized else 0.0
-            )
-    if not variants:
-        return c.keep_dense("8 bits are not finite in the same places")
-    before, alike = _time_once(c, variants, timed)
-    best, v = _best(variants)
-    row.before, row.speedup, row.error, row.bound = before, v.speedup, v.error, v.bound
-    as_timed = f", as timed for {alike}" if alike else ""
-    if v.speedup < min_speedup:
-        return c.keep_dense(f"{best} is {v.speedup:.2f}x, less than {min_speedup:g}x{as_timed}")
-    exact = {name: v for name, v in variants.items() if not v.quantized and v.speedup >= min_speedup}
-    c.exact = _best(exact)[1] if exact else None
+    plans = {
+        _plan_text(c, plan): plan
+        for plan in (Plan(name, fused) for name in short.timed for fused in range(len(c.steps) + 1))
+    }
+    workshop = Workshop(c, packed, any(plan.quantized for plan in plans.values()))
+    key = _timing_key(c, facts, timed)
+    known = timed.get(key)
+    try:
+        if known is None or not plans.keys() <= set(known.tried):
+            variants = {text: v for text, plan in plans.items() if (v := workshop.make(plan)) is not None}
+            if not variants:
+                return c.keep_dense("8 bits are not finite in the same places")
+            before = _time_layer(c, variants)
+            known = Timed(c.name, before, {t: (v.after, v.speedup) for t, v in variants.items()}, [*plans])
+            timed.put(key, known)
+        times = {text: known.variants[text] for text in plans if text in known.variants}
+        _list_candidates(c, short, plans, known)
+        best, v = "", None
+        while times and v is None:
+            best = _best(times, plans)
+            v = workshop.make(plans[best], times[best])
+            if v is None:
+                del times[best]  # 8 bits that another layer's inputs suit and this one's do not
+        if v is None:
+            return c.keep_dense("8 bits are not finite in the same places")
+        row.before, row.speedup, row.error, row.bound = known.before, v.speedup, v.error, v.bound
+        as_timed = "" if key is None or key in timed.here else ", as timed before"
+        if known.layer != c.name:
+            as_timed = f", as timed for {known.layer}"
+        if v.speedup < min_speedup:
+            return c.keep_dense(f"{best} is {v.speedup:.2f}x, less than {min_speedup:g}x{as_timed}")
+        if v.quantized:
+            exact = {t: x for t, x in times.items() if not plans[t].quantized and x[1] >= min_speedup}
+            text = _best(exact, plans) if exact else None
+            c.exact = workshop.make(plans[text], exact[text]) if text else None
+    except UnfitError as e:
+        return c.keep_dense(str(e))
     reason = f"{v.speedup:.2f}x faster than dense{as_timed}"
     if v.speedup < 1:
         reason = f"min_speedup={min_speedup:g} asks for it"
@@ -486,11 +518,115 @@ def _decide(
     c.choose(v, reason)
 
 
-def _best(variants: dict[str, Variant]) -> tuple[str, Variant]:
-    """The fastest; within the noise, the variant with fewer modules to call is the better one."""
-    close = 0.98 * max(v.speedup for v in variants.values())
-    near = {name: v for name, v in variants.items() if v.speedup >= close}
-    return max(near.items(), key=lambda item: (item[1].fused, item[1].speedup))
+class Workshop:
+    """Makes the variants of one layer, each once: packed, and checked against the layer's own outputs.
+
+    Parameters
+    ----------
+    packed : weights that have been packed, also by other layers.
+    eight_bits : whether any of the variants has them.
+    """
+
+    def __init__(self, c: Candidate, packed: dict[Any, PackedWeight], eight_bits: bool) -> None:
+        self.c, self.packed, self.eight_bits = c, packed, eight_bits
+        self.references: dict[int, list[Reference]] = {}
+        self.made: dict[Plan, Variant | None] = {}
+
+    def make(self, plan: Plan, times: tuple[float, float] | None = None) -> Variant | None:
+        """The variant, with the (seconds, speed-up) that are known of it; None where there is none: a batch
+        normalisation that cannot be undone, 8 bits that are not finite where the layer's outputs are.
+
+        Raises
+        ------
+        UnfitError : an exact kernel, or its rounding to 8 bits, differs by more than its bound.
+        """
+        if plan not in self.made:
+            self.made[plan] = self._make(plan)
+        v = self.made[plan]
+        if v is not None and times is not None:
+            v.after, v.speedup = times
+        return v
+
+    def _make(self, plan: Plan) -> Variant | None:
+        c = self.c
+        weight = self._weight(plan.format)
+        try:
+            module = _convert(c, plan.format, weight, plan.fused)
+        except ValueError:
+            return None
+        if plan.fused not in self.references:
+            self.references[plan.fused] = _references(c, plan.fused, self.eight_bits)
+        error, bound, damage = _layer_error(module, self.references[plan.fused], plan.quantized)
+        if math.isinf(error) and plan.quantized:
+            return None  # a token that is not finite gives NaN in all outputs
+        if math.isinf(error):
+            raise UnfitError(f"{plan.format} is not finite in the same places: zeros skip inf and NaN inputs")
+        if error > bound:
+            raise UnfitError(f"{plan.format} differs by {error:.1e}, more than its bound {bound:.1e}")
+        return Variant(module, plan.fused, error, bound, damage if plan.quantized else 0.0)
+
+    def _weight(self, format: str) -> PackedWeight:
+        c = self.c
+        weight, groups = cast(Tensor, c.module.weight), getattr(c.module, "groups", 1)
+        record = quantized_weight(c.module)
+        key = (id(weight), groups, format, id(record))
+        if key not in self.packed:
+            try:
+                self.packed[key] = pack(format, weight, groups, record)
+            except ValueError as e:
+                raise ValueError(f"model: layer {c.name!r}: {e}") from e
+        return self.packed[key]
+
+
+def _best(times: dict[str, tuple[float, float]], plans: dict[str, Plan]) -> str:
+    """The fastest, by (seconds, speed-up); within the noise, the one with fewer modules to call is the better
+    one."""
+    close = 0.98 * max(speedup for _, speedup in times.values())
+    near = {text: speedup for text, (_, speedup) in times.items() if speedup >= close}
+    return max(near, key=lambda text: (plans[text].fused, near[text]))
+
+
+def _plan_text(c: Candidate, plan: Plan) -> str:
+    norm = " + batchnorm" if c.norm(plan.fused) is not None else ""
+    activation = None if plan.fused == 0 else activation_of(c.steps[plan.fused - 1][1])
+    return f"{plan.format}{norm}{f' + {activation}' if activation else ''}"
+
+
+def _timing_key(c: Candidate, facts: Facts, timed: Choices) -> str | None:
+    """What the times of a layer's variants depend on; None where that is not known.
+
+    Alike are layers of one geometry, called with the same inputs, whose zeros differ in number and blocks by
+    no more than about 2 %: the blocks of a transformer. The whole model is timed in the end all the same.
+    """
+    modules = [c.module, *(m for _, m in c.steps)]
+    if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+        return None
+    record = quantized_weight(c.module)
+    counts = (facts.nnz, facts.quads, facts.words, facts.word_quads)
+    return timed.key(
+        modules=[[type(m).__module__, type(m).__qualname__, m.extra_repr()] for m in modules],
+        dtype=str(cast(Tensor, c.module.weight).dtype),
+        zeros=[round(50 * math.log(n)) if n else None for n in counts],
+        calls=sorted([[*s.shape], [*s.stride], str(s.dtype), n] for s, n in c.calls.items()),
+        fixed=record is not None and record.activation_scale is not None,
+    )
+
+
+def _list_candidates(c: Candidate, short: Shortlist, plans: dict[str, Plan], known: Timed) -> None:
+    """Note in the report what was considered."""
+    found = [CandidateTime(KEPT, None, known.before)]
+    for text, plan in plans.items():
+        measured = known.variants.get(text)
+        found.append(
+            CandidateTime(
+                text,
+                short.estimates[plan.format] if plan.fused == 0 else None,
+                measured and measured[0],
+                "" if measured else "not for this layer's inputs or normalisation",
+            )
+        )
+    found += [CandidateTime(n, short.estimates[n], None, why) for n, why in short.passed_over.items()]
+    c.row.candidates = found
 
 
 def _convert(c: Candidate, format: str, weight: PackedWeight, fused: int) -> PackedModule:
@@ -501,11 +637,6 @@ def _convert(c: Candidate, format: str, weight: PackedWeight, fused: int) -> Pac
     if norm is None:
         return rule.module.from_module(c.module, format=format, activation=activation, weight=weight)
     return rule.module.from_module(c.module, format=format, activation=activation, norm=norm)
-
-
-def _kernel_text(module: PackedModule) -> str:
-    norm = " + batchnorm" if "fold_scale" in module._buffers else ""
-    return f"{module.format}{norm}{f' + {module.activation}' if module.activation else ''}"
 
 
 def _hopeless(c: Candidate) -> str | None:
@@ -520,20 +651,27 @@ def _hopeless(c: Candidate) -> str | None:
     return None
 
 
-def _suitable(c: Candidate, formats: Sequence[str], min_speedup: float) -> list[str]:
-    """The formats that are worth packing and timing; all that exist when everything is to be converted."""
+def _positions(c: Candidate) -> dict[int, int]:
+    """Output positions of a call -> calls with so many."""
+    found: dict[int, int] = {}
+    for s, count in c.calls.items():
+        if isinstance(c.module, nn.Conv2d):
+            image = [-(-size // step) for size, step in zip(s.shape[-2:], c.module.stride, strict=True)]
+            n = math.prod(image) * (s.shape[0] if len(s.shape) == 4 else 1)
+        else:
+            n = math.prod(s.shape[:-1])
+        found[n] = found.get(n, 0) + count
+    return found
+
+
+def _suitable(
+    c: Candidate, facts: Facts, positions: dict[int, int], formats: Sequence[str], min_speedup: float
+) -> list[str]:
+    """The formats that may beat torch; all that exist when everything is to be converted."""
     known = [name for name in RULES[type(c.module)].formats if name in formats]
     if min_speedup == 0:
         return known
-    weight = c.module.weight.flatten(1)  # type: ignore[operator]
-    rows = weight.shape[0]
-    quads = nn.functional.pad(weight != 0, (0, 0, 0, -rows % 4)).reshape(-1, 4, weight.shape[1]).any(1)
-    occupied = float(torch.count_nonzero(quads)) * 4 / max(1, weight.numel())
-    if isinstance(c.module, nn.Conv2d):
-        positions = {math.prod(s.shape[-2:]) * (s.shape[0] if len(s.shape) == 4 else 1) for s in c.calls}
-    else:
-        positions = {math.prod(s.shape[:-1]) for s in c.calls}
-    density, quad_density = 1.0 - c.row.sparsity, min(1.0, occupied)
+    density, quad_density = 1.0 - c.row.sparsity, min(1.0, 4 * facts.quads / max(1, facts.cells))
     return [n for n in known if FORMATS[n].worth_trying(density, quad_density, positions)]
 
 
@@ -556,11 +694,12 @@ def _references(c: Candidate, fused: int, quantized: bool) -> list[Reference]:
     to s_x / 2, where s is the largest magnitude of the output's weights or the token's inputs over 127.
     """
     eps = torch.finfo(torch.float32).eps
-    plain = copy_model(c.module).float()
-    magnitude = copy_model(plain)
+    whole = all(p.dtype == torch.float32 for p in c.module.parameters())
+    plain = c.module if whole else copy_model(c.module).float()
     # forward(), not a call: hooks that the user put on the layer are not asked.
-    for p in magnitude.parameters():
-        p.abs_()
+    magnitude = shared_copy(plain)
+    for name, p in plain.named_parameters():
+        magnitude._parameters[name] = nn.Parameter(p.abs(), requires_grad=False)
     steps = [copy_model(m).float() for _, m in c.steps[:fused]]
     depth = math.prod(c.row.shape[1:])
     found = []
@@ -666,26 +805,6 @@ def _magnitude(step: nn.Module, size: Tensor) -> Tensor:
         scale, shift = scale * step.weight.abs(), step.bias.abs()
     channel = (-1, 1, 1)
     return (size + step.running_mean.abs().reshape(channel)) * scale.reshape(channel) + shift.reshape(channel)
-
-
-def _time_once(c: Candidate, variants: dict[str, Variant], timed: dict[Any, Timed]) -> tuple[float, str]:
-    """The dense layer's seconds, and the name of the layer that they are from when it was one just like `c`.
-
-    Alike are layers of one geometry, called with the same inputs, whose packed weights differ in size by no
-    more than about 2 %: the blocks of a transformer. The whole model is timed in the end all the same.
-    """
-    sizes = tuple((text, round(50 * math.log(v.module.packed.numel()))) for text, v in variants.items())
-    dtype = c.module.weight.dtype
-    hooks = bool(c.module._forward_hooks or c.module._forward_pre_hooks)
-    key = (type(c.module), c.module.extra_repr(), dtype, hooks, frozenset(c.calls.items()), sizes)
-    if key in timed:
-        known = timed[key]
-        for text, v in variants.items():
-            v.after, v.speedup = known.variants[text]
-        return known.before, known.layer
-    before = _time_layer(c, variants)
-    timed[key] = Timed(c.name, before, {text: (v.after, v.speedup) for text, v in variants.items()})
-    return before, ""
 
 
 def _time_layer(c: Candidate, variants: dict[str, Variant]) -> float:
@@ -834,21 +953,31 @@ def _race(
     report: Report,
     max_error: float | None,
     floor: float,
+    timed: Choices,
 ) -> nn.Module:
     """Time the whole model against the dense one; while it is slower, the layers that gain least go back."""
     passing = [1.25, 1.5, 2.0, 3.0]
     while any(c.chosen is not None for c in candidates):
-        t = interleave(
-            {"dense": _pass(dense, inputs), "pared": _pass(fast, inputs)},
-            budget=_MODEL_SECONDS,
-            min_rounds=5,
-            max_rounds=400,
-            precision=0.02,
-            warmup=1,
-        )
-        speedup = t.speedup("pared", "dense").value
-        report.dense = ModelTime(t.median("dense"), t.p95("dense"))
-        report.fast = ModelTime(t.median("pared"), t.p95("pared"))
+        key = _model_key(dense, inputs, candidates, timed)
+        known = timed.get(key)
+        if known is None or known.variants.keys() != {"median", "p95"}:
+            t = interleave(
+                {"dense": _pass(dense, inputs), "pared": _pass(fast, inputs)},
+                budget=_MODEL_SECONDS,
+                min_rounds=5,
+                max_rounds=400,
+                precision=0.02,
+                warmup=1,
+            )
+            times = {
+                "median": (t.median("pared"), t.speedup("pared", "dense").value),
+                "p95": (t.p95("pared"), t.p95("dense")),
+            }
+            known = Timed("model", t.median("dense"), times)
+            timed.put(key, known)
+        (median, speedup), (p95, p95_dense) = known.variants["median"], known.variants["p95"]
+        report.dense = ModelTime(known.before, p95_dense)
+        report.fast = ModelTime(median, p95)
         report.speedup = speedup
         if speedup >= floor:
             return fast
@@ -866,14 +995,39 @@ def _race(
     return fast
 
 
+def _model_key(
+    dense: nn.Module, inputs: list[Example], candidates: list[Candidate], timed: Choices
+) -> str | None:
+    """What the times of the whole model depend on; None where hooks could do anything."""
+    modules = list(dense.named_modules())
+    if any(m._forward_hooks or m._forward_pre_hooks for _, m in modules):
+        return None
+    structure = [[name, type(m).__module__, type(m).__qualname__, m.extra_repr()] for name, m in modules]
+    dtypes = [[name, str(p.dtype)] for name, p in dense.named_parameters()]
+    layers = [[c.name, c.row.kernel, c.fused, round(50 * c.row.sparsity)] for c in candidates]
+    examples = [_described([e.args, e.kwargs]) for e in inputs]
+    text = json.dumps([structure, dtypes, layers, examples], sort_keys=True)
+    return timed.key(model=hashlib.sha256(text.encode()).hexdigest())
+
+
+def _described(value: Any) -> str:
+    """Inputs as far as their times depend on them: shapes of tensors, other values as they are."""
+
+    def leaf(x: Any) -> Any:
+        return f"{list(x.shape)} {x.stride()} {x.dtype}" if isinstance(x, Tensor) else x
+
+    return repr(torch.utils._pytree.tree_map(leaf, value))
+
+
 def _hand_over(
     fast: nn.Module,
     inputs: list[Example],
     reference: list[Any],
     candidates: list[Candidate],
     report: Report,
+    timed: Choices,
 ) -> None:
-    """Let layers that follow each other keep the panel between them, where that is measurably faster."""
+    """Compute layers that follow each other in one call, where that is measurably faster."""
     by_name = {c.name: c for c in candidates}
     taken: set[str] = set()
     heads: list[Linear] = []
@@ -889,7 +1043,13 @@ def _hand_over(
             continue
         taken.add(c.name)
         layers = [cast(Linear, r.chosen) for r in run]
-        gain = _time_hand_over(layers, c.calls)
+        key = _chain_key(layers, c, timed)
+        known = timed.get(key)
+        if known is None:
+            gain = _time_hand_over(layers, c.calls)
+            known = Timed(c.name, max(gain, 1e-9))
+            timed.put(key, known)
+        gain = known.before
         if gain < _HAND_OVER:
             continue
         layers[0].hand_to(*layers[1:])
@@ -904,14 +1064,22 @@ def _hand_over(
             c.row.reason = rows[c.name]
 
 
+def _chain_key(layers: list[Linear], c: Candidate, timed: Choices) -> str:
+    """What the gain of a hand-over depends on; the number stands where seconds do."""
+    return timed.key(
+        chain=[[m.format, m.activation, m.in_features, m.out_features, m.bias is not None] for m in layers],
+        zeros=[round(50 * math.log(max(1, m.packed_weight().nnz))) for m in layers],
+        calls=sorted([[*s.shape], [*s.stride], str(s.dtype), n] for s, n in c.calls.items()),
+    )
+
+
 def _successor(c: Candidate, by_name: dict[str, Candidate]) -> Candidate | None:
     """The layer that may take the panel of `c`."""
     after = None if c.successor is None else by_name.get(c.successor)
     fits = after is not None and c.fused == len(c.steps) and len(c.names) == len(after.names) == 1
     both = (c.chosen, after.chosen) if after is not None and fits else ()
-    return (
-        after if both and all(isinstance(m, Linear) and chainable(m.packed_weight()) for m in both) else None
-    )
+    linear = [m.packed_weight() for m in both if isinstance(m, Linear)]
+    return after if len(linear) == 2 and chain_of(linear) is not None else None
 
 
 def _time_hand_over(layers: list[Linear], calls: dict[Signature, int]) -> float:

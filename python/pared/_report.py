@@ -18,6 +18,25 @@ KEPT = "torch"
 
 
 @dataclass
+class CandidateTime:
+    """One way to run a layer that was considered.
+
+    Attributes
+    ----------
+    kernel : packed format and what is fused behind it, or ``"torch"``.
+    estimated : seconds of all calls by the model of times (``weight.estimate``), without what is fused; None
+        where there is no estimate.
+    measured : seconds of all calls as timed, what follows the layer included; None where it was not timed.
+    note : why it was not timed.
+    """
+
+    kernel: str
+    estimated: float | None = None
+    measured: float | None = None
+    note: str = ""
+
+
+@dataclass
 class LayerReport:
     """One layer.
 
@@ -39,6 +58,7 @@ class LayerReport:
     error : max |new - dense| over the layer's output on the example inputs, and `bound`, its largest allowed
         value.
     reason : why this kernel.
+    candidates : what it was chosen from, with estimated and measured times.
     """
 
     name: str
@@ -57,6 +77,7 @@ class LayerReport:
     error: float | None = None
     bound: float | None = None
     reason: str = ""
+    candidates: list[CandidateTime] = field(default_factory=list)
 
 
 @dataclass
@@ -111,6 +132,35 @@ class Report:
         """The layers that run a packed kernel."""
         return [layer for layer in self.layers if layer.kernel != KEPT]
 
+    def candidates(self, layer: str | None = None) -> Table:
+        """A table of what the kernels were chosen from: estimated and measured times, and why the others were
+        not timed. ``rich.print`` shows it.
+
+        Parameters
+        ----------
+        layer : name of the only layer to show; None: all.
+
+        Raises
+        ------
+        ValueError : no layer of that name.
+        """
+        names = [row.name for row in self.layers]
+        if layer is not None and layer not in names:
+            raise ValueError(f"layer: expected the name of a layer ({', '.join(names)}), got {layer!r}")
+        table = Table(title="candidates", title_justify="left")
+        for title in ("layer", "kernel", "estimated", "measured", "why"):
+            justify: Any = "right" if title in ("estimated", "measured") else "left"
+            table.add_column(title, justify=justify, overflow="fold")
+        for row in self.layers:
+            if layer is not None and row.name != layer:
+                continue
+            for i, c in enumerate(row.candidates):
+                name = (row.name or "(model)") if i == 0 else ""
+                note = c.note or ("chosen" if c.kernel == _kernel(row) else "")
+                cells = (name, c.kernel, _seconds(c.estimated), _seconds(c.measured), note)
+                table.add_row(*map(Text, cells), style="dim" if c.measured is None else None)
+        return table
+
     def to_json(self, indent: int | None = 2) -> str:
         """Everything as JSON; times in seconds, sizes in bytes."""
         return json.dumps(asdict(self), indent=indent, allow_nan=False)
@@ -120,7 +170,7 @@ class Report:
         """Read what `to_json` wrote. Raises ``ValueError`` for anything else."""
         try:
             data = json.loads(text)
-            layers = [LayerReport(**layer) for layer in data.pop("layers")]
+            layers = [_layer(layer) for layer in data.pop("layers")]
             dense, fast = (time and ModelTime(**time) for time in (data.pop("dense"), data.pop("fast")))
             return cls(layers=layers, dense=dense, fast=fast, **data)
         except (ValueError, TypeError, KeyError, AttributeError) as e:
@@ -148,9 +198,7 @@ class Report:
                 "\n".join([layer.name or "(model)", *(f"= {a}" for a in layer.aliases)]),
                 "x".join(map(str, layer.shape)),
                 f"{100 * layer.sparsity:.1f}%",
-                " + ".join(
-                    [layer.kernel, *(["batchnorm"] if layer.norm else []), *filter(None, [layer.activation])]
-                ),
+                _kernel(layer),
                 _seconds(layer.before),
                 _seconds(layer.after),
                 "" if layer.speedup is None else f"{layer.speedup:.2f}x",
@@ -187,6 +235,19 @@ class Report:
         with console.capture() as capture:
             console.print(self)
         return capture.get()
+
+
+def _kernel(layer: LayerReport) -> str:
+    """The kernel and what is fused behind it."""
+    return " + ".join(
+        [layer.kernel, *(["batchnorm"] if layer.norm else []), *filter(None, [layer.activation])]
+    )
+
+
+def _layer(data: dict[str, Any]) -> LayerReport:
+    """What `dataclasses.asdict` made of a layer's report."""
+    candidates = [CandidateTime(**c) for c in data.pop("candidates", [])]
+    return LayerReport(**data, candidates=candidates)
 
 
 def _seconds(t: float | None) -> str:

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from typing_extensions import Self
 
-from pared import _core
 from pared.nn._base import PackedModule, pack, quantized_parts
 from pared.ops._formats import FORMATS
 from pared.ops._library import foldable, grad_error, linear_op
-from pared.ops.chain import chainable
+from pared.ops.chain import chain_of
 from pared.ops.packed import PackedWeight
 
 _KERNELS = {f.name: f.linear for f in FORMATS.values() if f.linear is not None}
@@ -134,13 +133,13 @@ class Linear(PackedModule):
         """
         before: Linear = self
         for f in followers:
-            if not isinstance(f, Linear) or not chainable(f.packed_weight()):
-                raise TypeError(f"followers: expected Linear layers with csr, bsr or dense weights, got {f}")
+            if not isinstance(f, Linear) or chain_of([before.packed_weight(), f.packed_weight()]) is None:
+                raise TypeError(
+                    f"followers: expected Linear layers that go with {before.format} in one call, got {f}"
+                )
             if f is self or f._handed or f.in_features != before.out_features:
                 raise ValueError(f"followers: expected a layer of {before.out_features} inputs, got {f}")
             before = f
-        if followers and not chainable(self.packed_weight()):
-            raise TypeError(f"hand_to: expected a layer with csr, bsr or dense weights, got {self}")
         for f in self._handed:
             f._refer("_fed_by", None)
         self._refer("_handed", followers)
@@ -162,7 +161,9 @@ class Linear(PackedModule):
     def _chain(self, x: Tensor) -> Tensor:
         layers = (self, *self._handed)
         out = x.new_empty((*x.shape[:-1], layers[-1].out_features))
-        _core.linear_chain_csr(
+        chain = FORMATS[self.format].chain
+        assert chain is not None  # hand_to has looked
+        chain(
             x,
             [m._buffers["packed"] for m in layers],
             [m._buffers["bias"] for m in layers],

@@ -28,6 +28,8 @@ class Format:
     weight : the class with ``from_dense``, ``to_dense``, ``packed``, ``sparsity``.
     linear : ``(x, packed, bias, out, activation)``, or None where the format has no such kernel.
     conv2d : ``(x, packed, bias, out, stride, padding, dilation, activation)``, or None.
+    chain : several linear products in one call, ``(x, packed of each, bias of each, out, activation of
+        each)``, or None; formats with the same one go together.
     precision : ``"float32"``: the products are float32's own, so that the error bound of float32 holds.
         ``"int8"``: weights and activations are rounded to 8 bits or fewer.
     suits : whether it is worth trying, from what is known before anything is timed: ``(density, quads,
@@ -44,6 +46,7 @@ class Format:
     precision: Literal["float32", "int8"]
     suits: Callable[[float, float, int], bool]
     combines: tuple[str, ...] = ()
+    chain: Callable[..., None] | None = None
 
     def worth_trying(self, density: float, quads: float, positions: Collection[int]) -> bool:
         """Whether it suits a layer whose calls have these numbers of positions."""
@@ -56,7 +59,16 @@ class Format:
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
-        Format("csr", 1, CSR, _core.linear_csr, _core.conv2d_csr, "float32", lambda d, q, n: d <= 0.85),
+        Format(
+            "csr",
+            1,
+            CSR,
+            _core.linear_csr,
+            _core.conv2d_csr,
+            "float32",
+            lambda d, q, n: d <= 0.85,
+            chain=_core.linear_chain_csr,
+        ),
         # Where the four rows of a quad share few non-zeros, a row of its own is the faster way to each.
         Format(
             "bsr",
@@ -66,6 +78,7 @@ FORMATS: dict[str, Format] = {
             _core.conv2d_csr,
             "float32",
             lambda d, q, n: q <= min(0.85, 2 * d),
+            chain=_core.linear_chain_csr,
         ),
         # Below a tile of positions, reading the weight is the cost, and torch's copy is no larger.
         Format(
@@ -76,6 +89,7 @@ FORMATS: dict[str, Format] = {
             _core.conv2d_csr,
             "float32",
             lambda d, q, n: d > 0.4 and n >= 32,
+            chain=_core.linear_chain_csr,
         ),
         # For few positions: its multiply-adds do not get fewer with the zeros.
         Format(
@@ -87,10 +101,28 @@ FORMATS: dict[str, Format] = {
             "float32",
             lambda d, q, n: d <= 0.85 and n <= min(48, 16 + 100 * d),
         ),
-        Format("int8", 4, Int8, _core.linear_int8, _core.conv2d_int8, "int8", lambda d, q, n: True),
+        Format(
+            "int8",
+            4,
+            Int8,
+            _core.linear_int8,
+            _core.conv2d_int8,
+            "int8",
+            lambda d, q, n: True,
+            chain=_core.linear_chain_int8,
+        ),
         # Not for accelerate: its rounding is beyond the bound of 8 bits.
         Format("int4", 8, Int4, _core.linear_int4, None, "int8", lambda d, q, n: False),
-        Format("bitmap8", 6, Bitmap8, _core.linear_bitmap8, None, "int8", lambda d, q, n: d <= 0.85),
+        Format(
+            "bitmap8",
+            6,
+            Bitmap8,
+            _core.linear_bitmap8,
+            None,
+            "int8",
+            lambda d, q, n: d <= 0.85,
+            chain=_core.linear_chain_int8,
+        ),
         Format(
             "bitmap+csr",
             9,
@@ -102,7 +134,16 @@ FORMATS: dict[str, Format] = {
             combines=("bitmap", "csr"),
         ),
         # Not known here: whether the zeros come in blocks of four inputs. Without, it is nearly dense.
-        Format("bsr8", 7, BSRInt8, _core.linear_bsr8, _core.conv2d_bsr8, "int8", lambda d, q, n: d <= 0.7),
+        Format(
+            "bsr8",
+            7,
+            BSRInt8,
+            _core.linear_bsr8,
+            _core.conv2d_bsr8,
+            "int8",
+            lambda d, q, n: d <= 0.7,
+            chain=_core.linear_chain_int8,
+        ),
     )
 }
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 from pared import _core
 from pared._types import Array
 from pared.ops._arrays import is_torch, require_array
+from pared.ops._estimate import Facts, Work
 from pared.ops.packed import PackedWeight
 
 
@@ -65,3 +66,10 @@ class BitmapCSR(PackedWeight):
     def few_tokens(self) -> int:
         """Tokens up to which a call takes the bitmap: where the two were measured to be equally fast."""
         return _core.pair_few_tokens(self.packed)
+
+    def _work(self, tokens: int) -> tuple[str, Work]:
+        rows, cols = self.shape
+        # The blocks of the zeros are not in the header: as if there were none.
+        facts = Facts(rows, cols, rows * cols, self.nnz, self.nnz, self.nnz, self.nnz)
+        kind = "bitmap" if tokens <= self.few_tokens else "csr"
+        return kind, facts.work(kind)

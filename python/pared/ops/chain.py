@@ -1,19 +1,19 @@
-"""Several linear operations in one call, with the panel handed from each to the next."""
+"""Several linear operations in one call, with what lies between two of them kept in the cache."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from pared import _core
 from pared._types import Array
 from pared.ops._arrays import empty_like_kind, refuse_grad, require_array
 from pared.ops._formats import FORMATS
 from pared.ops.packed import PackedWeight
 
 
-def chainable(w: PackedWeight) -> bool:
-    """Whether `linear_chain` takes the weight: a linear one in a format of the float32 panel kernels."""
-    return len(w.shape) == 2 and FORMATS[w.kind].linear is _core.linear_csr
+def chain_of(weights: Sequence[PackedWeight]) -> Callable[..., None] | None:
+    """What computes linear layers with these weights in one call; None where nothing does."""
+    kernels = {FORMATS[w.kind].chain if len(w.shape) == 2 else None for w in weights}
+    return kernels.pop() if len(kernels) == 1 else None
 
 
 def linear_chain(
@@ -24,14 +24,18 @@ def linear_chain(
 ) -> Array:
     """``linear`` for each weight in turn, as in the feed-forward part of a transformer.
 
-    Between two layers the activations stay in the layout that the kernels compute in (reduction outermost)
-    and in the cache, instead of being transposed into rows of tokens and back. They are float32 there,
-    whatever the dtype of `x`.
+    With float32 weights, the activations between two layers stay in the layout that the kernels compute in
+    (reduction outermost) and in the cache, instead of being transposed into rows of tokens and back. They are
+    float32 there, whatever the dtype of `x`.
+
+    With int8 weights, a few tokens at a time go through all layers: each is quantized for the next layer as
+    soon as its last output is there. The result is that of one `linear` after the other, to the bit.
 
     Parameters
     ----------
     x : [..., in], float32, bfloat16 or float16, last axis contiguous.
-    weights : two or more of CSR, BSR and Dense, [out, in] each; `in` of each is `out` of the one before.
+    weights : two or more of CSR, BSR and Dense, or of Int8, Bitmap8 and BSRInt8, [out, in] each; `in` of each
+        is `out` of the one before.
     biases : [out] float32 or None for each weight; None: no biases.
     activations : a name as `linear` takes it, or None, for each weight; None: no activations.
 
@@ -47,8 +51,8 @@ def linear_chain(
     require_array(x, "x")
     weights = list(weights)
     for i, w in enumerate(weights):
-        if not isinstance(w, PackedWeight) or not chainable(w):
-            known = ", ".join(f.weight.__name__ for f in FORMATS.values() if f.linear is _core.linear_csr)
+        if not isinstance(w, PackedWeight) or chain_of([w]) is None:
+            known = ", ".join(f.weight.__name__ for f in FORMATS.values() if f.chain is not None)
             got = f" of shape {list(w.shape)}" if isinstance(w, PackedWeight) else ""
             raise TypeError(f"weights: expected linear weights ({known}), got {type(w).__name__}{got} at {i}")
     n = len(weights)
@@ -56,9 +60,13 @@ def linear_chain(
     activation = [""] * n if activations is None else [a or "" for a in activations]
     if n < 2:
         raise ValueError(f"weights: expected two or more, got {n}")
+    chain = chain_of(weights)
+    if chain is None:
+        got = ", ".join(type(w).__name__ for w in weights)
+        raise TypeError(f"weights: expected float32 weights alone or int8 weights alone, got {got}")
     refuse_grad(x, "x")
     for b in bias:
         refuse_grad(b, "biases")
     out = empty_like_kind(x, (*x.shape[:-1], weights[-1].shape[0]))
-    _core.linear_chain_csr(x, [w.packed for w in weights], bias, out, activation)
+    chain(x, [w.packed for w in weights], bias, out, activation)
     return out

@@ -10,6 +10,7 @@ import numpy as np
 from pared import _core
 from pared._types import Array
 from pared.ops._arrays import is_torch
+from pared.ops._estimate import Work, estimate
 
 W = TypeVar("W", bound="PackedWeight")
 
@@ -95,6 +96,46 @@ class PackedWeight:
         """Share of zeros, 0 to 1."""
         total = math.prod(self.shape)
         return 1.0 - self.nnz / total if total else 0.0
+
+    def estimate(self, tokens: int, *, threads: int | None = None) -> float:
+        """Seconds that a product with this weight takes, by a model over this machine's ceilings.
+
+        The ceilings are measured on first use, in about half a second, and kept in the user's cache directory
+        (``$XDG_CACHE_HOME/pared``). The model is good for choosing between formats: half of its errors are
+        below a sixth, nine tenths below a half.
+
+        Parameters
+        ----------
+        tokens : rows of the input; of a convolution, output pixels of all images.
+        threads : None: as many as the operations use now.
+
+        Raises
+        ------
+        TypeError, ValueError : not an integer; fewer than 0 tokens or 1 thread.
+        """
+        threads = _core.num_threads() if threads is None else threads
+        for name, value, least in (("tokens", tokens, 0), ("threads", threads, 1)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        kind, work = self._work(tokens)
+        return estimate(kind, work, tokens, threads)
+
+    def _work(self, tokens: int) -> tuple[str, Work]:
+        """The kind of packing that so many tokens meet, and what it makes a kernel do."""
+        i = self._info
+        return self.kind, Work(
+            rows=i["rows"],
+            cols=i["cols"],
+            nnz=i["nnz"],
+            nbytes=self.nbytes,
+            entries=i["entries"],
+            entry_rows=max(1, i["entry_rows"]),
+            taps=i["kh"] * i["kw"],
+            tile=i["tile"] or 128,
+            block_k=i["block_k"] or 80,
+        )
 
     def to_dense(self) -> Array:
         """The dense weight: a float32 array, or a tensor of the original dtype when packed is one."""

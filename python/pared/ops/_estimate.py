@@ -1,0 +1,448 @@
+"""How long a kernel will take: a small model over this machine's ceilings.
+
+A time is a sum of terms, each the time that one thing would take at its ceiling (multiply-adds, entries read,
+panels packed, tiles stored, weights moved, ...), times a coefficient of the kernel: how far from the ceiling
+it is. The ceilings are the machine's (`pared._machine`); the coefficients were fitted to measurements by
+``python -m bench.estimate fit`` and are the same everywhere. The table of errors that goes with them is in
+ARCHITECTURE.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pared._machine import ceilings
+
+__all__ = ["COEFFICIENTS", "Facts", "Work", "estimate", "kernel_of", "terms"]
+
+# The layout of the panels (csrc/formats/panel.h) and of the token blocks (csrc/ops).
+_GROUP = 16  # positions in a vector, and rows in a row group
+_ACCUMULATORS = 64 * 1024  # of one pass over the rows
+_BATCH = 16  # tokens that share an expanded vector
+_TOKENS = 6  # of the dense int8 micro-kernel
+_BLOCK_BYTES, _BLOCK_TOKENS = 192 * 1024, 192  # of quantized tokens
+# Elements from which a convolution's K blocks are deeper (csrc/formats/csr.cc).
+_DEEP = 1 << 20
+# Ends of loops that a branch predictor keeps apart.
+_LEARNED = 4096
+# Work below which the operations do not wake a second thread.
+_PANEL_WORK, _EXPAND_WORK, _INT8_WORK, _INT4_WORK = 1 << 19, 1 << 15, 1 << 22, 1 << 19
+
+
+def _ceil(a: float, b: float) -> int:
+    return math.ceil(a / b)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a packed weight makes a kernel do.
+
+    Attributes
+    ----------
+    rows, cols : of the matrix; of a grouped convolution, the block-diagonal one.
+    nnz : non-zeros.
+    entries, entry_rows : of a panel format: what shares an offset, and its rows (1 or 4).
+    nbytes : of the packed weight.
+    taps : of a convolution; 0 for a linear weight.
+    tile, block_k : positions and units of a block of a panel format.
+    distinct : share of the rows whose entries lie elsewhere than the row's before: 1 for unstructured zeros,
+        1/4 for blocks of four rows. A loop that ends where the last one did is cheaper.
+    """
+
+    rows: int
+    cols: int
+    nnz: int
+    nbytes: int
+    entries: int = 0
+    entry_rows: int = 1
+    taps: int = 0
+    tile: int = 128
+    block_k: int = 80
+    distinct: float = 1.0
+
+
+def _panel_bytes(rows: int, units: int, entries: int, entry_rows: int, block_k: int) -> int:
+    groups, blocks = _ceil(rows, _GROUP), _ceil(units, block_k)
+    return entries * (4 * entry_rows + 2) + groups * (blocks * _GROUP // entry_rows + 4 * (blocks + 1))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A dense weight, as far as its packed forms depend on it.
+
+    Attributes
+    ----------
+    rows, cols : of the matrix; of a grouped convolution, the block-diagonal one.
+    cells : elements of the dense weight.
+    nnz : non-zeros.
+    quads : blocks of four outputs by one input that hold any.
+    words, word_quads : blocks of 1x4 and of 4x4; of a convolution, by four channels at one tap.
+    taps : of a convolution; 0 for a linear weight.
+    """
+
+    rows: int
+    cols: int
+    cells: int
+    nnz: int
+    quads: int
+    words: int
+    word_quads: int
+    taps: int = 0
+
+    def work(self, kind: str) -> Work:
+        """What the weight would make a kernel do, packed in a format with one packing."""
+        rows, cols, nnz = self.rows, self.cols, self.nnz
+        whole = _ceil(rows, _GROUP) * _GROUP * cols
+        if kind in ("csr", "bsr", "dense"):
+            entries = nnz if kind == "csr" else self.quads
+            height = 1 if kind == "csr" else 4
+            share = nnz / max(1, rows * cols)
+            distinct = self.quads / max(1, nnz) if height == 1 else 1.0
+            deep = self.taps > 0 and rows * cols >= _DEEP and share < 0.3
+            tiling = (64, 240) if share < 0.04 else (128, 128 if deep or share < 0.14 else 80)
+            tile, block_k = (96, 96) if height == 4 else tiling
+            nbytes = _panel_bytes(rows, cols, entries, height, block_k)
+            return Work(rows, cols, nnz, nbytes, entries, height, self.taps, tile, block_k, distinct)
+        if kind == "bsr8":
+            height = 4 if 28 * self.word_quads <= 8 * self.words else 1
+            entries = self.word_quads if height == 4 else self.words
+            tile, block_k = 64, 192
+            if height == 1 and entries >= 0.15 * rows * _ceil(cols, 4):
+                tile, block_k = 128, 64
+            distinct = self.word_quads / max(1, self.words) if height == 1 else 1.0
+            nbytes = _panel_bytes(rows, _ceil(cols, 4), entries, height, block_k)
+            return Work(rows, cols, nnz, nbytes, entries, height, self.taps, tile, block_k, distinct)
+        nbytes = {
+            "bitmap": 4 * nnz + whole // 8,
+            "bitmap8": nnz + whole // 8,
+            "int8": whole,
+            "int4": whole * 9 // 16,
+        }[kind]
+        return Work(rows, cols, nnz, nbytes, taps=self.taps)
+
+
+# Seconds of each term for `n` positions: a kernel's terms and coefficients go together, in order.
+Terms = tuple[float, ...]
+
+
+def _threads(work: float, least: int, threads: int) -> int:
+    return max(1, min(threads, int(work / least)))
+
+
+# What memory gives to several threads grows less than their number.
+_MEMORY_SHARE = 0.7
+# Of the second and the last level, what a weight may find of itself when its turn comes again.
+_KEPT = (0.5, 1 / 16)
+
+
+class _Rates:
+    """The ceilings of `parts` threads together."""
+
+    def __init__(self, parts: int) -> None:
+        c = ceilings()
+        self.parts = parts
+        self.fma, self.panel, self.dot8 = c.fma * parts, c.panel * parts, c.dot8 * parts
+        self.pack, self.store, self.expand = c.pack * parts, c.store * parts, c.expand * parts
+        self.l1_load, self.l1_store = c.levels[0].load * parts, c.levels[0].store * parts
+        # A call, and waking other threads, in units of 10 000 vector multiply-adds.
+        unit = 32e4 / c.fma
+        self.fixed: Terms = (unit, unit if parts > 1 else 0.0)
+
+    def move(self, nbytes: float) -> float:
+        """Seconds to move something that lies where `nbytes` fit."""
+        c = ceilings()
+        level = c.level(nbytes)
+        shared = level is c.levels[-1]
+        rate = level.load * float(self.parts ** (_MEMORY_SHARE if shared else 1.0))
+        return nbytes / rate
+
+    def weight(self, nbytes: int, times: int) -> Terms:
+        """Seconds to read a weight the first time, from where the other weights have left it, and the other
+        times. Of a large one some comes from the second level, some from the last one, and the rest from
+        memory.
+        """
+        levels = ceilings().levels
+        outer = [
+            max(0.0, nbytes - share * level.size) for level, share in zip(levels[1:], _KEPT, strict=False)
+        ]
+        last = outer[1] / (levels[3].load * self.parts**_MEMORY_SHARE)
+        first = (nbytes / (levels[1].load * self.parts), outer[0] / (levels[2].load * self.parts), last)
+        return (*first, (times - 1) * self.move(nbytes))
+
+
+def _panel(w: Work, n: int, threads: int, units: int, flops: float) -> tuple[_Rates, Terms]:
+    """What every panel product does. `flops`: operations of an entry's row and position."""
+    vectors = _ceil(n, _GROUP)
+    tiles = _ceil(vectors, w.tile / _GROUP)
+    blocks = max(1, _ceil(units, w.block_k))
+    groups = _ceil(w.rows, _GROUP)
+    work = (w.entries * w.entry_rows + (4 + blocks) * _GROUP * groups) * vectors * _GROUP
+    parts = _threads(work, _PANEL_WORK, threads)
+    c = _Rates(parts)
+    passes = _ceil(groups, max(1, _ACCUMULATORS // (_ceil(vectors, tiles) * _GROUP * _GROUP)))
+    # Threads that share a tile pack it each for themselves.
+    copies = passes * max(1.0, parts / tiles)
+    step = 2.0 * _GROUP / c.panel  # one vector's multiply-add
+    positions = vectors * _GROUP
+    # Loop ends, a row and K block each: where the entries vary, the processor learns so many of them.
+    ends = w.rows / w.entry_rows * blocks
+    share = min(1.0, w.entries * w.entry_rows / max(1, w.rows * units))
+    varying = w.distinct * min(1.0, math.sqrt(w.block_k * share * (1.0 - share)))
+    missed = max(0.0, ends * varying - _LEARNED)
+    return (
+        c,
+        (
+            w.entries * w.entry_rows * positions * flops,
+            w.entries * tiles * step,
+            ends * tiles * step,
+            missed * tiles * step,
+            # Then a row's products do not overlap with the next one's, and few vectors wait for each other.
+            w.entries * tiles * step * missed / ends / _ceil(vectors, tiles),
+            w.rows * blocks * positions * 4 / c.l1_load,
+            units * positions * copies / c.pack,
+            w.rows * positions / c.store,
+            *c.weight(w.nbytes, tiles),
+            c.move(4.0 * n * w.cols / max(1, w.taps)),
+            c.move(4.0 * n * w.rows),
+            *c.fixed,
+        ),
+    )
+
+
+def _panel_f32(w: Work, n: int, threads: int) -> Terms:
+    c, t = _panel(w, n, threads, w.cols, 2.0)
+    return (t[0] / (c.panel if w.entry_rows == 1 else c.fma), *t[1:])
+
+
+def _panel_s8(w: Work, n: int, threads: int) -> Terms:
+    c, t = _panel(w, n, threads, _ceil(w.cols, 4), 8.0)
+    return (t[0] / c.dot8, *t[1:], 4.0 * n * w.cols / c.l1_load)
+
+
+def _bitmap(w: Work, n: int, threads: int) -> Terms:
+    vectors = _ceil(w.rows, _GROUP) * w.cols
+    batches = _ceil(n, _BATCH)
+    parts = _threads(vectors * (4 * batches + n) / 5, _EXPAND_WORK, threads)
+    c = _Rates(parts)
+    return (
+        batches * vectors / c.expand,
+        *c.weight(w.nbytes, batches),
+        vectors * n * 2.0 * _GROUP / c.fma,
+        4.0 * n * (w.rows + w.cols) / c.l1_store,
+        *c.fixed,
+    )
+
+
+def _blocks_of_tokens(w: Work, n: int) -> int:
+    return _ceil(n, min(max(_BLOCK_BYTES // max(64, w.cols), _TOKENS), _BLOCK_TOKENS))
+
+
+def _int8(w: Work, n: int, threads: int) -> Terms:
+    vectors = _ceil(w.rows, _GROUP) * _ceil(w.cols, 4)
+    parts = _threads(max(n, 4) * 64.0 * vectors, _INT8_WORK, threads)
+    c = _Rates(parts)
+    by_tokens = n >= 32 * parts
+    return (
+        vectors * n * 128.0 / c.dot8,
+        vectors * 64.0 * _ceil(n, _TOKENS) / c.l1_load,
+        *c.weight(w.nbytes, _blocks_of_tokens(w, n)),
+        4.0 * n * w.cols / c.l1_load * (1 if by_tokens else parts),
+        4.0 * n * w.rows / c.l1_store,
+        *c.fixed,
+    )
+
+
+def _bitmap8_few(w: Work, n: int, threads: int) -> Terms:
+    vectors = _ceil(w.rows, _GROUP) * _ceil(w.cols, 4)
+    parts = _threads(vectors * (4 + n) / 5, _EXPAND_WORK, threads)
+    c = _Rates(parts)
+    return (
+        vectors / c.expand,
+        *c.weight(w.nbytes, 1)[:3],
+        vectors * n * 128.0 / c.dot8,
+        4.0 * n * w.cols / c.l1_load * parts,
+        4.0 * n * w.rows / c.l1_store,
+        *c.fixed,
+    )
+
+
+def _bitmap8_many(w: Work, n: int, threads: int) -> Terms:
+    vectors = _ceil(w.rows, _GROUP) * _ceil(w.cols, 4)
+    blocks = _blocks_of_tokens(w, n)
+    parts = _threads(vectors * (4 * blocks + n) / 5, _EXPAND_WORK, threads)
+    c = _Rates(parts)
+    return (
+        blocks * vectors / c.expand,
+        *c.weight(w.nbytes, blocks),
+        vectors * n * 128.0 / c.dot8,
+        vectors * 64.0 * _ceil(n, _TOKENS) / c.l1_load,
+        4.0 * n * w.cols / c.l1_load * parts,
+        4.0 * n * w.rows / c.l1_store,
+        *c.fixed,
+    )
+
+
+def _int4(w: Work, n: int, threads: int) -> Terms:
+    batches = _ceil(n, _BATCH)
+    parts = _threads(w.nbytes * _ceil(n, 4), _INT4_WORK, threads)
+    c = _Rates(parts)
+    return (
+        *c.weight(w.nbytes, batches),
+        2.0 * w.rows * w.cols * n / c.dot8,
+        # Quantizing the tokens, which one thread does.
+        4.0 * n * w.cols / c.l1_load * c.parts,
+        4.0 * n * w.rows / c.l1_store,
+        *c.fixed,
+    )
+
+
+_TERMS: dict[str, Callable[[Work, int, int], Terms]] = {
+    "csr": _panel_f32,
+    "csr conv": _panel_f32,
+    "quads": _panel_f32,
+    "quads conv": _panel_f32,
+    "words": _panel_s8,
+    "words conv": _panel_s8,
+    "word quads": _panel_s8,
+    "word quads conv": _panel_s8,
+    "bitmap": _bitmap,
+    "int8": _int8,
+    "int8 conv": _int8,
+    "bitmap8 few": _bitmap8_few,
+    "bitmap8 many": _bitmap8_many,
+    "int4": _int4,
+}
+
+# Fitted by `python -m bench.estimate fit`; see there.
+COEFFICIENTS: dict[str, Terms] = {
+    "bitmap": (0.482, 0.0, 0.147, 0.642, 0.59, 0.98, 3.9, 1.15, 3.08),
+    "bitmap8 few": (0.722, 0.29, 1.13, 0.0, 1.05, 2.42, 3.44, 1.36, 3.79),
+    "bitmap8 many": (1.06, 3.42, 2.59, 0.0, 1.68, 1.2, 0.0843, 9.99, 2.47, 0.1, 2.11),
+    "csr": (0.834, 1.09, 0.0, 28, 2.1, 12, 0.717, 0.131, 0.0, 1.24, 2.06, 1.95, 0.609, 4.15, 1.3, 1.8),
+    "csr conv": (1.02, 0.0, 0.0, 46.7, 5, 11.3, 0.438, 0.0, 0.0, 1.3, 1.21, 2.37, 0.728, 3.37, 0.0, 1.36),
+    "int4": (0.857, 0.685, 0.0, 1.65, 1.63, 49.8, 9.66, 1.27, 2.84),
+    "int8": (0.811, 3.01, 0.0, 0.0, 1.86, 0.287, 0.0, 0.0, 1.04, 1.61),
+    "int8 conv": (1.13, 0.0, 0.0, 0.0, 0.0, 2.45, 3.34, 33.6, 0.0, 13.6),
+    "quads": (0.925, 1.82, 0.0, 11.4, 0.0, 7.34, 0.112, 0.0, 0.0, 0.945, 3.08, 2.58, 1.01, 4.94, 1.27, 2.53),
+    "quads conv": (
+        0.974,
+        0.0,
+        0.0,
+        0.0,
+        12.7,
+        5.59,
+        0.497,
+        0.0,
+        0.0,
+        0.0926,
+        2.97,
+        2.89,
+        0.77,
+        3.76,
+        0.0,
+        6.98,
+    ),
+    "word quads": (
+        1.28,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        8.07,
+        0.971,
+        0.3,
+        3.43,
+        4.16,
+        3.81,
+        0.0,
+        0.452,
+        4.74,
+        1.09,
+        2.51,
+        12.4,
+    ),
+    "word quads conv": (
+        1.16,
+        0.0,
+        345,
+        0.0,
+        0.0,
+        2.02,
+        1.01,
+        0.0,
+        4.15,
+        2.9,
+        0.0,
+        3.04,
+        2.21,
+        4.28,
+        0.0,
+        13.6,
+        0.0,
+    ),
+    "words": (
+        1.36,
+        0.815,
+        5.75,
+        111,
+        1.97,
+        7.37,
+        2.12,
+        0.525,
+        0.0,
+        7.88,
+        0.0,
+        0.0,
+        1.45,
+        5.02,
+        1.07,
+        2.59,
+        8.35,
+    ),
+    "words conv": (
+        0.342,
+        3.88,
+        65.4,
+        0.0,
+        0.0,
+        0.0,
+        1.39,
+        0.389,
+        13.4,
+        0.0,
+        0.0,
+        24.6,
+        2.16,
+        4.18,
+        0.0,
+        16.4,
+        0.0,
+    ),
+}
+
+
+def kernel_of(kind: str, w: Work, n: int) -> str:
+    """The row of `COEFFICIENTS` for a format (`PackedWeight.kind`) and a number of positions."""
+    if kind == "bitmap8":
+        return "bitmap8 few" if n <= _BATCH else "bitmap8 many"
+    if kind in ("bitmap", "int4"):
+        return kind
+    word = {"csr": "csr", "bsr": "csr", "dense": "quads", "bsr8": "words", "int8": "int8"}[kind]
+    if w.entry_rows > 1:
+        word = {"csr": "quads", "words": "word quads"}.get(word, word)
+    return f"{word} conv" if w.taps else word
+
+
+def terms(kernel: str, w: Work, n: int, threads: int) -> Terms:
+    """Seconds of each of a kernel's terms, before the coefficients."""
+    return _TERMS[kernel](w, n, threads)
+
+
+def estimate(kind: str, w: Work, n: int, threads: int) -> float:
+    """Seconds of one call with `n` positions on that many threads."""
+    if n == 0 or w.rows == 0:
+        return 0.0
+    kernel = kernel_of(kind, w, n)
+    return sum(a * t for a, t in zip(COEFFICIENTS[kernel], terms(kernel, w, n, threads), strict=True))
