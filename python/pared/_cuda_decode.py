@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pared._cuda_int8 import Place, check_bias, require_device, rows_of
 from pared.ops._arrays import refuse_grad
+from pared.ops._device import DeviceWeight
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,7 @@ MASK_BYTES = BLOCK * BLOCK // 8
 
 
 @dataclass(frozen=True)
-class DecodeWeight:
+class DecodeWeight(DeviceWeight):
     """A weight that is read once for few tokens, in a device's memory.
 
     Attributes
@@ -109,6 +110,15 @@ class DecodeWeight:
         blocks = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8, device=w.device)
         largest = int(size.max()) if size.numel() else 0
         return cls(blocks, offsets, format, dtype, (outputs, cols), largest, scales)
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks.device
+
+    def linear(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
+    ) -> torch.Tensor:
+        return linear(x, self, bias, activation)
 
     @property
     def nbytes(self) -> int:

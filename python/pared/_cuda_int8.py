@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pared import _cuda
 from pared.ops._arrays import refuse_grad
+from pared.ops._device import DeviceWeight
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +37,8 @@ class Place:
 
 
 @dataclass(frozen=True)
-class DeviceInt8:
-    """An `pared.ops.Int8` weight in a device's memory: rows of bytes, padded with zeros to 16.
+class DeviceInt8(DeviceWeight):
+    """A `pared.ops.Int8` weight in a device's memory: rows of bytes, padded with zeros to 16.
 
     Attributes
     ----------
@@ -75,6 +76,20 @@ class DeviceInt8:
             activations,
             cols,
         )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.q.shape[0], self.cols
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    def linear(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
+    ) -> torch.Tensor:
+        return linear(x, self, bias, activation)
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import Self
 
+from pared.ops._device import DeviceWeight
 from pared.ops._formats import FORMATS, Format
 from pared.ops._library import aligned
 from pared.ops.int8 import Int8, QuantizedWeight, check_activations
@@ -91,6 +92,10 @@ class PackedModule(nn.Module):
 
     Several threads may call one module at once.
 
+    Linear layers with int8, bitmap8 or 16-bit bitmap weights move to CUDA devices: a copy of the weight goes
+    there in the layout of the kernels, ``packed`` stays in the CPU's memory, so that the state dict and files
+    are the same. Other formats refuse to move.
+
     Attributes
     ----------
     packed : uint8 tensor.
@@ -102,6 +107,8 @@ class PackedModule(nn.Module):
 
     packed: Tensor
     bias: Tensor | None
+    # The weight in the memory of a CUDA device, where the module was moved to one; `packed` stays on the CPU.
+    _on_device: DeviceWeight | None = None
     # The class that pared.restore gives back.
     plain: ClassVar[type[nn.Module]]
 
@@ -214,19 +221,31 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         device = fn(torch.empty(0, dtype=torch.uint8)).device
-        if device.type != "cpu":
-            raise RuntimeError(
-                f"device: {type(self).__name__} has a {self.format} kernel for cpu only, got {device}; "
-                "pared.restore(model) gives plain modules that run anywhere"
-            )
+        self._move(device)
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers["packed"] = before["packed"]  # stays on the CPU
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old
         self._align()
         return self
+
+    def _move(self, device: torch.device) -> None:
+        """Take a copy of the weight to `device`. Raises ``RuntimeError`` where it has no kernel."""
+        if device.type == "cpu":
+            self._on_device = None
+            return
+        try:
+            if device.type != "cuda" or self.plain is not nn.Linear:
+                raise ValueError(f"device: expected cpu, got {device}")
+            self._on_device = self.packed_weight().to(device)
+        except ValueError as e:
+            raise RuntimeError(
+                f"device: {type(self).__name__} has no {self.format} kernel for {device} ({e}); "
+                "pared.restore(model) gives plain modules that run anywhere"
+            ) from e
 
     def _align(self) -> None:
         packed = self._buffers["packed"]
@@ -258,6 +277,8 @@ class PackedModule(nn.Module):
                 error_msgs.append(f'While loading the packed weight "{key}": {e}')
             # The sizes of two packed weights differ with their zeros: torch's own code would refuse that.
             state_dict = {**state_dict, key: self._buffers["packed"]}
+            if self._on_device is not None and not error_msgs:
+                self._on_device = self.packed_weight().to(self._on_device.device)
         delta = state_dict.get(prefix + "fold_delta")
         if "fold_delta" in self._buffers and isinstance(delta, Tensor) and delta.dtype == torch.int8:
             self._buffers["fold_delta"] = delta.detach().clone()  # one byte a non-zero: sizes differ as well
@@ -267,6 +288,10 @@ class PackedModule(nn.Module):
         bias = self._buffers["bias"]
         if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):  # assign=True
             self._buffers["bias"] = bias.detach().float().contiguous()
+
+    def _device(self) -> torch.device:
+        """Where inputs have to be."""
+        return torch.device("cpu") if self._on_device is None else self._on_device.device
 
     def _checked(self, packed: Any) -> Tensor:
         """A private, aligned copy of a packed buffer from outside, every invariant checked."""

@@ -84,7 +84,7 @@ class Linear(PackedModule):
         return cls(*quantized_parts(module, "Linear", activation_scale, activation_zero, activation_dtype))
 
     def to_module(self) -> nn.Linear:
-        w = torch.as_tensor(FORMATS[self.format].weight(self.packed).to_dense())
+        w = torch.as_tensor(FORMATS[self.format].weight(self.packed).to_dense()).to(self._device())
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         plain.weight = nn.Parameter(w, self._requires_grad[0])
         if self.bias is not None:
@@ -107,6 +107,8 @@ class Linear(PackedModule):
         # A tracer has to see an operator; the dispatcher costs eager calls 6 us.
         if is_compiling() or type(x) is not Tensor or _mode_depth() or _tracing():
             return self._traced(x)
+        if self._on_device is not None:
+            return self._on_device.linear(foldable(x), buffers["bias"], self.activation)
         if x.layout is not _strided:
             raise TypeError(f"x: expected a strided (dense) tensor, got layout {x.layout}")
         bias = buffers["bias"]
@@ -176,6 +178,11 @@ class Linear(PackedModule):
     def _traced(self, x: Any) -> Tensor:
         if not hasattr(type(x), "__torch_function__"):
             raise TypeError(f"x: expected a torch tensor, got {type(x).__name__}")
+        if self._on_device is not None:
+            # No operator on that device yet: a break in the graph.
+            run: Any = torch.compiler.disable(self._on_device.linear)  # type: ignore[no-untyped-call]
+            on_device: Tensor = run(foldable(x), self.bias, self.activation)
+            return on_device
         y: Tensor = linear_op(x, self.packed, self.bias, self.out_features, self._act)
         return y
 

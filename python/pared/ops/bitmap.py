@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pared import _core
 from pared._types import Array
 from pared.ops._arrays import is_torch, require_array
+from pared.ops._device import DeviceWeight
 from pared.ops._estimate import Facts, Work
 from pared.ops.packed import PackedWeight
 
@@ -41,6 +42,14 @@ class Bitmap(PackedWeight):
         if groups != 1:
             raise ValueError(f"groups: expected 1 for a linear weight, got {groups}")
         return cls(_core.bitmap_pack_dense(weight.detach() if is_torch(weight) else weight))
+
+    def to(self, device: Any, dtype: Any = None) -> DeviceWeight:
+        import torch
+
+        from pared._cuda_decode import DecodeWeight
+
+        given = self._device_dtype(dtype)
+        return DecodeWeight.from_dense(torch.as_tensor(self.to_dense()).to(device, given))
 
 
 class BitmapCSR(PackedWeight):

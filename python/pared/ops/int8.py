@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pared import _core
 from pared._types import Array
 from pared.ops._arrays import empty_like_kind, is_torch, require_array
+from pared.ops._device import DeviceWeight
 from pared.ops.packed import PackedWeight
 
 Q = TypeVar("Q", bound="QuantizedWeight")
@@ -195,6 +196,15 @@ class Int8(QuantizedWeight):
     kind: ClassVar[str] = "int8"
     _masked: ClassVar[bool] = False
 
+    def to(self, device: Any, dtype: Any = None) -> DeviceWeight:
+        from pared._cuda_int8 import DeviceInt8
+
+        if len(self.shape) != 2:
+            raise ValueError(
+                f"device: expected a linear weight for {device}, got one of shape {list(self.shape)}"
+            )
+        return DeviceInt8.from_int8(self, device)
+
 
 class Bitmap8(QuantizedWeight):
     """An unstructured sparse int8 weight: a byte a non-zero and one bit an element.
@@ -207,6 +217,17 @@ class Bitmap8(QuantizedWeight):
     __slots__ = ()
     kind: ClassVar[str] = "bitmap8"
     _masked: ClassVar[bool] = True
+
+    def to(self, device: Any, dtype: Any = None) -> DeviceWeight:
+        import torch
+
+        from pared._cuda_decode import DecodeWeight
+
+        given = self._device_dtype(dtype)
+        if self.activations is not None:
+            raise ValueError("device: Bitmap8 on CUDA does not quantize its input, got static activations")
+        q, scales = (torch.from_numpy(a).to(device) for a in self.to_quantized())
+        return DecodeWeight.from_quantized(q, scales, given, "bitmap8")
 
 
 def _check_groups(groups: Any, ndim: int) -> None:

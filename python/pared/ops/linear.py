@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from pared._types import Array
 from pared.ops._arrays import empty_like_kind, refuse_grad, require_array
+from pared.ops._device import DeviceWeight
 from pared.ops._formats import FORMATS
 from pared.ops.packed import PackedWeight
 
 
-def linear(x: Array, w: PackedWeight, bias: Array | None = None, activation: str | None = None) -> Array:
+def linear(
+    x: Array, w: PackedWeight | DeviceWeight, bias: Array | None = None, activation: str | None = None
+) -> Array:
     """``activation(x @ w.T + bias)`` with a packed weight.
 
     Parameters
     ----------
     x : [..., in], float32, bfloat16 or float16, last axis contiguous; upcast inside, never copied.
-    w : packed weight, [out, in].
+    w : packed weight, [out, in]; or one in a device's memory, `PackedWeight.to`: `x` and `bias` are then
+        tensors there.
     bias : [out], float32, or None.
     activation : None, "relu", "gelu" (erf), "gelu_tanh" or "silu".
 
@@ -28,6 +32,8 @@ def linear(x: Array, w: PackedWeight, bias: Array | None = None, activation: str
     TypeError, ValueError : naming the argument, what was expected and what came.
     RuntimeError : grad mode is on and `x` or `bias` asks for a gradient; pared's operations have none.
     """
+    if isinstance(w, DeviceWeight):
+        return w.linear(x, bias, activation)  # type: ignore[arg-type]  # it checks them
     require_array(x, "x")
     if not isinstance(w, PackedWeight):
         known = ", ".join(f.weight.__name__ for f in FORMATS.values() if f.linear is not None)

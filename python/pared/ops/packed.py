@@ -10,6 +10,7 @@ import numpy as np
 from pared import _core
 from pared._types import Array
 from pared.ops._arrays import is_torch
+from pared.ops._device import DeviceWeight
 from pared.ops._estimate import Work, estimate
 
 W = TypeVar("W", bound="PackedWeight")
@@ -147,6 +148,37 @@ class PackedWeight:
             out = np.empty(self.shape, dtype=np.float16 if self.dtype == "float16" else np.float32)
         _core.packed_unpack_dense(self.packed, out)
         return out
+
+    def to(self, device: Any, dtype: Any = None) -> DeviceWeight:
+        """A copy in the memory of a CUDA device, for `pared.ops.linear` with inputs there.
+
+        `Int8` becomes an 8-bit weight for any number of tokens, `Bitmap` and `Bitmap8` weights that are read
+        once for up to 32 tokens. Nothing is rounded again but a float32 `Bitmap`, to `dtype`.
+
+        Parameters
+        ----------
+        device : ``"cuda"``, ``"cuda:1"`` or a ``torch.device``.
+        dtype : of the activations of `Bitmap` and `Bitmap8`, ``torch.float16`` or ``torch.bfloat16``; None
+            for the weight's own. `Int8` takes all float dtypes.
+
+        Raises
+        ------
+        ValueError : a format, or a dtype, without kernels for the device.
+        """
+        raise ValueError(
+            f"device: {type(self).__name__} weights have kernels for the CPU only; Int8, Bitmap and Bitmap8 "
+            f"have some for CUDA, got {device}"
+        )
+
+    def _device_dtype(self, dtype: Any) -> Any:
+        """The 16-bit dtype of a weight for few tokens. Raises ``ValueError`` where there is none."""
+        import torch
+
+        given = getattr(torch, self.dtype) if dtype is None else dtype
+        if len(self.shape) != 2 or given not in (torch.float16, torch.bfloat16):
+            got = f"shape {list(self.shape)}" if len(self.shape) != 2 else given
+            raise ValueError(f"dtype: expected a linear weight in float16 or bfloat16 for CUDA, got {got}")
+        return given
 
     def validate(self) -> None:
         """Check every invariant and the checksum; raises ``ValueError``."""

@@ -1,0 +1,116 @@
+"""Packed weights and layers on a CUDA device, through the public functions."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import pared
+from pared._cuda_int8 import Place
+from pared.nn import Conv2d, Linear
+
+
+@pytest.fixture
+def place(backend, monkeypatch):
+    """Every call takes the backend's kernels, wherever its tensors are."""
+    where = Place(backend.module, 0, backend.stream)
+    monkeypatch.setattr(Place, "of", classmethod(lambda cls, x: where))
+    return where
+
+
+def layer(format, dtype=torch.float32, activation=None):
+    torch.manual_seed(7)
+    plain = nn.Linear(70, 33).to(dtype)
+    with torch.no_grad():
+        plain.weight[torch.rand(33, 70) < 0.6] = 0
+    return Linear.from_module(plain, format=format, activation=activation)
+
+
+def move(module, backend):
+    """What ``module.to("cuda")`` does; the emulator's device has the CPU's memory."""
+    if backend.device.type == "cuda":
+        return module.to(backend.device)
+    module._on_device = module.packed_weight().to(backend.device)
+    return module
+
+
+def test_int8_gives_the_bits_of_the_cpu(backend, place):
+    module = layer("int8")
+    x = torch.randn(2, 5, 70)
+    want = module(x)
+    moved = move(copy.deepcopy(module), backend)
+    got = moved(x.to(backend.device))
+    assert got.device == backend.device
+    assert torch.equal(got.cpu(), want)
+    assert torch.equal(moved(x.transpose(0, 1).to(backend.device)).cpu(), module(x.transpose(0, 1)))
+    w = module.packed_weight()
+    bias = module.bias.to(backend.device)
+    assert torch.equal(pared.ops.linear(x.to(backend.device), w.to(backend.device), bias).cpu(), want)
+
+
+@pytest.mark.parametrize("format", ["bitmap", "bitmap8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_for_few_tokens(backend, place, format, dtype):
+    module = layer(format, dtype)
+    dense = module.packed_weight().to_dense().double()
+    moved = move(module, backend)
+    for tokens in (1, 32, 50):
+        x = torch.randn(tokens, 70).to(dtype)
+        want = x.double() @ dense.T + module.bias.cpu().double()
+        # The output's rounding, and that of to_dense's 8-bit weights to `dtype`.
+        bound = 2 * torch.finfo(dtype).eps * (x.double().abs() @ dense.abs().T + 1)
+        assert bool(((moved(x.to(backend.device)).cpu().double() - want).abs() <= bound).all())
+
+
+def test_the_state_dict_is_that_of_the_cpu_and_loads(backend, place):
+    module, other = layer("int8"), layer("int8")
+    with torch.no_grad():
+        plain = nn.Linear(70, 33)
+    other = Linear.from_module(plain, format="int8")
+    moved = move(copy.deepcopy(module), backend)
+    state = moved.state_dict()
+    assert torch.equal(state["packed"], module.packed)
+    assert state["packed"].device.type == "cpu"
+    moved.load_state_dict(other.state_dict())
+    x = torch.randn(3, 70)
+    assert torch.equal(moved(x.to(backend.device)).cpu(), other(x))
+    again = copy.deepcopy(moved)
+    assert torch.equal(again(x.to(backend.device)).cpu(), other(x))
+    restored = pared.restore(nn.Sequential(again))[0]
+    assert restored.weight.device == backend.device
+    again.to("cpu")
+    assert again._on_device is None
+    assert torch.equal(again(x), other(x))
+
+
+def test_gradients_are_refused(backend, place):
+    moved = move(layer("int8"), backend)
+    x = torch.randn(3, 70, device=backend.device)
+    moved(x)
+    with pytest.raises(RuntimeError, match="gradient"):
+        moved(x.requires_grad_())
+
+
+def test_formats_without_a_kernel_stay_where_they_are():
+    cuda = torch.device("cuda")
+    bitmap = layer("bitmap")
+    for module, text in [
+        (
+            layer("csr"),
+            r"Linear has no csr kernel for cuda \(device: CSR weights have kernels for the CPU only",
+        ),
+        (bitmap, r"Linear has no bitmap kernel for cuda \(dtype: expected a linear weight in float16 or"),
+        (Conv2d.from_module(nn.Conv2d(3, 4, 3)), "Conv2d has no csr kernel for cuda"),
+    ]:
+        with pytest.raises(RuntimeError, match="device: " + text + ".*pared.restore"):
+            module._move(cuda)
+        assert module._on_device is None
+    assert bitmap.packed_weight().to("cpu", torch.bfloat16).dtype == torch.bfloat16
+    static = pared.ops.Bitmap8.from_dense(torch.randn(4, 8).half(), activation_scale=0.1)
+    with pytest.raises(ValueError, match="does not quantize its input"):
+        static.to("cuda")
+    with pytest.raises(ValueError, match=r"expected a linear weight for cuda, got one of shape"):
+        pared.ops.Int8.from_dense(torch.randn(4, 3, 2, 2)).to("cuda")
