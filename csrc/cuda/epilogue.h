@@ -40,4 +40,16 @@ struct alignas(4 * sizeof(T)) Four {
   T at[4];
 };
 
+// The first `count` of them, at once where there are four and the address allows it.
+template <class T>
+__device__ __forceinline__ void store_first(T* y, const Four<T>& v, int count) {
+  if (count == 4 && reinterpret_cast<uintptr_t>(y) % sizeof(v) == 0) {
+    *reinterpret_cast<Four<T>*>(y) = v;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < count) y[i] = v.at[i];
+  }
+}
+
 }  // namespace pared::cuda

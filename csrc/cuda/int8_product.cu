@@ -6,33 +6,18 @@
 #include "cuda/epilogue.h"
 #include "cuda/int8.h"
 #include "cuda/launch.h"
+#include "cuda/mma_tile.h"
 #include "cuda/ptx.h"
 
 namespace pared::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kChunk = 16, kChunks = kInt8StepBytes / kChunk;  // of a row of a stage
-constexpr int kMmaBytes = 32;                                  // of the reduction, an mma
+constexpr int kThreads = 256;
+static_assert(kStepBytes == kInt8StepBytes);
 
-template <int kTile, int kWarpsM_>
-struct Tile {
-  static constexpr int kRows = kInt8Tiles[kTile].rows, kColumns = kInt8Tiles[kTile].columns,
-                       kStages = kInt8Tiles[kTile].stages;
-  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarps / kWarpsM;
-  static constexpr int kWarpRows = kRows / kWarpsM, kWarpColumns = kColumns / kWarpsN;
-  static constexpr int kMmaM = kWarpRows / 16, kMmaN = kWarpColumns / 8;
-  static constexpr int kStageBytes = (kRows + kColumns) * kInt8StepBytes;
-  static constexpr int kSumStride = kColumns + 8;  // of the sums in shared memory: rows 8 banks apart
-  static constexpr int kSumBytes = kRows * kSumStride * 4;
-  static constexpr size_t kShared = kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
-  static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0);
-};
-
-// Where a row's chunk lies in a stage: eight rows of one chunk touch all 32 banks.
-__device__ __forceinline__ int chunk_at(int row, int chunk) {
-  return row * kInt8StepBytes + ((chunk ^ (row & 7)) * kChunk);
-}
+template <int kTile, int kWarpsM>
+using TileOf = Tile<kInt8Tiles[kTile].rows, kInt8Tiles[kTile].columns, kInt8Tiles[kTile].stages, kWarpsM,
+                    kThreads / 32 / kWarpsM>;
 
 // Copies rows [first, first + kRows) of one step; what lies beyond the matrix becomes zero.
 template <int kRows>
@@ -44,39 +29,10 @@ __device__ __forceinline__ void copy_rows(unsigned char* stage, const int8_t* x,
     const int at = i * kThreads + static_cast<int>(threadIdx.x);
     if (kTotal % kThreads && at >= kTotal) break;
     const int r = at / kChunks, chunk = at % kChunks;
-    const int64_t c = step * kInt8StepBytes + chunk * kChunk;
+    const int64_t c = step * kStepBytes + chunk * kChunk;
     const bool inside = first + r < rows && c < cols;
     ptx::copy_async<kChunk>(stage + chunk_at(r, chunk), inside ? x + (first + r) * stride + c : x,
                             inside ? kChunk : 0);
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void multiply_stage(int32_t (&sums)[T::kMmaM][T::kMmaN][4],
-                                               const unsigned char* stage, int warp_row, int warp_column) {
-  const unsigned char* a = stage;
-  const unsigned char* b = stage + T::kRows * kInt8StepBytes;
-  const int lane = ptx::lane();
-#pragma unroll
-  for (int k = 0; k < kInt8StepBytes / kMmaBytes; ++k) {
-    uint32_t fa[T::kMmaM][4], fb[T::kMmaN][2];
-#pragma unroll
-    for (int m = 0; m < T::kMmaM; ++m)
-      ptx::load_matrices(fa[m], a + chunk_at(warp_row + m * 16 + lane % 16, 2 * k + lane / 16));
-#pragma unroll
-    for (int n = 0; n < T::kMmaN; n += 2) {
-      uint32_t two[4];
-      ptx::load_matrices(two,
-                         b + chunk_at(warp_column + n * 8 + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
-      fb[n][0] = two[0];
-      fb[n][1] = two[1];
-      fb[n + 1][0] = two[2];
-      fb[n + 1][1] = two[3];
-    }
-#pragma unroll
-    for (int m = 0; m < T::kMmaM; ++m)
-#pragma unroll
-      for (int n = 0; n < T::kMmaN; ++n) ptx::mma_s8(sums[m][n], fa[m], fb[n]);
   }
 }
 
@@ -136,14 +92,7 @@ __device__ __forceinline__ void store_four(const Int8Product& a, int4 sums, int6
     for (int i = 0; i < 4; ++i)
       out.at[i] = narrow<Y>(i < count ? dequantize(a, in[i], x_scale, n + i) : 0.0f);
   }
-  Y* y = static_cast<Y*>(a.y) + m * a.y_stride + n;
-  if (count == 4 && reinterpret_cast<uintptr_t>(y) % sizeof(out) == 0) {
-    *reinterpret_cast<Four<Y>*>(y) = out;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (i < count) y[i] = out.at[i];
-  }
+  store_first(static_cast<Y*>(a.y) + m * a.y_stride + n, out, count);
 }
 
 template <class T, class Y>
@@ -162,13 +111,11 @@ __global__ void __launch_bounds__(kThreads) int8_product_kernel(const Int8Produc
     if (step < end) {
       unsigned char* stage = shared + (step - begin) % T::kStages * T::kStageBytes;
       copy_rows<T::kRows>(stage, a.a, a.a_stride, first_m, a.tokens, step, a.cols);
-      copy_rows<T::kColumns>(stage + T::kRows * kInt8StepBytes, a.b, a.b_stride, first_n, a.outputs, step,
+      copy_rows<T::kColumns>(stage + T::kRows * kStepBytes, a.b, a.b_stride, first_n, a.outputs, step,
                              a.cols);
     }
     ptx::copy_commit();
   };
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int warp_row = warp % T::kWarpsM * T::kWarpRows, warp_column = warp / T::kWarpsM * T::kWarpColumns;
   int32_t sums[T::kMmaM][T::kMmaN][4] = {};
 #pragma unroll
   for (int s = 0; s < T::kStages - 1; ++s) issue(begin + s);
@@ -176,21 +123,13 @@ __global__ void __launch_bounds__(kThreads) int8_product_kernel(const Int8Produc
     ptx::copy_wait<T::kStages - 2>();
     __syncthreads();  // the stage is here for all, and the one that is filled next has been read by all
     issue(step + T::kStages - 1);
-    multiply_stage<T>(sums, shared + (step - begin) % T::kStages * T::kStageBytes, warp_row, warp_column);
+    multiply_stage<T, MmaS8>(sums, shared + (step - begin) % T::kStages * T::kStageBytes);
   }
   ptx::copy_wait<0>();
   if (plan.splits > 1 && !reduce_splits<T>(sums, plan, a.workspace, tile)) return;
   __syncthreads();  // the stages are read: their memory takes the sums
   auto* staged = reinterpret_cast<int32_t*>(shared);
-  const int g = ptx::lane() / 4, t = ptx::lane() % 4;
-#pragma unroll
-  for (int m = 0; m < T::kMmaM; ++m)
-#pragma unroll
-    for (int n = 0; n < T::kMmaN; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        *reinterpret_cast<int2*>(staged + (warp_row + m * 16 + half * 8 + g) * T::kSumStride + warp_column +
-                                 n * 8 + 2 * t) = make_int2(sums[m][n][2 * half], sums[m][n][2 * half + 1]);
+  stage_sums<T>(staged, sums);
   __syncthreads();
   constexpr int kFours = T::kColumns / 4;
   for (int at = static_cast<int>(threadIdx.x); at < T::kRows * kFours; at += kThreads) {
@@ -213,10 +152,10 @@ void launch_tile(const Int8Product& a, const Int8Plan& plan, cudaStream_t stream
 template <class Y>
 void launch_product(const Int8Product& a, const Int8Plan& plan, cudaStream_t stream, const char* name) {
   switch (plan.tile) {
-    case 0: return launch_tile<Tile<0, 1>, Y>(a, plan, stream, name);
-    case 1: return launch_tile<Tile<1, 1>, Y>(a, plan, stream, name);
-    case 2: return launch_tile<Tile<2, 2>, Y>(a, plan, stream, name);
-    default: return launch_tile<Tile<3, 2>, Y>(a, plan, stream, name);
+    case 0: return launch_tile<TileOf<0, 1>, Y>(a, plan, stream, name);
+    case 1: return launch_tile<TileOf<1, 1>, Y>(a, plan, stream, name);
+    case 2: return launch_tile<TileOf<2, 2>, Y>(a, plan, stream, name);
+    default: return launch_tile<TileOf<3, 2>, Y>(a, plan, stream, name);
   }
 }
 

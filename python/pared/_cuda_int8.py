@@ -141,26 +141,34 @@ def linear(
     refuse_grad(x, "x")
     refuse_grad(bias, "bias")
     at = place or Place.of(x)
-    tokens = rows.shape[0]
-    q = torch.empty((tokens, w.q.shape[1]), dtype=torch.int8, device=x.device)
-    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     dtype = str(x.dtype).removeprefix("torch.")
+    q, scales = quantize(at, rows, w.activations)
+    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+    _product(at, q, w.q, w.cols, scales, w, bias, activation or "", dtype, out)
+    return out
+
+
+def quantize(at: Place, rows: torch.Tensor, activations: Activations) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of activations as int8, padded with zeros to 16 bytes, and their scales."""
+    import torch
+
+    tokens, cols = rows.shape
+    q = torch.empty((tokens, -(-cols // 16) * 16), dtype=torch.int8, device=rows.device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=rows.device)
     at.kernels.quantize_rows(
         rows.data_ptr(),
-        dtype,
+        str(rows.dtype).removeprefix("torch."),
         tokens,
-        w.cols,
+        cols,
         rows.stride(0),
-        w.activations,
+        activations,
         q.data_ptr(),
         q.shape[1],
         scales.data_ptr(),
         at.device,
         at.stream,
     )
-    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
-    _product(at, q, w.q, w.cols, scales, w, bias, activation or "", dtype, out)
-    return out
+    return q, scales
 
 
 def gemm_s8(a: torch.Tensor, b: torch.Tensor, *, place: Place | None = None) -> torch.Tensor:

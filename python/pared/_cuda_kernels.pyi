@@ -95,3 +95,26 @@ def decode_product(
     stream: int,
 ) -> None: ...
 def decode_expand(w: _DecodeWeight, scales: int, out: int, device: int, stream: int) -> None: ...
+
+_BlockSparseWeight = tuple[int, int, str, int, int, int, int]
+
+def block_sparse_workspace(tokens: int, slots: int, block_rows: int) -> int: ...
+def block_sparse_product(
+    w: _BlockSparseWeight,
+    items: int,
+    item_count: int,
+    slots: int,
+    x: int,
+    tokens: int,
+    x_stride: int,
+    x_scales: int,
+    w_scales: int,
+    bias: int,
+    activation: str,
+    dtype: str,
+    y: int,
+    y_stride: int,
+    workspace: int,
+    device: int,
+    stream: int,
+) -> None: ...

@@ -65,6 +65,22 @@ def test_weights_for_few_tokens(backend, place, format, dtype):
         assert bool(((moved(x.to(backend.device)).cpu().double() - want).abs() <= bound).all())
 
 
+def test_blocks(backend, place):
+    torch.manual_seed(3)
+    plain = nn.Linear(128, 192).to(torch.bfloat16)
+    with torch.no_grad():
+        plain.weight *= (torch.rand(3, 2) < 0.6).kron(torch.ones(64, 64))
+    module = Linear.from_module(plain, format="bsr")
+    weight = module.packed_weight()
+    moved = move(module, backend)
+    assert moved._on_device.block == (64, 64)
+    assert weight.to(backend.device, torch.float16, (32, 64)).block == (32, 64)
+    x = torch.randn(5, 128).bfloat16()
+    want = plain(x).double()
+    bound = torch.finfo(x.dtype).eps * (x.double().abs() @ plain.weight.double().abs().T + 1)
+    assert bool(((moved(x.to(backend.device)).cpu().double() - want).abs() <= bound).all())
+
+
 def test_the_state_dict_is_that_of_the_cpu_and_loads(backend, place):
     module, other = layer("int8"), layer("int8")
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from pared._types import Array
+from pared.ops._device import DeviceWeight
 from pared.ops._panel import PanelWeight
 
 # Rows that the quad kernel takes together (kQuadRows in csrc/formats/csr.h).
@@ -84,6 +85,31 @@ class BSR(PanelWeight):
         m = self.to_scipy(block)
         starts, columns, values = (torch.from_numpy(a.copy()) for a in (m.indptr, m.indices, m.data))
         return torch.sparse_bsr_tensor(starts, columns, values, m.shape, check_invariants=True)
+
+    def to(self, device: Any, dtype: Any = None, block: tuple[int, int] | None = None) -> DeviceWeight:
+        """A copy in the memory of a CUDA device, as blocks for its tensor cores; see `PackedWeight.to`.
+
+        Parameters
+        ----------
+        dtype : of the activations, ``torch.float16`` or ``torch.bfloat16``; None for the weight's own.
+        block : (16, 32, 64 or 128, a multiple of 8); None for the largest square one that stores at most
+            5 % more than blocks of 16 x 16 do.
+        """
+        import torch
+
+        from pared._cuda_block_sparse import DeviceBlocks
+
+        given = self._device_dtype(dtype)
+        dense = torch.as_tensor(self.to_dense()).to(device, given)
+        if block is not None:
+            return DeviceBlocks.from_dense(dense, block)
+        found = DeviceBlocks.from_dense(dense, (16, 16))
+        least = found.values.numel()
+        for size in (32, 64, 128):
+            larger = DeviceBlocks.from_dense(dense, (size, size))
+            if larger.values.numel() <= 1.05 * least:
+                found = larger
+        return found
 
     def _dividing(self, block: tuple[int, int]) -> tuple[int, int]:
         check_block(block)

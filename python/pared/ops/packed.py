@@ -152,22 +152,23 @@ class PackedWeight:
     def to(self, device: Any, dtype: Any = None) -> DeviceWeight:
         """A copy in the memory of a CUDA device, for `pared.ops.linear` with inputs there.
 
-        `Int8` becomes an 8-bit weight for any number of tokens, `Bitmap` and `Bitmap8` weights that are read
-        once for up to 32 tokens. Nothing is rounded again but a float32 `Bitmap`, to `dtype`.
+        `Int8` becomes an 8-bit weight for any number of tokens, `BSR` one of blocks for tensor cores,
+        `Bitmap` and `Bitmap8` weights that are read once for up to 32 tokens. Nothing is rounded again but a
+        float32 `Bitmap` or `BSR`, to `dtype`.
 
         Parameters
         ----------
         device : ``"cuda"``, ``"cuda:1"`` or a ``torch.device``.
-        dtype : of the activations of `Bitmap` and `Bitmap8`, ``torch.float16`` or ``torch.bfloat16``; None
-            for the weight's own. `Int8` takes all float dtypes.
+        dtype : of the activations of `BSR`, `Bitmap` and `Bitmap8`, ``torch.float16`` or ``torch.bfloat16``;
+            None for the weight's own. `Int8` takes all float dtypes.
 
         Raises
         ------
         ValueError : a format, or a dtype, without kernels for the device.
         """
         raise ValueError(
-            f"device: {type(self).__name__} weights have kernels for the CPU only; Int8, Bitmap and Bitmap8 "
-            f"have some for CUDA, got {device}"
+            f"device: {type(self).__name__} weights have kernels for the CPU only; Int8, BSR, Bitmap and "
+            f"Bitmap8 have some for CUDA, got {device}"
         )
 
     def _device_dtype(self, dtype: Any) -> Any:

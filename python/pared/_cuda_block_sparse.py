@@ -1,0 +1,280 @@
+"""Block-sparse linear weights on CUDA devices: packing, the list of work, and what is checked before a kernel
+runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pared._cuda_int8 import DYNAMIC, Place, check_bias, quantize, require_device, rows_of
+from pared.ops._arrays import refuse_grad
+from pared.ops._device import DeviceWeight
+
+if TYPE_CHECKING:
+    import torch
+
+ROWS = (16, 32, 64, 128)
+FEW_TOKENS, MANY_TOKENS = 16, 128  # rows of the two tiles; csrc/cuda/block_sparse.h
+
+
+def work_items(counts: Sequence[int] | NDArray[np.int64], most: int) -> tuple[NDArray[np.int32], int]:
+    """Items of at most `most` blocks for rows with these counts of blocks, and the slots that they need.
+
+    A row without blocks has an item: its outputs are the bias. Parts of a row differ by one block at most.
+    Largest first, so that what is left for the end is small.
+    """
+    n = np.asarray(counts, np.int64)
+    first = np.cumsum(n) - n
+    parts = np.maximum(1, -(-n // max(1, most)))
+    row = np.repeat(np.arange(n.size), parts)
+    part = np.arange(row.size) - np.repeat(np.cumsum(parts) - parts, parts)
+    begin = first[row] + n[row] * part // parts[row]
+    end = first[row] + n[row] * (part + 1) // parts[row]
+    slots = np.where(parts > 1, parts, 0)
+    slot = (np.cumsum(slots) - slots)[row]
+    items = np.stack([row, begin, end, part, parts[row], slot], axis=1).astype(np.int32)
+    order = np.argsort(begin - end, kind="stable")
+    return np.ascontiguousarray(items[order]), int(slots.sum())
+
+
+@dataclass(frozen=True)
+class DeviceBlocks(DeviceWeight):
+    """A weight of blocks in a device's memory.
+
+    Attributes
+    ----------
+    values : [blocks, R, C], float16, bfloat16 or int8.
+    columns : [blocks], int32, the block's column, by rows of blocks.
+    counts : blocks of each row of blocks, on the CPU.
+    shape : (out, in).
+    scales : float32 [out] of int8 values, else None.
+    """
+
+    values: torch.Tensor
+    columns: torch.Tensor
+    counts: tuple[int, ...]
+    shape: tuple[int, int]
+    scales: torch.Tensor | None
+    _items: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_dense(
+        cls, weight: torch.Tensor, block: tuple[int, int], scales: torch.Tensor | None = None
+    ) -> DeviceBlocks:
+        """The blocks with a non-zero of a weight [out, in], on its device.
+
+        Parameters
+        ----------
+        weight : float16 or bfloat16; or int8 with `scales`, float32 [out].
+        block : outputs by inputs: 16, 32, 64 or 128 by a multiple of 16 bytes. Blocks may stand out of the
+            matrix.
+
+        Raises
+        ------
+        TypeError, ValueError : naming the argument, what was expected and what came.
+        """
+        import torch
+
+        floats = (torch.float16, torch.bfloat16)
+        wanted = (torch.int8,) if scales is not None else floats
+        if not isinstance(weight, torch.Tensor) or weight.dtype not in wanted:
+            got = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
+            names = "int8 with scales" if scales is not None else "float16 or bfloat16, or int8 with scales"
+            raise TypeError(f"weight: expected dtype {names}, got {got}")
+        if weight.ndim != 2:
+            raise ValueError(f"weight: expected [out, in], got shape {list(weight.shape)}")
+        r, c = block
+        if r not in ROWS or c < 1 or c * weight.element_size() % 16:
+            raise ValueError(
+                f"block: expected 16, 32, 64 or 128 rows and columns of a multiple of 16 bytes, got {r}x{c}"
+            )
+        outputs, cols = weight.shape
+        if scales is not None:
+            if scales.shape != (outputs,):
+                raise ValueError(f"scales: expected [{outputs}], got {list(scales.shape)}")
+            require_device("scales", scales, weight)
+            scales = scales.float().contiguous()
+        rows, across = -(-outputs // r), -(-cols // c)
+        padded = weight.detach()
+        if (rows * r, across * c) != (outputs, cols):
+            padded = torch.zeros(rows * r, across * c, dtype=weight.dtype, device=weight.device)
+            padded[:outputs, :cols] = weight.detach()
+        blocks = padded.view(rows, r, across, c).transpose(1, 2)
+        kept = (blocks != 0).any(-1).any(-1)
+        columns = kept.nonzero()[:, 1].to(torch.int32)
+        counts = tuple(kept.sum(1).tolist())
+        return cls(blocks[kept].contiguous(), columns, counts, (outputs, cols), scales)
+
+    @classmethod
+    def from_bsr(cls, weight: torch.Tensor) -> DeviceBlocks:
+        """Take over a ``torch.sparse_bsr`` tensor of float16 or bfloat16; the blocks keep their order.
+
+        Raises
+        ------
+        TypeError, ValueError : another layout, dtype or size of block.
+        """
+        import torch
+
+        if not isinstance(weight, torch.Tensor) or weight.layout != torch.sparse_bsr or weight.ndim != 2:
+            got = weight.layout if isinstance(weight, torch.Tensor) else type(weight).__name__
+            raise TypeError(f"weight: expected a torch.sparse_bsr matrix, got {got}")
+        values = weight.values().detach()
+        _, r, c = values.shape
+        if values.dtype not in (torch.float16, torch.bfloat16):
+            raise TypeError(f"weight: expected dtype float16 or bfloat16, got {values.dtype}")
+        if r not in ROWS or c * values.element_size() % 16:
+            raise ValueError(
+                f"weight: expected blocks of 16, 32, 64 or 128 rows and a multiple of 16 bytes, got {r}x{c}"
+            )
+        counts = tuple(weight.crow_indices().diff().tolist())
+        shape = (weight.shape[0], weight.shape[1])
+        return cls(values.contiguous(), weight.col_indices().to(torch.int32), counts, shape, None)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Outputs and inputs of a block."""
+        return self.values.shape[1], self.values.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory, without the lists of work."""
+        scales = 0 if self.scales is None else 4 * self.scales.numel()
+        return self.values.numel() * self.values.element_size() + 4 * self.columns.numel() + scales
+
+    def to_dense(self) -> torch.Tensor:
+        """The weight [out, in] as it was given: int8 without its scales."""
+        import torch
+
+        (r, c), (outputs, cols) = self.block, self.shape
+        rows, across = -(-outputs // r), -(-cols // c)
+        out = torch.zeros(rows, across, r, c, dtype=self.values.dtype, device=self.device)
+        counts = torch.tensor(self.counts, device=self.device)
+        row = torch.repeat_interleave(torch.arange(rows, device=self.device), counts)
+        out[row, self.columns.long()] = self.values
+        return out.transpose(1, 2).reshape(rows * r, across * c)[:outputs, :cols].contiguous()
+
+    def items(self, most: int) -> tuple[torch.Tensor, int]:
+        """`work_items` on the device. The first call for a size copies them there and waits."""
+        import torch
+
+        found = self._items.get(most)
+        if found is None:
+            items, slots = work_items(self.counts, most)
+            found = self._items[most] = torch.from_numpy(items).to(self.device), slots
+        return found
+
+    def linear(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
+    ) -> torch.Tensor:
+        return linear(x, self, bias, activation)
+
+
+def blocks_per_item(blocks: int, rows: int, tokens: int, multiprocessors: int) -> int:
+    """How many blocks an item should have: two items a multiprocessor, but not fewer than four blocks.
+
+    A power of two, so that few lists exist; without splits where the rows alone are enough items.
+    """
+    tile = FEW_TOKENS if tokens <= FEW_TOKENS else MANY_TOKENS
+    tiles = -(-tokens // tile)
+    wanted = max(1, 2 * multiprocessors // tiles)
+    average = blocks / max(1, rows)
+    if rows >= wanted and tiles > 1:
+        wanted = rows  # rows far above the average are split all the same
+    target = max(4.0, blocks / wanted, average if tiles > 1 else 0.0)
+    return int(2 ** np.ceil(np.log2(target)))
+
+
+def linear(
+    x: torch.Tensor,
+    w: DeviceBlocks,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    *,
+    place: Place | None = None,
+    most: int | None = None,
+) -> torch.Tensor:
+    """``activation(x @ w.T + bias)`` with a block-sparse weight in device memory.
+
+    Parameters
+    ----------
+    x : [..., in] on the weight's device, in its dtype; for int8 weights of any float dtype, quantized by
+        token.
+    bias : [out], float32, on the same device, or None.
+    activation : None, "relu", "gelu", "gelu_tanh" or "silu".
+    place : the device and stream; None for `x`'s and torch's current one.
+    most : blocks an item of work; None for a choice by size.
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument, what was expected and what came.
+    RuntimeError : `x` or `bias` asks for a gradient; the CUDA part is missing or cannot run on the device.
+    """
+    import torch
+
+    outputs, cols = w.shape
+    dtypes = (torch.float32, torch.float16, torch.bfloat16) if w.scales is not None else (w.values.dtype,)
+    if not isinstance(x, torch.Tensor) or x.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"x: expected dtype {names}, got {got}")
+    if x.ndim < 1 or x.shape[-1] != cols:
+        raise ValueError(f"x: expected shape [..., {cols}], got {list(x.shape)}")
+    require_device("x", x, w.values)
+    rows = rows_of(x)
+    check_bias(bias, outputs, w.values)
+    refuse_grad(x, "x")
+    refuse_grad(bias, "bias")
+    at = place or Place.of(x)
+    tokens = rows.shape[0]
+    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+    if tokens == 0 or outputs == 0:
+        return out
+    scales = None
+    if w.scales is not None:
+        rows, scales = quantize(at, rows, DYNAMIC)
+    elif rows.data_ptr() % 16 or rows.stride(0) % 8:
+        rows = torch.nn.functional.pad(rows, (0, -cols % 8)).contiguous()
+    if most is None:
+        most = blocks_per_item(sum(w.counts), len(w.counts), tokens, at.kernels.multiprocessors(at.device))
+    items, slots = w.items(most)
+    needed = at.kernels.block_sparse_workspace(tokens, slots, w.block[0])
+    workspace = torch.empty(needed, dtype=torch.uint8, device=x.device) if needed else None
+
+    def address(t: torch.Tensor | None) -> int:
+        return 0 if t is None else t.data_ptr()
+
+    at.kernels.block_sparse_product(
+        (
+            w.values.data_ptr(),
+            w.columns.data_ptr(),
+            str(w.values.dtype).removeprefix("torch."),
+            *w.block,
+            outputs,
+            cols,
+        ),
+        items.data_ptr(),
+        items.shape[0],
+        slots,
+        rows.data_ptr(),
+        tokens,
+        rows.stride(0),
+        address(scales),
+        address(w.scales),
+        address(bias),
+        activation or "",
+        str(x.dtype).removeprefix("torch."),
+        out.data_ptr(),
+        outputs,
+        address(workspace),
+        at.device,
+        at.stream,
+    )
+    return out
