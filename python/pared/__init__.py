@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pared._format import FormatError
     from pared._info import isa, kernels
     from pared._io import load, save
+    from pared._levels import Levels, levels
     from pared._report import Report, report
     from pared._search import search_budget
     from pared._surgery import restore
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 # module `pared.report` would hide the function.
 _LAZY: dict[str, str] = {
     "FormatError": "pared._format",
+    "Levels": "pared._levels",
     "Pruner": "pared.pruning",
     "Report": "pared._report",
     "accelerate": "pared._accelerate",
@@ -37,6 +39,7 @@ _LAZY: dict[str, str] = {
     "evaluate": "pared._evaluate",
     "isa": "pared._info",
     "kernels": "pared._info",
+    "levels": "pared._levels",
     "load": "pared._io",
     "prune": "pared.pruning",
     "prune_channels": "pared.pruning",
@@ -51,6 +54,7 @@ _SUBMODULES = ("callbacks", "nn", "ops", "quant", "schedules", "training")
 
 __all__ = [
     "FormatError",
+    "Levels",
     "Pruner",
     "Report",
     "accelerate",
@@ -59,6 +63,7 @@ __all__ = [
     "evaluate",
     "isa",
     "kernels",
+    "levels",
     "load",
     "nn",
     "ops",

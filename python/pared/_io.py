@@ -83,8 +83,10 @@ def save(model: torch.nn.Module, path: Path, *, overwrite: bool = True) -> None:
         raise TypeError(
             "model: expected an uncompiled module, got one from torch.compile: save the one inside"
         )
+    from pared._levels import Levels, collect_levels  # which imports this module
+
     writer = Writer()
-    about = _collect(model, writer)
+    about = collect_levels(model, writer) if isinstance(model, Levels) else _collect(model, writer)
     with _writing(path, overwrite) as file:
         writer.write(file, about)
 
@@ -123,6 +125,10 @@ def load(path: Path, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> 
     """
     with _reading(path) as file:
         reader = Reader(file)
+        if "levels" in reader.about:
+            from pared._levels import load_levels
+
+            return load_levels(reader, model)
         about = _About.parse(reader)
         module = _architecture(model)
         if about.layers or about.report:
