@@ -14,6 +14,7 @@ namespace pared {
 namespace {
 
 constexpr int64_t kStripWords = 16 * 1024;      // of planes that are transposed to pixels: they stay in L2
+constexpr int64_t kFewChannels = 32;            // of a pixel: less than two vectors
 constexpr int64_t kGrain = 1 << 15;             // elements that are worth a task
 constexpr uint32_t kInfinityBits = 0x7f800000;  // and above: not finite
 
@@ -40,6 +41,8 @@ ConvFrame::ConvFrame(const ConvArgs& a, const PackedHeader& h)
   pixel_words_ =
       words <= kPanelGroup ? words : static_cast<int64_t>(round_up(words, kPanelGroup)) | kPanelGroup;
   taps_touch_ = a.dilation_w == 1 && pixel_words_ == group_words_;
+  read_rows_.assign(a.stride_h, false);
+  for (int64_t i = 0; i < h.kh; ++i) read_rows_[i * a.dilation_h % a.stride_h] = true;
 }
 
 int64_t ConvFrame::unit(int64_t u, int64_t* run) const {
@@ -118,16 +121,32 @@ uint32_t ConvFrame::quantize_rows(const char* image, float scale, const Activati
   const auto pixels = [&](int64_t y, int64_t x0, int64_t count, uint8_t* to) {
     uint32_t bits = 0;
     if (a_.layout == ImageLayout::nhwc) {
-      thread_local Scratch memory;
-      float* scales = memory.get<float>(count);
       const char* x = image + (y * a_.width + x0) * a_.pixel_stride * element;
-      for (int64_t g = 0; g < groups_; ++g) {
-        rows({x + g * channels_ * element, a_.pixel_stride, a_.dtype, static_cast<int32_t>(count),
-              static_cast<int32_t>(channels_), scale, range.zero, range.low, range.high,
-              to + g * group_words_ * kInt8Unit, pixel_bytes, scales});
-        for (int64_t i = 0; i < count; ++i)
+      const auto quantise = [&](const void* from, int64_t stride, int64_t some, int64_t length, uint8_t* out,
+                                int64_t out_stride) {
+        thread_local Scratch memory;
+        float* scales = memory.get<float>(some);
+        rows({from, stride, a_.dtype, static_cast<int32_t>(some), static_cast<int32_t>(length), scale,
+              range.zero, range.low, range.high, out, out_stride, scales});
+        for (int64_t i = 0; i < some; ++i)
           if (std::isnan(scales[i])) bits = kInfinityBits;
+      };
+      const int64_t elements = count * channels_;
+      if (groups_ == 1 && a_.pixel_stride == channels_ && channels_ < kFewChannels) {
+        // A pixel is less than a vector: quantised as one row, and spread where it does not fill its words.
+        const bool fills = channels_ == pixel_words_ * kInt8Unit;
+        thread_local Scratch memory;
+        auto* flat = fills ? to : memory.get<uint8_t>(round_up(elements, kInt8Unit));
+        quantise(x, elements, 1, elements, flat, 0);
+        for (int64_t i = 0; i < (fills ? 0 : count); ++i) {
+          std::memset(to + i * pixel_bytes, 0, pixel_bytes);
+          std::memcpy(to + i * pixel_bytes, flat + i * channels_, channels_);
+        }
+        return bits;
       }
+      for (int64_t g = 0; g < groups_; ++g)
+        quantise(x + g * channels_ * element, a_.pixel_stride, count, channels_,
+                 to + g * group_words_ * kInt8Unit, pixel_bytes);
       return bits;
     }
     thread_local Scratch memory;
@@ -166,6 +185,7 @@ uint32_t ConvFrame::quantize_rows(const char* image, float scale, const Activati
     uint32_t bits = 0;
     for (int64_t t = t0; t < t1; ++t) {
       const int64_t p = t / strips;  // row of the padded image
+      if (!read_rows_[p % a_.stride_h]) continue;
       uint8_t* row = bytes + (p % a_.stride_h * rows_ + p / a_.stride_h) * pitch * pixel_bytes;
       if (flat) {
         const int64_t x = t % strips * strip;

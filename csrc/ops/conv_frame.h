@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "formats/int8.h"
 #include "ops/conv.h"
@@ -16,9 +17,9 @@ class ConvFrame {
   ConvFrame(const ConvArgs& args, const PackedHeader& h);
 
   // Quantises image n into `words`, this->words() of them, the padding included, and returns its scale: NaN
-  // for an image that holds a NaN or an infinity. Dynamic: one scale an image, s = max|x| / 127, and 0 for an
-  // image that counts as zero; static: the given one. u = clamp(round(x * (1 / s)) + zero, low, high), to the
-  // nearest even integer.
+  // for an image that holds a NaN or an infinity (static: in a row that a tap reads). Dynamic: one scale an
+  // image, s = max|x| / 127, and 0 for an image that counts as zero; static: the given one. u = clamp(round(x
+  // * (1 / s)) + zero, low, high), to the nearest even integer.
   float quantize(int64_t n, const ActivationRange& range, uint32_t* words) const;
 
   int64_t words() const { return a_.stride_h * rows_ * pitch_ * pixel_words_; }
@@ -38,7 +39,8 @@ class ConvFrame {
 
   const ConvArgs& a_;
   int64_t kw_, groups_, channels_, group_words_, row_units_, rows_, pitch_, pixel_words_;
-  bool taps_touch_;  // the taps of a kernel row lie behind each other
+  bool taps_touch_;              // the taps of a kernel row lie behind each other
+  std::vector<bool> read_rows_;  // by remainder of the stride: whether a tap reads them
 };
 
 }  // namespace pared
