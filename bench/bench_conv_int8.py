@@ -50,11 +50,17 @@ def block_pruned(layer: Layer, block: tuple[int, int] | None, sparsity: float) -
     return w * mask[:, :c]
 
 
+def filter_scales(w: torch.Tensor) -> torch.Tensor:
+    """Steps of 127 to a filter's largest weight; any where all are zero, that its bias can be counted in."""
+    most = w.abs().amax((1, 2, 3))
+    return torch.where(most > 0, most, most.max()) / 127
+
+
 def torch_quantized(
     engine: str, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, layer: Layer, step: float
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """``(with conversions, bare)``: torch's int8 convolution on channels-last images."""
-    scales = w.abs().amax((1, 2, 3)).clamp(min=1e-6).double() / 127
+    scales = filter_scales(w).double()
     with torch_engine(engine), quiet():
         q = torch.quantize_per_channel(w, scales, torch.zeros(len(w), dtype=torch.long), 0, torch.qint8)
         pad, stride = [layer.kernel // 2] * 2, [layer.stride] * 2
@@ -77,7 +83,7 @@ def onnx_conv(
     """QuantizeLinear, QLinearConv with a scale a filter, DequantizeLinear."""
     onnx, onnxruntime = importlib.import_module("onnx"), importlib.import_module("onnxruntime")
     helper, array = onnx.helper, onnx.numpy_helper.from_array
-    scales = w.abs().amax((1, 2, 3)).clamp(min=1e-6) / 127
+    scales = filter_scales(w)
     values = {
         "sx": torch.tensor(STEP),
         "zx": torch.tensor(ZERO, dtype=torch.uint8),
