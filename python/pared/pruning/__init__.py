@@ -23,6 +23,7 @@ from pared.pruning.criteria import (
 )
 from pared.pruning.distributed import process_group
 from pared.pruning.importance import Criterion, Magnitude, Random, Statistics
+from pared.pruning.linears import as_linears
 from pared.pruning.oneshot import prune
 from pared.pruning.pruner import Pruner
 from pared.pruning.reconstruct import OBC, SparseGPT
@@ -58,6 +59,7 @@ __all__ = [
     "Taylor",
     "Wanda",
     "WoodFisher",
+    "as_linears",
     "process_group",
     "prune",
     "prune_channels",
