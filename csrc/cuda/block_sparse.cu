@@ -80,12 +80,16 @@ __device__ bool reduce_parts(const BlockSparseProduct& p, const BlockItem& item,
 #pragma unroll
     for (int n = 0; n < T::kMmaN; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        Sum sum = 0;
-        for (int s = 0; s < item.parts; ++s)
-          sum += __ldcg(part_at(s) + ((m * T::kMmaN + n) * 4 + i) * T::kThreads);
-        sums[m][n][i] = sum;
-      }
+      for (int i = 0; i < 4; ++i) sums[m][n][i] = 0;
+  for (int s = 0; s < item.parts; ++s) {
+    const Sum* in = part_at(s);
+#pragma unroll
+    for (int m = 0; m < T::kMmaM; ++m)
+#pragma unroll
+      for (int n = 0; n < T::kMmaN; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[m][n][i] += __ldcg(in + ((m * T::kMmaN + n) * 4 + i) * T::kThreads);
+  }
   return true;
 }
 
