@@ -6,9 +6,8 @@
 #include "bindings/cuda_register.h"
 #include "core/check.h"
 #include "cuda/device.h"
-#include "cuda/mask_plan.h"
+#include "cuda/select.h"
 #include "cuda/self_check.h"
-#include "cuda/threshold_mask.h"
 
 #ifdef PARED_CUDA_EMULATED
 #include "cuda/emulate/faults.h"
@@ -22,7 +21,49 @@ namespace {
 DType parse_dtype(const std::string& name) {
   for (DType t : {DType::f32, DType::f16, DType::bf16})
     if (name == dtype_name(t)) return t;
-  throw TypeError(str("x: expected dtype float32 or float16 or bfloat16, got ", name));
+  throw TypeError(str("dtype: expected float32 or float16 or bfloat16, got ", name));
+}
+
+SelectKey parse_key(const std::string& name) {
+  if (name == "abs") return SelectKey::abs;
+  if (name == "identity") return SelectKey::identity;
+  if (name == "square") return SelectKey::square;
+  if (name == "abs_mul") return SelectKey::product;
+  throw ValueError(str("key: expected one of abs, identity, square, abs_mul, got '", name, "'"));
+}
+
+// w, n, dtype, key, g, period, g_dtype, mask: as cuda::SelectMember.
+using MemberTuple =
+    std::tuple<uintptr_t, int64_t, std::string, std::string, uintptr_t, int64_t, std::string, uintptr_t>;
+
+cuda::SelectMember member(const MemberTuple& t) {
+  const auto& [w, n, dtype, key, g, period, g_dtype, mask] = t;
+  const cuda::SelectMember m = {
+      reinterpret_cast<const void*>(w), n,      parse_dtype(dtype),   parse_key(key),
+      reinterpret_cast<const void*>(g), period, parse_dtype(g_dtype), reinterpret_cast<uint8_t*>(mask)};
+  PARED_CHECK(n >= 0 && period >= 0, "members: expected non-negative sizes, got ", n, " and ", period);
+  PARED_CHECK(w % dtype_size(m.dtype) == 0, "members: expected memory aligned to its element size");
+  PARED_CHECK(n == 0 || (w && (g || m.key != SelectKey::product)),
+              "members: expected device memory, got null");
+  return m;
+}
+
+cuda::SelectPlan plan(const std::vector<int64_t>& sizes, int64_t k, int multiprocessors) {
+  int64_t elements = 0, tiles = 0;
+  for (int64_t n : sizes) {
+    elements += n;
+    tiles += (n + cuda::kSelectTile - 1) / cuda::kSelectTile;
+  }
+  PARED_CHECK(k >= 1 && k <= elements, "k: expected 1 to ", elements, ", got ", k);
+  return cuda::plan_select(static_cast<int64_t>(sizes.size()), elements, tiles, k, multiprocessors);
+}
+
+cuda::SelectPlan plan(const std::vector<int64_t>& sizes, int64_t k, int device, uintptr_t workspace,
+                      int64_t bytes) {
+  const cuda::SelectPlan p = plan(sizes, k, cuda::multiprocessors(device));
+  PARED_CHECK(workspace && workspace % 256 == 0 && bytes >= p.bytes, "workspace: expected ", p.bytes,
+              " aligned bytes, got ", bytes);
+  return p;
 }
 
 }  // namespace
@@ -80,30 +121,99 @@ PYBIND11_MODULE(PARED_CUDA_MODULE, m, py::mod_gil_not_used()) {
       },
       py::arg("name"), py::arg("a"), py::arg("b"), py::arg("c"), py::arg("device"), py::arg("stream"));
   m.def(
-      "threshold_mask",
-      [](uintptr_t x, const std::string& dtype, int64_t n, uintptr_t threshold, uintptr_t mask, int device,
-         uintptr_t stream) {
-        const DType type = parse_dtype(dtype);
-        PARED_CHECK(n >= 0, "n: expected a non-negative size, got ", n);
-        PARED_CHECK(x % dtype_size(type) == 0, "x: expected memory aligned to its element size");
-        PARED_CHECK(n == 0 || (x && threshold && mask),
-                    "x, threshold, mask: expected device memory, got null");
-        py::gil_scoped_release unlocked;  // a launch waits when the stream's queue is full
-        cuda::threshold_mask({reinterpret_cast<const void*>(x), type, n,
-                              reinterpret_cast<const float*>(threshold), reinterpret_cast<uint8_t*>(mask)},
-                             device, reinterpret_cast<cudaStream_t>(stream));
+      "select_workspace",
+      [](const std::vector<int64_t>& sizes, int64_t k, int device) {
+        return plan(sizes, k, cuda::multiprocessors(device)).bytes;
       },
-      py::arg("x"), py::arg("dtype"), py::arg("n"), py::arg("threshold"), py::arg("mask"), py::arg("device"),
-      py::arg("stream"));
+      py::arg("sizes"), py::arg("k"), py::arg("device"), "Bytes of workspace that select() needs.");
+  // One selection is up to three calls with the same sizes, k and workspace.
   m.def(
-      "plan_mask",
-      [](uintptr_t x, uintptr_t mask, int64_t n, int item_bytes, int multiprocessors) {
-        const cuda::MaskPlan p = cuda::plan_mask(x, mask, n, item_bytes, multiprocessors);
-        return py::make_tuple(p.head, p.vectors, p.tail, p.wide_stores, p.blocks);
+      "select_threshold",
+      [](const std::vector<MemberTuple>& members, int64_t k, uintptr_t workspace, int64_t workspace_bytes,
+         uintptr_t value, uintptr_t counts, int device, uintptr_t stream) {
+        std::vector<cuda::SelectMember> list;
+        std::vector<int64_t> sizes;
+        for (const MemberTuple& t : members) sizes.push_back(list.emplace_back(member(t)).n);
+        const cuda::SelectPlan p = plan(sizes, k, device, workspace, workspace_bytes);
+        PARED_CHECK(value && counts, "value, counts: expected device memory, got null");
+        py::gil_scoped_release unlocked;  // a launch waits when the stream's queue is full
+        cuda::select_threshold(list, p, k, reinterpret_cast<void*>(workspace),
+                               {reinterpret_cast<float*>(value), reinterpret_cast<int64_t*>(counts)}, device,
+                               reinterpret_cast<cudaStream_t>(stream));
       },
-      py::arg("x"), py::arg("mask"), py::arg("n"), py::arg("item_bytes"), py::arg("multiprocessors"),
-      "Launch configuration (head, vectors, tail, wide_stores, blocks); for the tests, no device is "
-      "touched.");
+      py::arg("members"), py::arg("k"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("value"),
+      py::arg("counts"), py::arg("device"), py::arg("stream"),
+      "members: (w, n, dtype, key, g, period, g_dtype, mask); counts: above, ties, equal, nans.");
+  m.def(
+      "select_mask",
+      [](const std::vector<int64_t>& sizes, int64_t k, uintptr_t workspace, int64_t workspace_bytes,
+         int device, uintptr_t stream) {
+        const cuda::SelectPlan p = plan(sizes, k, device, workspace, workspace_bytes);
+        py::gil_scoped_release unlocked;
+        cuda::select_mask(p, reinterpret_cast<void*>(workspace), device,
+                          reinterpret_cast<cudaStream_t>(stream));
+      },
+      py::arg("sizes"), py::arg("k"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("device"),
+      py::arg("stream"), "Fills the masks of the members.");
+  m.def(
+      "select_compact",
+      [](int64_t size, int64_t k, uintptr_t workspace, int64_t workspace_bytes, uintptr_t keys,
+         uintptr_t indices, int device, uintptr_t stream) {
+        const cuda::SelectPlan p = plan({size}, k, device, workspace, workspace_bytes);
+        PARED_CHECK(keys && indices, "keys, indices: expected device memory, got null");
+        py::gil_scoped_release unlocked;
+        cuda::select_compact(p, reinterpret_cast<void*>(workspace), reinterpret_cast<int32_t*>(keys),
+                             reinterpret_cast<int64_t*>(indices), device,
+                             reinterpret_cast<cudaStream_t>(stream));
+      },
+      py::arg("size"), py::arg("k"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("keys"),
+      py::arg("indices"), py::arg("device"), py::arg("stream"),
+      "Keys (int32) and indices of what the mask of the one member selects, in order of the index.");
+  m.def(
+      "select_rows",
+      [](uintptr_t w, int64_t rows, int64_t cols, int64_t stride, const std::string& dtype,
+         const std::string& key, uintptr_t g, int64_t g_stride, const std::string& g_dtype, int64_t k,
+         uintptr_t mask, uintptr_t nans, int device, uintptr_t stream) {
+        PARED_CHECK(rows >= 0 && cols >= 0 && cols < (int64_t{1} << 31),
+                    "cols: expected rows of less than 2**31, got ", cols);
+        PARED_CHECK(k >= 0 && k <= cols, "k: expected 0 to ", cols, ", got ", k);
+        const cuda::SelectRowsArgs a = {reinterpret_cast<const void*>(w),
+                                        rows,
+                                        cols,
+                                        stride,
+                                        parse_dtype(dtype),
+                                        parse_key(key),
+                                        reinterpret_cast<const void*>(g),
+                                        g_stride,
+                                        parse_dtype(g_dtype),
+                                        k,
+                                        reinterpret_cast<uint8_t*>(mask),
+                                        reinterpret_cast<int64_t*>(nans)};
+        PARED_CHECK(rows * cols == 0 || (w && mask && (g || a.key != SelectKey::product)),
+                    "w, g, mask: expected device memory, got null");
+        py::gil_scoped_release unlocked;
+        cuda::select_mask_rows(a, device, reinterpret_cast<cudaStream_t>(stream));
+      },
+      py::arg("w"), py::arg("rows"), py::arg("cols"), py::arg("stride"), py::arg("dtype"), py::arg("key"),
+      py::arg("g"), py::arg("g_stride"), py::arg("g_dtype"), py::arg("k"), py::arg("mask"), py::arg("nans"),
+      py::arg("device"), py::arg("stream"));
+  m.def(
+      "plan_select",
+      [](const std::vector<int64_t>& sizes, int64_t k, int multiprocessors) {
+        const cuda::SelectPlan p = plan(sizes, k, multiprocessors);
+        py::dict d;
+        d["elements"] = p.elements;
+        d["tiles"] = p.tiles;
+        d["sample"] = p.sample;
+        d["hi_rank"] = p.hi_rank;
+        d["lo_rank"] = p.lo_rank;
+        d["capacity"] = p.capacity;
+        d["blocks"] = p.blocks;
+        d["bytes"] = p.bytes;
+        return d;
+      },
+      py::arg("sizes"), py::arg("k"), py::arg("multiprocessors"),
+      "What the host decides; no device is touched.");
 }
 
 }  // namespace pared

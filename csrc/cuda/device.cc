@@ -1,6 +1,8 @@
 #include "cuda/device.h"
 
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 
 #include "core/check.h"
@@ -10,8 +12,21 @@ namespace pared::cuda {
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // a launch error stays set and would be blamed on the next call
+  // From here on what a kernel does when it runs, not what is wrong with a call.
+  const bool late = static_cast<int>(status) >= 700 && !synchronous();
   throw std::runtime_error(str(what, ": CUDA error ", static_cast<int>(status), " (",
-                               cudaGetErrorName(status), "): ", cudaGetErrorString(status)));
+                               cudaGetErrorName(status), "): ", cudaGetErrorString(status),
+                               late ? "; it may come from a kernel that was started before, which "
+                                      "PARED_CUDA_SYNC=1 in the environment names"
+                                    : ""));
+}
+
+bool synchronous() {
+  static const bool set = [] {
+    const char* value = std::getenv("PARED_CUDA_SYNC");
+    return value && std::strcmp(value, "1") == 0;
+  }();
+  return set;
 }
 
 DeviceGuard::DeviceGuard(int device, const char* what) {

@@ -11,6 +11,10 @@ namespace pared::cuda {
 // Throws std::runtime_error "<what>: CUDA error <number> (<name>): <text>" unless status is success.
 void check(cudaError_t status, const char* what);
 
+// PARED_CUDA_SYNC=1: every launch waits for its end, so that a kernel's own failure is an error of its own
+// call. Otherwise the next call that asks the device meets it, and says so.
+bool synchronous();
+
 // Makes `device` current for one call and the caller's device current again afterwards.
 class DeviceGuard {
  public:

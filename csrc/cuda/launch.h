@@ -37,6 +37,7 @@ void launch(const char* name, void (*kernel)(Parameters...), const LaunchPlan& p
   config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
   check(cudaGetLastError(), name);
+  if (synchronous()) check(cudaStreamSynchronize(stream), name);
 #endif
 }
 

@@ -6,5 +6,7 @@ set(PARED_CUDA_SOURCES
   int8_product.cu
   int8_quantize.cu
   self_check.cu
-  threshold_mask.cu)
+  select_mask.cu
+  select_rows.cu
+  select_threshold.cu)
 list(TRANSFORM PARED_CUDA_SOURCES PREPEND ${CMAKE_CURRENT_LIST_DIR}/)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pared.ops._arrays import is_torch
 
 if TYPE_CHECKING:
     import torch
@@ -70,50 +72,43 @@ def status() -> str:
     return ", ".join(lines)
 
 
-def threshold_mask(x: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """``abs(x) > threshold`` in one pass on `x`'s device, on torch's current stream; nothing waits.
+class Place(NamedTuple):
+    """Where an operation runs: the extension, a device's index, and torch's current stream there."""
 
-    Parameters
-    ----------
-    x : CUDA tensor of float32, float16 or bfloat16, contiguous, any shape.
-    threshold : float32, one element, on the same device: its value is read when the kernel runs.
+    module: Any
+    device: int
+    stream: int
 
-    Returns
-    -------
-    bool tensor of `x`'s shape. NaN is not above anything, and nothing is above a NaN threshold.
 
-    Raises
-    ------
-    TypeError, ValueError : naming the argument, what was expected and what came.
-    RuntimeError : when the CUDA part is missing or cannot run on this device.
-    """
+# The tests put the emulated kernels here, and CPU tensors then stand for CUDA tensors.
+_emulated: Any = None
+
+
+def is_device_tensor(x: object) -> bool:
+    """Whether the CUDA part is responsible for `x`. Never imports torch."""
+    return is_torch(x) and (x.is_cuda or (_emulated is not None and x.device.type == "cpu"))
+
+
+def place_of(x: torch.Tensor) -> Place:
+    """The place of a device tensor. Raises ``RuntimeError`` as `kernels` does."""
     import torch
 
-    for name, t in (("x", x), ("threshold", threshold)):
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{name}: expected a CUDA tensor, got {type(t).__name__}")
-        if not t.is_cuda:
-            raise TypeError(f"{name}: expected a CUDA tensor, got one on {t.device}")
-        if not t.is_contiguous():
-            raise ValueError(f"{name}: expected contiguous memory, got strides {tuple(t.stride())}")
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"x: expected dtype float32 or float16 or bfloat16, got {x.dtype}")
-    if threshold.dtype != torch.float32 or threshold.numel() != 1:
-        raise TypeError(
-            f"threshold: expected one float32 element, got {threshold.dtype} {list(threshold.shape)}"
-        )
-    if threshold.device != x.device:
-        raise ValueError(f"threshold: expected a tensor on {x.device}, got one on {threshold.device}")
-    device = x.device.index
-    module = kernels(device)
-    mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-    module.threshold_mask(
-        x.data_ptr(),
-        str(x.dtype).removeprefix("torch."),
-        x.numel(),
-        threshold.data_ptr(),
-        mask.data_ptr(),
-        device,
-        torch._C._cuda_getCurrentRawStream(device),
-    )
-    return mask
+    if _emulated is not None:
+        return Place(_emulated, 0, 0)
+    index = x.device.index
+    return Place(kernels(index), index, torch._C._cuda_getCurrentRawStream(index))
+
+
+def require_device(x: object, name: str, device: torch.device) -> None:
+    """Raise ``TypeError`` unless `x` is a tensor, ``ValueError`` unless it is on `device`."""
+    if not is_torch(x):
+        raise TypeError(f"{name}: expected a torch tensor on {device}, got {type(x).__name__}")
+    if x.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
+
+
+def capturing() -> bool:
+    """Whether torch's current stream is being captured into a CUDA graph: nothing may wait then."""
+    import torch
+
+    return _emulated is None and torch.cuda.is_current_stream_capturing()

@@ -11,12 +11,47 @@ ARCHITECTURES: str
 def device_count() -> int: ...
 def device_info(device: int) -> _DeviceInfo: ...
 def self_check(name: str, a: int, b: int, c: int, device: int, stream: int) -> None: ...
-def threshold_mask(
-    x: int, dtype: str, n: int, threshold: int, mask: int, device: int, stream: int
+def select_workspace(sizes: list[int], k: int, device: int) -> int: ...
+def select_threshold(
+    members: list[tuple[int, int, str, str, int, int, str, int]],
+    k: int,
+    workspace: int,
+    workspace_bytes: int,
+    value: int,
+    counts: int,
+    device: int,
+    stream: int,
 ) -> None: ...
-def plan_mask(
-    x: int, mask: int, n: int, item_bytes: int, multiprocessors: int
-) -> tuple[int, int, int, bool, int]: ...
+def select_mask(
+    sizes: list[int], k: int, workspace: int, workspace_bytes: int, device: int, stream: int
+) -> None: ...
+def select_compact(
+    size: int,
+    k: int,
+    workspace: int,
+    workspace_bytes: int,
+    keys: int,
+    indices: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def select_rows(
+    w: int,
+    rows: int,
+    cols: int,
+    stride: int,
+    dtype: str,
+    key: str,
+    g: int,
+    g_stride: int,
+    g_dtype: str,
+    k: int,
+    mask: int,
+    nans: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def plan_select(sizes: list[int], k: int, multiprocessors: int) -> dict[str, int]: ...
 
 INT8_ALIGN: int
 INT8_TILES: tuple[tuple[int, int], ...]

@@ -463,16 +463,19 @@ void collective(const char* kind, uint32_t mask, void* operands, void (*complete
   self->mask = mask;
   self->operands = operands;
   self->where = where;
+  const auto here = [&](int i) {
+    if (first + i >= m.threads) fail(str(kind, ": lane ", i, " of the mask does not exist"), where);
+    const Fiber* f = m.fibers[first + i].get();
+    return f == self || (f->state == State::warp && f->kind == kind && f->mask == mask &&
+                         f->where.line == where.line && std::strcmp(f->where.file, where.file) == 0);
+  };
+  // The ends first: in order or in reverse, the last to come is one of them.
+  if (!here(31 - __builtin_clz(mask)) || !here(__builtin_ctz(mask))) return m.wait(State::warp, where);
   void* all[32] = {};
   for (int i = 0; i < 32; ++i) {
     if (!(mask >> i & 1)) continue;
-    if (first + i >= m.threads) fail(str(kind, ": lane ", i, " of the mask does not exist"), where);
-    const Fiber* f = m.fibers[first + i].get();
-    const bool here =
-        f == self || (f->state == State::warp && f->kind == kind && f->mask == mask &&
-                      f->where.line == where.line && std::strcmp(f->where.file, where.file) == 0);
-    if (!here) return m.wait(State::warp, where);
-    all[i] = f->operands;
+    if (!here(i)) return m.wait(State::warp, where);
+    all[i] = m.fibers[first + i]->operands;
   }
   complete(all, mask);
   for (int i = 0; i < 32; ++i)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import numpy as np
 
-from pared import _core
+from pared import _core, _cuda
 from pared._types import Array
 from pared.ops._arrays import empty_like_kind, is_torch, refuse_grad, require_array
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Threshold", "block_mask", "nm_mask", "select_threshold", "topk", "topk_mask"]
 
@@ -24,11 +27,13 @@ class Threshold(NamedTuple):
         float32. Infinity when k is 0; NaN when ``nan="lowest"`` and k reaches into the NaNs.
     above : how many keys are strictly greater.
     ties : how many of the keys equal to `value` are selected: ``k - above``, those of the lowest index.
+
+    Of CUDA tensors the three are 0-d tensors on the device (float32, int64, int64): nothing has waited.
     """
 
-    value: float
-    above: int
-    ties: int
+    value: Any
+    above: Any
+    ties: Any
 
 
 def select_threshold(
@@ -66,11 +71,20 @@ def select_threshold(
 
     Notes
     -----
+    On CUDA the selection is enqueued on torch's current stream and nothing waits, so that a CUDA graph can
+    hold it, but for ``nan="raise"``, which has to look and is refused while a graph is captured. The sign of
+    `col_scale` is not looked at.
+
     -0.0 equals 0.0. One read of the data: a sample brackets the rank, one pass counts what is above the
     bracket and gathers the few keys inside, which are then selected from exactly; the idea goes back to Floyd
     and Rivest, "Expected time bounds for selection" (CACM 18, 1975).
     """
     tensors, many = _tensors(scores, "scores")
+    if _on_device(tensors):
+        from pared import _cuda_selection
+
+        factors = _factors(other, col_scale, many)
+        return Threshold(*_cuda_selection.threshold(tensors, _int(k, "k"), key, *factors, nan, many))
     d = _core.select_threshold(tensors, _int(k, "k"), key, *_factors(other, col_scale, many), nan, many)
     return Threshold(d["value"], d["above"], d["ties"])
 
@@ -135,6 +149,12 @@ def topk_mask(
     if dim not in (None, 1):
         raise ValueError(f"dim: expected None or 1, got {dim!r}")
     masks = _masks(tensors, out, many)
+    if _on_device(tensors):
+        from pared import _cuda_selection
+
+        fill = _cuda_selection.mask if dim is None else _cuda_selection.mask_rows
+        fill(tensors, _int(k, "k"), key, *_factors(other, col_scale, many), nan, many, masks)
+        return masks if many else masks[0]
     run = _core.topk_mask if dim is None else _core.topk_mask_rows
     run(tensors, _int(k, "k"), key, *_factors(other, col_scale, many), nan, many, masks, out is None)
     return masks if many else masks[0]
@@ -167,6 +187,12 @@ def topk(
         raise ValueError(f"x: expected one dimension, got shape {list(x.shape)}")
     if not 0 <= count <= x.shape[0]:
         raise ValueError(f"k: expected 0 to {x.shape[0]} (the number of elements), got {count}")
+    if _on_device([x]):
+        from pared import _cuda_selection
+
+        return _cuda_selection.topk(
+            cast("torch.Tensor", x), count, key, cast("torch.Tensor | None", other), nan
+        )
     values = empty_like_kind(x, (count,))
     indices = empty_like_kind(x, (count,), _int64_of(x))
     _core.topk(x, count, key, None if other is None else [other], nan, values, indices)
@@ -324,6 +350,11 @@ def _tensors(x: Any, name: str) -> tuple[list[Any], bool]:
     for i, t in enumerate(tensors):
         require_array(t, f"{name}[{i}]" if many else name)
     return tensors, many
+
+
+def _on_device(tensors: list[Any]) -> bool:
+    """Whether a selection is the CUDA part's."""
+    return any(_cuda.is_device_tensor(t) for t in tensors)
 
 
 def _factors(other: Any, col_scale: Any, many: bool) -> tuple[list[Any] | None, list[Any] | None]:

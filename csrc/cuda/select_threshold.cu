@@ -1,0 +1,321 @@
+#include "core/check.h"
+#include "cuda/device.h"
+#include "cuda/launch.h"
+#include "cuda/select_device.h"
+
+namespace pared::cuda {
+namespace {
+
+using Count = unsigned long long;
+
+// ---- the first launches: the table of members, a part a launch because parameters are what a graph keeps
+
+struct TablePart {
+  Member members[kTablePart];
+};
+
+__global__ void __launch_bounds__(kSelectThreads)
+    select_begin_kernel(Workspace ws, const TablePart part, int64_t first, int count) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < count) ws.table[first + thread] = part.members[thread];
+  if (first != 0) return;
+  for (int i = thread; i < kSelectPasses * kSelectBins; i += kSelectThreads) ws.bins[i] = 0;
+  if (thread == 0) *ws.state = SelectState{};
+}
+
+// ---- the sample
+
+__device__ uint32_t mix(uint64_t i) {  // as ops/topk_keys.h
+  i = (i + 0x9e3779b97f4a7c15u) * 0xff51afd7ed558ccdu;
+  i = (i ^ (i >> 33)) * 0xc4ceb9fe1a85ec53u;
+  return static_cast<uint32_t>((i ^ (i >> 33)) >> 16);
+}
+// Somewhere in the i-th of kSelectSample equal stretches of n elements.
+__device__ int64_t sample_position(int64_t i, int64_t n) {
+  const uint64_t jitter = mix(static_cast<uint64_t>(i)), un = static_cast<uint64_t>(n);
+  const uint64_t offset = jitter * (un >> 32) + (jitter * (un & 0xffffffffu) >> 32);  // jitter * n / 2^32
+  return static_cast<int64_t>((static_cast<uint64_t>(i) * un + offset) / kSelectSample);
+}
+
+struct SampleShared {
+  uint32_t bins[kSelectBins];
+  PickScratch<kSampleThreads, uint32_t> pick;
+};
+struct Ranked {
+  int32_t key;
+  uint32_t above, equal;
+};
+
+// The rank-th largest of the keys that the block's threads hold.
+__device__ Ranked block_select(const int32_t (&keys)[kSampleEach], uint32_t rank, SampleShared& s) {
+  uint32_t base = 0, last = 0xffffffffu, above = 0;
+  while (true) {
+    const int shift = digit_shift(base, last);
+    for (int i = static_cast<int>(threadIdx.x); i < kSelectBins; i += kSampleThreads) s.bins[i] = 0;
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kSampleEach; ++j) {
+      const uint32_t u = ordered(keys[j]) - base;
+      if (u <= last - base) count_bin(s.bins, u >> shift);
+    }
+    __syncthreads();
+    const Picked<uint32_t> p = pick_bin<kSampleThreads>(s.bins, rank, s.pick);
+    rank -= p.above;
+    above += p.above;
+    narrow(base, last, p.bin, shift);
+    if (shift == 0) return {from_ordered(base), above, p.count};
+  }
+}
+
+__device__ void write_result(const SelectState& s, Count above, const SelectResult& result) {
+  *result.value = key_value(s.key);
+  result.counts[0] = static_cast<int64_t>(above);
+  result.counts[1] = static_cast<int64_t>(s.ties);
+  result.counts[2] = static_cast<int64_t>(s.equal);
+  result.counts[3] = static_cast<int64_t>(s.nans);
+}
+
+// By one thread: the threshold is known.
+__device__ void settle(SelectState& s, int32_t key, Count above, Count equal, Count k,
+                       const SelectResult& result) {
+  s.key = key;
+  s.equal = equal;
+  s.ties = k - above;
+  s.source = Source::none;
+  write_result(s, above, result);
+}
+
+__global__ void __launch_bounds__(kSampleThreads, 1)
+    select_sample_kernel(Workspace ws, int64_t count, int64_t hi_rank, int64_t lo_rank, SelectResult result) {
+  PARED_SHARED(SampleShared, shared);
+  const int thread = static_cast<int>(threadIdx.x);
+  const bool direct = count == ws.elements;
+  const int64_t i = int64_t{blockIdx.x} * kSampleThreads + thread;
+  if (i < count) {
+    const int64_t at = direct ? i : sample_position(i, ws.elements);
+    const Member m = ws.table[find_member<&Member::first>(ws.table, ws.members, at)];
+    ws.sample[i] = key_at(m, at - m.first);
+  }
+  SelectState& s = *ws.state;
+  if (!last_block(&s.tickets[0])) return;
+
+  int32_t keys[kSampleEach];
+#pragma unroll
+  for (int j = 0; j < kSampleEach; ++j) {
+    const int64_t from = int64_t{j} * kSampleThreads + thread;
+    keys[j] = from < count ? __ldcg(ws.sample + from) : kSelectNone;
+  }
+  if (direct) {
+    uint32_t nans = 0;
+#pragma unroll
+    for (int j = 0; j < kSampleEach; ++j) nans += keys[j] == kSelectNan;
+    nans = warp_sum(nans);
+    if (thread % 32 == 0 && nans) atomicAdd(&s.nans, nans);
+    const Ranked r = block_select(keys, static_cast<uint32_t>(hi_rank), shared);  // barriers after the NaNs
+    if (thread == 0) settle(s, r.key, r.above, r.equal, static_cast<Count>(hi_rank), result);
+    return;
+  }
+  Ranked hi = {INT32_MAX, 0, 0}, lo = {kSelectNone, 0, 0};
+  if (hi_rank >= 1) hi = block_select(keys, static_cast<uint32_t>(hi_rank), shared);
+  if (lo_rank <= count) lo = block_select(keys, static_cast<uint32_t>(lo_rank), shared);
+  if (thread != 0) return;
+  s.ends = max(hi.equal, lo.equal) > count / kSelectHeavy;
+  // Ends that are few are gathered with the rest.
+  s.hi = s.ends || hi.key == INT32_MAX ? hi.key : hi.key + 1;
+  s.lo = s.ends || lo.key == kSelectNone ? lo.key : lo.key - 1;
+}
+
+// ---- the pass over the data
+
+// A warp's keys from inside the bracket, on their way to the workspace: room for what is left below a flush
+// and one step.
+constexpr int kWarps = kSelectThreads / 32, kStepKeys = 32 * kLoadBytes / 2, kStage = 2 * kStepKeys;
+
+struct GatherShared {
+  int32_t keys[kWarps][kStage];
+  uint32_t counts[kWarps];
+};
+
+template <bool kEnds>
+__device__ void gather(const Workspace& ws, GatherShared& shared) {
+  SelectState& s = *ws.state;
+  const int32_t lo = s.lo, hi = s.hi;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  int32_t* const stage = shared.keys[warp];
+  uint32_t* const count = &shared.counts[warp];
+  if (lane == 0) *count = 0;
+  __syncwarp();
+  // A thread sees less than 2^32 keys of a tensor that fits into any memory there is.
+  uint32_t above = 0, at_hi = 0, at_lo = 0, nans = 0;
+  const auto flush = [&] {
+    __syncwarp();
+    const uint32_t n = *count;
+    Count at = 0;
+    if (lane == 0) at = atomicAdd(&s.inside, Count{n});
+    at = __shfl_sync(0xffffffffu, at, 0);
+    for (uint32_t i = lane; i < n; i += 32)
+      if (at + i < static_cast<Count>(ws.capacity)) ws.gathered[at + i] = stage[i];
+    __syncwarp();
+    if (lane == 0) *count = 0;
+    __syncwarp();
+  };
+  for_tiles(ws, [&](const Member& m, int64_t tile) {
+    visit(
+        m, tile,
+        [&](const auto& keys, int64_t) {
+          constexpr int kKeys = sizeof(keys) / sizeof(keys[0]);
+          uint32_t inside = 0;
+#pragma unroll
+          for (int j = 0; j < kKeys; ++j) {
+            above += kEnds ? keys[j] > hi : keys[j] >= hi;
+            nans += keys[j] == kSelectNan;
+            if constexpr (kEnds) {
+              at_hi += keys[j] == hi;
+              at_lo += keys[j] == lo;
+            }
+            inside |= static_cast<uint32_t>(keys[j] > lo && keys[j] < hi) << j;
+          }
+          if (!inside) return;
+          uint32_t at = atomicAdd(count, static_cast<uint32_t>(__popc(inside)));
+#pragma unroll
+          for (int j = 0; j < kKeys; ++j)
+            if (inside >> j & 1) stage[at++] = keys[j];
+        },
+        [&] {
+          // The lane that added last sees all of it.
+          if (__any_sync(0xffffffffu, *count > kStage - kStepKeys)) flush();
+        });
+  });
+  flush();
+  const auto add = [&](Count* to, uint32_t n) {
+    const Count sum = warp_sum(Count{n});
+    if (lane == 0 && sum) atomicAdd(to, sum);
+  };
+  add(&s.above, above);
+  add(&s.nans, nans);
+  if constexpr (kEnds) {
+    add(&s.at_hi, at_hi);
+    add(&s.at_lo, at_lo);
+  }
+}
+
+__global__ void __launch_bounds__(kSelectThreads, kSelectBlocksPerMultiprocessor)
+    select_gather_kernel(Workspace ws, Count k, SelectResult result) {
+  PARED_SHARED(GatherShared, shared);
+  SelectState& s = *ws.state;
+  if (s.ends) gather<true>(ws, shared);
+  else gather<false>(ws, shared);
+  if (!last_block(&s.tickets[1]) || threadIdx.x != 0) return;
+  // With hi == lo all equal keys were counted twice.
+  const Count at_lo = s.lo == s.hi ? 0 : s.at_lo;
+  const Count before_inside = s.above + s.at_hi, before_lo = before_inside + s.inside;
+  const uint32_t hi = ordered(s.hi), lo = ordered(s.lo);
+  const auto search = [&](Source source, uint32_t base, uint32_t last, Count before) {
+    s.source = source;
+    s.base = base;
+    s.last = last;
+    s.before = before;
+    s.rank = k - before;
+  };
+  if (k <= s.above) return search(Source::data, s.ends ? hi + 1 : hi, 0xffffffffu, 0);
+  if (k <= before_inside) return settle(s, s.hi, s.above, s.at_hi, k, result);
+  if (k <= before_lo) {
+    const bool fits = s.inside <= static_cast<Count>(ws.capacity);
+    return search(fits ? Source::gathered : Source::data, lo + 1, hi - 1, before_inside);
+  }
+  if (k <= before_lo + at_lo) return settle(s, s.lo, before_lo, at_lo, k, result);
+  // Without `ends`, keys equal to hi were counted above and those equal to lo not at all.
+  if (s.ends) return search(Source::data, 0, lo - 1, before_lo + at_lo);
+  search(Source::data, 0, lo, before_lo);
+}
+
+// ---- 11 bits of the ordered keys in [base, last]
+
+struct RadixShared {
+  uint32_t bins[kSelectBins];
+  PickScratch<kSelectThreads, Count> pick;
+};
+
+__global__ void __launch_bounds__(kSelectThreads, kSelectBlocksPerMultiprocessor)
+    select_radix_kernel(Workspace ws, int pass, Count k, SelectResult result) {
+  PARED_SHARED(RadixShared, shared);
+  SelectState& s = *ws.state;
+  const Source source = s.source;
+  if (source == Source::none) return;
+  const uint32_t base = s.base, last = s.last;
+  const int shift = digit_shift(base, last), thread = static_cast<int>(threadIdx.x);
+  for (int i = thread; i < kSelectBins; i += kSelectThreads) shared.bins[i] = 0;
+  __syncthreads();
+  const auto take = [&](int32_t key) {
+    const uint32_t u = ordered(key) - base;
+    if (u <= last - base) count_bin(shared.bins, u >> shift);
+  };
+  if (source == Source::gathered) {
+    const auto count = static_cast<int64_t>(s.inside);
+    const int64_t step = int64_t{gridDim.x} * kSelectThreads;
+    for (int64_t i = int64_t{blockIdx.x} * kSelectThreads + thread; i < count; i += step)
+      take(ws.gathered[i]);
+  } else {
+    for_tiles(ws, [&](const Member& m, int64_t tile) {
+      visit(
+          m, tile,
+          [&](const auto& keys, int64_t) {
+#pragma unroll
+            for (int32_t key : keys) take(key);
+          },
+          [] {});
+    });
+  }
+  __syncthreads();
+  Count* const bins = ws.bins + int64_t{pass} * kSelectBins;
+  for (int i = thread; i < kSelectBins; i += kSelectThreads)
+    if (shared.bins[i]) atomicAdd(&bins[i], Count{shared.bins[i]});
+  if (!last_block(&s.tickets[2 + pass])) return;
+  const Count rank = s.rank;
+  const Picked<Count> p = pick_bin<kSelectThreads>(bins, rank, shared.pick);
+  if (thread != 0) return;
+  uint32_t new_base = base, new_last = last;
+  narrow(new_base, new_last, p.bin, shift);
+  s.before += p.above;
+  s.rank = rank - p.above;
+  s.base = new_base;
+  s.last = new_last;
+  if (shift == 0) settle(s, from_ordered(new_base), s.before, p.count, k, result);
+}
+
+}  // namespace
+
+void select_threshold(const std::vector<SelectMember>& members, const SelectPlan& plan, int64_t k,
+                      void* workspace_memory, const SelectResult& result, int device, cudaStream_t stream) {
+  const DeviceGuard guard(device, "select_threshold");
+  const Workspace ws = workspace(plan, workspace_memory);
+  TablePart part;
+  int64_t at = 0, tile = 0;
+  for (int64_t i = 0; i < plan.members; ++i) {
+    const SelectMember& m = members[i];
+    part.members[i % kTablePart] = {m.w, m.g, m.mask, m.n, m.period, at, tile, m.dtype, m.g_dtype, m.key};
+    at += m.n;
+    tile += (m.n + kSelectTile - 1) / kSelectTile;
+    const int64_t filled = i % kTablePart + 1;
+    if (filled == kTablePart || i + 1 == plan.members)
+      launch("select_begin", select_begin_kernel, {1, kSelectThreads}, stream, ws, part, i + 1 - filled,
+             static_cast<int>(filled));
+  }
+  const auto sample_blocks = static_cast<unsigned>((plan.sample + kSampleThreads - 1) / kSampleThreads);
+  launch("select_sample", select_sample_kernel, {sample_blocks, kSampleThreads}, stream, ws, plan.sample,
+         plan.hi_rank, plan.lo_rank, result);
+  if (plan.direct()) return;
+  const LaunchPlan pass = {plan.blocks, kSelectThreads};
+  launch("select_gather", select_gather_kernel, pass, stream, ws, static_cast<Count>(k), result);
+  for (int i = 0; i < kSelectPasses; ++i)
+    launch("select_radix", select_radix_kernel, pass, stream, ws, i, static_cast<Count>(k), result);
+}
+
+cudaError_t kernel_image_status() {
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, select_gather_kernel);
+  cudaGetLastError();
+  return status;
+}
+
+}  // namespace pared::cuda
