@@ -1,0 +1,201 @@
+"""What the GPU suites share: a case, a clock of events around graph replays, data that rotates past the L2.
+
+Host overhead is kept out by replaying CUDA graphs, a cache that is warmer than in a model by rotating among
+copies of the data that together exceed three times the L2, and a drifting clock frequency by interleaving: in
+a round each candidate runs once, in a random order, and figures are medians over rounds of ratios within one.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from pared._timing import Timings
+
+# Of the L2: a line of the oldest copy is then gone under any replacement.
+L2_FACTOR = 3.0
+# A goal counts as reached at this share of its ratio, or of the limit.
+ENOUGH = 0.85
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a suite runs."""
+
+    device: str  # "cuda", or "cpu" in a dry run
+    name: str
+    l2: int  # bytes
+    dry: bool = False
+
+    def copies(self, nbytes: int) -> int:
+        """How many copies of `nbytes` exceed the L2 often enough; at least two."""
+        return 2 if self.dry else max(2, math.ceil(L2_FACTOR * self.l2 / nbytes))
+
+    def facts(self) -> dict[str, Any]:
+        """For the result file."""
+        import torch
+
+        facts: dict[str, Any] = {"name": self.name, "l2": self.l2, "torch": torch.__version__}
+        facts |= {"python": platform.python_version(), "host": platform.machine()}
+        if self.device == "cuda":
+            p = torch.cuda.get_device_properties(0)
+            facts |= {"capability": [p.major, p.minor], "multiprocessors": p.multi_processor_count}
+            facts |= {"memory": p.total_memory, "cuda": torch.version.cuda}
+        return facts
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The time of the best of `baselines` over the target's should be at least `ratio`."""
+
+    baselines: Sequence[str]
+    ratio: float
+
+    def __str__(self) -> str:
+        return f"{self.ratio:g} x {' / '.join(self.baselines)}"
+
+
+@dataclass
+class Case:
+    """One line of the table.
+
+    Attributes
+    ----------
+    calls : name -> function of a copy's number that enqueues one operation. "pared" is the target.
+    copies : how many copies of the data the functions know.
+    nbytes : what the operation cannot avoid to move: GB/s.
+    operations : multiply-adds times two: TFLOP/s.
+    limit_s : seconds that the hardware allows.
+    check : called before anything is timed; raises if the results are wrong.
+    eager : calls that no CUDA graph can hold; they are timed with their host overhead.
+    """
+
+    suite: str
+    name: str
+    calls: Mapping[str, Callable[[int], object]]
+    copies: int
+    goals: Sequence[Goal] = ()
+    nbytes: float = 0.0
+    operations: float = 0.0
+    limit_s: float | None = None
+    check: Callable[[], None] | None = None
+    eager: Sequence[str] = ()
+    target: str = "pared"
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Clock(Protocol):
+    """Seconds a call of each sample."""
+
+    def prepare(self, call: Callable[[int], object], copies: int, graph: bool) -> Callable[[], float]: ...
+
+
+class EventClock:
+    """CUDA events around the replay of one graph that goes round all copies."""
+
+    def __init__(self, warmup: int = 2) -> None:
+        self.warmup = warmup
+
+    def prepare(self, call: Callable[[int], object], copies: int, graph: bool) -> Callable[[], float]:
+        import torch
+
+        def round_() -> None:
+            for i in range(copies):
+                call(i)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(self.warmup):
+                round_()
+        torch.cuda.current_stream().wait_stream(side)
+        run = round_
+        if graph:
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                round_()
+            run = captured.replay
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def sample() -> float:
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) * 1e-3 / copies
+
+        sample()
+        return sample
+
+
+def measure(case: Case, clock: Clock, rounds: int, seed: int = 0) -> dict[str, Any]:
+    """One line of the result file: seconds, ratios with their intervals, rates, goals."""
+    if case.target not in case.calls:
+        raise ValueError(f"calls: expected one named {case.target!r} in {case.name}, got {list(case.calls)}")
+    missing = {b for g in case.goals for b in g.baselines} - case.calls.keys()
+    if missing:
+        raise ValueError(f"goals: expected names of calls in {case.name}, got {sorted(missing)}")
+    if case.check is not None:
+        case.check()
+    samplers = {n: clock.prepare(c, case.copies, n not in case.eager) for n, c in case.calls.items()}
+    names = list(samplers)
+    random = np.random.default_rng(seed)
+    samples: dict[str, list[float]] = {n: [] for n in names}
+    for _ in range(rounds):
+        for i in random.permutation(len(names)):
+            samples[names[i]].append(samplers[names[i]]())
+    timings = Timings(
+        {n: np.maximum(np.asarray(s), 1e-9) for n, s in samples.items()}, dict.fromkeys(names, 1)
+    )
+    return line(case, timings)
+
+
+def line(case: Case, timings: Timings) -> dict[str, Any]:
+    """The figures of a case from its samples."""
+    seconds = timings.median(case.target)
+    out: dict[str, Any] = {"suite": case.suite, "case": case.name, "target": case.target, **case.facts}
+    out["times"] = timings.summary(None)
+    out["ratios"] = {}
+    for name in case.calls:
+        if name != case.target:
+            r = timings.speedup(case.target, name)
+            out["ratios"][name] = {"value": r.value, "low": r.low, "high": r.high}
+    if case.nbytes:
+        out["gbytes_s"] = case.nbytes / seconds * 1e-9
+    if case.operations:
+        out["tflops"] = case.operations / seconds * 1e-12
+    if case.limit_s is not None:
+        out["limit_share"] = case.limit_s / seconds
+    out["goals"] = []
+    for goal in case.goals:
+        got = min(out["ratios"][b]["value"] for b in goal.baselines)
+        near = case.limit_s is not None and case.limit_s / seconds >= ENOUGH
+        reached = got >= ENOUGH * goal.ratio or near
+        out["goals"].append({"text": str(goal), "ratio": goal.ratio, "got": got, "reached": reached})
+    return out
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The table that is printed: a line a case, times in microseconds."""
+    rows = [("case", "us", "GB/s", "TFLOP/s", "against (times its time)", "goals")]
+    verdict = {True: "yes", False: "NO"}
+    for r in lines:
+        ratios = ", ".join(f"{n} {v['value']:.2f}" for n, v in r["ratios"].items())
+        goals = ", ".join(f"{g['text']}: {g['got']:.2f} {verdict[g['reached']]}" for g in r["goals"])
+        rows.append(
+            (
+                f"{r['suite']}: {r['case']}",
+                f"{r['times'][r['target']]['median_s'] * 1e6:.1f}",
+                f"{r['gbytes_s']:.0f}" if "gbytes_s" in r else "",
+                f"{r['tflops']:.0f}" if "tflops" in r else "",
+                ratios,
+                goals,
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in rows)
