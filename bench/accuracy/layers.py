@@ -15,7 +15,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,18 @@ def rebuilt(w: torch.Tensor, inverse: obs.Inverse, pattern: str) -> torch.Tensor
 
 
 def study(
-    layers: dict[str, nn.Linear], seen: dict[str, torch.Tensor], held_out: dict[str, torch.Tensor]
+    layers: dict[str, nn.Linear],
+    seen: dict[str, torch.Tensor],
+    held_out: dict[str, torch.Tensor],
+    advance: Callable[[str], object] = lambda what: None,
 ) -> dict[str, Any]:
     """Errors by pattern, criterion and layer; and of rounding by bits and method."""
     errors: dict[str, dict[str, list[float]]] = {p: {c: [] for c in CRITERIA} for p in PATTERNS}
-    rounding: dict[str, dict[str, list[float]]] = {str(b): {"gptq": [], "rtn": []} for b in (4, 3)}
+    rounding: dict[str, dict[str, list[float]]] = {
+        str(b): {"gptq": [], "rtn": [], "tensor": []} for b in (8, 4, 3)
+    }
     for name, layer in layers.items():
+        advance(f"layers: {name}")
         w, x = layer.weight.detach(), held_out[name]
         h = seen[name].t() @ seen[name] * (2 / len(seen[name]))
         inverse = obs.invert(h, 0.01)
@@ -96,10 +102,14 @@ def study(
                 else:
                     new = pruned(layer, seen[name], criterion, pattern)
                 errors[pattern][criterion].append(relative(x, new, w))
-        for bits in (4, 3):
+        for bits in (8, 4, 3):
             grid = GridRounding(bits, symmetric=True, group=None, method="minmax")
             rounding[str(bits)]["gptq"].append(relative(x, obs.sweep(w, inverse, rounding=grid)[0], w))
             rounding[str(bits)]["rtn"].append(relative(x, fit(w, bits).round(w), w))
+            whole = w.reshape(1, -1)
+            rounding[str(bits)]["tensor"].append(
+                relative(x, fit(whole, bits).round(whole).reshape(w.shape), w)
+            )
     return {"layers": list(layers), "errors": errors, "rounding": rounding}
 
 
@@ -109,21 +119,46 @@ def ordered(errors: dict[str, list[float]]) -> float:
     return sum(all(a < b for a, b in itertools.pairwise(r)) for r in rows) / len(rows)
 
 
-def gain(rounding: dict[str, list[float]]) -> float:
-    """Geometric mean over the layers of GPTQ's squared error to that of round-to-nearest."""
-    logs = [2 * math.log(a / b) for a, b in zip(rounding["gptq"], rounding["rtn"], strict=True)]
+def gain(rounding: dict[str, list[float]], method: str = "gptq", over: str = "rtn") -> float:
+    """Geometric mean over the layers of one method's squared error to another's."""
+    logs = [2 * math.log(a / b) for a, b in zip(rounding[method], rounding[over], strict=True)]
     return math.exp(sum(logs) / len(logs))
 
 
-def load(texts: int, tokens: int) -> tuple[nn.Module, dict[str, nn.Linear], list[Any], list[Any]]:
+def load(
+    texts: int, tokens: int, seed: int = 0
+) -> tuple[nn.Module, dict[str, nn.Linear], list[Any], list[Any]]:
+    """The encoder, its Linear layers, and batches of `texts` docstrings to calibrate and to measure on."""
     model, tokenizer = minilm.load()
-    pairs = [p.body for p in minilm.corpus(minilm.library_files())]
+    pairs = [p.body for p in minilm.corpus(minilm.library_files(), seed=seed)]
 
     def batches(part: Sequence[str]) -> list[Any]:
         return [minilm.tokenize(tokenizer, list(part[i : i + 16]), tokens) for i in range(0, len(part), 16)]
 
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     return model, layers, batches(pairs[:texts]), batches(pairs[texts : 2 * texts])
+
+
+SETTINGS = {"texts": 48, "tokens": 64}
+LAYERS = 36
+WORK = LAYERS  # calls of `advance` in `run`
+
+
+def run(seed: int, advance: Callable[[str], object] = lambda what: None) -> dict[str, float]:
+    """Mean errors, shares of layers in order, and ratios of rounding errors, of one seed."""
+    model, layers, data, held_out = load(SETTINGS["texts"], SETTINGS["tokens"], seed)
+    result = study(layers, inputs_of(model, layers, data), inputs_of(model, layers, held_out), advance)
+    out: dict[str, float] = {}
+    for pattern, errors in result["errors"].items():
+        out |= {f"error, {c}, {pattern}": sum(own) / len(own) for c, own in errors.items()}
+        out[f"in order, {pattern}"] = ordered(errors)
+    for bits, rounding in result["rounding"].items():
+        # Of the errors themselves, not of their squares.
+        out[f"gptq to rtn, {bits} bits"] = math.sqrt(gain(rounding))
+        out[f"worst channel to tensor, {bits} bits"] = max(
+            a / b for a, b in zip(rounding["rtn"], rounding["tensor"], strict=True)
+        )
+    return out
 
 
 def main(argv: Sequence[str] | None = None) -> None:
