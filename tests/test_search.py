@@ -128,6 +128,18 @@ def test_a_plan_keeps_the_budget_and_beats_one_sparsity_for_all(unit: str, with_
     assert tight.sparsities["2.weight"] == max(tight.sparsities.values())
 
 
+def test_a_search_that_was_thinned_too_far_is_not_worse_than_one_sparsity(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, data = model_and_data()
+    options = measure_options(model, data=data)
+    monkeypatch.setattr(search, "knapsack", lambda tables, room: [len(c) - 1 for c, _ in tables])
+    plan = options.plan(0.5)
+    assert plan.uniform is not None
+    assert plan.error == plan.uniform[2]
+    assert plan.cost == plan.uniform[1] <= plan.budget
+
+
 def test_errors_are_those_of_the_layers_outputs() -> None:
     model, data = model_and_data()
     options = measure_options(model, levels=(0.0, 0.5), data=data)

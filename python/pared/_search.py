@@ -230,7 +230,7 @@ class LayerOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that has been measured: from it, a plan for any budget is a matter of milliseconds.
+    """Everything that has been measured: a plan for any budget needs nothing else.
 
     Attributes
     ----------
@@ -273,6 +273,12 @@ class Options:
         ):
             # By a rounding of the sum: seconds are no integers.
             chosen = knapsack(tables, room - 1e-12 * self.before)
+        uniform = self._uniform(room)
+        if uniform is not None and uniform[2] < sum(
+            x.errors[i] for x, i in zip(self.layers, chosen, strict=True)
+        ):
+            # Only where the search was thinned.
+            chosen = [self.layers[0].sparsities.index(uniform[0])] * len(self.layers)
         layers = tuple(
             LayerPlan(x.name, x.type, x.shape, x.sparsities[i], x.errors[i], x.before, x.costs[i])
             for x, i in zip(self.layers, chosen, strict=True)
@@ -284,7 +290,7 @@ class Options:
             self.rest + sum(x.cost for x in layers),
             sum(x.error for x in layers),
             self.measure,
-            self._uniform(room),
+            uniform,
             layers,
             self.pattern,
             self.importance,
