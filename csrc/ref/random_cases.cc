@@ -60,6 +60,11 @@ struct Outcome {
 
 // Memory that cases reuse; `get` as Scratch has it.
 struct Memory {
+  Memory() {
+    // Nothing has an address too, as arrays of numpy do.
+    for (auto* v : {&w, &x, &y, &bias, &scales}) v->reserve(1);
+    q.reserve(1);
+  }
   Scratch packed, dense;
   std::vector<float> w, x, y, bias, scales;
   std::vector<int8_t> q;
@@ -159,7 +164,7 @@ void chain(Random& r, bool fault, Memory& m, Outcome& out) {
   const bool relu = r.one_in(2);
   fill_linear(r, s, 5, 9, m);
   const int last_rows = r.size(20, 33);
-  std::vector<float> w(static_cast<size_t>(last_rows) * s.rows);
+  std::vector<float> w(static_cast<size_t>(last_rows) * s.rows + 1);
   for (float& v : w) v = static_cast<float>(r.range(-3, 3));
   const auto packed = [&](const float* values, int rows, int cols, Scratch& memory) {
     const DenseView view{values, DType::f32, rows, cols, cols, 1};
@@ -171,7 +176,7 @@ void chain(Random& r, bool fault, Memory& m, Outcome& out) {
   };
   const float* bias = m.bias.empty() ? nullptr : m.bias.data();
   const Activation activation = relu ? Activation::relu : Activation::none;
-  std::vector<float> y(static_cast<size_t>(s.tokens) * last_rows, -77.0f);
+  std::vector<float> y(static_cast<size_t>(s.tokens) * last_rows + 1, -77.0f);
   const std::vector<ChainStage> stages = {
       {packed(m.w.data(), s.rows, s.cols, m.packed), bias, activation},
       {packed(w.data(), last_rows, s.rows, m.dense), nullptr, activation}};
@@ -281,10 +286,11 @@ void linear_four(Random& r, bool fault, Memory& m, Outcome& out) {
 
 void gemm(Random& r, bool fault, Memory& m, Outcome& out) {
   const Shape s = linear_shape(r);
-  std::vector<int8_t> a(static_cast<size_t>(s.tokens) * s.cols), b(static_cast<size_t>(s.rows) * s.cols);
+  std::vector<int8_t> a(static_cast<size_t>(s.tokens) * s.cols + 1);
+  std::vector<int8_t> b(static_cast<size_t>(s.rows) * s.cols + 1);
   for (auto* side : {&a, &b})
     for (int8_t& v : *side) v = static_cast<int8_t>(r.one_in(6) ? -128 : r.range(-128, 127));
-  std::vector<int32_t> c(static_cast<size_t>(s.tokens) * s.rows, -77);
+  std::vector<int32_t> c(static_cast<size_t>(s.tokens) * s.rows + 1, -77);
   gemm_s8({a.data(), s.cols, s.tokens, b.data(), s.cols, s.rows, s.cols, c.data(), s.rows});
   fault_in(r, b, fault);
   for (int t = 0; t < s.tokens; ++t)
@@ -428,7 +434,7 @@ void selection(Random& r, bool fault, Memory& m, Outcome& out) {
     if (r.one_in(16)) v = -0.0f;
   const SelectKey key = absolute ? SelectKey::abs : SelectKey::identity;
   const NanRule nan{true, "w"};
-  std::vector<uint8_t> mask(m.w.size(), 7), all(m.w.size(), 7);
+  std::vector<uint8_t> mask(m.w.size() + 1, 7), all(m.w.size() + 1, 7);
   select_mask_rows({m.w.data(), rows, cols, cols, DType::f32, key}, k, nan, mask.data());
   uint8_t* masks[] = {all.data()};
   const auto total = static_cast<int64_t>(m.w.size());
