@@ -95,14 +95,14 @@ sanitize-cuda: $(VENV)/installed-test emulated
 
 # Compiles without a GPU, and runs what needs none: host logic, and the errors of a machine without a driver.
 CUDAARCHS ?= 80-real;90a-real
-cuda: $(VENV)/installed-test emulated
+cuda: $(VENV)/installed-test
 	$(CMAKE) -S . -B build/cuda -DPARED_CUDA=on -DCMAKE_CUDA_ARCHITECTURES='$(CUDAARCHS)'
 	cmake --build build/cuda --target _cuda_kernels
 	rm -rf build/cuda/package
 	mkdir build/cuda/package
 	cp -R "$$($(BIN)/python -c 'import os, pared; print(os.path.dirname(pared.__file__))')" build/cuda/package/
 	cmake --install build/cuda --component cuda --prefix build/cuda/package
-	PYTHONPATH=build/cuda/package $(BIN)/python -m pytest tests/test_cuda.py tests/cuda -p no:cacheprovider $(ARGS)
+	PYTHONPATH=build/cuda/package $(BIN)/python -m pytest tests/test_cuda.py -p no:cacheprovider $(ARGS)
 
 cuda-all:
 	$(MAKE) cuda CUDAARCHS='80-real;86-real;89-real;90'
