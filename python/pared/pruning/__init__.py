@@ -25,6 +25,7 @@ from pared.pruning.distributed import process_group
 from pared.pruning.importance import Criterion, Magnitude, Random, Statistics
 from pared.pruning.linears import as_linears
 from pared.pruning.oneshot import prune
+from pared.pruning.progressive import BlockReport, ProgressiveReport, prune_progressively
 from pared.pruning.pruner import Pruner
 from pared.pruning.reconstruct import OBC, SparseGPT
 from pared.pruning.report import LayerReport, PruneReport
@@ -37,6 +38,7 @@ __all__ = [
     "OBC",
     "Activation",
     "BNScale",
+    "BlockReport",
     "ChangeRate",
     "ChannelReport",
     "Criterion",
@@ -50,6 +52,7 @@ __all__ = [
     "MutualInformation",
     "Observer",
     "OutputWeight",
+    "ProgressiveReport",
     "Propagation",
     "PruneReport",
     "Pruner",
@@ -64,5 +67,6 @@ __all__ = [
     "prune",
     "prune_channels",
     "prune_layers",
+    "prune_progressively",
     "threshold",
 ]

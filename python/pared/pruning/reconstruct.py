@@ -193,13 +193,16 @@ class OBC(_Reconstruction):
 
 
 def _stage(model: nn.Module, layer: str) -> str:
-    """Name of the repeated part that the layer lies in: the child of the outermost list of modules."""
+    """Name of the repeated part that the layer lies in: the child of the outermost list of modules.
+
+    The model itself, where it is a list, counts when there is none inside: its first member may be all of a
+    network but the head.
+    """
     parts = layer.split(".")
     for i in range(1, len(parts)):
-        parent = model.get_submodule(".".join(parts[:i])) if i else model
-        if isinstance(parent, nn.ModuleList | nn.Sequential):
+        if isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList | nn.Sequential):
             return ".".join(parts[: i + 1])
-    return layer
+    return parts[0] if isinstance(model, nn.ModuleList | nn.Sequential) else layer
 
 
 class _Order:
