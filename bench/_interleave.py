@@ -56,6 +56,7 @@ def compare(
     limit_s: float | None = None,
     cold: bool = False,
     facts: Mapping[str, Any] | None = None,
+    timings: Timings | None = None,
     **timing: Any,
 ) -> Timings:
     """Interleave `calls`, hand the target's samples to pytest-benchmark, and record a row.
@@ -69,12 +70,13 @@ def compare(
     moved : bytes that have to move, for GB/s.
     limit_s : the least seconds that the roofline model allows; the row gets the share attained.
     cold : the operands come from memory (callables made by `pared._timing.rotate`).
+    timings : of `calls`, where they were run before; otherwise they are run now.
     timing : passed to `interleave`.
     """
     missing = [name for name in (target, *rivals) if name not in calls]
     if missing or not rivals:
         raise ValueError(f"calls: expected {target!r} and the rivals among them, got {sorted(calls)}")
-    t = interleave(calls, **{"budget": 0.3, "min_rounds": 7, "precision": 0.02, **timing})
+    t = timings or interleave(calls, **{"budget": 0.3, "min_rounds": 7, "precision": 0.02, **timing})
     summary = t.summary()
     best = min(rivals, key=t.median)
     seconds = t.median(target)

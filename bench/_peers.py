@@ -120,6 +120,9 @@ def onnx_runtime(model: bytes | None, inputs: Inputs, threads: int, int8: bool =
     onnxruntime = importlib.import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Its threads may spin within a call, but not on into the next rival's turn, where they take the cores
+    # that torch and pared run on (16 tokens, two threads: the second one gained next to nothing).
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
         _to_int8(model) if int8 else model, options, ["CPUExecutionProvider"]

@@ -1,8 +1,8 @@
 """Unstructured weights with few tokens: bitmap formats against torch's dense layer, from memory and cache.
 
 One to sixteen tokens: reading the weight is the cost, so that the weights rotate among copies that exceed the
-last-level cache ("cold"); small layers that stay in the cache are measured too. The sweep over token counts
-shows what each format costs at each, and that what `pared.accelerate` would take has no cliff.
+last-level cache ("cold"); small layers that stay in the cache are measured too. bench_tokens.py sweeps the
+token counts.
 """
 
 from __future__ import annotations
@@ -147,34 +147,3 @@ def test_int8_many_tokens(versus, out: int, inputs: int, tokens: int, sparsity: 
     """Against the dense int8 kernel, which the weight's tiles are expanded for: never slower."""
     cls, dense = pared.ops.Bitmap8, pared.ops.Int8
     run(versus, out, inputs, tokens, sparsity, threads, cold=False, cls=cls, others=(dense,))
-
-
-SWEEP = [1, 2, 3, 4, 6, 8, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 96, 127, 128, 129]
-SWEPT: list[type[pared.ops.PackedWeight]] = [
-    pared.ops.Bitmap,
-    pared.ops.CSR,
-    pared.ops.BitmapCSR,
-    pared.ops.Int8,
-    pared.ops.Bitmap8,
-]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])
-@pytest.mark.parametrize("tokens", SWEEP)
-@pytest.mark.parametrize("cls", SWEPT, ids=lambda cls: cls.kind)
-def test_sweep(versus, cls: type[pared.ops.PackedWeight], tokens: int, sparsity: float, threads: int) -> None:
-    """A warm layer for ``python -m bench.plots``: time against tokens, one format after the other."""
-    out, inputs = 3072, 768
-    w, bias, x = pruned(out, inputs, sparsity), torch.randn(out), torch.randn(tokens, inputs)
-    packed, precision = cls.from_dense(w), FORMATS[cls.kind].precision
-    versus(
-        {"nn.Linear": layer(w, x, bias)(0), "pared": packed_layer(packed, x, bias)(0)},
-        suite=f"linear {cls.kind} {precision}, sweep",
-        case=f"{out}x{inputs}, {tokens} tokens",
-        cell=f"{sparsity * 100:.0f} %",
-        rivals=("nn.Linear",),
-        work=2.0 * tokens * packed.nnz,
-        facts={"out": out, "in": inputs, "tokens": tokens, "nnz": packed.nnz, "dtype": precision},
-        budget=0.15,
-    )

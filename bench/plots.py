@@ -2,7 +2,8 @@
 
 - ``speedup_<threads>t.svg``: times faster than the fastest dense rival, against the share of zeros; a line
   for each kernel, the geometric mean over its shapes, and the rival that was the fastest most often.
-- ``tokens_<threads>t.svg``: time of a layer against the number of tokens, for suites that sweep it.
+- ``latency_tokens.svg``: time of a layer against the number of tokens, from bench_tokens.py; a panel for each
+  thread count.
 - ``roofline_<threads>t.svg``: GFLOP/s that float32 Linear reaches against the operations a byte, under the
   machine's ceilings (measured when the plot is drawn: draw it where the file was made).
 
@@ -31,7 +32,7 @@ def _sparsity(row: Row) -> float | None:
     return float(found[1]) / 100 if found else None
 
 
-def _figure() -> tuple[Any, Any]:
+def _figure(panels: int = 1) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -41,7 +42,9 @@ def _figure() -> tuple[Any, Any]:
     )
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(8, 5.4), layout="constrained")
+    return pyplot.subplots(
+        1, panels, figsize=(8 if panels == 1 else 6 * panels, 5.4), layout="constrained", sharey=True
+    )
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -93,31 +96,31 @@ def speedup(rows: Sequence[Row], out: Path) -> Path | None:
 
 
 def tokens(rows: Sequence[Row], out: Path) -> Path | None:
-    """Milliseconds against tokens, for layers and cells that were measured at five counts or more."""
-    layers: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        if row.get("tokens"):
-            name = (re.split(r" (float32|int8)", row["suite"])[0], row.get("out"), row.get("in"), row["cell"])
-            layers.setdefault(name, []).append(row)
-    layers = {k: v for k, v in layers.items() if len({r["tokens"] for r in v}) >= 5}
-    if not layers:
+    """Milliseconds against tokens: the first layer that was swept, each kernel at its largest sparsity."""
+    swept = [r for r in rows if r.get("sweep")]
+    if not swept:
         return None
-    figure, axes = _figure()
-    for i, ((kernel, n, k, cell), found) in enumerate(sorted(layers.items(), key=str)):
-        points: dict[int, list[float]] = {}
-        for r in found:
-            points.setdefault(r["tokens"], []).append(r["times"][r["target"]]["median_s"])
-        xs = sorted(points)
-        label = f"{kernel}, {n}x{k}, {cell}"
-        axes.plot(xs, [1e3 * geometric_mean(points[x]) for x in xs], label=label, **_style(i))
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("ms a call")
-    axes.set_title(_machine(rows), fontsize=9)
-    figure.legend(fontsize=7, loc="outside lower center", ncols=2)
+    layer = (swept[0]["out"], swept[0]["in"])
+    most = {r["kernel"]: max(q["sparsity"] for q in swept if q["kernel"] == r["kernel"]) for r in swept}
+    counts = sorted({r["threads"] for r in swept})
+    figure, panels = _figure(len(counts))
+    for axes, threads in zip([panels] if len(counts) == 1 else panels, counts, strict=True):
+        mine = [r for r in swept if r["threads"] == threads and (r["out"], r["in"]) == layer]
+        for i, (kernel, sparsity) in enumerate(most.items()):
+            for r in (r for r in mine if (r["kernel"], r["sparsity"]) == (kernel, sparsity)):
+                xs = sorted(map(int, r["sweep"]))
+                ys = [1e3 * {int(t): s for t, s in r["sweep"].items()}[x] for x in xs]
+                label = f"{kernel}, {100 * sparsity:.0f} % zeros" if sparsity else kernel
+                style = _style(i) | {"markersize": 3, "linestyle": "--" if i >= len(_COLORS) else "-"}
+                axes.plot(xs, ys, label=label if threads == counts[0] else None, **style)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        axes.set_xlabel("tokens")
+        axes.set_title(f"{layer[0]}x{layer[1]}; {_machine(mine)}", fontsize=9)
+    (panels if len(counts) == 1 else panels[0]).set_ylabel("ms a call")
+    figure.legend(fontsize=7, loc="outside lower center", ncols=4)
     return _save(figure, out)
 
 
@@ -161,12 +164,11 @@ def roofline(rows: Sequence[Row], out: Path) -> Path | None:
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Every plot that the rows have data for."""
-    made: list[Path | None] = []
+    made: list[Path | None] = [tokens(rows, folder / "latency_tokens.svg")]
     for n in sorted({r["threads"] for r in rows}):
         mine = [r for r in rows if r["threads"] == n]
         made += (
             speedup(mine, folder / f"speedup_{n}t.svg"),
-            tokens(mine, folder / f"tokens_{n}t.svg"),
             roofline(mine, folder / f"roofline_{n}t.svg"),
         )
     return [path for path in made if path is not None]

@@ -105,10 +105,17 @@ def test_a_tolerance_out_of_range_is_refused(tmp_path, capsys, args):
 
 def test_every_plot_is_drawn_from_a_file(tmp_path, capsys):
     rows = [row("64x32", f"{s} %", 1 + s / 20, tokens=t) for s in (50, 80, 90) for t in (1, 2, 4, 8, 128)]
+    sweep = {
+        "sweep": {"1": 1e-3, "2": 1.1e-3, "16": 2e-3},
+        "sparsity": 0.9,
+        "kernel": "linear CSR",
+        "gflops": None,
+    }
+    rows += [row("linear CSR 64x32, 1 -> 2", "90 % zeros", 1.1, threads=n, **sweep) for n in (1, 2)]
     file = write(tmp_path / "r.json", rows)
     assert plots.main([file, "--out", str(tmp_path / "images")]) == 0
     names = {Path(line).name for line in capsys.readouterr().out.split()}
-    assert names == {"speedup_1t.svg", "tokens_1t.svg", "roofline_1t.svg"}
+    assert names == {"speedup_1t.svg", "latency_tokens.svg", "roofline_1t.svg"}
     for name in names:
         assert "linear CSR" in (tmp_path / "images" / name).read_text()
     assert plots.main([write(tmp_path / "none.json", []), "--out", str(tmp_path / "images")]) == 1

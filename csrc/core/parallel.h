@@ -5,8 +5,10 @@
 // serves.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 namespace pared {
 
@@ -36,6 +38,44 @@ int own_threads();
 // shorter). Runs serially when there is one thread, one grain of work, or when nested. When fn throws, the
 // ranges not yet begun may be left out, and the first exception reaches the caller after the last range.
 void parallel_for(int64_t begin, int64_t end, int64_t grain, RangeFn fn);
+
+// The items that one part of a parallel_items call takes, one by one.
+class Items {
+ public:
+  struct alignas(64) Stretch {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  Items(std::vector<Stretch>& stretches, int64_t part) : stretches_(stretches), part_(part) {}
+  // The next item, or -1 when none is left: those of its own stretch in order, then what others have left.
+  int64_t next() {
+    const auto parts = static_cast<int64_t>(stretches_.size());
+    for (; helped_ < parts; ++helped_) {
+      Stretch& s = stretches_[(part_ + helped_) % parts];
+      const int64_t i = s.next.fetch_add(1, std::memory_order_relaxed);
+      if (i < s.end) return i;
+    }
+    return -1;
+  }
+
+ private:
+  std::vector<Stretch>& stretches_;
+  int64_t part_, helped_ = 0;
+};
+
+// Calls fn(part, items) for each of `parts` parts, which between them take each of `count` items once: for
+// work that one thread must not wait for, because another was late to wake or does something else.
+template <class F>
+void parallel_items(int64_t count, int64_t parts, const F& fn) {
+  std::vector<Items::Stretch> stretches(parts);
+  for (int64_t p = 0; p < parts; ++p) {
+    stretches[p].next = count * p / parts;
+    stretches[p].end = count * (p + 1) / parts;
+  }
+  parallel_for(0, parts, 1, [&](int64_t p0, int64_t p1) {
+    for (int64_t p = p0; p < p1; ++p) fn(p, Items(stretches, p));
+  });
+}
 
 // "torch" or "std::thread": who runs the loops now, for reports and tests.
 const char* parallel_backend();

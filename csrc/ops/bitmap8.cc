@@ -19,8 +19,10 @@ namespace {
 
 constexpr int64_t kBlockBytes = 192 * 1024;  // of quantized tokens, in L2
 constexpr int64_t kMaxBlockTokens = 192;
-// Expansions that take as long as waking a second thread (10 us), twice over.
-constexpr int64_t kMinVectorsPerThread = 1 << 15;
+// Vectors' worth of work (about 1 ns each) below which a second thread, 5 us when it is awake, does not pay.
+constexpr int64_t kMinVectorsPerThread = 1 << 13;
+// Groups that one of several threads takes at a time: two tiles of the dense kernel.
+constexpr int64_t kRunGroups = 2 * kGemmPanels;
 static_assert(kBitmap8Block * kInt8Unit < kBitmap8Stride, "a K block and a line of padding");
 
 // A block of tokens in bytes, and where its outputs go.
@@ -147,19 +149,24 @@ void linear_bitmap8(const LinearArgs& args, const Bitmap8Packed& w) {
   const int64_t work = groups * s.vectors() * (4 * blocks + args.tokens) / 5;
   const int64_t parts = std::min(
       {groups, static_cast<int64_t>(num_threads()), std::max<int64_t>(1, work / kMinVectorsPerThread)});
-  parallel_for(0, parts, 1, [&](int64_t part0, int64_t part1) {
-    thread_local Scratch bytes_memory, scales_memory;
-    auto* bytes = bytes_memory.get<uint8_t>(most * stride);
-    auto* scales = scales_memory.get<float>(most);
-    const int64_t g0 = groups * part0 / parts, g1 = groups * part1 / parts;
-    for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t first = args.tokens * i / blocks, count = args.tokens * (i + 1) / blocks - first;
+  const int64_t run_groups = parts == 1 ? groups : kRunGroups, runs = (groups + run_groups - 1) / run_groups;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t first = args.tokens * i / blocks, count = args.tokens * (i + 1) / blocks - first;
+    parallel_items(runs, parts, [&](int64_t, Items items) {
+      int64_t run = items.next();
+      if (run < 0) return;
+      thread_local Scratch bytes_memory, scales_memory;
+      auto* bytes = bytes_memory.get<uint8_t>(count * stride);
+      auto* scales = scales_memory.get<float>(count);
       quantize({static_cast<const char*>(args.x) + first * args.x_stride * dtype_size(args.dtype),
                 args.x_stride, args.dtype, static_cast<int32_t>(count), static_cast<int32_t>(s.cols),
                 range.scale, range.zero, range.low, range.high, bytes, stride, scales});
-      product.run({bytes, stride, scales, first, count}, g0, g1);
-    }
-  });
+      do {
+        product.run({bytes, stride, scales, first, count}, run * run_groups,
+                    std::min(groups, (run + 1) * run_groups));
+      } while ((run = items.next()) >= 0);
+    });
+  }
 }
 
 }  // namespace pared

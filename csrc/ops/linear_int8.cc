@@ -12,6 +12,7 @@
 #include "ops/linear_int8.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "core/aligned.h"
@@ -25,8 +26,8 @@ constexpr int64_t kBlockBytes = 192 * 1024;  // of quantized tokens
 constexpr int64_t kMaxBlockTokens = 192;
 constexpr int64_t kBlockUnits = 128;  // of the reduction: 64 outputs by 512, 32 KB
 constexpr int64_t kPrefetchGroups = 8;
-// Below this many multiply-adds a second thread (about 10 us to wake) does not pay.
-constexpr int64_t kMinWorkPerThread = 1 << 22;
+// Below this many multiply-adds (5 us) a second thread does not pay.
+constexpr int64_t kMinWorkPerThread = 1 << 21;
 // Fewer tokens than this wait for the weights: reading those takes as long as the products of so many.
 constexpr int64_t kFewTokens = 4;
 // From here on threads share the tokens, so that each quantizes its own alone.
@@ -73,15 +74,36 @@ void run_product(const Product& w, gemm_u8s8::Fn* const* table, const uint8_t* x
   }
 }
 
-// Shares of tokens and panels: fn(token begin, end, panel begin, end), one call a thread.
+// Calls fn(first token, end, runs) for blocks of up to `block` tokens, in all threads; runs(p0, p1) gives the
+// next run of panels that the caller is to do for them, and false when none is left.
 template <class Fn>
-void share(int64_t tokens, int64_t panels, int64_t units, const Fn& fn) {
+void share(int64_t tokens, int64_t panels, int64_t units, int64_t block, const Fn& fn) {
   const int64_t work = std::max(tokens, kFewTokens) * panels * units * kInt8Panel * kInt8Unit;
   const int64_t parts = std::min<int64_t>(num_threads(), std::max<int64_t>(1, work / kMinWorkPerThread));
   const bool by_tokens = tokens >= parts * kMinTokensPerThread || panels < parts;
+  if (parts > 1 && !by_tokens && tokens <= block) {
+    // Few tokens are quick work: a thread that finds the other one still waking goes on with its panels.
+    const int64_t runs = (panels + kGemmPanels - 1) / kGemmPanels;
+    return parallel_items(runs, parts, [&](int64_t, Items items) {
+      fn(0, tokens, [&](int64_t& p0, int64_t& p1) {
+        const int64_t i = items.next();
+        p0 = i * kGemmPanels;
+        p1 = std::min(panels, p0 + kGemmPanels);
+        return i >= 0;
+      });
+    });
+  }
   parallel_for(0, parts, 1, [&](int64_t i0, int64_t i1) {
-    if (by_tokens) fn(tokens * i0 / parts, tokens * i1 / parts, 0, panels);
-    else fn(0, tokens, panels * i0 / parts, panels * i1 / parts);
+    const int64_t t0 = by_tokens ? tokens * i0 / parts : 0, t1 = by_tokens ? tokens * i1 / parts : tokens;
+    const int64_t blocks = (t1 - t0 + block - 1) / block;
+    for (int64_t b = 0; b < blocks; ++b) {
+      bool left = true;
+      fn(t0 + (t1 - t0) * b / blocks, t0 + (t1 - t0) * (b + 1) / blocks, [&](int64_t& p0, int64_t& p1) {
+        p0 = by_tokens ? 0 : panels * i0 / parts;
+        p1 = by_tokens ? panels : panels * i1 / parts;
+        return std::exchange(left, false);
+      });
+    }
   });
 }
 
@@ -103,18 +125,17 @@ void linear_int8(const LinearArgs& args, const Int8Packed& w) {
   const int64_t block = std::clamp<int64_t>(kBlockBytes / x_stride, kGemmTokens, kMaxBlockTokens);
   const Product product{w.weights, w.panels(), w.units(), w.panel_bytes()};
   const ActivationRange& range = *w.activations;
-  share(args.tokens, w.panels(), w.units(), [&](int64_t t0, int64_t t1, int64_t p0, int64_t p1) {
+  share(args.tokens, w.panels(), w.units(), block, [&](int64_t m0, int64_t m1, const auto& runs) {
+    int64_t p0, p1;
+    if (!runs(p0, p1)) return;
     thread_local Scratch bytes_memory, acc_memory, scales_memory;
-    const int64_t most = std::min(block, t1 - t0);
-    auto* bytes = bytes_memory.get<uint8_t>(most * x_stride);
-    auto* acc = acc_memory.get<int32_t>(most * kGemmPanels * kInt8Panel);
-    auto* scales = scales_memory.get<float>(most);
-    const int64_t blocks = (t1 - t0 + block - 1) / block;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t m0 = t0 + (t1 - t0) * b / blocks, m1 = t0 + (t1 - t0) * (b + 1) / blocks;
-      quantize({static_cast<const char*>(args.x) + m0 * args.x_stride * element, args.x_stride, args.dtype,
-                static_cast<int32_t>(m1 - m0), static_cast<int32_t>(cols), range.scale, range.zero, range.low,
-                range.high, bytes, x_stride, scales});
+    auto* bytes = bytes_memory.get<uint8_t>((m1 - m0) * x_stride);
+    auto* acc = acc_memory.get<int32_t>((m1 - m0) * kGemmPanels * kInt8Panel);
+    auto* scales = scales_memory.get<float>(m1 - m0);
+    quantize({static_cast<const char*>(args.x) + m0 * args.x_stride * element, args.x_stride, args.dtype,
+              static_cast<int32_t>(m1 - m0), static_cast<int32_t>(cols), range.scale, range.zero, range.low,
+              range.high, bytes, x_stride, scales});
+    do {
       run_product(
           product, table, bytes, x_stride, m1 - m0, p0, p1, acc,
           [&](int64_t token, int64_t tokens, int64_t panel, int panels, const int32_t* sums, int64_t stride) {
@@ -126,7 +147,7 @@ void linear_int8(const LinearArgs& args, const Int8Packed& w) {
                    static_cast<char*>(args.y) + ((m0 + token) * args.y_stride + n) * element, args.y_stride,
                    args.dtype});
           });
-    }
+    } while (runs(p0, p1));
   });
 }
 
@@ -156,17 +177,17 @@ void gemm_s8(const GemmS8Args& args) {
       }
     }
   });
-  share(args.rows, panels, units, [&](int64_t t0, int64_t t1, int64_t p0, int64_t p1) {
+  share(args.rows, panels, units, block, [&](int64_t m0, int64_t m1, const auto& runs) {
+    int64_t p0, p1;
+    if (!runs(p0, p1)) return;
     thread_local Scratch bytes_memory, acc_memory;
-    const int64_t most = std::min(block, t1 - t0);
-    auto* bytes = bytes_memory.get<uint8_t>(most * x_stride);
-    auto* acc = acc_memory.get<int32_t>(most * kGemmPanels * kInt8Panel);
-    for (int64_t m0 = t0; m0 < t1; m0 += block) {
-      const int64_t m1 = std::min(t1, m0 + block);
-      for (int64_t m = m0; m < m1; ++m)
-        for (int64_t k = 0; k < units * kInt8Unit; ++k)
-          bytes[(m - m0) * x_stride + k] =
-              k < args.cols ? static_cast<uint8_t>(args.a[m * args.a_stride + k] + 128) : uint8_t{0};
+    auto* bytes = bytes_memory.get<uint8_t>((m1 - m0) * x_stride);
+    auto* acc = acc_memory.get<int32_t>((m1 - m0) * kGemmPanels * kInt8Panel);
+    for (int64_t m = m0; m < m1; ++m)
+      for (int64_t k = 0; k < units * kInt8Unit; ++k)
+        bytes[(m - m0) * x_stride + k] =
+            k < args.cols ? static_cast<uint8_t>(args.a[m * args.a_stride + k] + 128) : uint8_t{0};
+    do {
       run_product(
           {packed, panels, units, panel_bytes}, table, bytes, x_stride, m1 - m0, p0, p1, acc,
           [&](int64_t token, int64_t tokens, int64_t panel, int count, const int32_t* from, int64_t stride) {
@@ -177,7 +198,7 @@ void gemm_s8(const GemmS8Args& args) {
                 args.c[(m0 + token + m) * args.c_stride + n + j] =
                     static_cast<int32_t>(static_cast<uint32_t>(from[m * stride + j]) - sums[n + j]);
           });
-    }
+    } while (runs(p0, p1));
   });
 }
 

@@ -135,23 +135,9 @@ class Selection {
   // other, as the kernels' prefetches expect, and helps the other parts when it is done.
   template <class F>
   void for_chunks(F fn) const {
-    struct alignas(kCacheLine) Stretch {
-      std::atomic<int64_t> next;
-      int64_t end;
-    };
-    std::vector<Stretch> stretches(parts_);
-    const auto count = static_cast<int64_t>(chunks_.size());
-    for (int64_t p = 0; p < parts_; ++p) {
-      stretches[p].next = count * p / parts_;
-      stretches[p].end = count * (p + 1) / parts_;
-    }
-    parallel_for(0, parts_, 1, [&](int64_t p0, int64_t p1) {
+    parallel_items(static_cast<int64_t>(chunks_.size()), parts_, [&](int64_t part, Items items) {
       const IeeeDenormals mode;
-      for (int64_t p = p0; p < p1; ++p)
-        for (int64_t q = 0; q < parts_; ++q) {
-          Stretch& s = stretches[(p + q) % parts_];
-          for (int64_t c; (c = s.next.fetch_add(1, std::memory_order_relaxed)) < s.end;) fn(p, c);
-        }
+      for (int64_t c; (c = items.next()) >= 0;) fn(part, c);
     });
   }
 
