@@ -145,9 +145,127 @@ def test_a_weight_of_the_other_operation_is_refused():
         _core.conv2d_bsr8(x, linear, None, y, (1, 1), (0, 0, 0, 0), (1, 1))
 
 
+STATIC = [
+    {"activation_scale": 0.03},
+    {"activation_scale": 0.05, "activation_zero": -128},
+    {"activation_scale": 0.02, "activation_zero": 137, "activation_dtype": "uint8"},
+]
+
+
 @pytest.mark.parametrize("block", [(1, 4), (4, 4)])
-def test_every_flipped_byte_is_caught(rng, block):
-    packed = ops.BSRInt8.from_dense(blocks(rng, 9, 20, *block, 0.5), block=block)
+@pytest.mark.parametrize("static", STATIC, ids=str)
+def test_static_activations(isa, rng, block, static):
+    """Exact sums of the integers, scaled and biased in float32: the bits of csrc/kernels/int8_types.h."""
+    for rows, cols, tokens in ((1, 1, 1), (17, 30, 5), (64, 259, 130)):
+        w = blocks(rng, rows, cols, *block, 0.5)
+        bias = rng.standard_normal(rows).astype(np.float32)
+        x = rng.standard_normal((tokens, cols)).astype(np.float32)  # some beyond the grid
+        packed = ops.BSRInt8.from_dense(w, block=block, **static)
+        assert packed.activations == ops.Int8.from_dense(w, **static).activations
+        scale, zero, low, high = packed.activations
+        q, scales = quantize_weight(w)
+        u = np.clip(np.rint(x * (np.float32(1) / np.float32(scale))) + zero, low, high).astype(np.int64)
+        sums = ((u - zero) @ q.T.astype(np.int64)).astype(np.float32)
+        want = sums * (scales * np.float32(scale)) + bias
+        x = np.vstack([x, np.full((1, cols), np.nan, np.float32)])
+        y = ops.linear(x, packed, bias)
+        assert np.array_equal(y[:-1], want)
+        assert np.isnan(y[-1]).all()
+    assert ops.BSRInt8.from_dense(w, block=block).activations is None
+
+
+@pytest.mark.parametrize("block", [(1, 4), (4, 4)])
+@pytest.mark.parametrize("static", STATIC, ids=str)
+def test_static_activations_of_convolutions(isa, rng, block, static):
+    w = np.zeros((10, 6, 3, 3), np.float32)
+    w[:, :4] = rng.standard_normal((10, 4, 3, 3)).astype(np.float32)
+    bias = rng.standard_normal(10).astype(np.float32)
+    x = rng.standard_normal((2, 12, 9, 7)).astype(np.float32)
+    packed = ops.BSRInt8.from_dense(w, block=block, groups=2, **static)
+    dense = ops.Int8.from_dense(w, groups=2, **static)
+    for stride, padding in ((1, 0), (2, 1)):
+        y, want = (ops.conv2d(x, p, bias, stride=stride, padding=padding, groups=2) for p in (packed, dense))
+        np.testing.assert_allclose(y, want, rtol=1e-6, atol=1e-6)  # sums are exact, float32 roundings differ
+
+
+def test_a_planted_fault_in_the_zero_point_is_caught(rng):
+    w, x = blocks(rng, 16, 32, 1, 4, 0.5), rng.standard_normal((5, 32)).astype(np.float32)
+    one = ops.BSRInt8.from_dense(w, activation_scale=0.03, activation_zero=5)
+    other = ops.BSRInt8.from_dense(w, activation_scale=0.03, activation_zero=6)
+    assert not np.array_equal(ops.linear(3 * x, one), ops.linear(3 * x, other))
+
+
+def test_parts_come_back(rng):
+    q = rng.integers(-128, 128, (19, 70)).astype(np.int8)
+    scales = rng.random(19).astype(np.float32)
+    packed = ops.BSRInt8.from_quantized(q, scales, dtype="bfloat16", **STATIC[2])
+    assert packed.dtype == "bfloat16"
+    assert packed.activations == (np.float32(0.02), 137, 0, 255)
+    again = ops.BSRInt8.from_parts(*packed.to_quantized(), packed.dtype, packed.activations)
+    assert np.array_equal(again.packed, packed.packed)
+    assert np.array_equal(ops.BSRInt8.from_quantized(q, 0.5).to_quantized()[1], np.full(19, 0.5, np.float32))
+    for bad in ({"activation_scale": -1.0}, {"activation_zero": 3}, {"activation_dtype": "int4"}):
+        with pytest.raises(ValueError, match="activation_"):
+            ops.BSRInt8.from_quantized(q, scales, **bad)
+        with pytest.raises(ValueError, match="activation_"):
+            ops.BSRInt8.from_dense(q.astype(np.float32), **bad)
+    with pytest.raises(ValueError, match="dtype: expected float32"):
+        ops.BSRInt8.from_quantized(q, scales, dtype="float64")
+
+
+def foreign_blocks(torch, seed=0):
+    """A model with values that pared's own quantization would not choose: linear, static, and convolution."""
+    from pared.nn import Conv2d, Linear
+
+    g = torch.Generator().manual_seed(seed)
+
+    def weight(*shape, **kwargs):
+        q = torch.randint(-128, 100, shape, dtype=torch.int8, generator=g)
+        q[:, 4:8] = 0
+        return ops.BSRInt8.from_quantized(q, torch.rand(shape[0], generator=g) * 0.1, **kwargs)
+
+    return torch.nn.Sequential(
+        Conv2d(weight(8, 6, 3, 3, groups=2, **STATIC[2]), torch.randn(8, generator=g), padding=1),
+        torch.nn.Flatten(),
+        Linear(
+            weight(12, 72, dtype="bfloat16", **STATIC[0]), torch.randn(12, generator=g).bfloat16(), "relu"
+        ),
+        Linear(weight(5, 12), None),
+    )
+
+
+def test_a_file_holds_the_integers_and_gives_them_back(tmp_path):
+    torch = pytest.importorskip("torch")
+    import pared
+
+    fast = foreign_blocks(torch).eval()
+    x = torch.randn(4, 12, 3, 3)
+    pared.save(fast, tmp_path / "f")
+    plain = torch.nn.Sequential(
+        torch.nn.Conv2d(12, 8, 3, padding=1, groups=2),
+        torch.nn.Flatten(),
+        torch.nn.Linear(72, 12, dtype=torch.bfloat16),
+        torch.nn.Linear(12, 5, bias=False),
+    )
+    loaded = pared.load(tmp_path / "f", plain)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), fast(x))
+    for new, old in ((loaded[0], fast[0]), (loaded[2], fast[2]), (loaded[3], fast[3])):
+        a, b = new.packed_weight(), old.packed_weight()
+        assert a.activations == b.activations
+        assert a.dtype == b.dtype
+        assert all(np.array_equal(s, t) for s, t in zip(a.to_quantized(), b.to_quantized(), strict=True))
+    pared.save(loaded, tmp_path / "g")
+    assert (tmp_path / "g").read_bytes() == (tmp_path / "f").read_bytes()
+    back = pared.restore(loaded)
+    assert back[2].weight.dtype == torch.bfloat16
+    assert torch.equal(back[3].weight, torch.as_tensor(fast[3].packed_weight().to_dense()))
+
+
+@pytest.mark.parametrize("static", [None, STATIC[1]], ids=str)
+@pytest.mark.parametrize("block", [(1, 4), (4, 4)])
+def test_every_flipped_byte_is_caught(rng, block, static):
+    packed = ops.BSRInt8.from_dense(blocks(rng, 9, 20, *block, 0.5), block=block, **(static or {}))
     for i in range(packed.packed.size):
         packed.packed[i] ^= 0x41
         with pytest.raises(ValueError, match="packed weight"):

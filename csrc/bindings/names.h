@@ -22,7 +22,7 @@ inline Activation parse_activation(const std::string& name) {
 inline DType parse_float_dtype(const std::string& name) {
   for (DType t : {DType::f32, DType::f16, DType::bf16})
     if (name == dtype_name(t)) return t;
-  throw TypeError(str("dtype: expected float32 or float16 or bfloat16, got ", name));
+  throw ValueError(str("dtype: expected float32, float16 or bfloat16, got '", name, "'"));
 }
 
 }  // namespace pared

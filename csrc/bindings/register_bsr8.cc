@@ -19,7 +19,8 @@ Bsr8Packed packed_bsr8(const Array& a) { return view_bsr8(packed_bytes(a), a.siz
 void register_bsr8(py::module_& m) {
   m.def(
       "bsr8_pack",
-      [](py::handle weight, py::handle scales, int64_t groups, int entry_rows) {
+      [](py::handle weight, py::handle scales, int64_t groups, int entry_rows, const std::string& dtype,
+         py::handle activations) {
         const Array a = parse_array(weight, "weight");
         const float* given = nullptr;
         if (scales.is_none()) {
@@ -38,14 +39,17 @@ void register_bsr8(py::module_& m) {
         }
         PARED_CHECK(entry_rows == 0 || entry_rows == 1 || entry_rows == kQuadRows,
                     "entry_rows: expected 0 (the faster), 1 or ", kQuadRows, ", got ", entry_rows);
+        const DType type = parse_float_dtype(dtype);
+        const ActivationRange range = parse_activations(activations);
         Bsr8Plan plan;
         {
           py::gil_scoped_release unlocked;
-          plan = plan_bsr8(view, conv, given, entry_rows);
+          plan = plan_bsr8(view, conv, given, entry_rows, type, range);
         }
         return packed_array(plan.panel.header, [&](uint8_t* out) { pack_bsr8(view, plan, out); });
       },
-      py::arg("weight"), py::arg("scales") = py::none(), py::arg("groups") = 1, py::arg("entry_rows") = 0);
+      py::arg("weight"), py::arg("scales") = py::none(), py::arg("groups") = 1, py::arg("entry_rows") = 0,
+      py::arg("dtype") = "float32", py::arg("activations") = py::none());
 
   m.def(
       "bsr8_unpack",

@@ -8,6 +8,7 @@
 #include "core/aligned.h"
 #include "core/check.h"
 #include "formats/bitmap8.h"
+#include "formats/bsr8.h"
 #include "formats/formats.h"
 #include "formats/int8.h"
 #include "ops/bitmap8.h"
@@ -20,14 +21,6 @@ Int8Packed packed_int8(const Array& a) { return view_int8(packed_bytes(a), a.siz
 Bitmap8Packed packed_bitmap8(const Array& a) { return view_bitmap8(packed_bytes(a), a.size()); }
 bool is_masked(const Array& a) {
   return checked_header(packed_bytes(a), a.size()).kind == PackedKind::bitmap8;
-}
-
-// None, or (scale, zero, low, high) with the last three as unsigned bytes.
-ActivationRange parse_activations(py::handle given) {
-  if (given.is_none()) return {};
-  const auto [scale, zero, low, high] = py::cast<std::tuple<double, int, int, int>>(given);
-  PARED_CHECK(scale != 0.0, "activation_scale: expected a positive number, got 0");
-  return {static_cast<float>(scale), zero, low, high};
 }
 
 // masked: as formats/bitmap8.h stores it, linear weights alone.
@@ -84,11 +77,9 @@ void register_int8(py::module_& m) {
         require_shape(s, {a.shape[0]});
         require_contiguous(s);
         const ActivationRange range = parse_activations(activations);
-        for (DType t : kFloatTypes)
-          if (dtype == dtype_name(t))
-            return pack(QuantizedView{view, static_cast<const float*>(s.data)},
-                        plan_int8(view, conv, t, range), range, masked);
-        throw ValueError(str("dtype: expected float32, float16 or bfloat16, got '", dtype, "'"));
+        const DType t = parse_float_dtype(dtype);
+        return pack(QuantizedView{view, static_cast<const float*>(s.data)}, plan_int8(view, conv, t, range),
+                    range, masked);
       },
       py::arg("q"), py::arg("scales"), py::arg("dtype") = "float32", py::arg("activations") = py::none(),
       py::arg("masked") = false, py::arg("groups") = 1);
@@ -97,8 +88,11 @@ void register_int8(py::module_& m) {
       "int8_activations",
       [](py::handle packed) -> py::object {
         const Array a = parse_array(packed, "packed");
-        const ActivationRange& r =
-            is_masked(a) ? *packed_bitmap8(a).activations : *packed_int8(a).activations;
+        const PackedKind kind = checked_header(packed_bytes(a), a.size()).kind;
+        const ActivationRange& r = kind == PackedKind::bsr8
+                                       ? *view_bsr8(packed_bytes(a), a.size()).activations
+                                   : is_masked(a) ? *packed_bitmap8(a).activations
+                                                  : *packed_int8(a).activations;
         if (r.scale == 0.0f) return py::none();
         return py::make_tuple(r.scale, r.zero, r.low, r.high);
       },

@@ -1,5 +1,7 @@
 #include "bindings/weights.h"
 
+#include <pybind11/stl.h>
+
 #include <cstdlib>
 
 #include "core/check.h"
@@ -29,6 +31,13 @@ DenseView dense_view(const Array& a, ConvShape& conv, int64_t groups) {
           static_cast<int32_t>(a.shape[3]), static_cast<int32_t>(groups)};
   const int64_t cols = a.shape[1] * a.shape[2] * a.shape[3];
   return {a.data, a.dtype, a.shape[0], cols, cols, 1, groups};
+}
+
+ActivationRange parse_activations(py::handle given) {
+  if (given.is_none()) return {};
+  const auto [scale, zero, low, high] = py::cast<std::tuple<double, int, int, int>>(given);
+  PARED_CHECK(scale != 0.0, "activation_scale: expected a positive number, got 0");
+  return {static_cast<float>(scale), zero, low, high};
 }
 
 const float* parse_bias(py::handle bias, int64_t rows, const Array& out) {

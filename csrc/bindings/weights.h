@@ -9,6 +9,7 @@
 #include "bindings/array.h"
 #include "bindings/names.h"
 #include "formats/csr.h"
+#include "formats/int8.h"
 #include "kernels/types.h"
 #include "ops/linear.h"
 
@@ -39,6 +40,10 @@ py::array_t<uint8_t> packed_array(const PackedHeader& header, const Write& write
   }
   return py::array_t<uint8_t>(static_cast<py::ssize_t>(header.bytes), static_cast<uint8_t*>(p), owner);
 }
+
+// How an int8 operation's input becomes bytes: None (dynamic), or (scale, zero, low, high) with the last
+// three as unsigned bytes. Throws ValueError on a scale of 0.
+ActivationRange parse_activations(py::handle given);
 
 // The bias of an operation whose output is `out`: float32 [rows], or null for None.
 const float* parse_bias(py::handle bias, int64_t rows, const Array& out);

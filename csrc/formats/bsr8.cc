@@ -106,13 +106,16 @@ Tiling choose_tiling(int64_t rows, int64_t units, int64_t entries, int entry_row
 
 }  // namespace
 
-Bsr8Plan plan_bsr8(const DenseView& w, const ConvShape& conv, const float* scales, int entry_rows) {
+Bsr8Plan plan_bsr8(const DenseView& w, const ConvShape& conv, const float* scales, int entry_rows,
+                   DType dtype, const ActivationRange& activations) {
   PARED_CHECK(w.rows >= 0 && w.rows < kMaxSize, "weight: expected rows from 0 to 2^48, got ", w.rows);
   PARED_CHECK(w.cols >= 0 && w.cols <= kInt8MaxCols, "weight: expected at most ", kInt8MaxCols,
               " elements a row (sums are exact in int32 up to there), got ", w.cols);
+  check_activations(activations);
   Bsr8Plan plan{};
+  plan.activations = activations;
   PackedHeader& h = plan.panel.header;
-  h = new_header(PackedKind::bsr8, w.dtype == DType::i8 ? DType::f32 : w.dtype, w.rows, w.cols * w.groups);
+  h = new_header(PackedKind::bsr8, scales ? dtype : w.dtype, w.rows, w.cols * w.groups);
   h.channels = conv.channels;
   h.kh = conv.kh;
   h.kw = conv.kw;
@@ -173,6 +176,7 @@ Bsr8Plan plan_bsr8(const DenseView& w, const ConvShape& conv, const float* scale
   Sections sections(sizeof(PackedHeader));
   sections.add(w.rows * sizeof(float));
   sections.add(w.rows * sizeof(int32_t));
+  sections.add(sizeof(ActivationRange));
   plan_panel<int32_t>(plan.panel, words.units(), sections,
                       new_entries(w, words, plan.scales.data(), entry_rows));
   return plan;
@@ -188,6 +192,7 @@ void pack_bsr8(const DenseView& w, const Bsr8Plan& plan, uint8_t* out) {
             reinterpret_cast<float*>(out + sections.add(h.rows * sizeof(float))));
   std::copy(plan.sums.begin(), plan.sums.end(),
             reinterpret_cast<int32_t*>(out + sections.add(h.rows * sizeof(int32_t))));
+  *reinterpret_cast<ActivationRange*>(out + sections.add(sizeof(ActivationRange))) = plan.activations;
   seal(h, out);
 }
 
@@ -204,9 +209,12 @@ Bsr8Packed view_bsr8(const uint8_t* data, int64_t bytes) {
   const size_t scales_at = sections.add(h.rows * sizeof(float));
   const size_t sums_at = sections.add(h.rows * sizeof(int32_t));
   check_section(h, scales_at, h.rows * sizeof(float));
+  const size_t activations_at = sections.add(sizeof(ActivationRange));
   check_section(h, sums_at, h.rows * sizeof(int32_t));
+  check_section(h, activations_at, sizeof(ActivationRange));
   w.scales = reinterpret_cast<const float*>(data + scales_at);
   w.sums = reinterpret_cast<const int32_t*>(data + sums_at);
+  w.activations = reinterpret_cast<const ActivationRange*>(data + activations_at);
   return w;
 }
 
@@ -227,6 +235,7 @@ void validate_bsr8(const Bsr8Packed& w) {
     }
     return non_zero_bytes(word);
   });
+  check_activations(*w.activations);
   for (int64_t r = 0; r < h.rows; ++r) {
     PARED_CHECK(std::isfinite(w.scales[r]) && w.scales[r] >= 0.0f, "packed weight: row ", r,
                 ": invalid scale ", w.scales[r]);

@@ -5,7 +5,8 @@
 //
 // Beside the panel's sections, 64-byte aligned behind the header: scales, float32 [rows], finite and positive
 // (or 0 for a row without weights); sums, int32 [rows], of the row's q: what the zero point of the
-// activations adds to a product. Size: 6 bytes a 1x4 block, 18 a 4x4 block.
+// activations adds to a product; an ActivationRange as formats/int8.h has it (dynamic: a scale a token, or an
+// image). Size: 6 bytes a 1x4 block, 18 a 4x4 block.
 #pragma once
 
 #include <cstdint>
@@ -20,20 +21,23 @@ struct Bsr8Packed {
   PanelPacked<int32_t> panel;
   const float* scales;
   const int32_t* sums;
+  const ActivationRange* activations;
 };
 
 struct Bsr8Plan {
   PanelPlan panel;
   std::vector<float> scales;
   std::vector<int32_t> sums;
+  ActivationRange activations;
 };
 
 // A weight of float type is quantised: scale = max |w| / 127 of the row, q = w / scale, rounded to the
 // nearest even integer; a row whose magnitudes are all below 2^-100 is zero. One of int8 is taken as it is
-// (-128 included), with the scales given, which are null otherwise. entry_rows: 1, 4 (kQuadRows), or 0 for
-// the one that multiplies faster. Throws ValueError on non-finite values or scales, or a matrix beyond the
-// format's limits.
-Bsr8Plan plan_bsr8(const DenseView& w, const ConvShape& conv, const float* scales, int entry_rows);
+// (-128 included), with the scales given, which are null otherwise; `dtype` is then what it unpacks to.
+// entry_rows: 1, 4 (kQuadRows), or 0 for the one that multiplies faster. Throws ValueError on non-finite
+// values or scales, or a matrix beyond the format's limits.
+Bsr8Plan plan_bsr8(const DenseView& w, const ConvShape& conv, const float* scales, int entry_rows,
+                   DType dtype = DType::f32, const ActivationRange& activations = {});
 void pack_bsr8(const DenseView& w, const Bsr8Plan& plan, uint8_t* out);
 
 // Reads the header; throws ValueError when the buffer is none of this format.

@@ -7,12 +7,6 @@
 #include "ops/panel_product.h"
 
 namespace pared {
-namespace {
-
-constexpr int32_t kZeroPoint = 128;
-
-}  // namespace
-
 void conv2d_bsr8(const ConvArgs& a, const Bsr8Packed& w) {
   const PackedHeader& h = *w.panel.header;
   if (a.images == 0 || h.rows == 0) return;
@@ -27,7 +21,7 @@ void conv2d_bsr8(const ConvArgs& a, const Bsr8Packed& w) {
   uint32_t* words = memory.get<uint32_t>(frame.words());
   for (int64_t n = 0; n < a.images; ++n) {
     char* y = static_cast<char*>(a.y) + n * plane * h.rows * element;
-    const float scale = frame.quantize(n, {0.0f, kZeroPoint, 1, 255}, words);
+    const float scale = frame.quantize(n, *w.activations, words);
     alignas(kCacheLine) float scales[kPanelMaxGroups * kPanelGroup];
     std::fill(std::begin(scales), std::end(scales), scale);
     panel_product(
@@ -42,7 +36,7 @@ void conv2d_bsr8(const ConvArgs& a, const Bsr8Packed& w) {
           return panel;
         },
         [&](const PanelTile& t, int64_t row0, int32_t rows, int32_t* acc, int32_t acc_stride) {
-          dequantize({acc, acc_stride, rows, t.vectors * kPanelGroup, kZeroPoint, w.sums + row0,
+          dequantize({acc, acc_stride, rows, t.vectors * kPanelGroup, w.activations->zero, w.sums + row0,
                       w.scales + row0, scales});
           const auto* sums = reinterpret_cast<const float*>(acc);
           const float* bias = a.bias ? a.bias + row0 : nullptr;

@@ -19,8 +19,6 @@ struct QuantizedTile {
   }
 };
 
-constexpr int32_t kZeroPoint = 128;  // of quantize_u8, dynamic
-
 }  // namespace
 
 void linear_bsr8(const LinearArgs& args, const Bsr8Packed& w) {
@@ -31,6 +29,7 @@ void linear_bsr8(const LinearArgs& args, const Bsr8Packed& w) {
   const auto store = kernel_for<panel_store>(isa).fn;
   const PackedHeader& h = *w.panel.header;
   const int64_t element = dtype_size(args.dtype);
+  const ActivationRange& range = *w.activations;
   thread_local QuantizedTile tile;
   panel_product(
       w.panel, word_kernels(h), args.tokens,
@@ -38,8 +37,8 @@ void linear_bsr8(const LinearArgs& args, const Bsr8Packed& w) {
         tile.reserve(w.panel.units);
         const int32_t cols = static_cast<int32_t>(h.cols);
         quantize({static_cast<const char*>(args.x) + t.first * args.x_stride * element, args.x_stride,
-                  args.dtype, t.positions, cols, 0.0f, 0, 0, 0, reinterpret_cast<uint8_t*>(tile.words),
-                  tile.stride * kInt8Unit, tile.scales});
+                  args.dtype, t.positions, cols, range.scale, range.zero, range.low, range.high,
+                  reinterpret_cast<uint8_t*>(tile.words), tile.stride * kInt8Unit, tile.scales});
         std::fill(tile.scales + t.positions, tile.scales + t.vectors * kPanelGroup, 0.0f);
       },
       [&](const PanelTile& t, int64_t k0, int32_t units, int32_t stride, int32_t* panel) -> const int32_t* {
@@ -49,7 +48,7 @@ void linear_bsr8(const LinearArgs& args, const Bsr8Packed& w) {
         return panel;
       },
       [&](const PanelTile& t, int64_t row0, int32_t rows, int32_t* acc, int32_t acc_stride) {
-        dequantize({acc, acc_stride, rows, t.vectors * kPanelGroup, kZeroPoint, w.sums + row0,
+        dequantize({acc, acc_stride, rows, t.vectors * kPanelGroup, range.zero, w.sums + row0,
                     w.scales + row0, tile.scales});
         store({reinterpret_cast<const float*>(acc), acc_stride, rows, t.positions,
                args.bias ? args.bias + row0 : nullptr, args.activation,

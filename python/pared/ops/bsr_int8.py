@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,13 +11,16 @@ from pared import _core
 from pared._types import Array
 from pared.ops._arrays import is_torch, require_array
 from pared.ops.bsr import check_block
-from pared.ops.packed import PackedWeight
+from pared.ops.int8 import Activations, QuantizedWeight, check_activations, output_scales
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Rows that the quad kernel takes together (kQuadRows in csrc/formats/panel.h).
 _QUAD = 4
 
 
-class BSRInt8(PackedWeight):
+class BSRInt8(QuantizedWeight):
     """An int8 weight with zeros in blocks of R outputs by four consecutive inputs: 1x4, 4x4, 16x4.
 
     A class of its own, beside `BSR`, because it is another weight: rounded to ``scale * q`` with one scale an
@@ -25,19 +28,29 @@ class BSRInt8(PackedWeight):
     in 4x4. For a convolution a block is four consecutive input channels at one tap.
 
     The operations quantise activations as they come, a scale a token, or an image of a convolution:
-    ``q = round(x * 127 / max|x|)``, sum in int32 without rounding, and return
-    ``activation(float(sum) * (weight scale * activation scale) + bias)``, the same bits on every instruction
-    set. A token or image that holds an infinity or a NaN gives NaN outputs; one whose magnitudes are all
-    below 2^-100 counts as zero.
+    ``q = round(x * 127 / max|x|)``, or with a given scale and zero point; sum in int32 without rounding, and
+    return ``activation(float(sum) * (weight scale * activation scale) + bias)``, the same bits on every
+    instruction set. A token or image that holds an infinity or a NaN gives NaN outputs; one whose magnitudes
+    are all below 2^-100 counts as zero.
 
     Build it with `from_dense`, or from a weight that was quantised elsewhere with `from_quantized`.
     """
 
     __slots__ = ()
     kind: ClassVar[str] = "bsr8"
+    _masked: ClassVar[bool] = False
 
     @classmethod
-    def from_dense(cls, weight: Array, *, block: tuple[int, int] | None = None, groups: int = 1) -> BSRInt8:
+    def from_dense(
+        cls,
+        weight: Array,
+        *,
+        block: tuple[int, int] | None = None,
+        groups: int = 1,
+        activation_scale: float | None = None,
+        activation_zero: int = 0,
+        activation_dtype: str = "int8",
+    ) -> Self:
         """Quantise and pack a dense weight of float32, bfloat16 or float16.
 
         ``scale = max|w| / 127`` of an output, ``q = w / scale`` rounded to the nearest even integer.
@@ -49,6 +62,9 @@ class BSRInt8(PackedWeight):
             rows are multiplied together. None: whichever is faster for the zeros that are there. Blocks are
             found, not imposed: every weight packs.
         groups : of a convolution.
+        activation_scale, activation_zero, activation_dtype : None for activations that are quantised by
+            token or image; else ``x`` is about ``activation_scale * (q - activation_zero)`` with q of
+            ``"int8"`` or ``"uint8"``.
 
         Raises
         ------
@@ -57,23 +73,40 @@ class BSRInt8(PackedWeight):
         """
         require_array(weight, "weight")
         dense = weight.detach() if is_torch(weight) else weight
-        return cls(_core.bsr8_pack(dense, None, groups, _entry_rows(block)))
+        activations = check_activations(activation_scale, activation_zero, activation_dtype)
+        return cls(_core.bsr8_pack(dense, None, groups, _entry_rows(block), activations=activations))
 
     @classmethod
     def from_quantized(
-        cls, values: Array, scales: Array, *, block: tuple[int, int] | None = None, groups: int = 1
-    ) -> BSRInt8:
-        """Pack int8 `values`, shaped as for `from_dense`, with `scales`, float32 [out], without rounding.
+        cls,
+        q: Array,
+        scales: Any,
+        *,
+        block: tuple[int, int] | None = None,
+        groups: int = 1,
+        dtype: str = "float32",
+        activation_scale: float | None = None,
+        activation_zero: int = 0,
+        activation_dtype: str = "int8",
+    ) -> Self:
+        """Pack int8 `q`, shaped as for `from_dense`, with `scales`, [out] or a number, without rounding.
 
-        Raises ``ValueError`` or ``TypeError`` for other dtypes and shapes, and for scales that are negative
-        or not finite.
+        `dtype` is the float dtype that `to_dense` gives a tensor; the others are as for `from_dense`. Raises
+        ``ValueError`` or ``TypeError`` for other dtypes and shapes, and for scales that are negative or not
+        finite.
         """
-        require_array(values, "weight")
-        require_array(scales, "scales")
-        return cls(_core.bsr8_pack(values, scales, groups, _entry_rows(block)))
+        require_array(q, "q")
+        activations = check_activations(activation_scale, activation_zero, activation_dtype)
+        rows = output_scales(scales, q.shape[0])
+        return cls(_core.bsr8_pack(q, rows, groups, _entry_rows(block), dtype, activations))
+
+    @classmethod
+    def from_parts(
+        cls, q: Array, scales: Array, dtype: str, activations: Activations | None, groups: int = 1
+    ) -> Self:
+        return cls(_core.bsr8_pack(q, scales, groups, 0, dtype, activations))
 
     def to_quantized(self) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        """``(values, scales)``: int8 in the weight's shape, float32 [out]; the weight is values * scales."""
         values, scales = _core.bsr8_unpack(self.packed)
         return values.reshape(self.shape), scales
 

@@ -36,6 +36,12 @@ def check_activations(scale: float | None, zero: int, dtype: str) -> Activations
     return float(scale), zero + offset, 0, 255
 
 
+def output_scales(scales: Any, rows: int) -> NDArray[np.float32]:
+    """One scale an output, of a vector or of a number for all."""
+    s = np.asarray(scales.detach().cpu().numpy() if is_torch(scales) else scales, dtype=np.float32)
+    return np.full(rows, s, np.float32) if s.ndim == 0 else np.ascontiguousarray(s)
+
+
 class QuantizedWeight(PackedWeight):
     """An int8 weight with one scale an output: ``w[n, k]`` is about ``scales[n] * q[n, k]``.
 
@@ -109,13 +115,9 @@ class QuantizedWeight(PackedWeight):
         """
         require_array(q, "q")
         _check_groups(groups, q.ndim)
-        s = np.asarray(scales.detach().cpu().numpy() if is_torch(scales) else scales, dtype=np.float32)
-        if s.ndim == 0:
-            s = np.full(q.shape[0], s, np.float32)
+        s = output_scales(scales, q.shape[0])
         activations = check_activations(activation_scale, activation_zero, activation_dtype)
-        return cls(
-            _core.int8_pack_quantized(q, np.ascontiguousarray(s), dtype, activations, cls._masked, groups)
-        )
+        return cls(_core.int8_pack_quantized(q, s, dtype, activations, cls._masked, groups))
 
     @classmethod
     def from_torch(
