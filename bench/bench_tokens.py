@@ -59,7 +59,7 @@ def test_tokens(versus: Any, out: int, inputs: int, name: str, sparsity: float, 
     steps = {t: timings.speedup(f"{t} tokens", f"{t + 1} tokens").value for t in COUNTS if t + 1 in COUNTS}
     worst = max(steps, key=steps.__getitem__)
     versus(
-        calls,
+        {name: calls[name] for name in (f"{worst} tokens", f"{worst + 1} tokens")},
         timings=timings,
         suite="tokens, largest step to one more",
         case=f"{name} {out}x{inputs}, {worst} -> {worst + 1}",
