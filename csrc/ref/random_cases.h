@@ -9,8 +9,8 @@
 
 namespace pared {
 
-// The operations: csr, bsr, dense, chain, bitmap, pair, int8, bitmap8, bsr8, int4, gemm_s8, conv_csr, conv_int8,
-// conv_bsr8, selection.
+// The operations: csr, bsr, dense, chain, bitmap, pair, int8, bitmap8, bsr8, int4, gemm_s8, conv_csr,
+// conv_int8, conv_bsr8, selection.
 const std::vector<std::string>& random_families();
 
 struct RandomCases {
