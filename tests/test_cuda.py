@@ -116,7 +116,7 @@ def rows(module, **change):
 
 def test_arguments_of_the_launchers(module):
     for change, error, message in [
-        ({"dtype": "float64"}, TypeError, "dtype: expected float32 or float16 or bfloat16, got float64"),
+        ({"dtype": "float64"}, ValueError, "dtype: expected float32, float16 or bfloat16, got 'float64'"),
         ({"key": "max"}, ValueError, "key: expected one of abs, identity, square, abs_mul, got 'max'"),
         ({"k": 2}, ValueError, "k: expected 0 to 1, got 2"),
         ({"cols": 1 << 31}, ValueError, r"cols: expected rows of less than 2\*\*31"),

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/cuda_register.h"
+#include "bindings/names.h"
 #include "core/check.h"
 #include "cuda/device.h"
 #include "cuda/select.h"
@@ -17,12 +18,6 @@ namespace py = pybind11;
 
 namespace pared {
 namespace {
-
-DType parse_dtype(const std::string& name) {
-  for (DType t : {DType::f32, DType::f16, DType::bf16})
-    if (name == dtype_name(t)) return t;
-  throw TypeError(str("dtype: expected float32 or float16 or bfloat16, got ", name));
-}
 
 SelectKey parse_key(const std::string& name) {
   if (name == "abs") return SelectKey::abs;
@@ -39,8 +34,8 @@ using MemberTuple =
 cuda::SelectMember member(const MemberTuple& t) {
   const auto& [w, n, dtype, key, g, period, g_dtype, mask] = t;
   const cuda::SelectMember m = {
-      reinterpret_cast<const void*>(w), n,      parse_dtype(dtype),   parse_key(key),
-      reinterpret_cast<const void*>(g), period, parse_dtype(g_dtype), reinterpret_cast<uint8_t*>(mask)};
+      reinterpret_cast<const void*>(w), n,      parse_float_dtype(dtype),   parse_key(key),
+      reinterpret_cast<const void*>(g), period, parse_float_dtype(g_dtype), reinterpret_cast<uint8_t*>(mask)};
   PARED_CHECK(n >= 0 && period >= 0, "members: expected non-negative sizes, got ", n, " and ", period);
   PARED_CHECK(w % dtype_size(m.dtype) == 0, "members: expected memory aligned to its element size");
   PARED_CHECK(n == 0 || (w && (g || m.key != SelectKey::product)),
@@ -181,11 +176,11 @@ PYBIND11_MODULE(PARED_CUDA_MODULE, m, py::mod_gil_not_used()) {
                                         rows,
                                         cols,
                                         stride,
-                                        parse_dtype(dtype),
+                                        parse_float_dtype(dtype),
                                         parse_key(key),
                                         reinterpret_cast<const void*>(g),
                                         g_stride,
-                                        parse_dtype(g_dtype),
+                                        parse_float_dtype(g_dtype),
                                         k,
                                         reinterpret_cast<uint8_t*>(mask),
                                         reinterpret_cast<int64_t*>(nans)};
