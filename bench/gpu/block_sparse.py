@@ -1,0 +1,67 @@
+"""Block-sparse Linear layers on tensor cores, against cuBLAS in bfloat16 and torch's BSR product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import pared
+from bench.gpu.measure import Case, Goal, Machine
+
+# Block, tokens, share of zeros, goal against cuBLAS.
+DECODE = [(64, 16, 0.8, 3.0), (64, 16, 0.9, 5.0)]
+PREFILL = [(128, 8192, 0.5, 1.2), (128, 8192, 0.8, 3.0), (128, 8192, 0.9, 5.5)]
+
+
+def cases(machine: Machine) -> Iterator[Case]:
+    outputs, inputs = (256, 128) if machine.dry else (8192, 8192)
+    for block, tokens, zeros, goal in DECODE + PREFILL:
+        yield linear(machine, outputs, inputs, block, min(tokens, 40) if machine.dry else tokens, zeros, goal)
+
+
+def linear(
+    machine: Machine, outputs: int, inputs: int, block: int, tokens: int, zeros: float, goal: float
+) -> Case:
+    copies = machine.copies(int(2 * outputs * inputs * (1 - zeros)))
+    generator = torch.Generator(machine.device).manual_seed(0)
+    kind = {"generator": generator, "device": machine.device}
+    x = torch.randn(tokens, inputs, **kind).bfloat16()
+    ws = []
+    for _ in range(copies):
+        keep = torch.rand(outputs // block, inputs // block, **kind) >= zeros
+        keep[0, 0] = True
+        mask = keep.repeat_interleave(block, 0).repeat_interleave(block, 1)
+        ws.append(torch.randn(outputs, inputs, **kind).bfloat16() * mask)
+    quick: list[Any] = [pared.ops.BSR.from_dense(w.cpu(), block=(block, block)) for w in ws]
+    calls: dict[str, Any] = {
+        "pared": lambda i: pared.ops.linear(x, quick[i]),
+        "cuBLAS bf16": lambda i: torch.nn.functional.linear(x, ws[i]),
+    }
+    goals = [Goal(["cuBLAS bf16"], goal)]
+    eager = []
+    if not machine.dry:
+        quick = [w.to(machine.device, None, (block, block)) for w in quick]
+        bsr = [w.to_sparse_bsr((block, block)) for w in ws]
+        calls["torch BSR"] = lambda i: torch.nn.functional.linear(x, bsr[i])
+        eager = ["torch BSR"]  # it tunes itself and copies indices
+        if tokens <= 16:
+            goals.append(Goal(["torch BSR"], 1.5))
+
+    def check() -> None:
+        want = x.double() @ ws[0].double().T
+        error = (pared.ops.linear(x, quick[0]).double() - want).abs().max()
+        if error > 0.01 * want.abs().max():
+            raise RuntimeError(f"linear: off by {float(error)}")
+
+    return Case(
+        suite="block-sparse linear",
+        name=f"{outputs} x {inputs}, {block}x{block}, {zeros:.0%} zeros, {tokens} tokens",
+        calls=calls,
+        copies=copies,
+        goals=goals,
+        operations=2.0 * tokens * outputs * inputs * (1 - zeros),
+        check=check,
+        eager=eager,
+    )

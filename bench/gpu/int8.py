@@ -1,0 +1,64 @@
+"""8-bit Linear layers, quantization included, against cuBLAS in bfloat16 and torch's int8 product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import pared
+from bench.gpu.measure import Case, Goal, Machine
+
+# Outputs, inputs, tokens; the last two have few tokens and a long reduction.
+SHAPES = [
+    (4096, 4096, 2048),
+    (14336, 4096, 2048),
+    (4096, 14336, 8192),
+    (8192, 8192, 8192),
+    (4096, 16384, 64),
+    (8192, 28672, 64),
+]
+
+
+def cases(machine: Machine) -> Iterator[Case]:
+    shapes = [(96, 64, 5), (64, 128, 40)] if machine.dry else SHAPES
+    for outputs, inputs, tokens in shapes:
+        yield linear(machine, outputs, inputs, tokens)
+
+
+def linear(machine: Machine, outputs: int, inputs: int, tokens: int) -> Case:
+    copies = machine.copies(outputs * inputs)
+    generator = torch.Generator(machine.device).manual_seed(0)
+    kind = {"generator": generator, "device": machine.device}
+    x = torch.randn(tokens, inputs, **kind).bfloat16()
+    ws = [torch.randn(outputs, inputs, **kind).bfloat16() for _ in range(copies)]
+    packed = [pared.ops.Int8.from_dense(w.cpu()) for w in ws]
+    quick: list[Any] = list(packed) if machine.dry else [w.to(machine.device) for w in packed]
+    few = tokens < 2048
+    calls: dict[str, Any] = {
+        "pared": lambda i: pared.ops.linear(x, quick[i]),
+        "cuBLAS bf16": lambda i: torch.nn.functional.linear(x, ws[i]),
+    }
+    goals = [] if few else [Goal(["cuBLAS bf16"], 1.7)]
+    if not machine.dry:
+        q = [w.q for w in quick]
+        xq = torch.randint(-127, 128, (max(32, tokens), inputs), dtype=torch.int8, device=machine.device)
+        calls["torch._int_mm"] = lambda i: torch._int_mm(xq, q[i].t())  # without quantization and scales
+        goals += [Goal(["torch._int_mm"], 1.6 if few else 0.95)]
+
+    def check() -> None:
+        want = pared.ops.linear(x.cpu(), packed[0])
+        if not torch.equal(pared.ops.linear(x, quick[0]).cpu(), want):
+            raise RuntimeError("linear: not the bits of the CPU")
+
+    return Case(
+        suite="int8 linear",
+        name=f"{outputs} x {inputs}, {tokens} tokens",
+        calls=calls,
+        copies=copies,
+        goals=goals,
+        nbytes=outputs * inputs + 2 * tokens * (inputs + outputs),
+        operations=2.0 * tokens * outputs * inputs,
+        check=check,
+    )
