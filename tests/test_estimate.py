@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CEILINGS
+from _ceilings import CEILINGS
 from hypothesis import given
 from hypothesis import strategies as st
 
