@@ -56,7 +56,8 @@ def test_an_untested_kernel_is_noticed():
 
 
 def test_a_test_that_runs_no_kernel_fails(tmp_path):
-    shutil.copy(Path(__file__).parents[1] / "conftest.py", tmp_path)
+    for name in ("conftest.py", "_ceilings.py"):
+        shutil.copy(Path(__file__).parents[1] / name, tmp_path)
     (tmp_path / "test_planted.py").write_text("def test_nothing(isa):\n    pass\n")
     run = subprocess.run(
         [

@@ -445,4 +445,11 @@ def estimate(kind: str, w: Work, n: int, threads: int) -> float:
     if n == 0 or w.rows == 0:
         return 0.0
     kernel = kernel_of(kind, w, n)
+    seconds = _seconds(kernel, w, n, threads)
+    if kernel == "bitmap8 many":  # fitted apart from the other kernel: more tokens do not take less
+        seconds = max(seconds, _seconds("bitmap8 few", w, _BATCH, threads))
+    return seconds
+
+
+def _seconds(kernel: str, w: Work, n: int, threads: int) -> float:
     return sum(a * t for a, t in zip(COEFFICIENTS[kernel], terms(kernel, w, n, threads), strict=True))
