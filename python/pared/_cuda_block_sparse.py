@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pared._cuda_int8 import DYNAMIC, Place, check_bias, quantize, require_device, rows_of
-from pared.ops._arrays import refuse_grad
+from pared._cuda_int8 import DYNAMIC, Place, checked_rows, quantize, require_device
 from pared.ops._device import DeviceWeight
 
 if TYPE_CHECKING:
@@ -221,17 +220,7 @@ def linear(
 
     outputs, cols = w.shape
     dtypes = (torch.float32, torch.float16, torch.bfloat16) if w.scales is not None else (w.values.dtype,)
-    if not isinstance(x, torch.Tensor) or x.dtype not in dtypes:
-        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"x: expected dtype {names}, got {got}")
-    if x.ndim < 1 or x.shape[-1] != cols:
-        raise ValueError(f"x: expected shape [..., {cols}], got {list(x.shape)}")
-    require_device("x", x, w.values)
-    rows = rows_of(x)
-    check_bias(bias, outputs, w.values)
-    refuse_grad(x, "x")
-    refuse_grad(bias, "bias")
+    rows = checked_rows(x, dtypes, w.shape, bias, w.values)
     at = place or Place.of(x)
     tokens = rows.shape[0]
     out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pared._cuda_int8 import Place, check_bias, require_device, rows_of
-from pared.ops._arrays import refuse_grad
+from pared._cuda_int8 import Place, checked_rows, require_device
 from pared.ops._device import DeviceWeight
 
 if TYPE_CHECKING:
@@ -174,16 +173,7 @@ def linear(
     import torch
 
     outputs, cols = w.shape
-    if not isinstance(x, torch.Tensor) or x.dtype != w.dtype:
-        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"x: expected dtype {str(w.dtype).removeprefix('torch.')}, got {got}")
-    if x.ndim < 1 or x.shape[-1] != cols:
-        raise ValueError(f"x: expected shape [..., {cols}], got {list(x.shape)}")
-    require_device("x", x, w.blocks)
-    rows = rows_of(x)
-    check_bias(bias, outputs, w.blocks)
-    refuse_grad(x, "x")
-    refuse_grad(bias, "bias")
+    rows = checked_rows(x, (w.dtype,), w.shape, bias, w.blocks)
     at = place or Place.of(x)
     tokens = rows.shape[0]
     if tokens > at.kernels.DECODE_MAX_TOKENS:

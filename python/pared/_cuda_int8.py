@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -126,20 +127,10 @@ def linear(
     """
     import torch
 
-    floats = (torch.float32, torch.float16, torch.bfloat16)
-    if not isinstance(x, torch.Tensor) or x.dtype not in floats:
-        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"x: expected dtype float32 or float16 or bfloat16, got {got}")
-    outputs = w.q.shape[0]
-    if x.ndim < 1 or x.shape[-1] != w.cols:
-        raise ValueError(f"x: expected shape [..., {w.cols}], got {list(x.shape)}")
     if w.cols > MAX_COLS:
         raise ValueError(f"w: expected at most {MAX_COLS} inputs, got {w.cols}")
-    require_device("x", x, w.q)
-    rows = rows_of(x)
-    check_bias(bias, outputs, w.q)
-    refuse_grad(x, "x")
-    refuse_grad(bias, "bias")
+    rows = checked_rows(x, (torch.float32, torch.float16, torch.bfloat16), w.shape, bias, w.q)
+    outputs = w.shape[0]
     at = place or Place.of(x)
     dtype = str(x.dtype).removeprefix("torch.")
     q, scales = quantize(at, rows, w.activations)
@@ -196,6 +187,31 @@ def gemm_s8(a: torch.Tensor, b: torch.Tensor, *, place: Place | None = None) -> 
     out = torch.empty((a.shape[0], b.shape[0]), dtype=torch.int32, device=a.device)
     _product(at, _aligned(at, a), _aligned(at, b), cols, None, None, None, "", "", out)
     return out
+
+
+def checked_rows(
+    x: torch.Tensor,
+    dtypes: Sequence[torch.dtype],
+    shape: tuple[int, int],
+    bias: torch.Tensor | None,
+    like: torch.Tensor,
+) -> torch.Tensor:
+    """`x` as [tokens, in], once it and `bias` fit a weight of `shape` on the device of `like`."""
+    import torch
+
+    outputs, cols = shape
+    if not isinstance(x, torch.Tensor) or x.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"x: expected dtype {names}, got {got}")
+    if x.ndim < 1 or x.shape[-1] != cols:
+        raise ValueError(f"x: expected shape [..., {cols}], got {list(x.shape)}")
+    require_device("x", x, like)
+    rows = rows_of(x)
+    check_bias(bias, outputs, like)
+    refuse_grad(x, "x")
+    refuse_grad(bias, "bias")
+    return rows
 
 
 def check_bias(bias: torch.Tensor | None, outputs: int, like: torch.Tensor) -> None:
