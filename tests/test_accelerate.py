@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from _models import fused_is_faster, set_times, sparse_conv, sparse_linear
+from _models import FakeTimings, fused_is_faster, set_times, sparse_conv, sparse_linear
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
@@ -140,22 +140,6 @@ def test_layers_that_gain_too_little_stay(clock: Any, monkeypatch: pytest.Monkey
     assert "1.03x, less than 1.05x" in row(fast, "2").reason
     assert "0.50x, less than 1.05x" in row(fast, "4").reason
     assert row(fast, "2").before == row(fast, "2").after == 1.0
-
-
-class FakeTimings:
-    """What interleave would return, of known times."""
-
-    def __init__(self, **seconds: float) -> None:
-        self.seconds = seconds
-
-    def median(self, name: str) -> float:
-        return self.seconds[name]
-
-    p95 = median
-
-    def speedup(self, name: str, baseline: str) -> Any:
-        ratio = self.seconds[baseline] / self.seconds[name]
-        return type("Ratio", (), {"value": ratio})
 
 
 def test_never_slower(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
