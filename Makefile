@@ -96,8 +96,10 @@ sanitize-cuda: $(VENV)/installed-test emulated
 # Compiles without a GPU, and runs what needs none: host logic, and the errors of a machine without a driver.
 CUDAARCHS ?= 80-real;90a-real
 cuda: $(VENV)/installed-test
+	$(PIP) --no-deps nvidia-cutlass nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(CMAKE) -S . -B build/cuda -DPARED_CUDA=on -DCMAKE_CUDA_ARCHITECTURES='$(CUDAARCHS)'
 	cmake --build build/cuda --target _cuda_kernels
+	$(BIN)/python tools/check_sass.py build/cuda/_cuda_kernels*.so
 	rm -rf build/cuda/package
 	mkdir build/cuda/package
 	cp -R "$$($(BIN)/python -c 'import os, pared; print(os.path.dirname(pared.__file__))')" build/cuda/package/

@@ -9,6 +9,9 @@
 #   bench/gpu.sh --dry-run          on any machine: the same flow on tiny problems, CPU tensors and a clock that does not measure;
 #                                   no build, no file
 #
+# CUTLASS_DIR=... (the folder above include/ of nvidia-cutlass 4.2.0.0) where that package is not installed: without its headers
+# int8 products use mma.sync on sm_90 too.
+#
 # Needs Python with torch (CUDA), numpy, pytest, hypothesis, scikit-build-core, pybind11, CMake and ninja; PYTHON=... chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -9,6 +9,7 @@ import torch
 
 import pared
 from bench.gpu.measure import Case, Goal, Machine
+from pared import _cuda
 
 # Outputs, inputs, tokens; the last two have few tokens and a long reduction.
 SHAPES = [
@@ -44,6 +45,8 @@ def linear(machine: Machine, outputs: int, inputs: int, tokens: int) -> Case:
     if not machine.dry:
         q = [w.q for w in quick]
         xq = torch.randint(-127, 128, (max(32, tokens), inputs), dtype=torch.int8, device=machine.device)
+        if not few:
+            calls |= {f"tile {rows} x {columns}": tile(t, x, quick) for t, rows, columns in tiles()}
         calls["torch._int_mm"] = lambda i: torch._int_mm(xq, q[i].t())  # without quantization and scales
         goals += [Goal(["torch._int_mm"], 1.6 if few else 0.95)]
 
@@ -62,3 +65,22 @@ def linear(machine: Machine, outputs: int, inputs: int, tokens: int) -> Case:
         operations=2.0 * tokens * outputs * inputs,
         check=check,
     )
+
+
+def tiles() -> list[tuple[int, int, int]]:
+    """The kernels that the choice is between with many tokens: index, tokens and outputs of a tile."""
+    kernels = _cuda.kernels(0)
+    large = [3, *([4, 5, 6] if kernels.int8_wgmma(0) else [])]
+    return [(t, *kernels.INT8_TILES[t]) for t in large]
+
+
+def tile(index: int, x: torch.Tensor, ws: list[Any]) -> Any:
+    def call(i: int) -> torch.Tensor:
+        kernels = _cuda.kernels(0)
+        kernels.force_int8_tile(index)
+        try:
+            return pared.ops.linear(x, ws[i])
+        finally:
+            kernels.force_int8_tile(-1)
+
+    return call

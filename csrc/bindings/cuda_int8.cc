@@ -41,6 +41,8 @@ void register_cuda_int8(py::module_& m) {
   m.attr("INT8_TILES") = [] {
     py::list tiles;
     for (const cuda::Int8Tile& t : cuda::kInt8Tiles) tiles.append(py::make_tuple(t.rows, t.columns));
+    for (const cuda::Int8WgmmaTile& t : cuda::kInt8WgmmaTiles)
+      tiles.append(py::make_tuple(t.rows, t.columns));
     return py::tuple(tiles);
   }();
   m.def(
@@ -72,11 +74,31 @@ void register_cuda_int8(py::module_& m) {
       [](int64_t tokens, int64_t outputs, int64_t cols, int multiprocessors) {
         PARED_CHECK(tokens > 0 && outputs > 0 && cols >= 0 && multiprocessors > 0,
                     "tokens, outputs, multiprocessors: expected positive sizes");
-        const cuda::Int8Plan p = cuda::plan_int8(tokens, outputs, cols, multiprocessors);
+        // A product on wgmma needs no workspace and is given one all the same: a few megabytes at most.
+        const int forced = cuda::forced_int8_tile();
+        const cuda::Int8Plan p = cuda::plan_int8(tokens, outputs, cols, multiprocessors,
+                                                 forced < cuda::kInt8TileCount ? forced : -1);
         return py::make_tuple(p.tile, p.tiles_m, p.tiles_n, p.steps, p.splits, p.workspace_bytes);
       },
       py::arg("tokens"), py::arg("outputs"), py::arg("cols"), py::arg("multiprocessors"),
       "(tile, tiles of tokens, tiles of outputs, steps, splits, workspace bytes); no device is touched.");
+  m.def(
+      "int8_wgmma_tile",
+      [](int64_t tokens, int64_t outputs, int multiprocessors) {
+        PARED_CHECK(tokens > 0 && outputs > 0 && multiprocessors > 0,
+                    "tokens, outputs, multiprocessors: expected positive sizes");
+        return cuda::int8_wgmma_tile(tokens, outputs, multiprocessors);
+      },
+      py::arg("tokens"), py::arg("outputs"), py::arg("multiprocessors"));
+  m.def(
+      "force_int8_tile",
+      [](int tile) {
+        constexpr int kTiles = cuda::kInt8TileCount + cuda::kInt8WgmmaTileCount;
+        PARED_CHECK(tile >= -1 && tile < kTiles, "tile: expected -1 to ", kTiles - 1, ", got ", tile);
+        cuda::force_int8_tile(tile);
+      },
+      py::arg("tile"));
+  m.def("int8_wgmma", &cuda::int8_wgmma, py::arg("device"));
   m.def("multiprocessors", &cuda::multiprocessors, py::arg("device"));
   m.def(
       "int8_product",

@@ -63,12 +63,12 @@ namespace {
 template <cudaDeviceAttr kAttribute>
 int attribute(int device, const char* what) {
   constexpr int kCached = 64;
-  static std::atomic<int> cache[kCached];
+  static std::atomic<int> cache[kCached];  // one more than the value: 0 is unknown
   const bool cached = device >= 0 && device < kCached;
   int n = cached ? cache[device].load(std::memory_order_relaxed) : 0;
-  if (n) return n;
+  if (n) return n - 1;
   check(cudaDeviceGetAttribute(&n, kAttribute, device), what);
-  if (cached) cache[device].store(n, std::memory_order_relaxed);
+  if (cached) cache[device].store(n + 1, std::memory_order_relaxed);
   return n;
 }
 
@@ -82,8 +82,11 @@ int64_t shared_limit(int device) {
   return attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device, "shared_limit");
 }
 
-bool bulk_copies(int device) {
-  return attribute<cudaDevAttrComputeCapabilityMajor>(device, "bulk_copies") >= 9;
+int capability(int device) {
+  return 10 * attribute<cudaDevAttrComputeCapabilityMajor>(device, "capability") +
+         attribute<cudaDevAttrComputeCapabilityMinor>(device, "capability");
 }
+
+bool bulk_copies(int device) { return capability(device) >= 90; }
 
 }  // namespace pared::cuda

@@ -41,6 +41,7 @@ DeviceInfo device_info(int device);
 // The number that launch configurations need; asked of the driver once a device.
 int multiprocessors(int device);
 int64_t shared_limit(int device);  // bytes of shared memory that a block of threads may ask for
+int capability(int device);        // 90 for 9.0
 bool bulk_copies(int device);      // whether code for sm_90 runs there
 
 }  // namespace pared::cuda

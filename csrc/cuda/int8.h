@@ -52,4 +52,11 @@ struct Int8Product {
 };
 void int8_product(const Int8Product& a, int device, cudaStream_t stream);
 
+// For tuning and tests: every later product takes this tile (an index as in Int8Plan::tile) where it can; -1:
+// the one that is thought fastest. A wgmma tile needs int8_wgmma(device), scales, and rows of y at multiples
+// of 16 bytes.
+void force_int8_tile(int tile);
+int forced_int8_tile();
+bool int8_wgmma(int device);  // whether this build and that device have the kernels for sm_90a
+
 }  // namespace pared::cuda

@@ -1,10 +1,14 @@
-// The int8 product on mma.sync, for every device from sm_80: stages of 128 bytes of the reduction come by
-// cp.async into swizzled shared memory, fragments by ldmatrix, without bank conflicts on either way. The sums
-// go through shared memory to the epilogue, where a thread has consecutive outputs of one token.
+// The int8 product: which kernel takes it, and the one on mma.sync, for every device from sm_80. There stages
+// of 128 bytes of the reduction come by cp.async into swizzled shared memory, fragments by ldmatrix, without
+// bank conflicts on either way. The sums go through shared memory to the epilogue, where a thread has
+// consecutive outputs of one token.
+#include <atomic>
+
 #include "core/check.h"
 #include "cuda/device.h"
 #include "cuda/epilogue.h"
 #include "cuda/int8.h"
+#include "cuda/int8_wgmma.h"
 #include "cuda/launch.h"
 #include "cuda/mma_tile.h"
 #include "cuda/ptx.h"
@@ -159,12 +163,48 @@ void launch_product(const Int8Product& a, const Int8Plan& plan, cudaStream_t str
   }
 }
 
+std::atomic<int> forced_tile{-1};
+
+// The wgmma tile of this product, -1 where mma.sync serves.
+int wgmma_tile(const Int8Product& a, int device) {
+  const int forced = forced_tile;
+  if (!int8_wgmma(device) || !a.w_scales || (forced >= 0 && forced < kInt8TileCount)) return -1;
+  const int64_t size = a.dtype == DType::f32 ? 4 : 2, limit = int64_t{1} << 31;
+  // What its copies by the bulk engine and its 32-bit sizes ask for.
+  if (reinterpret_cast<uintptr_t>(a.y) % 16 || a.y_stride * size % 16 || a.cols == 0 || a.tokens >= limit ||
+      a.outputs >= limit)
+    return -1;
+  return forced >= 0 ? forced : int8_wgmma_tile(a.tokens, a.outputs, multiprocessors(device));
+}
+
 }  // namespace
+
+void force_int8_tile(int tile) { forced_tile = tile; }
+int forced_int8_tile() { return forced_tile; }
+
+bool int8_wgmma(int device) {
+#ifdef PARED_CUTLASS
+  return capability(device) == 90;
+#else
+  static_cast<void>(device);
+  return false;
+#endif
+}
 
 void int8_product(const Int8Product& a, int device, cudaStream_t stream) {
   if (a.tokens == 0 || a.outputs == 0) return;
   const DeviceGuard guard(device, "int8_product");
-  const Int8Plan plan = plan_int8(a.tokens, a.outputs, a.cols, multiprocessors(device));
+#ifdef PARED_CUTLASS
+  switch (wgmma_tile(a, device)) {
+    case kInt8TileCount: return wgmma::int8_64x128(a, device, stream);
+    case kInt8TileCount + 1: return wgmma::int8_128x128(a, device, stream);
+    case kInt8TileCount + 2: return wgmma::int8_128x256(a, device, stream);
+    default: break;
+  }
+#endif
+  const int forced = forced_tile;
+  const Int8Plan plan =
+      plan_int8(a.tokens, a.outputs, a.cols, multiprocessors(device), forced < kInt8TileCount ? forced : -1);
   PARED_CHECK(plan.tiles_m * plan.tiles_n < (int64_t{1} << 31), "x: expected fewer than 2^31 tiles of ",
               kInt8Tiles[plan.tile].rows, " x ", kInt8Tiles[plan.tile].columns, " outputs");
   if (plan.splits > 1)

@@ -10,3 +10,9 @@ set(PARED_CUDA_SOURCES
   select_rows.cu
   select_threshold.cu)
 list(TRANSFORM PARED_CUDA_SOURCES PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
+# Kernels that need sm_90a and CUTLASS, which the emulator does not have.
+set(PARED_CUDA_SM90A_SOURCES
+  wgmma/int8_128x128.cu
+  wgmma/int8_128x256.cu
+  wgmma/int8_64x128.cu)
+list(TRANSFORM PARED_CUDA_SM90A_SOURCES PREPEND ${CMAKE_CURRENT_LIST_DIR}/)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pared
-from pared import _cuda_int8
+from pared import _cuda, _cuda_int8
 from pared._cuda_int8 import DeviceInt8, Place
 
 
@@ -291,3 +291,50 @@ def test_plans(emulated):
                     assert workspace <= 2 * sms * rows * columns * 4 + 4 * across * along + 16
     # A long reduction of few tokens fills the device.
     assert emulated.plan_int8(1, 4096, 16384, 132)[4] >= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"activation_scale": 0.02, "activation_zero": 40}])
+@pytest.mark.parametrize("tile", range(4))
+def test_every_tile_gives_the_bits_of_the_cpu(backend, place, rng, tile, options, dtype):
+    check_tile(place, backend.device, rng, tile, options, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"activation_scale": 0.02, "activation_zero": 40}])
+@pytest.mark.parametrize("tile", [4, 5, 6])
+def test_the_tiles_of_wgmma_give_the_bits_of_the_cpu(rng, tile, options, dtype):
+    try:
+        kernels = _cuda.kernels(0)
+    except RuntimeError:
+        kernels = None
+    if kernels is None or not torch.cuda.is_available() or not kernels.int8_wgmma(0):
+        pytest.skip("needs a GPU of compute capability 9.0, and pared built with CUTLASS")
+    here = Place(kernels, 0, torch._C._cuda_getCurrentRawStream(0))
+    check_tile(here, torch.device("cuda", 0), rng, tile, options, dtype)
+
+
+def check_tile(place, device, rng, tile, options, dtype):
+    rows, columns = place.kernels.INT8_TILES[tile]
+    place.kernels.force_int8_tile(tile)
+    try:
+        # Around whole tiles; rows of outputs at multiples of 16 bytes, as the bulk engine wants, and others.
+        for m, n, k in [(rows, columns, 256), (rows + 1, columns + 8, 130), (2 * rows - 1, columns - 3, 399)]:
+            w, x = layer(rng, n, k, **options), torch.from_numpy(rng.standard_normal((m, k))).to(dtype)
+            bias = torch.from_numpy(rng.standard_normal(n).astype(np.float32))
+            on = DeviceInt8.from_int8(w, device)
+            for b, activation in [(None, None), (bias, "relu")]:
+                at = None if b is None else b.to(device)
+                got = _cuda_int8.linear(x.to(device), on, at, activation, place=place)
+                assert torch.equal(got.cpu(), pared.ops.linear(x, w, b, activation))
+    finally:
+        place.kernels.force_int8_tile(-1)
+
+
+def test_the_tile_of_wgmma_is_the_one_whose_rounds_are_short(emulated):
+    tiles = emulated.INT8_TILES
+    assert emulated.int8_wgmma_tile(64, 4096, 132) == -1
+    for tokens, outputs, want in [(65, 4096, (64, 128)), (8192, 8192, (128, 256)), (129, 8192, (128, 128))]:
+        assert tiles[emulated.int8_wgmma_tile(tokens, outputs, 132)] == want
+    with pytest.raises(ValueError, match="tile: expected -1 to 6, got 7"):
+        emulated.force_int8_tile(7)

@@ -1,0 +1,77 @@
+"""tools/check_sass.py on dumps as cuobjdump writes them, right and wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[1] / "tools/check_sass.py"
+
+
+@pytest.fixture(scope="module")
+def check_sass():
+    spec = importlib.util.spec_from_file_location("check_sass", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def dump(sm, **bodies):
+    lines = ["Fatbin elf code:", f"arch = sm_{sm}a", "code for sm_90a"]
+    for name, instructions in bodies.items():
+        lines.append(f"\t\tFunction : _ZN5pared4cuda{name}Ev")
+        for at, instruction in enumerate(instructions):
+            lines.append(f"        /*{at * 16:04x}*/                   {instruction} ;    /* 0x000 */")
+            lines.append("                                              /* 0x000fe20000000000 */")
+    return lines
+
+
+GOOD = {
+    "int8_product_kernelI": [
+        "IMMA.16832.S8.S8 R4",
+        "LDSM.16.M88.4 R8",
+        "@!P0 LDGSTS.E.BYPASS.128.ZFILL [R3]",
+    ],
+    "decode_kernelI6__half": ["HMMA.16816.F32 R4, R8", "@P1 UBLKCP.S.G [UR4]"],
+    "decode_kernelI13__nv_bfloat16": ["HMMA.16816.F32.BF16 R4", "UBLKCP.S.G [UR4]"],
+    "block_sparse_kernelI": ["HMMA.16816.F32 R4", "LDSM.16.M88.4 R8", "LDGSTS.E.BYPASS.128 [R3]"],
+    "quantize_rows_kernelIfLb1E": ["LDG.E.128.CONSTANT R4"],
+    "select_gather_kernel": ["LDG.E.NA.128.CONSTANT R4"],
+    "select_mask_kernel": ["LDG.E.128 R4"],
+}
+
+
+def faults(check_sass, lines):
+    return check_sass.faults(list(check_sass.kernels(iter(lines))))
+
+
+def test_what_is_right_passes(check_sass):
+    assert faults(check_sass, dump(90, **GOOD)) == []
+
+
+@pytest.mark.parametrize(
+    ("kernel", "instructions", "says"),
+    [
+        ("select_mask_kernel", ["LDG.E.128 R4", "@P0 LDL.64 R4, [R1]"], "local memory"),
+        ("select_mask_kernel", ["LDG.E.64 R4"], r"no LDG\.E"),
+        ("int8_product_kernelI", ["IMMA.16832.S8.S8 R4", "LDSM.16.M88.4 R8"], "no LDGSTS"),
+        ("cutlass13device_kernelS32S8S8", ["IMMA.16832.S8.S8 R4", "UTMALDG.3D", "UTMASTG.3D"], "no IGMMA"),
+        ("decode_kernelI6__half", ["HMMA.16816.F32 R4"], "no UBLKCP"),
+    ],
+)
+def test_what_is_wrong_is_named(check_sass, kernel, instructions, says):
+    (wrong,) = faults(check_sass, dump(90, **(GOOD | {kernel: instructions})))
+    assert kernel in wrong
+    assert says.replace("\\", "") in wrong.replace("\\", "")
+
+
+def test_a_kernel_that_is_gone_is_missed(check_sass):
+    left = {name: body for name, body in GOOD.items() if name != "select_mask_kernel"}
+    assert faults(check_sass, dump(90, **left)) == ["no kernel select_mask_kernel"]
+
+
+def test_bulk_copies_are_asked_of_sm_90_alone(check_sass):
+    before = {name: [i for i in body if "UBLKCP" not in i] for name, body in GOOD.items()}
+    assert faults(check_sass, [line.replace("sm_80a", "sm_80") for line in dump(80, **before)]) == []
