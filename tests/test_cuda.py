@@ -103,15 +103,16 @@ def test_loading_needs_no_driver_using_does(module):
 def test_an_error_names_the_kernel(module):
     # No such device, whether or not there is a driver.
     with pytest.raises(
-        RuntimeError, match=r"^(select_mask_rows|multiprocessors): CUDA error \d+ \(cudaError\w+\): "
+        RuntimeError, match=r"^(select_mask_groups|multiprocessors): CUDA error \d+ \(cudaError\w+\): "
     ):
         rows(module, device=9999)
 
 
-def rows(module, **change):
-    ok = {"w": 64, "rows": 1, "cols": 1, "stride": 1, "dtype": "float32", "key": "abs", "g": 0, "g_stride": 0}
-    ok |= {"g_dtype": "float32", "k": 1, "mask": 64, "nans": 0, "device": 0, "stream": 0}
-    module.select_rows(**(ok | change))
+def rows(module, device=0, k=1, **change):
+    x = {"w": 64, "rows": 1, "cols": 1, "stride": 1, "dtype": "float32", "key": "abs", "g": 0, "g_stride": 0}
+    x |= {"g_dtype": "float32"}
+    rest = {"mask": 64, "nans": 0} | {n: change.pop(n) for n in ("mask",) if n in change}
+    module.select_groups(tuple((x | change).values()), k, 1, 1, device=device, stream=0, **rest)
 
 
 def test_arguments_of_the_launchers(module):
@@ -119,7 +120,7 @@ def test_arguments_of_the_launchers(module):
         ({"dtype": "float64"}, ValueError, "dtype: expected float32, float16 or bfloat16, got 'float64'"),
         ({"key": "max"}, ValueError, "key: expected one of abs, identity, square, abs_mul, got 'max'"),
         ({"k": 2}, ValueError, "k: expected 0 to 1, got 2"),
-        ({"cols": 1 << 31}, ValueError, r"cols: expected rows of less than 2\*\*31"),
+        ({"cols": 1 << 31}, ValueError, r"x: expected rows of less than 2\*\*31"),
         ({"mask": 0}, ValueError, "expected device memory, got null"),
     ]:
         with pytest.raises(error, match=message):

@@ -43,6 +43,39 @@ cuda::SelectMember member(const MemberTuple& t) {
   return m;
 }
 
+// w, rows, cols, stride, dtype, key, g, g_stride, g_dtype: as cuda::SelectMatrix.
+using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, std::string, std::string, uintptr_t,
+                               int64_t, std::string>;
+
+cuda::SelectMatrix matrix(const MatrixTuple& t, int64_t taps) {
+  const auto& [w, rows, cols, stride, dtype, key, g, g_stride, g_dtype] = t;
+  const cuda::SelectMatrix m = {reinterpret_cast<const void*>(w),
+                                rows,
+                                cols,
+                                stride,
+                                parse_float_dtype(dtype),
+                                parse_key(key),
+                                reinterpret_cast<const void*>(g),
+                                g_stride,
+                                parse_float_dtype(g_dtype)};
+  PARED_CHECK(rows >= 0 && cols >= 0 && cols < (int64_t{1} << 31),
+              "x: expected rows of less than 2**31, got ", cols);
+  PARED_CHECK(taps >= 1 && cols % taps == 0, "taps: expected a divisor of ", cols, ", got ", taps);
+  PARED_CHECK(rows * cols == 0 || (w && (g || m.key != SelectKey::product)),
+              "x: expected device memory, got null");
+  return m;
+}
+
+// rows, channels, taps: as cuda::SelectBlocks.
+using BlockTuple = std::tuple<int64_t, int64_t, int64_t>;
+
+cuda::SelectBlocks blocks(const BlockTuple& t) {
+  const auto [r, c, taps] = t;
+  PARED_CHECK(r >= 1 && c >= 1 && taps >= 1, "block: expected positive sizes, got ", r, ", ", c, " and ",
+              taps);
+  return {r, c, taps};
+}
+
 cuda::SelectPlan plan(const std::vector<int64_t>& sizes, int64_t k, int multiprocessors) {
   int64_t elements = 0, tiles = 0;
   for (int64_t n : sizes) {
@@ -165,32 +198,45 @@ PYBIND11_MODULE(PARED_CUDA_MODULE, m, py::mod_gil_not_used()) {
       py::arg("indices"), py::arg("device"), py::arg("stream"),
       "Keys (int32) and indices of what the mask of the one member selects, in order of the index.");
   m.def(
-      "select_rows",
-      [](uintptr_t w, int64_t rows, int64_t cols, int64_t stride, const std::string& dtype,
-         const std::string& key, uintptr_t g, int64_t g_stride, const std::string& g_dtype, int64_t k,
-         uintptr_t mask, uintptr_t nans, int device, uintptr_t stream) {
-        PARED_CHECK(rows >= 0 && cols >= 0 && cols < (int64_t{1} << 31),
-                    "cols: expected rows of less than 2**31, got ", cols);
-        PARED_CHECK(k >= 0 && k <= cols, "k: expected 0 to ", cols, ", got ", k);
-        const cuda::SelectRowsArgs a = {reinterpret_cast<const void*>(w),
-                                        rows,
-                                        cols,
-                                        stride,
-                                        parse_float_dtype(dtype),
-                                        parse_key(key),
-                                        reinterpret_cast<const void*>(g),
-                                        g_stride,
-                                        parse_float_dtype(g_dtype),
-                                        k,
-                                        reinterpret_cast<uint8_t*>(mask),
-                                        reinterpret_cast<int64_t*>(nans)};
-        PARED_CHECK(rows * cols == 0 || (w && mask && (g || a.key != SelectKey::product)),
-                    "w, g, mask: expected device memory, got null");
+      "select_groups",
+      [](const MatrixTuple& x, int64_t k, int64_t group, int64_t taps, uintptr_t mask, uintptr_t nans,
+         int device, uintptr_t stream) {
+        const cuda::SelectGroupsArgs a = {matrix(x, taps),
+                                          k,
+                                          group,
+                                          taps,
+                                          reinterpret_cast<uint8_t*>(mask),
+                                          reinterpret_cast<int64_t*>(nans)};
+        PARED_CHECK(group >= 1 && k >= 0 && k <= group, "k: expected 0 to ", group, ", got ", k);
+        PARED_CHECK(a.x.rows * a.x.cols == 0 || mask, "mask: expected device memory, got null");
         py::gil_scoped_release unlocked;
-        cuda::select_mask_rows(a, device, reinterpret_cast<cudaStream_t>(stream));
+        cuda::select_mask_groups(a, device, reinterpret_cast<cudaStream_t>(stream));
       },
-      py::arg("w"), py::arg("rows"), py::arg("cols"), py::arg("stride"), py::arg("dtype"), py::arg("key"),
-      py::arg("g"), py::arg("g_stride"), py::arg("g_dtype"), py::arg("k"), py::arg("mask"), py::arg("nans"),
+      py::arg("x"), py::arg("k"), py::arg("group"), py::arg("taps"), py::arg("mask"), py::arg("nans"),
+      py::arg("device"), py::arg("stream"), "The k largest of every `group` channels at one tap.");
+  m.def(
+      "select_block_scores",
+      [](const MatrixTuple& x, const BlockTuple& block, uintptr_t scores, int device, uintptr_t stream) {
+        const cuda::SelectBlocks b = blocks(block);
+        const cuda::SelectMatrix given = matrix(x, b.taps);
+        PARED_CHECK(given.rows * given.cols == 0 || scores, "scores: expected device memory, got null");
+        py::gil_scoped_release unlocked;
+        cuda::select_block_scores(given, b, reinterpret_cast<float*>(scores), device,
+                                  reinterpret_cast<cudaStream_t>(stream));
+      },
+      py::arg("x"), py::arg("block"), py::arg("scores"), py::arg("device"), py::arg("stream"));
+  m.def(
+      "select_expand_blocks",
+      [](int64_t rows, int64_t cols, const BlockTuple& block, uintptr_t chosen, uintptr_t mask, int device,
+         uintptr_t stream) {
+        const cuda::SelectBlocks b = blocks(block);
+        PARED_CHECK(rows * cols == 0 || (chosen && mask), "chosen, mask: expected device memory, got null");
+        py::gil_scoped_release unlocked;
+        cuda::select_expand_blocks(rows, cols, b, reinterpret_cast<const uint8_t*>(chosen),
+                                   reinterpret_cast<uint8_t*>(mask), device,
+                                   reinterpret_cast<cudaStream_t>(stream));
+      },
+      py::arg("rows"), py::arg("cols"), py::arg("block"), py::arg("chosen"), py::arg("mask"),
       py::arg("device"), py::arg("stream"));
   m.def(
       "plan_select",

@@ -1,6 +1,6 @@
-// Selection on the device: the k-th largest key of many tensors, masks of the k largest, by row too. The same
-// order as ops/topk.h: keys are int32 that compare as the numbers, ties go to the lowest index, NaN ranks
-// lowest.
+// Selection on the device: the k-th largest key of many tensors, masks of the k largest, by row, by group and
+// by block too. The same order as ops/topk.h: keys are int32 that compare as the numbers, ties go to the
+// lowest index, NaN ranks lowest.
 //
 // select_threshold is six launches at most, whatever the data, and no wait: a sample brackets the rank (1),
 // one pass over the data counts what is above the bracket and gathers the few keys inside (2), and up to
@@ -50,20 +50,39 @@ void select_mask(const SelectPlan& plan, void* workspace, int device, cudaStream
 void select_compact(const SelectPlan& plan, void* workspace, int32_t* keys, int64_t* indices, int device,
                     cudaStream_t stream);
 
-// Exactly k of every row of a matrix, 0 <= k <= cols; mask is [rows, cols]. Adds the NaNs to *nans, if given.
-struct SelectRowsArgs {
+// A matrix whose rows may be apart; sizes and strides in elements, cols below 2^31.
+struct SelectMatrix {
   const void* w;
-  int64_t rows, cols, stride;  // elements
+  int64_t rows, cols, stride;
   DType dtype;
   SelectKey key;
   const void* g;     // row r starts at g + r * g_stride
-  int64_t g_stride;  // elements; 0: one row for all
+  int64_t g_stride;  // 0: one row for all
   DType g_dtype;
-  int64_t k;
+};
+
+// Exactly k (or all there are) of every group; mask is [rows, cols]. The columns of a row are channels *
+// taps, the channel outermost; a group is `group` consecutive channels at one tap, the last one may be short.
+// With group = cols and one tap: of every row. Adds the NaNs to *nans, if given.
+struct SelectGroupsArgs {
+  SelectMatrix x;
+  int64_t k, group, taps;
   uint8_t* mask;
   int64_t* nans;
 };
-void select_mask_rows(const SelectRowsArgs& args, int device, cudaStream_t stream);
+void select_mask_groups(const SelectGroupsArgs& args, int device, cudaStream_t stream);
+
+// Blocks of r rows by c consecutive channels at one tap, as BlockShape of ops/topk.h.
+struct SelectBlocks {
+  int64_t r, c, taps;
+};
+// scores [ceil(rows / r)][taps][ceil(channels / c)]: the sums of the elements' scores down the rows, then
+// over the channels, in float32, in that order.
+void select_block_scores(const SelectMatrix& x, const SelectBlocks& blocks, float* scores, int device,
+                         cudaStream_t stream);
+// From a mask of the blocks to one of the elements, [rows, cols].
+void select_expand_blocks(int64_t rows, int64_t cols, const SelectBlocks& blocks, const uint8_t* chosen,
+                          uint8_t* mask, int device, cudaStream_t stream);
 
 // Whether this build has code that the current device can run: cudaErrorNoKernelImageForDevice if not.
 cudaError_t kernel_image_status();

@@ -16,6 +16,8 @@ inline constexpr int kSelectBlocksPerMultiprocessor = 3;  // 85 registers a thre
 inline constexpr int kSampleThreads = 1024, kSampleEach = 32;
 inline constexpr int64_t kSelectSample = int64_t{kSampleThreads} * kSampleEach;
 inline constexpr int kSelectBins = 2048, kSelectPasses = 3;
+// Groups up to this length are a thread's each: all pairs of 32 keys are 500 comparisons in registers.
+inline constexpr int kSelectSmallGroup = 32;
 // Half-width of the bracket in standard deviations: it misses once in a million selections, which then read
 // the data up to three more times.
 inline constexpr double kSelectSigmas = 5.0;

@@ -6,8 +6,9 @@ set(PARED_CUDA_SOURCES
   int8_product.cu
   int8_quantize.cu
   self_check.cu
+  select_blocks.cu
+  select_groups.cu
   select_mask.cu
-  select_rows.cu
   select_threshold.cu)
 list(TRANSFORM PARED_CUDA_SOURCES PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
 # Kernels that need sm_90a and CUTLASS, which the emulator does not have.

@@ -8,6 +8,8 @@ class _DeviceInfo(TypedDict):
 
 ARCHITECTURES: str
 
+_SelectMatrix = tuple[int, int, int, int, str, str, int, int, str]
+
 def device_count() -> int: ...
 def device_info(device: int) -> _DeviceInfo: ...
 def self_check(name: str, a: int, b: int, c: int, device: int, stream: int) -> None: ...
@@ -35,21 +37,14 @@ def select_compact(
     device: int,
     stream: int,
 ) -> None: ...
-def select_rows(
-    w: int,
-    rows: int,
-    cols: int,
-    stride: int,
-    dtype: str,
-    key: str,
-    g: int,
-    g_stride: int,
-    g_dtype: str,
-    k: int,
-    mask: int,
-    nans: int,
-    device: int,
-    stream: int,
+def select_groups(
+    x: _SelectMatrix, k: int, group: int, taps: int, mask: int, nans: int, device: int, stream: int
+) -> None: ...
+def select_block_scores(
+    x: _SelectMatrix, block: tuple[int, int, int], scores: int, device: int, stream: int
+) -> None: ...
+def select_expand_blocks(
+    rows: int, cols: int, block: tuple[int, int, int], chosen: int, mask: int, device: int, stream: int
 ) -> None: ...
 def plan_select(sizes: list[int], k: int, multiprocessors: int) -> dict[str, int]: ...
 

@@ -1,4 +1,4 @@
-"""Selection on the device: `pared.ops.select_threshold`, `topk_mask` and `topk` for CUDA tensors.
+"""Selection on the device: `pared.ops`' thresholds, masks and largest elements for CUDA tensors.
 
 Everything is enqueued on torch's current stream and nothing waits, but for ``nan="raise"``, which has to
 look. Arguments are as `pared.ops` documents them.
@@ -7,14 +7,14 @@ look. Arguments are as `pared.ops` documents them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from pared import _cuda
 
-__all__ = ["mask", "mask_rows", "threshold", "topk"]
+__all__ = ["mask", "mask_blocks", "mask_groups", "mask_rows", "threshold", "topk"]
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _KEYS = ("abs", "identity", "square", "abs_mul")
@@ -29,6 +29,7 @@ class _Part:
     rows: int
     cols: int
     stride: int
+    taps: int  # of a column's channel, neighbours
     factors: torch.Tensor | None = None
     scale: bool = False  # factors are one row of float32, repeated
 
@@ -47,6 +48,12 @@ class _Part:
         return (
             g.data_ptr() if self.scale else g.data_ptr() + self.first * self.g_stride * g.element_size()
         ), (_DTYPES[g.dtype])
+
+    def matrix(self, key: str) -> tuple[int, int, int, int, str, str, int, int, str]:
+        """As the kernels of rows, groups and blocks take it."""
+        g, g_dtype = self.factor()
+        w = self.pointer(self.w, self.stride)
+        return w, self.rows, self.cols, self.stride, _DTYPES[self.w.dtype], key, g, self.g_stride, g_dtype
 
     @property
     def g_stride(self) -> int:
@@ -117,8 +124,9 @@ class _Selection:
         count = w.shape[0] if w.ndim >= 2 else 1
         cols = math.prod(w.shape[1:]) if w.ndim >= 2 else w.numel()
         stride = w.stride(0) if w.ndim >= 2 and count > 1 else cols
+        taps = max(1, math.prod(w.shape[2:]))
         if scale is not None:
-            return self._scaled(w, scale, "col_scale" + suffix, count, cols, stride)
+            return self._scaled(w, scale, "col_scale" + suffix, _Part(w, 0, count, cols, stride, taps))
         if g is not None:
             self._require_layout(g, "other" + suffix, rows)
             if g.dtype != w.dtype:
@@ -127,15 +135,13 @@ class _Selection:
                 raise ValueError(
                     f"other{suffix}: expected the shape of {name}, {list(w.shape)}, got {list(g.shape)}"
                 )
-        return [_Part(w, 0, count, cols, stride, g)]
+        return [_Part(w, 0, count, cols, stride, taps, g)]
 
-    def _scaled(
-        self, w: torch.Tensor, scale: Any, name: str, count: int, cols: int, stride: int
-    ) -> list[_Part]:
+    def _scaled(self, w: torch.Tensor, scale: Any, name: str, whole: _Part) -> list[_Part]:
         self._require_layout(scale, name, False)
         if scale.dtype != torch.float32:
             raise TypeError(f"{name}: expected dtype float32, got {scale.dtype}")
-        channels = w.shape[1]
+        channels, count, cols = w.shape[1], whole.rows, whole.cols
         groups = scale.shape[0] if scale.ndim == 2 else 1
         fits = scale.ndim in (1, 2) and scale.shape[-1] in (cols, channels)
         if not fits or groups < 1 or count % groups:
@@ -149,7 +155,9 @@ class _Selection:
                 columns[:, :, None].expand(groups, channels, cols // max(channels, 1)).reshape(groups, cols)
             )
         each = count // groups
-        return [_Part(w, i * each, each, cols, stride, columns[i], scale=True) for i in range(groups)]
+        return [
+            replace(whole, first=i * each, rows=each, factors=columns[i], scale=True) for i in range(groups)
+        ]
 
     def _require_layout(self, t: Any, name: str, rows: bool) -> None:
         _cuda.require_device(t, name, self.device)
@@ -300,27 +308,87 @@ def mask_rows(
         if not 0 <= k <= p.cols:
             name = f"scores[{s.owners[i]}]" if many else "scores"
             raise ValueError(f"k: expected 0 to {p.cols} (the length of a row of {name}), got {k}")
+    _fill_groups(s, k, None, masks)
+
+
+def mask_groups(
+    tensors: list[Any],
+    n: int,
+    m: int,
+    key: str,
+    other: list[Any] | None,
+    col_scale: list[Any] | None,
+    nan: str,
+    many: bool,
+    masks: list[Any],
+) -> None:
+    """Fills `masks`: the n largest of every m consecutive inputs."""
+    if not (m >= 1 and 0 <= n <= m):
+        raise ValueError(f"n, m: expected 0 <= n <= m and m >= 1, got {n}:{m}")
+    s = _Selection(tensors, "x", many, key, other, col_scale, nan, True)
+    s.require_masks(masks, many)
+    _fill_groups(s, n, m, masks)
+
+
+def _fill_groups(s: _Selection, k: int, group: int | None, masks: list[Any]) -> None:
+    """The k largest of every `group` channels at one tap; None: of every row."""
     nans = torch.zeros((), dtype=torch.int64, device=s.device)
     module, device, stream = s.place
     for i, p in enumerate(s.parts):
-        g, g_dtype = p.factor()
-        module.select_rows(
-            p.pointer(p.w, p.stride),
-            p.rows,
-            p.cols,
-            p.stride,
-            _DTYPES[p.w.dtype],
-            s.key,
-            g,
-            p.g_stride,
-            g_dtype,
-            k,
+        if not p.n:
+            continue
+        size, taps = (p.cols, 1) if group is None else (min(group, p.cols // p.taps), p.taps)
+        module.select_groups(
+            p.matrix(s.key),
+            min(k, size),
+            size,
+            taps,
             s.mask_pointer(masks, i),
-            nans.data_ptr() if nan == "raise" else 0,
+            nans.data_ptr() if s.nan == "raise" else 0,
             device,
             stream,
         )
     s.refuse_nans(nans)
+
+
+def mask_blocks(
+    tensors: list[Any],
+    k: int,
+    r: int,
+    c: int,
+    key: str,
+    other: list[Any] | None,
+    col_scale: list[Any] | None,
+    nan: str,
+    many: bool,
+    masks: list[Any],
+) -> None:
+    """Fills `masks`: the elements of the k blocks of r outputs by c inputs with the largest scores."""
+    if r < 1 or c < 1:
+        raise ValueError(f"block: expected two positive sizes, got ({r}, {c})")
+    s = _Selection(tensors, "x", many, key, other, col_scale, nan, True)
+    s.require_masks(masks, many)
+    counts = []
+    for p in s.parts:
+        if p.scale and p.rows != p.w.shape[0] and p.rows % r:
+            raise ValueError(f"block: expected {r} to divide the rows of a group of col_scale, got {p.rows}")
+        counts.append(-(-p.rows // r) * p.taps * -(-(p.cols // p.taps) // c))
+    total = sum(counts)
+    if not 0 <= k <= total:
+        raise ValueError(f"k: expected 0 to {total} (the number of blocks), got {k}")
+    # The scores are selected from as any tensor is.
+    scores = torch.empty(total, device=s.device)
+    chosen = torch.empty(total, dtype=torch.bool, device=s.device)
+    blocks = [(r, c, p.taps) for p in s.parts]
+    first = [sum(counts[:i]) for i in range(len(counts))]
+    module, device, stream = s.place
+    for p, block, at in zip(s.parts, blocks, first, strict=True):
+        module.select_block_scores(p.matrix(s.key), block, scores.data_ptr() + 4 * at, device, stream)
+    competing = _Selection([scores], "x", False, "identity", None, None, s.nan, False)
+    _Run(competing, k, [chosen]).fill([chosen])
+    for i, (p, block, at) in enumerate(zip(s.parts, blocks, first, strict=True)):
+        target = s.mask_pointer(masks, i)
+        module.select_expand_blocks(p.rows, p.cols, block, chosen.data_ptr() + at, target, device, stream)
 
 
 def topk(

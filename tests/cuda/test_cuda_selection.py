@@ -8,7 +8,7 @@ import selection_reference as ref
 import torch
 
 from pared import _cuda_selection
-from pared.ops import select_threshold, topk, topk_mask
+from pared.ops import block_mask, nm_mask, select_threshold, topk, topk_mask
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KEYS = ("abs", "identity", "square", "abs_mul")
@@ -237,11 +237,135 @@ def test_topk_is_sorted(backend, rng, key, dtype):
             assert torch.equal(v, here[i])
 
 
+SHAPES = ((5, 37), (3, 16), (7, 8, 3, 3), (2, 75, 1, 3), (1, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("key", KEYS)
+def test_groups(backend, rng, key, dtype):
+    for i, shape in enumerate(SHAPES):
+        x, g = random(rng, shape, dtype, 1 / 4), random(rng, shape, dtype)
+        x.view(-1)[0] = torch.inf
+        score = ref.keys(x, key, g).reshape(shape)
+        other = g.to(backend.device) if key == "abs_mul" else None
+        for n, m in ((2, 4), (0, 3), (1, 2), (4, 8), (7, 16), (16, 20), (5, 33 + i), (3, 3)):
+            got = nm_mask(x.to(backend.device), n, m, key, other=other)
+            np.testing.assert_array_equal(got.cpu().numpy(), ref.nm(score, n, m), f"{n}:{m} of {shape}")
+
+
+def test_groups_of_many_tensors_and_views(backend, rng):
+    storage = random(rng, (6, 50), torch.float16, 1 / 4).to(backend.device)
+    xs = [storage[:, 2:46], storage[:, 1:9], random(rng, (0, 4)).to(backend.device)]
+    out = [torch.full(x.shape, 0xEE, dtype=torch.uint8, device=backend.device).view(torch.bool) for x in xs]
+    nm_mask(xs, 2, 4, out=out)
+    for x, m in zip(xs, out, strict=True):
+        got = m.cpu().view(torch.uint8).numpy()
+        np.testing.assert_array_equal(got, ref.nm(ref.keys(x.cpu()).reshape(x.shape), 2, 4))
+
+
+# Around the 2048 columns whose sums a block of threads holds, and taps beyond a piece.
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [
+        ((5, 37), (1, 4)),
+        ((9, 33), (4, 1)),
+        ((40, 70), (16, 4)),
+        ((3, 2050), (2, 2049)),
+        ((2, 6200), (1, 3000)),
+        ((130, 65), (64, 64)),
+        ((7, 9, 3, 3), (2, 4)),
+        ((3, 300, 3, 3), (2, 256)),
+        ((2, 3, 47, 47), (1, 2)),
+        ((1, 1), (3, 5)),
+    ],
+)
+def test_blocks(backend, rng, shape, block):
+    for key, dtype in (("abs", torch.float32), ("square", torch.bfloat16), ("abs_mul", torch.float16)):
+        x, g = random(rng, shape, dtype, 1 / 4), random(rng, shape, dtype)
+        score = ref.keys(x, key, g).reshape(shape)
+        other = g.to(backend.device) if key == "abs_mul" else None
+        here = x.to(backend.device)
+        total = ref.block_scores(score, *block).size
+        for k in sorted({0, 1, total // 2, total}):
+            out = torch.full(shape, 0xEE, dtype=torch.uint8, device=backend.device).view(torch.bool)
+            block_mask(here, k, block, key, other=other, out=out)
+            got = out.cpu().view(torch.uint8).numpy()
+            np.testing.assert_array_equal(got, ref.block_mask([score], k, *block)[0], f"k={k}")
+
+
+def test_blocks_of_many_tensors(backend, rng):
+    shapes = [(12, 37), (0, 5), (7, 4, 3, 3), (30, 3)]
+    xs = [random(rng, s, DTYPES[i % 3], 1 / 8) for i, s in enumerate(shapes)]
+    scores = [ref.keys(x, "identity").reshape(x.shape) for x in xs]
+    for k in (0, 17, 60):
+        got = block_mask([x.to(backend.device) for x in xs], k, (2, 4), "identity")
+        for m, want in zip(got, ref.block_mask(scores, k, 2, 4), strict=True):
+            np.testing.assert_array_equal(m.cpu().numpy(), want)
+    masks = [torch.empty(13, dtype=torch.bool, device=backend.device)[1:].view(3, 4) for _ in xs[:1]]
+    x = random(rng, (3, 4)).to(backend.device)
+    want = ref.block_mask([ref.keys(x.cpu()).reshape(3, 4)], 2, 1, 3)[0]
+    np.testing.assert_array_equal(block_mask([x], 2, (1, 3), out=masks)[0].cpu().numpy(), want)
+
+
+def test_groups_and_blocks_with_factors_of_columns(backend, rng):
+    w, c = random(rng, (8, 40), torch.bfloat16), random(rng, (8, 12, 3, 3))
+    scales = [
+        torch.from_numpy(rng.random(40, np.float32)),
+        torch.from_numpy(rng.random((2, 12), np.float32)),
+    ]
+    groups = scales[1].repeat_interleave(4, 0)[:, :, None, None].expand(8, 12, 3, 3)
+    for x, s, g in ((w, scales[0], scales[0].expand(8, 40)), (c, scales[1], groups)):
+        score = ref.keys(x.float(), "abs_mul", g).reshape(x.shape)
+        here, scale = x.to(backend.device), s.to(backend.device)
+        got = nm_mask(here, 2, 4, "abs_mul", col_scale=scale)
+        np.testing.assert_array_equal(got.cpu().numpy(), ref.nm(score, 2, 4))
+        got = block_mask(here, 5, (2, 4), "abs_mul", col_scale=scale)
+        np.testing.assert_array_equal(got.cpu().numpy(), ref.block_mask([score], 5, 2, 4)[0])
+    with pytest.raises(
+        ValueError, match="block: expected 3 to divide the rows of a group of col_scale, got 4"
+    ):
+        block_mask(c.to(backend.device), 5, (3, 4), "abs_mul", col_scale=scales[1].to(backend.device))
+
+
+def test_nan_in_groups_and_blocks(backend, rng):
+    x = random(rng, (6, 40))
+    x[1, 3] = x[4, 39] = torch.nan
+    x[2, 0], x[2, 1] = torch.inf, -torch.inf  # their sum is NaN as well
+    here, score = x.to(backend.device), ref.keys(x, "identity").reshape(6, 40)
+    for m in (4, 40):
+        np.testing.assert_array_equal(
+            nm_mask(here, 2, m, "identity", nan="lowest").cpu().numpy(), ref.nm(score, 2, m)
+        )
+        with pytest.raises(ValueError, match="x: expected no NaN among the keys, got 2 "):
+            nm_mask(here, 2, m, "identity")
+    got = block_mask(here, 28, (1, 8), "identity", nan="lowest").cpu().numpy()
+    np.testing.assert_array_equal(got, ref.block_mask([score], 28, 1, 8)[0])
+    with pytest.raises(ValueError, match="x: expected no NaN among the keys, got 3 "):
+        block_mask(here, 28, (1, 8), "identity")
+
+
+def test_arguments_of_groups_and_blocks(backend):
+    x = torch.ones(2, 8, device=backend.device)
+    nm_mask(x, 2, 4)
+    for call, message in [
+        (lambda: nm_mask(x, 5, 4), "n, m: expected 0 <= n <= m and m >= 1, got 5:4"),
+        (lambda: nm_mask(x[0], 2, 4), r"x: expected \[out, in\]"),
+        (lambda: block_mask(x, 1, (0, 4)), r"block: expected two positive sizes, got \(0, 4\)"),
+        (lambda: block_mask(x, 5), r"k: expected 0 to 4 \(the number of blocks\), got 5"),
+        (lambda: block_mask(x[0], 1), r"x: expected \[out, in\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_nothing(backend, rng):
     empty = torch.empty(0, device=backend.device)
     assert numbers(select_threshold([empty, empty], 0)) == (float("inf"), 0, 0)
     assert topk_mask(empty, 0).shape == (0,)
     assert topk_mask(torch.empty(3, 0, device=backend.device), 0, dim=1).shape == (3, 0)
+    for shape in ((3, 0), (0, 4)):
+        assert nm_mask(torch.empty(shape, device=backend.device), 2, 4).shape == shape
+        assert block_mask(torch.empty(shape, device=backend.device), 0).shape == shape
     check(backend, [torch.ones(5)], 2)  # a kernel has to run
 
 
