@@ -265,13 +265,13 @@ def block_mask(
         raise ValueError(f"block: expected (rows, columns), got {block!r}")
     r, c = _int(block[0], "block"), _int(block[1], "block")
     masks = _masks(tensors, out, many)
-    arguments: Any = (_int(k, "k"), r, c, key, *_factors(other, col_scale, many), nan, many, masks)
+    k, factors = _int(k, "k"), _factors(other, col_scale, many)
     if _on_device(tensors):
         from pared import _cuda_selection
 
-        _cuda_selection.mask_blocks(tensors, *arguments)
+        _cuda_selection.mask_blocks(tensors, k, r, c, key, *factors, nan, many, masks)
     else:
-        _core.block_mask(tensors, *arguments, out is None)
+        _core.block_mask(tensors, k, r, c, key, *factors, nan, many, masks, out is None)
     return masks if many else masks[0]
 
 
@@ -333,13 +333,13 @@ def nm_mask(
     """
     tensors, many = _tensors(x, "x")
     masks = _masks(tensors, out, many)
-    arguments: Any = (_int(n, "n"), _int(m, "m"), key, *_factors(other, col_scale, many), nan, many, masks)
+    n, m, factors = _int(n, "n"), _int(m, "m"), _factors(other, col_scale, many)
     if _on_device(tensors):
         from pared import _cuda_selection
 
-        _cuda_selection.mask_groups(tensors, *arguments)
+        _cuda_selection.mask_groups(tensors, n, m, key, *factors, nan, many, masks)
     else:
-        _core.nm_mask(tensors, *arguments, out is None)
+        _core.nm_mask(tensors, n, m, key, *factors, nan, many, masks, out is None)
     return masks if many else masks[0]
 
 
