@@ -121,6 +121,7 @@ PYBIND11_MODULE(PARED_CUDA_MODULE, m, py::mod_gil_not_used()) {
   m.def("run_fault", &cuda::emulate::run_fault, py::arg("name"));
 #endif
   register_cuda_block_sparse(m);
+  register_cuda_csr(m);
   register_cuda_decode(m);
   register_cuda_int8(m);
   m.def("device_count", &cuda::device_count);

@@ -6,6 +6,7 @@
 namespace pared {
 
 void register_cuda_block_sparse(pybind11::module_& m);
+void register_cuda_csr(pybind11::module_& m);
 void register_cuda_decode(pybind11::module_& m);
 void register_cuda_int8(pybind11::module_& m);
 

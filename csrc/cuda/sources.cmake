@@ -1,6 +1,7 @@
 # The sources of the CUDA part, once for the GPU build and for the emulated one. A kernel's tests find it here.
 set(PARED_CUDA_SOURCES
   block_sparse.cu
+  csr.cu
   decode.cu
   device.cc
   int8_product.cu

@@ -151,3 +151,50 @@ def block_sparse_product(
     device: int,
     stream: int,
 ) -> None: ...
+
+CSR_FOUR: int
+CSR_GROUP: int
+CSR_WARPS: int
+CSR_GATHER_SUMS: int
+CSR_INDEX_SLOTS: int
+
+_CsrWeight = tuple[int, int, int, str, int, int, int, int, int, int]
+
+class _CsrPlan(TypedDict):
+    panel: bool
+    tokens: int
+    rows: int
+    token_tiles: int
+    row_tiles: int
+    chunk_blocks: int
+    grid: int
+    shared_bytes: int
+    workspace_bytes: int
+
+def csr_block_cols(cols: int, shared_limit: int) -> int: ...
+def plan_csr(
+    tokens: int,
+    outputs: int,
+    cols: int,
+    block_cols: int,
+    item_bytes: int,
+    items: int,
+    multiprocessors: int,
+    shared_limit: int,
+    few: int = -1,
+) -> _CsrPlan: ...
+def csr_product(
+    w: _CsrWeight,
+    x: int,
+    tokens: int,
+    x_stride: int,
+    bias: int,
+    activation: str,
+    y: int,
+    y_stride: int,
+    workspace: int,
+    workspace_bytes: int,
+    few: int,
+    device: int,
+    stream: int,
+) -> None: ...

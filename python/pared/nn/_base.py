@@ -92,7 +92,7 @@ class PackedModule(nn.Module):
 
     Several threads may call one module at once.
 
-    Linear layers with int8, bitmap8, or 16-bit bsr or bitmap weights move to CUDA devices: a copy of the
+    Linear layers with int8, bitmap8, csr, or 16-bit bsr or bitmap weights move to CUDA devices: a copy of the
     weight goes there in the layout of the kernels, ``packed`` stays in the CPU's memory, so that the state
     dict and files are the same. Other formats refuse to move.
 

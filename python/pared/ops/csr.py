@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
+
 from pared import _core
+from pared.ops._device import DeviceWeight
 from pared.ops._panel import PanelWeight
 
 
@@ -38,3 +41,35 @@ class CSR(PanelWeight):
             raise TypeError(f"tensor: expected a two-dimensional torch.sparse_csr tensor, got {got}")
         t = tensor.detach()
         return cls(_core.csr_pack_csr(t.crow_indices(), t.col_indices(), t.values(), t.shape[0], t.shape[1]))
+
+    def to(self, device: Any, dtype: Any = None) -> DeviceWeight:
+        """A copy in the memory of a CUDA device, for products with any number of tokens.
+
+        Parameters
+        ----------
+        dtype : of the values and of the activations, ``torch.float32``, ``torch.float16`` or
+            ``torch.bfloat16``; None for the weight's own. Values that it rounds to zero are not stored.
+
+        Raises
+        ------
+        ValueError : a convolution's weight, another dtype, or a value beyond its range.
+        """
+        import torch
+
+        from pared._cuda_sparse import DeviceCSR
+
+        given = getattr(torch, self.dtype) if dtype is None else dtype
+        if len(self.shape) != 2 or given not in (torch.float32, torch.float16, torch.bfloat16):
+            got = f"shape {list(self.shape)}" if len(self.shape) != 2 else given
+            raise ValueError(
+                f"dtype: expected a linear weight in float32, float16 or bfloat16 for CUDA, got {got}"
+            )
+        starts, columns, numbers = self.to_csr_arrays()
+        rows = torch.from_numpy(np.repeat(np.arange(self.shape[0]), np.diff(starts))).to(device)
+        values = torch.from_numpy(numbers).to(device).to(given)
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"dtype: expected one that holds all values, got {given}")
+        kept = values != 0
+        cols = torch.from_numpy(columns).to(device)
+        shape = (self.shape[0], self.shape[1])
+        return DeviceCSR.from_entries(rows[kept], cols[kept], values[kept], shape)

@@ -153,22 +153,22 @@ class PackedWeight:
         """A copy in the memory of a CUDA device, for `pared.ops.linear` with inputs there.
 
         `Int8` becomes an 8-bit weight for any number of tokens, `BSR` one of blocks for tensor cores,
-        `Bitmap` and `Bitmap8` weights that are read once for up to 32 tokens. Nothing is rounded again but a
-        float32 `Bitmap` or `BSR`, to `dtype`.
+        `Bitmap` and `Bitmap8` weights that are read once for up to 32 tokens, `CSR` one of unstructured zeros
+        in any float dtype. Nothing is rounded again but a `Bitmap`, `BSR` or `CSR`, to `dtype`.
 
         Parameters
         ----------
         device : ``"cuda"``, ``"cuda:1"`` or a ``torch.device``.
         dtype : of the activations of `BSR`, `Bitmap` and `Bitmap8`, ``torch.float16`` or ``torch.bfloat16``;
-            None for the weight's own. `Int8` takes all float dtypes.
+            of `CSR`, these or ``torch.float32``; None for the weight's own. `Int8` takes all float dtypes.
 
         Raises
         ------
         ValueError : a format, or a dtype, without kernels for the device.
         """
         raise ValueError(
-            f"device: {type(self).__name__} weights have kernels for the CPU only; Int8, BSR, Bitmap and "
-            f"Bitmap8 have some for CUDA, got {device}"
+            f"device: {type(self).__name__} weights have kernels for the CPU only; Int8, BSR, CSR, Bitmap "
+            f"and Bitmap8 have some for CUDA, got {device}"
         )
 
     def _device_dtype(self, dtype: Any) -> Any:

@@ -1,0 +1,350 @@
+// Two products. Few tokens: the weight is read once at the speed of memory, lanes take a row's non-zeros by
+// fours and gather the activations of all tokens from shared memory. Many tokens: lanes are tokens, 256 bytes
+// of them for each column of a panel in shared memory, whose loads are the limit: one of 256 bytes a
+// non-zero, and one of a four's values and one of its columns, which all lanes share.
+#include "core/check.h"
+#include "cuda/csr.h"
+#include "cuda/device.h"
+#include "cuda/epilogue.h"
+#include "cuda/launch.h"
+#include "cuda/ptx.h"
+
+namespace pared::cuda {
+namespace {
+
+__device__ __forceinline__ float widen(float v) { return v; }
+__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
+__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+// Values that are loaded with one instruction, or two.
+template <class V, int kCount>
+struct alignas(sizeof(V) * kCount < 16 ? sizeof(V) * kCount : 16) Pack {
+  V at[kCount];
+};
+
+// Four of a row's entries, as they come from memory.
+template <class V>
+struct Entries {
+  uint2 values, columns;
+
+  __device__ __forceinline__ float value(int i) const {
+    const unsigned two = i < 2 ? values.x : values.y;
+    const auto bits = static_cast<unsigned short>(i % 2 ? two >> 16 : two & 0xffffu);
+    if constexpr (std::is_same<V, __half>::value) return __half2float(__ushort_as_half(bits));
+    else return __bfloat162float(__ushort_as_bfloat16(bits));
+  }
+  __device__ __forceinline__ int column(int i) const {
+    const unsigned two = i < 2 ? columns.x : columns.y;
+    return static_cast<int>(i % 2 ? two >> 16 : two & 0xffffu);
+  }
+};
+template <>
+struct Entries<float> {
+  uint4 values;
+  uint2 columns;
+
+  __device__ __forceinline__ float value(int i) const {
+    return __uint_as_float(i == 0 ? values.x : i == 1 ? values.y : i == 2 ? values.z : values.w);
+  }
+  __device__ __forceinline__ int column(int i) const {
+    const unsigned two = i < 2 ? columns.x : columns.y;
+    return static_cast<int>(i % 2 ? two >> 16 : two & 0xffffu);
+  }
+};
+
+template <class V>
+__device__ __forceinline__ Entries<V> load_entries(const CsrWeight& w, uint32_t four) {
+  using Words = decltype(Entries<V>::values);
+  return {__ldg(static_cast<const Words*>(w.values) + four),
+          __ldg(reinterpret_cast<const uint2*>(w.columns) + four)};
+}
+
+template <class V>
+__device__ __forceinline__ V finish(const CsrProduct& p, float sum, int64_t row) {
+  return narrow<V>(activate(p.bias ? __fadd_rn(sum, __ldg(p.bias + row)) : sum, p.activation));
+}
+
+// ---- few tokens
+
+// The panel of K blocks [b0, b1): [slots][kTokens], zeros in each block's last slot and for tokens beyond.
+template <class V, int kTokens>
+__device__ __forceinline__ void load_panel(V* panel, const CsrProduct& p, int64_t first_token, int b0,
+                                           int b1) {
+  const int block_cols = p.w.block_cols, slots = block_cols + 1;
+  const auto* x = static_cast<const V*>(p.x);
+  for (int b = b0; b < b1; ++b) {
+    const int64_t first = int64_t{b} * block_cols;
+    const int64_t left = p.w.cols - first;
+    for (int k = static_cast<int>(threadIdx.x); k < slots; k += kCsrThreads) {
+      Pack<V, kTokens> out;
+      const bool real = k < block_cols && k < left;
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t)
+        out.at[t] = real && first_token + t < p.tokens ? x[(first_token + t) * p.x_stride + first + k]
+                                                       : static_cast<V>(0.0f);
+      *reinterpret_cast<Pack<V, kTokens>*>(panel + (int64_t{b - b0} * slots + k) * kTokens) = out;
+    }
+  }
+}
+
+template <class V, int kTokens>
+__device__ __forceinline__ void gather(float (&sums)[kTokens], const Entries<V>& e, const V* panel,
+                                       int first) {
+#pragma unroll
+  for (int i = 0; i < kCsrFour; ++i) {
+    const float v = e.value(i);
+    const auto x = *reinterpret_cast<const Pack<V, kTokens>*>(panel + (e.column(i) - first) * kTokens);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) sums[t] = __fmaf_rn(v, widen(x.at[t]), sums[t]);
+  }
+}
+
+template <class V, int kTokens>
+__global__ void __launch_bounds__(kCsrThreads, 2) csr_gather_kernel(const CsrProduct p, const int chunk) {
+  PARED_DYNAMIC_SHARED(shared);
+  PARED_SHARED(float[kCsrGatherSums * kTokens], totals);
+  V* panel = reinterpret_cast<V*>(shared);
+  const int64_t first_token = int64_t{blockIdx.y} * kTokens;
+  const int block_cols = p.w.block_cols, slots = block_cols + 1;
+  const int blocks = p.w.blocks, range = p.w.range_blocks;
+  int loaded = -1;
+  for (int64_t at = blockIdx.x; at < p.w.item_count; at += gridDim.x) {
+    const CsrItem item = p.w.items[at];
+    const int parts = item.lanes > 32 ? item.lanes / 32 : 1;  // warps that share a row
+    const int count = (item.end - item.begin) * parts * kTokens;
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += kCsrThreads) totals[i] = 0.0f;
+    const int groups = kCsrThreads / item.lanes;
+    const int group = static_cast<int>(threadIdx.x) / item.lanes;
+    const int lane = static_cast<int>(threadIdx.x) % item.lanes;
+    for (int b0 = 0; b0 < blocks;) {
+      // Columns count from the start of their range.
+      const int range_end = (b0 / range + 1) * range, some = b0 + chunk;
+      const int end_of_both = some < range_end ? some : range_end;
+      const int b1 = end_of_both < blocks ? end_of_both : blocks;
+      __syncthreads();  // the panel is read, the totals are zero
+      if (loaded != b0) {
+        load_panel<V, kTokens>(panel, p, first_token, b0, b1);
+        loaded = b0;
+        __syncthreads();
+      }
+      const int slot = b0 % range * slots;  // the panel's first
+      for (int first = item.begin; first < item.end; first += groups) {
+        const int row = first + group;
+        float sums[kTokens] = {};
+        if (row < item.end) {
+          const uint32_t* starts = p.w.starts + int64_t{row} * blocks;
+          uint32_t e = __ldg(starts + b0) + static_cast<uint32_t>(lane);
+          const uint32_t end = __ldg(starts + b1), step = static_cast<uint32_t>(item.lanes);
+          for (; e + step < end; e += 2 * step) {
+            const Entries<V> one = load_entries<V>(p.w, e), two = load_entries<V>(p.w, e + step);
+            gather<V, kTokens>(sums, one, panel, slot);
+            gather<V, kTokens>(sums, two, panel, slot);
+          }
+          if (e < end) gather<V, kTokens>(sums, load_entries<V>(p.w, e), panel, slot);
+        }
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t)
+          for (int d = (item.lanes < 32 ? item.lanes : 32) / 2; d > 0; d /= 2)
+            sums[t] += __shfl_xor_sync(0xffffffffu, sums[t], d);
+        if (row < item.end && lane % 32 == 0) {
+          float* total = totals + ((row - item.begin) * parts + lane / 32) * kTokens;
+#pragma unroll
+          for (int t = 0; t < kTokens; ++t) total[t] += sums[t];
+        }
+      }
+      b0 = b1;
+    }
+    __syncthreads();
+    const int rows = item.end - item.begin;
+    for (int i = static_cast<int>(threadIdx.x); i < rows * kTokens; i += kCsrThreads) {
+      const int r = i % rows, t = i / rows;
+      if (first_token + t >= p.tokens) continue;
+      float sum = 0.0f;
+      for (int part = 0; part < parts; ++part) sum += totals[(r * parts + part) * kTokens + t];
+      const int64_t row = item.begin + r;
+      static_cast<V*>(p.y)[(first_token + t) * p.y_stride + row] = finish<V>(p, sum, row);
+    }
+    __syncthreads();  // the next item's totals take their place
+  }
+}
+
+// ---- many tokens
+
+// x [tokens, cols] to panels [token tiles][cols][kTokens], zeros for tokens beyond.
+inline constexpr int kTurnCols = 32, kTurnThreads = 256;
+
+template <class V>
+__global__ void __launch_bounds__(kTurnThreads) csr_turn_kernel(const CsrProduct p) {
+  constexpr int kTokens = kCsrSlotBytes / sizeof(V), kPitch = kTurnCols + 4 / static_cast<int>(sizeof(V));
+  PARED_SHARED(V[kTokens * kPitch], tile);
+  const int64_t first_token = int64_t{blockIdx.x} * kTokens, first_col = int64_t{blockIdx.y} * kTurnCols;
+  const auto* x = static_cast<const V*>(p.x);
+  for (int i = static_cast<int>(threadIdx.x); i < kTokens * kTurnCols; i += kTurnThreads) {
+    const int t = i / kTurnCols, c = i % kTurnCols;
+    const bool real = first_token + t < p.tokens && first_col + c < p.w.cols;
+    tile[t * kPitch + c] = real ? x[(first_token + t) * p.x_stride + first_col + c] : static_cast<V>(0.0f);
+  }
+  __syncthreads();
+  auto* out = reinterpret_cast<V*>(p.workspace) + (blockIdx.x * p.w.cols + first_col) * kTokens;
+  constexpr int kPair = 4 / sizeof(V);  // four bytes a store
+  for (int i = static_cast<int>(threadIdx.x); i < kTurnCols * kTokens / kPair; i += kTurnThreads) {
+    const int c = i / (kTokens / kPair), t = i % (kTokens / kPair) * kPair;
+    if (first_col + c >= p.w.cols) break;
+    Pack<V, kPair> two;
+#pragma unroll
+    for (int j = 0; j < kPair; ++j) two.at[j] = tile[(t + j) * kPitch + c];
+    *reinterpret_cast<Pack<V, kPair>*>(out + int64_t{c} * kTokens + t) = two;
+  }
+}
+
+// Copies K block b into a stage: its columns' slots; the slot behind them is the kernel's.
+__device__ __forceinline__ void copy_panel(unsigned char* stage, const CsrProduct& p, int64_t tile, int b) {
+  constexpr int kChunks = kCsrSlotBytes / 16;
+  const int64_t first = int64_t{b} * p.w.block_cols, left = p.w.cols - first;
+  const int columns = left < p.w.block_cols ? static_cast<int>(left) : p.w.block_cols;
+  const unsigned char* in = p.workspace + (tile * p.w.cols + first) * kCsrSlotBytes;
+  for (int i = static_cast<int>(threadIdx.x); i < columns * kChunks; i += kCsrThreads)
+    ptx::copy_async<16>(stage + i * 16, in + int64_t{i} * 16);
+}
+
+// kRows rows a warp, all tokens of a tile: 256 bytes of x a lane pair of words.
+template <class V, int kRows>
+__global__ void __launch_bounds__(kCsrThreads, 1) csr_panel_kernel(const CsrProduct p) {
+  PARED_DYNAMIC_SHARED(shared);
+  constexpr int kTokens = kCsrSlotBytes / sizeof(V), kMine = kTokens / 32;  // tokens of a tile, of a lane
+  constexpr int kTile = kRows * kCsrWarps, kRowsOfGroup = kCsrGroup / kCsrWarps;
+  constexpr int kPitch = kTokens + 1;
+  static_assert(kRows % kRowsOfGroup == 0 && kRows <= 32);
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = ptx::lane();
+  const int64_t token_tile = blockIdx.x, first_row = int64_t{blockIdx.y} * kTile;
+  const int block_cols = p.w.block_cols, blocks = p.w.blocks, range = p.w.range_blocks;
+  const int stage_bytes = (block_cols + 1) * kCsrSlotBytes;
+
+  // Lane i looks after row i of the warp: which one it is, and where its blocks begin.
+  int64_t row = -1;
+  if (lane < kRows) {
+    const int64_t at =
+        first_row + lane / kRowsOfGroup * kCsrGroup + warp * kRowsOfGroup + lane % kRowsOfGroup;
+    if (at < (p.w.outputs + kCsrGroup - 1) / kCsrGroup * kCsrGroup) row = __ldg(p.w.order + at);
+  }
+  const uint32_t* starts = p.w.starts + (row < 0 ? 0 : row * blocks);
+  uint32_t begin = row < 0 ? 0 : __ldg(starts), end = row < 0 || blocks == 0 ? begin : __ldg(starts + 1);
+
+  // The slots of zeros: the same in all blocks.
+  for (int i = static_cast<int>(threadIdx.x); i < kCsrStages * kCsrSlotBytes / 4; i += kCsrThreads) {
+    const int stage = i / (kCsrSlotBytes / 4), word = i % (kCsrSlotBytes / 4);
+    if (stage < blocks)
+      *reinterpret_cast<uint32_t*>(shared + stage * stage_bytes + block_cols * kCsrSlotBytes + 4 * word) = 0;
+  }
+
+  float sums[kRows][kMine] = {};
+  if (blocks > 0) copy_panel(shared, p, token_tile, 0);
+  ptx::copy_commit();
+  for (int b = 0; b < blocks; ++b) {
+    const uint32_t next = row >= 0 && b + 1 < blocks ? __ldg(starts + b + 2) : end;
+    if (b + 1 < blocks) copy_panel(shared + (b + 1) % kCsrStages * stage_bytes, p, token_tile, b + 1);
+    ptx::copy_commit();
+    ptx::copy_wait<1>();
+    __syncthreads();
+    const int base = b % kCsrStages * stage_bytes - b % range * stage_bytes + lane * 8;
+    Entries<V> ahead = load_entries<V>(p.w, __shfl_sync(0xffffffffu, begin, 0));
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      uint32_t e = __shfl_sync(0xffffffffu, begin, r);
+      const uint32_t last = __shfl_sync(0xffffffffu, end, r);
+      Entries<V> now = ahead;
+      if (r + 1 < kRows) ahead = load_entries<V>(p.w, __shfl_sync(0xffffffffu, begin, r + 1));
+      while (e < last) {
+        Entries<V> following = now;
+        if (++e < last) following = load_entries<V>(p.w, e);
+#pragma unroll
+        for (int i = 0; i < kCsrFour; ++i) {
+          const float v = now.value(i);
+          const auto x =
+              *reinterpret_cast<const Pack<V, kMine>*>(shared + (base + now.column(i) * kCsrSlotBytes));
+#pragma unroll
+          for (int t = 0; t < kMine; ++t) sums[r][t] = __fmaf_rn(v, widen(x.at[t]), sums[r][t]);
+        }
+        now = following;
+      }
+    }
+    begin = end;
+    end = next;
+    __syncthreads();  // the stage is read; the copies after the next take its place
+  }
+  ptx::copy_wait<0>();
+
+  // Through shared memory, so that a warp stores consecutive outputs. Rows lie as they do in the matrix.
+  auto* staged = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int at = static_cast<int>(__shfl_sync(0xffffffffu, static_cast<int>(row - first_row), r));
+    if (at >= 0) {
+#pragma unroll
+      for (int t = 0; t < kMine; ++t) staged[at * kPitch + lane * kMine + t] = sums[r][t];
+    }
+  }
+  __syncthreads();
+  const int64_t first_token = token_tile * kTokens;
+  const int64_t left = p.w.outputs - first_row;
+  for (int i = static_cast<int>(threadIdx.x); i < kTile * kTokens; i += kCsrThreads) {
+    const int r = i % kTile, t = i / kTile;
+    if (first_token + t >= p.tokens) break;
+    if (r < left)
+      static_cast<V*>(p.y)[(first_token + t) * p.y_stride + first_row + r] =
+          finish<V>(p, staged[r * kPitch + t], first_row + r);
+  }
+}
+
+template <class V>
+void launch_gather(const CsrProduct& p, const CsrPlan& plan, cudaStream_t stream) {
+  PARED_CHECK(plan.token_tiles <= 65535, "x: expected at most ", int64_t{65535} * plan.tokens,
+              " tokens in passes of few, got ", p.tokens);
+  const LaunchPlan at{dim3(static_cast<unsigned>(plan.grid), static_cast<unsigned>(plan.token_tiles)),
+                      kCsrThreads, static_cast<size_t>(plan.shared_bytes)};
+  switch (plan.tokens) {
+    case 1: return launch("csr_gather_1", csr_gather_kernel<V, 1>, at, stream, p, plan.chunk_blocks);
+    case 2: return launch("csr_gather_2", csr_gather_kernel<V, 2>, at, stream, p, plan.chunk_blocks);
+    case 4: return launch("csr_gather_4", csr_gather_kernel<V, 4>, at, stream, p, plan.chunk_blocks);
+    default: return launch("csr_gather_8", csr_gather_kernel<V, 8>, at, stream, p, plan.chunk_blocks);
+  }
+}
+
+template <class V>
+void launch_panel(const CsrProduct& p, const CsrPlan& plan, cudaStream_t stream) {
+  const int64_t across = csr_up(p.w.cols, kTurnCols);
+  PARED_CHECK(across <= 65535 && plan.row_tiles <= 65535 && plan.token_tiles < (int64_t{1} << 31),
+              "w: expected at most ", 65535 * kTurnCols, " inputs and ", int64_t{65535} * plan.rows,
+              " outputs, got ", p.w.cols, " and ", p.w.outputs);
+  const auto tiles = static_cast<unsigned>(plan.token_tiles);
+  if (across)
+    launch("csr_turn", csr_turn_kernel<V>, {dim3(tiles, static_cast<unsigned>(across)), kTurnThreads}, stream,
+           p);
+  const LaunchPlan at{dim3(tiles, static_cast<unsigned>(plan.row_tiles)), kCsrThreads,
+                      static_cast<size_t>(plan.shared_bytes)};
+  switch (plan.rows) {
+    case 64: return launch("csr_panel_64", csr_panel_kernel<V, 4>, at, stream, p);
+    case 128: return launch("csr_panel_128", csr_panel_kernel<V, 8>, at, stream, p);
+    default: return launch("csr_panel_256", csr_panel_kernel<V, 16>, at, stream, p);
+  }
+}
+
+template <class V>
+void launch_product(const CsrProduct& p, const CsrPlan& plan, cudaStream_t stream) {
+  if (plan.panel) launch_panel<V>(p, plan, stream);
+  else launch_gather<V>(p, plan, stream);
+}
+
+}  // namespace
+
+void csr_product(const CsrProduct& p, const CsrPlan& plan, int device, cudaStream_t stream) {
+  if (p.tokens == 0 || p.w.outputs == 0) return;
+  const DeviceGuard guard(device, "csr_product");
+  switch (p.w.dtype) {
+    case DType::f32: return launch_product<float>(p, plan, stream);
+    case DType::f16: return launch_product<__half>(p, plan, stream);
+    default: return launch_product<__nv_bfloat16>(p, plan, stream);
+  }
+}
+
+}  // namespace pared::cuda

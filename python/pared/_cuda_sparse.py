@@ -1,0 +1,328 @@
+"""Unstructured sparse linear weights on CUDA devices: packing, shares of equal work, and what is checked
+before a kernel runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pared._cuda_int8 import Place, checked_rows
+from pared.ops._device import DeviceWeight
+
+if TYPE_CHECKING:
+    import torch
+
+# csrc/cuda/csr_plan.h
+FOUR = 4  # entries that are loaded together
+GROUP, WARPS = 64, 16  # rows whose order balances warps; warps of a block of threads
+THREADS = 32 * WARPS
+INDEX_SLOTS = 1 << 16
+SUMS = 128  # rows times warps that share one, of an item
+ITEMS_PER_MULTIPROCESSOR = 4
+
+
+def work_items(row_fours: NDArray[np.int64], multiprocessors: int) -> NDArray[np.int32]:
+    """Items ``(first row, end, lanes of a row)`` for rows of so many fours, the heaviest first.
+
+    Items hold whole consecutive rows of about equal work. A row costs at least one step of a few lanes, so
+    that many empty rows are work as well.
+    """
+    n = row_fours.size
+    if n == 0:
+        return np.zeros((0, 3), np.int32)
+    cost = np.maximum(row_fours, 4)
+    total = int(cost.sum())
+    share = max(64, -(-total // max(1, ITEMS_PER_MULTIPROCESSOR * multiprocessors)))
+    # A row belongs to the share in which its middle lies.
+    number = (np.cumsum(cost) - (cost + 1) // 2) // share
+    cuts = np.flatnonzero(np.diff(number)) + 1
+    begin = np.concatenate([[0], cuts])
+    end = np.concatenate([cuts, [n]])
+    parts = -(-(end - begin) // SUMS)
+    item = np.repeat(np.arange(begin.size), parts)
+    part = np.arange(item.size) - np.repeat(np.cumsum(parts) - parts, parts)
+    size = (end - begin)[item]
+    first = begin[item] + size * part // parts[item]
+    last = begin[item] + size * (part + 1) // parts[item]
+    sums = np.concatenate([[0], np.cumsum(row_fours)])
+    work = sums[last] - sums[first]
+    rows = last - first
+    # Lanes take two fours each of an average row, as long as all threads have a row.
+    wanted = np.maximum(work / np.maximum(1, rows) / 2, THREADS / np.maximum(1, rows) / 2)
+    lanes = 2 ** np.clip(np.ceil(np.log2(np.maximum(wanted, 1))), 2, np.log2(THREADS)).astype(np.int64)
+    # Sums of a row that several warps share take a place each.
+    while (too_many := rows * np.maximum(1, lanes // 32) > SUMS).any():
+        lanes[too_many] //= 2
+    items = np.stack([first, last, lanes], axis=1).astype(np.int32)
+    return np.ascontiguousarray(items[np.argsort(-work, kind="stable")])
+
+
+def row_order(row_fours: NDArray[np.int64]) -> NDArray[np.int32]:
+    """The rows of each group of 64, dealt to 16 warps by length so that their shares are about equal; -1
+    behind the last row."""
+    n = row_fours.size
+    groups = -(-n // GROUP)
+    padded = np.full(groups * GROUP, -1, np.int64)
+    padded[:n] = row_fours
+    by_length = np.argsort(-padded.reshape(groups, GROUP), axis=1, kind="stable")
+    # The longest 16 in order, the next 16 backwards, and so on.
+    rank = np.arange(GROUP).reshape(GROUP // WARPS, WARPS)
+    rank[1::2] = rank[1::2, ::-1].copy()
+    order = by_length[:, rank.T.reshape(-1)] + GROUP * np.arange(groups)[:, None]
+    return np.where(order < n, order, -1).astype(np.int32).reshape(-1)
+
+
+@dataclass(frozen=True)
+class DeviceCSR(DeviceWeight):
+    """An unstructured sparse weight in a device's memory; csrc/cuda/csr_plan.h has the layout.
+
+    Attributes
+    ----------
+    values : [fours + 1, 4], float32, float16 or bfloat16.
+    columns : [fours + 1, 4], slots as int16 (uint16 in the kernels).
+    starts : [out * blocks + 1], int32 (uint32), in fours.
+    items, order : who does what; see `work_items`, `row_order`.
+    block_cols : columns of a block.
+    shape : (out, in).
+    nnz : non-zeros.
+    """
+
+    values: torch.Tensor
+    columns: torch.Tensor
+    starts: torch.Tensor
+    items: torch.Tensor
+    order: torch.Tensor
+    block_cols: int
+    shape: tuple[int, int]
+    nnz: int
+
+    @classmethod
+    def from_entries(
+        cls,
+        rows: torch.Tensor,
+        cols: torch.Tensor,
+        values: torch.Tensor,
+        shape: tuple[int, int],
+        *,
+        place: Place | None = None,
+    ) -> DeviceCSR:
+        """Pack entries ordered by row, then column, on their device.
+
+        Parameters
+        ----------
+        rows, cols : [n], int64.
+        values : [n], float32, float16 or bfloat16.
+        shape : (out, in).
+        place : the device; None for that of `values`.
+        """
+        import torch
+
+        at = place or Place.of(values)
+        k, device = at.kernels, values.device
+        outputs, inputs = shape
+        block_cols: int = k.csr_block_cols(max(1, inputs), k.shared_limit(at.device))
+        slots = block_cols + 1
+        blocks, per_range = -(-inputs // block_cols), INDEX_SLOTS // slots
+        block = cols // block_cols
+        segment = rows * blocks + block
+        count = torch.bincount(segment, minlength=outputs * blocks)
+        fours = (count + FOUR - 1) // FOUR
+        starts = torch.zeros(outputs * blocks + 1, dtype=torch.int64, device=device)
+        torch.cumsum(fours, 0, out=starts[1:])
+        total = int(starts[-1])
+        if total >= 1 << 32:
+            raise ValueError(f"weight: expected fewer than 2**34 non-zeros, got {values.numel()}")
+        row_fours = (
+            (starts[blocks::blocks] - starts[:-1:blocks]).cpu().numpy() if blocks else np.zeros(outputs)
+        )
+        # Padding points to the slot of zeros behind its block's columns.
+        of_four = torch.repeat_interleave(torch.arange(outputs * blocks, device=device), fours)
+        pads = of_four % max(1, blocks) % per_range * slots + block_cols
+        slot = torch.full((total + 1, FOUR), block_cols, dtype=torch.int64, device=device)
+        slot[:total] = pads[:, None]
+        packed = torch.zeros((total + 1) * FOUR, dtype=values.dtype, device=device)
+        rank = torch.arange(values.numel(), device=device)
+        to = starts[segment] * FOUR + rank - (torch.cumsum(count, 0) - count)[segment]
+        packed[to] = values
+        slot.view(-1)[to] = block % per_range * slots + cols - block * block_cols
+        numbers = row_fours.astype(np.int64)
+        return cls(
+            packed.view(-1, FOUR),
+            slot.to(torch.int16),
+            starts.to(torch.int32),
+            torch.from_numpy(work_items(numbers, k.multiprocessors(at.device))).to(device),
+            torch.from_numpy(row_order(numbers)).to(device),
+            block_cols,
+            (outputs, inputs),
+            values.numel(),
+        )
+
+    @classmethod
+    def from_dense(cls, weight: torch.Tensor, *, place: Place | None = None) -> DeviceCSR:
+        """The non-zeros of a weight [out, in], on its device; -0.0 is a zero.
+
+        Raises
+        ------
+        TypeError, ValueError : another dtype than float32, float16 or bfloat16, or not two dimensions.
+        """
+        _check_dtype("weight", weight)
+        if weight.ndim != 2:
+            raise ValueError(f"weight: expected [out, in], got shape {list(weight.shape)}")
+        w = weight.detach()
+        rows, cols = (w != 0).nonzero(as_tuple=True)
+        return cls.from_entries(rows, cols, w[rows, cols], (w.shape[0], w.shape[1]), place=place)
+
+    @classmethod
+    def from_csr(cls, weight: torch.Tensor, *, place: Place | None = None) -> DeviceCSR:
+        """Take over a ``torch.sparse_csr`` matrix of float32, float16 or bfloat16.
+
+        Raises
+        ------
+        TypeError : another layout or dtype.
+        """
+        import torch
+
+        if not isinstance(weight, torch.Tensor) or weight.layout != torch.sparse_csr or weight.ndim != 2:
+            got = weight.layout if isinstance(weight, torch.Tensor) else type(weight).__name__
+            raise TypeError(f"weight: expected a torch.sparse_csr matrix, got {got}")
+        values = weight.values().detach()
+        _check_dtype("weight", values)
+        counts = weight.crow_indices().diff()
+        rows = torch.repeat_interleave(torch.arange(counts.numel(), device=values.device), counts)
+        kept = values != 0
+        cols, shape = weight.col_indices().long(), (weight.shape[0], weight.shape[1])
+        return cls.from_entries(rows[kept], cols[kept], values[kept], shape, place=place)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values and of the activations."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        tensors = (self.values, self.columns, self.starts, self.items, self.order)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros, 0 to 1."""
+        total = self.shape[0] * self.shape[1]
+        return 1.0 - self.nnz / total if total else 0.0
+
+    def to_dense(self) -> torch.Tensor:
+        """The weight [out, in]."""
+        import torch
+
+        (outputs, inputs), slots = self.shape, self.block_cols + 1
+        blocks, per_range = -(-inputs // self.block_cols), INDEX_SLOTS // slots
+        out = torch.zeros(outputs, inputs, dtype=self.dtype, device=self.device)
+        fours = self.starts.long().bitwise_and(0xFFFFFFFF).diff()
+        segment = torch.repeat_interleave(torch.arange(fours.numel(), device=self.device), fours)[:, None]
+        slot = self.columns[:-1].long().bitwise_and(0xFFFF)
+        block = segment % max(1, blocks)
+        col = block * self.block_cols + slot - block % per_range * slots
+        real = slot % slots != self.block_cols
+        out[(segment // max(1, blocks)).expand_as(col)[real], col[real]] = self.values[:-1][real]
+        return out
+
+    def linear(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
+    ) -> torch.Tensor:
+        return linear(x, self, bias, activation)
+
+
+def _check_dtype(name: str, t: Any) -> None:
+    import torch
+
+    if not isinstance(t, torch.Tensor) or t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        got = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
+        raise TypeError(f"{name}: expected dtype float32, float16 or bfloat16, got {got}")
+
+
+def linear(
+    x: torch.Tensor,
+    w: DeviceCSR,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    *,
+    place: Place | None = None,
+    few: int = -1,
+) -> torch.Tensor:
+    """``activation(x @ w.T + bias)`` with an unstructured sparse weight in device memory.
+
+    Parameters
+    ----------
+    x : [..., in] in the weight's dtype and on its device, last axis contiguous.
+    bias : [out], float32, on the same device, or None.
+    activation : None, "relu", "gelu", "gelu_tanh" or "silu".
+    place : the device and stream; None for `x`'s and torch's current one.
+    few : tokens up to which the weight is read once for each eight of them; more share panels of activations.
+        Below 0: a choice by size.
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument, what was expected and what came.
+    RuntimeError : `x` or `bias` asks for a gradient; the CUDA part is missing or cannot run on the device.
+    """
+    import torch
+
+    outputs, cols = w.shape
+    rows = checked_rows(x, (w.dtype,), w.shape, bias, w.values)
+    at = place or Place.of(x)
+    tokens = rows.shape[0]
+    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+    if tokens == 0 or outputs == 0:
+        return out
+    count = w.items.shape[0]
+    plan = at.kernels.plan_csr(
+        tokens,
+        outputs,
+        cols,
+        w.block_cols,
+        x.element_size(),
+        count,
+        at.kernels.multiprocessors(at.device),
+        at.kernels.shared_limit(at.device),
+        few,
+    )
+    needed: int = plan["workspace_bytes"]
+    workspace = torch.empty(needed, dtype=torch.uint8, device=x.device) if needed else None
+
+    def address(t: torch.Tensor | None) -> int:
+        return 0 if t is None else t.data_ptr()
+
+    at.kernels.csr_product(
+        (
+            w.values.data_ptr(),
+            w.columns.data_ptr(),
+            w.starts.data_ptr(),
+            str(w.dtype).removeprefix("torch."),
+            w.block_cols,
+            outputs,
+            cols,
+            w.items.data_ptr(),
+            count,
+            w.order.data_ptr(),
+        ),
+        rows.data_ptr(),
+        tokens,
+        rows.stride(0),
+        address(bias),
+        activation or "",
+        out.data_ptr(),
+        outputs,
+        address(workspace),
+        needed,
+        few,
+        at.device,
+        at.stream,
+    )
+    return out
