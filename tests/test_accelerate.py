@@ -925,7 +925,8 @@ def test_transformer_encoder() -> None:
     ).eval()
     x = torch.randn(2, 5, 16)
     fast = convert(encoder, x)
-    assert layers(fast) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+    own = [*(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")), "linear1", "linear2"]
+    assert layers(fast) == [f"layers.{i}.{name}" for i in (0, 1) for name in own]
     torch.testing.assert_close(fast(x), encoder(x).detach(), atol=1e-5, rtol=1e-5)
 
 

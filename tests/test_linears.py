@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from _models import fused_is_faster, set_times
 from torch import nn
 
 import pared
+import pared._accelerate
+from pared.nn import PackedModule
 from pared.pruning import as_linears
-from pared.pruning.linears import Attention
+from pared.pruning.linears import Attention, Encoder, close_layers, open_layers
+from pared.quant.weights import quantized
 
 TOLERANCE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -64,10 +68,171 @@ def test_attention_of_one_sequence() -> None:
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
-def encoder() -> nn.TransformerEncoder:
+def encoder(nested: bool = False, norm: bool = False) -> nn.TransformerEncoder:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    last = nn.LayerNorm(16) if norm else None
+    made = nn.TransformerEncoder(layer, 2, last, enable_nested_tensor=nested).eval()
+    for p in made.parameters():  # the layers are copies of one; and no bias is zero
+        nn.init.normal_(p, std=0.3)
+    return made
+
+
+def packed(model: nn.Module) -> set[str]:
+    return {name for name, m in model.named_modules() if isinstance(m, PackedModule)}
+
+
+@pytest.fixture
+def known_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a kernel exists for is converted, however busy the machine."""
+    set_times(monkeypatch, fused_is_faster)
+
+
+# torch packs padded sequences in a way that it calls a prototype.
+nested = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+
+
+@nested
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("left", [True, False])
+def test_padded_sequences_give_what_torch_gives(norm: bool, additive: bool, left: bool) -> None:
+    """Zeros where torch packs, also in the rows that are padding; and what it computes where it does not."""
+    model, x = encoder(nested=True, norm=norm), torch.randn(3, 6, 16)
+    padding = torch.zeros(3, 6, dtype=torch.bool)
+    padding[2, 4:] = True
+    padding[1, 2:] = True
+    if not left:
+        padding = padding.flip(1)
+    mask: Any = torch.zeros(3, 6).masked_fill(padding, -torch.inf) if additive else padding
+    with torch.no_grad():
+        want = model(x, src_key_padding_mask=mask)
+        got = as_linears(copy.deepcopy(model))(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(got, want, **TOLERANCE)
+
+
+@nested
+def test_accelerate_opens_attention_and_restore_closes_it(known_times: None, tmp_path: Any) -> None:
+    model, x = encoder(nested=True), torch.randn(3, 6, 16)
+    model.layers[0].self_attn.in_proj_weight.requires_grad_(False)  # type: ignore[union-attr]
+    padding = torch.zeros(3, 6, dtype=torch.bool)
+    padding[2, 3:] = True
+    pared.prune(model, 0.8)
+    inputs = {"src": x, "src_key_padding_mask": padding}
+    fast = pared.accelerate(model, inputs, min_speedup=0)
+    names = {f"layers.{i}.self_attn.{part}_proj" for i in (0, 1) for part in ("q", "k", "v", "out")}
+    assert names <= packed(fast)
+    report = pared.report(fast)
+    assert report.opened == {
+        "": "TransformerEncoder",
+        "layers.0.self_attn": "MultiheadAttention",
+        "layers.1.self_attn": "MultiheadAttention",
+    }
+    assert any("MultiheadAttention computes with Linear layers" in note for note in report.notes)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(**inputs), model(**inputs), **TOLERANCE)
+    plain = pared.restore(fast)
+    assert repr(plain) == repr(model)
+    assert type(plain) is nn.TransformerEncoder
+    want, got = model.state_dict(), plain.state_dict()
+    assert list(got) == list(want)
+    assert all(torch.equal(got[k], want[k]) for k in want)
+    flags = [(n, p.requires_grad) for n, p in model.named_parameters()]
+    assert [(n, p.requires_grad) for n, p in plain.named_parameters()] == flags
+    assert vars(plain).keys() == vars(model).keys()
+    with torch.no_grad():
+        assert torch.equal(plain(**inputs), model(**inputs))
+    path = tmp_path / "model.pared"
+    pared.save(fast, path)
+    again = pared.load(path, model)
+    assert packed(again) == packed(fast)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs), fast(**inputs))
+    with pytest.raises(pared._io.FormatError, match=r"expected .*MultiheadAttention .*, as in the file"):
+        pared.load(path, nn.Linear(2, 2))
+
+
+def test_what_stays_dense_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attention none of whose layers is converted is torch's own again; its encoder is not."""
+    set_times(monkeypatch, lambda name, m: 1.0 if m is None else 0.5 if ".linear" in name else 2.0)
+    model, x = encoder(nested=True), torch.randn(3, 6, 16)
+    pared.prune(model, 0.8)
+    fast = pared.accelerate(model, x)
+    assert packed(fast) == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
+    assert type(fast) is Encoder
+    assert type(fast.layers[0].self_attn) is nn.MultiheadAttention  # type: ignore[union-attr]
+    assert pared.report(fast).opened == {"": "TransformerEncoder"}
+    assert repr(pared.restore(fast)) == repr(model)
+    set_times(monkeypatch, lambda name, m: 1.0 if m is None else 2.0)
+    dense = pared.accelerate(model, x)
+    assert type(dense) is nn.TransformerEncoder
+    assert not pared.report(dense).opened
+
+
+class Reads(nn.Module):
+    """Asks its attention for a tensor that Linear layers do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = attention(batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.attention.in_proj_weight.shape[0]
+        return self.attention(x, x, x)[0] * scale
+
+
+class Doubled(nn.MultiheadAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y, weights = super().forward(*args, **kwargs)
+        return 2 * y, weights
+
+
+def test_the_report_says_why_an_attention_is_not_opened() -> None:
+    model = Reads().eval()
+    pared.prune(model, 0.5)
+    fast = pared.accelerate(model, torch.randn(2, 5, 16))
+    notes = " ".join(pared.report(fast).notes)
+    assert "no kernel is tried for MultiheadAttention: with Linear layers instead the model raises" in notes
+    assert "in_proj_weight" in notes
+    assert type(fast.attention) is nn.MultiheadAttention
+    with pytest.raises(ValueError, match="got none of them"):
+        as_linears(Doubled(16, 4))
+
+
+def test_levels_open_all_or_none(known_times: None, tmp_path: Any) -> None:
+    model, x = encoder(), torch.randn(3, 6, 16)
+    fast = pared.levels(model, x, (0.5, 0.9), min_speedup=0)
+    path = tmp_path / "levels.pared"
+    pared.save(fast, path)
+    again = pared.load(path, model)
+    for level in (0, 1):
+        fast.set_level(level)
+        again.set_level(level)
+        with torch.no_grad():
+            assert torch.equal(again(x), fast(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 10, "vdim": 12, "batch_first": True}])
+def test_closing_is_the_way_back(options: dict[str, Any]) -> None:
+    old = attention(**options).eval()
+    old.register_forward_hook(lambda *a: None)
+    opened, types = open_layers(nn.ModuleDict({"a": copy.deepcopy(old), "b": nn.Linear(2, 2)}))
+    assert types == {"a": "MultiheadAttention"}
+    new: Any = close_layers(opened, types)["a"]  # type: ignore[index]
+    assert type(new) is nn.MultiheadAttention
+    assert len(new._forward_hooks) == 1
+    want = old.state_dict()
+    assert list(new.state_dict()) == list(want)
+    assert all(torch.equal(v, want[k]) for k, v in new.state_dict().items())
+    same = ("num_heads", "kdim", "vdim", "batch_first", "dropout", "head_dim", "_qkv_same_embed_dim")
+    assert all(getattr(new, k) == getattr(old, k) for k in same)
+
+
+def test_heads_that_are_gone_do_not_come_back() -> None:
+    model, x = as_linears(encoder()), torch.randn(3, 6, 16)
+    pared.prune_channels(model, x, 0.5, include="*.self_attn*", round_to=1)
+    with pytest.raises(ValueError, match="expected all heads of 16 channels, got 8"):
+        model.layers[0].self_attn.to_module()  # type: ignore[union-attr,index,operator]
 
 
 def test_torchs_encoder_and_its_kernels() -> None:
@@ -81,8 +246,7 @@ def test_torchs_encoder_and_its_kernels() -> None:
     torch.testing.assert_close(got[1][~padding], want[1][~padding], **TOLERANCE)
     pared.prune(model, 0.8)
     fast = pared.accelerate(model, x, min_speedup=0)
-    names = {name for name, m in fast.named_modules() if isinstance(m, pared.nn.Linear)}
-    assert {"layers.0.self_attn.q_proj", "layers.1.self_attn.out_proj"} <= names
+    assert {"layers.0.self_attn.q_proj", "layers.1.self_attn.out_proj"} <= packed(fast)
     torch.testing.assert_close(fast(x), model(x), **TOLERANCE)
 
 
@@ -122,6 +286,52 @@ def test_gpt2_as_linears_with_kernels_and_fewer_channels() -> None:
     torch.testing.assert_close(
         fast(**inputs).last_hidden_state, model(**inputs).last_hidden_state, **TOLERANCE
     )
+
+
+def test_gpt2_is_opened_by_accelerate_with_the_grids_of_quantize(known_times: None) -> None:
+    model = gpt2()
+    inputs = {"input_ids": torch.randint(0, 50, (2, 9))}
+    pared.quantize(model, [inputs, inputs], bits=8, sparsity=0.5)
+    fast = pared.accelerate(model, inputs, precision="int8", min_speedup=0, max_error=1.0, formats=["int8"])
+    assert {"h.0.attn.c_attn", "h.1.mlp.c_proj"} <= packed(fast)
+    assert pared.report(fast).opened["h.0.attn.c_attn"] == "Conv1D"
+    # The kernel's integers are those that quantize settled on: nothing is rounded again.
+    layer: Any = fast.get_submodule("h.0.mlp.c_fc")
+    own = model.get_submodule("h.0.mlp.c_fc")
+    record = quantized(own)
+    assert record is not None
+    codes, scale = layer.packed_weight().to_quantized()
+    weight = own.weight.detach().t()  # type: ignore[union-attr,operator]
+    assert torch.equal(torch.from_numpy(codes).to(torch.int8), record.codes(weight).to(torch.int8))
+    torch.testing.assert_close(torch.from_numpy(scale), record.scale.reshape(-1))
+    plain = pared.restore(fast)
+    assert repr(plain) == repr(model)
+    for (name, a), b in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+
+
+def test_the_grid_of_packed_projections_is_handed_to_each() -> None:
+    model, x = encoder(), torch.randn(3, 6, 16)
+    pared.quantize(model, [x], bits=8)
+    whole = quantized(model.layers[1].self_attn)  # type: ignore[arg-type]
+    assert whole is not None
+    as_linears(model)
+    own: Any = model.layers[1].self_attn
+    for i, part in enumerate((own.q_proj, own.k_proj, own.v_proj)):
+        record = quantized(part)
+        assert record is not None
+        assert torch.equal(record.scale, whole.scale[16 * i : 16 * (i + 1)])
+        torch.testing.assert_close(record.codes(part.weight) * record.scale, part.weight.detach())
+    assert quantized(own.out_proj) is not None
+
+
+def test_measured_time_of_a_search_sees_attention(known_times: None) -> None:
+    model, x = encoder(), torch.randn(3, 6, 16)
+    pared.prune(model, 0.9)
+    times = pared._accelerate.layer_seconds(model, x, "float32", ["csr"])
+    assert {"layers.0.self_attn", "layers.0.self_attn.out_proj", "layers.1.linear2"} <= times.keys()
+    assert "layers.0.self_attn.q_proj" not in times
+    assert times["layers.0.self_attn"] == (3.0, 2.0)
 
 
 def test_ties_names_flags_and_hooks_stay() -> None:

@@ -40,6 +40,7 @@ from pared.ops._estimate import Facts
 from pared.ops._formats import FORMATS
 from pared.ops.chain import chain_of, linear_chain
 from pared.ops.packed import PackedWeight
+from pared.pruning.linears import open_layers
 from pared.quant.weights import quantized as quantized_weight
 
 __all__ = ["accelerate"]
@@ -170,7 +171,8 @@ def accelerate(
     packed formats that are estimated to be the fastest) on the shapes that it really gets, in interleaved
     rounds. What is faster by `min_speedup` is kept; a following activation is fused where the model allows
     it. Then the whole model is compared with the original, outputs and time: where the outputs differ by more
-    than allowed, or the model is not faster, layers go back to dense. ``print(pared.report(fast))`` says what
+    than allowed, or the model is not faster, layers go back to dense. nn.MultiheadAttention and transformers'
+    Conv1D are tried as the Linear layers that they are made of. ``print(pared.report(fast))`` says what
     was done and why, ``rich.print(pared.report(fast).candidates())`` what it was chosen from.
 
     Parameters
@@ -217,8 +219,9 @@ def accelerate(
         advance("running the example inputs", 0.0)
         reference = [_reference(dense, e) for e in inputs]
         bake(dense)
-        candidates = _candidates(dense)
-        _record(dense, inputs, candidates, fuse)
+        opened = _open(dense, inputs, reference)
+        candidates = _candidates(opened.model)
+        _record(opened.model, inputs, candidates, fuse)
         report = Report(
             precision=precision,
             ties=tied_parameters(dense),
@@ -238,10 +241,10 @@ def accelerate(
             advance(f"timing {c.name or type(c.module).__name__}", 0.05 + 0.75 * i / len(candidates))
             _decide(c, packed, timed, formats, min_speedup)
         advance("checking the outputs", 0.8)
-        fast = _settle(dense, inputs, reference, candidates, report, max_error)
+        fast = _settle(opened, inputs, reference, candidates, report, max_error)
         advance("timing the model", 0.9)
         fast = _race(
-            dense,
+            opened,
             fast,
             inputs,
             reference,
@@ -255,7 +258,9 @@ def accelerate(
             _hand_over(fast, inputs, reference, candidates, report, timed)
         timed.save()
         report.layers = [c.row for c in candidates]
-        report.notes += _without_kernel(dense)
+        report.notes += [*opened.notes, *_without_kernel(opened.model)]
+        report.opened = {n: t for n, t in opened.types.items() if _runs_kernels(fast.get_submodule(n))}
+        report.notes += _as_linears(report.opened)
         report.memory_after, report.disk_after = _memory(fast), _disk(fast)
         advance("done", 1.0)
     fast.eval().requires_grad_(False)
@@ -270,17 +275,18 @@ def layer_seconds(
     formats: Sequence[str] | None = None,
 ) -> dict[str, tuple[float, float]]:
     """For each layer that a kernel may take, by name: its seconds dense in one pass over the example inputs,
-    and how many times faster its best kernel is (1 where none is tried). `model` is not changed.
+    and how many times faster its best kernel is (1 where none is tried). The three input projections of an
+    attention are under its name. `model` is not changed.
     """
     _check_arguments(model, precision, None, 1.0)
     inputs = examples(example_inputs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         dense = copy_model(model).eval()
-        for e in inputs:
-            _reference(dense, e)
+        reference = [_reference(dense, e) for e in inputs]
         bake(dense)
-        candidates = _candidates(dense)
-        _record(dense, inputs, candidates, fuse=True)
+        opened = _open(dense, inputs, reference)
+        candidates = _candidates(opened.model)
+        _record(opened.model, inputs, candidates, fuse=True)
         known = _check_formats(formats, precision)
         packed: dict[Any, PackedWeight] = {}
         timed = Choices()
@@ -292,6 +298,12 @@ def layer_seconds(
             before = _time_layer(c, {}) if c.row.before is None else c.row.before
             found[c.name] = (before, c.row.speedup or 1.0)
         timed.save()
+        for name, kind in opened.types.items():
+            parts = [f"{name}.{part}" if name else part for part in ("q_proj", "k_proj", "v_proj")]
+            if kind == "MultiheadAttention" and all(part in found for part in parts):
+                times = [found.pop(part) for part in parts]
+                before = sum(t for t, _ in times)
+                found[name] = (before, before / sum(t / speedup for t, speedup in times))
     return found
 
 
@@ -349,6 +361,62 @@ def _reference(model: nn.Module, example: Example) -> Any:
         ) from e
 
 
+@dataclass(frozen=True)
+class Opened:
+    """The dense model, and the same with Linear layers in the place of attention and Conv1D modules.
+
+    Attributes
+    ----------
+    plain : what the whole model is compared with; what stays of an attention whose layers all stay dense.
+    model : where kernels are looked for, around the same tensors; `plain` itself where nothing is opened.
+    types : by name, what was opened.
+    notes : why nothing was.
+    """
+
+    plain: nn.Module
+    model: nn.Module
+    types: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def _open(plain: nn.Module, inputs: list[Example], reference: list[Any]) -> Opened:
+    model, types = open_layers(shared_copy(plain), skip=True)
+    if not types:
+        return Opened(plain, plain)
+    kinds = " and ".join(sorted({*types.values()} - {"TransformerEncoder"}))
+    note = f"no kernel is tried for {kinds}: with Linear layers instead "
+    try:
+        worst = _compare_all(model, inputs, reference)
+    except Exception as e:  # a model's code may ask for anything that the module has
+        return Opened(plain, plain, notes=[f"{note}the model raises {type(e).__name__}: {e}"])
+    linears = [m for m in model.modules() if type(m) is nn.Linear]
+    allowed = tolerance(len(linears), max(m.in_features for m in linears), worst.eps)
+    if not worst.relative <= allowed:
+        difference = f"{worst.relative:.1e} ({worst.where}), more than {allowed:.1e}"
+        return Opened(plain, plain, notes=[f"{note}outputs differ by {difference}"])
+    return Opened(plain, model, types)
+
+
+def _runs_kernels(module: nn.Module) -> bool:
+    return any(isinstance(m, PackedModule) for m in module.modules())
+
+
+def _as_linears(opened: dict[str, str]) -> list[str]:
+    """A line for each type of module that was opened."""
+    names: dict[str, list[str]] = {}
+    for name, kind in opened.items():
+        if kind != "TransformerEncoder":
+            names.setdefault(kind, []).append(name or "(model)")
+    return [
+        f"{kind} computes with Linear layers now, which pared.restore takes back: {_listed(own)}"
+        for kind, own in names.items()
+    ]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _candidates(model: nn.Module) -> list[Candidate]:
     found = []
     names = module_names(model)
@@ -383,9 +451,7 @@ def _without_kernel(model: nn.Module) -> list[str]:
         if zeros >= _PRUNED * max(1, sum(p.numel() for p in own)):
             found.setdefault(kind.__name__, []).append(name or "(model)")
     return [
-        f"no kernel accelerates {kind}: zeros in {', '.join(names[:3])}"
-        + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        + " save no time"
+        f"no kernel accelerates {kind}: zeros in {_listed(names)} save no time"
         for kind, names in found.items()
     ]
 
@@ -842,9 +908,9 @@ def _call(module: nn.Module, x: Tensor, steps: list[tuple[str, nn.Module]]) -> C
     return call
 
 
-def _build(dense: nn.Module, candidates: list[Candidate]) -> nn.Module:
+def _build(dense: Opened, candidates: list[Candidate]) -> nn.Module:
     """The model with the chosen layers in place, around the dense model's own tensors."""
-    fast = shared_copy(dense)
+    fast = shared_copy(dense.model)
     for c in candidates:
         if c.chosen is None:
             continue
@@ -856,11 +922,17 @@ def _build(dense: nn.Module, candidates: list[Candidate]) -> nn.Module:
                 else Fused(old)
             )
             fast = replace(fast, [name], new)
+    closed: dict[int, nn.Module] = {}
+    for name in sorted(dense.types, key=len):  # what is around others first
+        module = fast.get_submodule(name)
+        if not _runs_kernels(module):
+            original = dense.plain.get_submodule(name)
+            fast = replace(fast, [name], closed.setdefault(id(original), shared_copy(original)))
     return fast
 
 
 def _settle(
-    dense: nn.Module,
+    dense: Opened,
     inputs: list[Example],
     reference: list[Any],
     candidates: list[Candidate],
@@ -903,7 +975,7 @@ def _settle(
 
 
 def _retreat(
-    dense: nn.Module,
+    dense: Opened,
     inputs: list[Example],
     reference: list[Any],
     candidates: list[Candidate],
@@ -945,7 +1017,7 @@ def _compare_all(fast: nn.Module, inputs: list[Example], reference: list[Any]) -
 
 
 def _race(
-    dense: nn.Module,
+    dense: Opened,
     fast: nn.Module,
     inputs: list[Example],
     reference: list[Any],
@@ -958,11 +1030,11 @@ def _race(
     """Time the whole model against the dense one; while it is slower, the layers that gain least go back."""
     passing = [1.25, 1.5, 2.0, 3.0]
     while any(c.chosen is not None for c in candidates):
-        key = _model_key(dense, inputs, candidates, timed)
+        key = _model_key(dense.plain, inputs, candidates, timed)
         known = timed.get(key)
         if known is None or known.variants.keys() != {"median", "p95"}:
             t = interleave(
-                {"dense": _pass(dense, inputs), "pared": _pass(fast, inputs)},
+                {"dense": _pass(dense.plain, inputs), "pared": _pass(fast, inputs)},
                 budget=_MODEL_SECONDS,
                 min_rounds=5,
                 max_rounds=400,

@@ -46,6 +46,7 @@ from pared.nn._fold import can_fold
 from pared.ops._formats import FORMATS
 from pared.ops.int8 import QuantizedWeight
 from pared.ops.packed import PackedWeight
+from pared.pruning.linears import open_layers
 
 __all__ = ["FormatError", "load", "save"]
 
@@ -133,6 +134,7 @@ def load(path: Path, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> 
         module = _architecture(model)
         if about.layers or about.report:
             bake(module)  # accelerate has applied the masks that pruning attached
+        module = _open(module, about.report.opened if about.report else {})
         layers = _match_layers(module, about)
         slots = _slots(module)
         for group in about.report.ties if about.report else ():
@@ -443,6 +445,19 @@ class _Target:
     waiting: set[str]  # names of tensors
     dtype: torch.dtype  # of the plain weight
     trainable: bool  # the plain weight
+
+
+def _open(model: torch.nn.Module, opened: dict[str, str]) -> torch.nn.Module:
+    """The architecture with Linear layers where accelerate put them in the place of other modules."""
+    if not opened:
+        return model
+    try:
+        model, found = open_layers(model, opened)
+    except ValueError as e:
+        refuse(f"{e}, as in the file")
+    missing = [f"{kind} {shorten(name)}" for name, kind in opened.items() if found.get(name) != kind]
+    require(not missing, f"model: expected {', '.join(missing[:_LISTED])}, as in the file, found none")
+    return model
 
 
 def _match_layers(model: torch.nn.Module, about: _About) -> dict[int, _Target]:

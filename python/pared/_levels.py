@@ -20,6 +20,7 @@ from pared._io import _collect, load
 from pared._report import Report, report
 from pared._surgery import copy_model
 from pared.pruning.importance import Importance, resolve
+from pared.pruning.linears import open_layers
 from pared.pruning.oneshot import check_sparsity, prune
 from pared.pruning.patterns import parse_pattern
 from pared.pruning.targets import collect, unwrap
@@ -166,6 +167,13 @@ def levels(
     for sparse, dense in zip(plain[1:], plain, strict=False):
         _check_nested(dense, sparse)
     fast = [accelerate(m, example_inputs, **options) for m in plain]
+    if any(report(m).opened for m in fast):
+        # Common values need common names: what is opened at one level is opened at all.
+        fast = []
+        for m in plain:
+            linears, opened = open_layers(copy_model(m), skip=True)
+            fast.append(accelerate(linears, example_inputs, **options))
+            report(fast[-1]).opened = opened
     for other in fast[1:]:
         _share(fast[0], other)
     return Levels(fast, [_sparsity(m) for m in plain])

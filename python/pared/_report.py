@@ -108,6 +108,8 @@ class Report:
     ties : groups of parameter names that are one tensor in the plain model.
     trainable : names of the parameters that asked for gradients in the plain model.
     notes : decisions about the model as a whole.
+    opened : by name, the type of each module in whose place Linear layers compute; `pared.restore` puts it
+        back.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -126,6 +128,7 @@ class Report:
     ties: list[list[str]] = field(default_factory=list)
     trainable: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    opened: dict[str, str] = field(default_factory=dict)
 
     @property
     def converted(self) -> list[LayerReport]:

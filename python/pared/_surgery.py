@@ -116,6 +116,8 @@ def restore(model: nn.Module) -> nn.Module:
     accelerated = vars(model).get(_ATTRIBUTE)
     if accelerated is None and not any(isinstance(m, (PackedModule, Fused)) for m in model.modules()):
         raise ValueError(f"model: expected an accelerated model, got a plain {type(model).__name__}")
+    from pared.pruning.linears import close_layers  # which imports this module
+
     plain = copy.deepcopy(model)
     vars(plain).pop(_ATTRIBUTE, None)
     weights: dict[int, nn.Parameter] = {}  # packed buffers that several layers share
@@ -135,6 +137,8 @@ def restore(model: nn.Module) -> nn.Module:
         else:
             continue
         plain = replace(plain, names[id(module)], new)
+    if accelerated is not None and accelerated.opened:
+        plain = close_layers(plain, accelerated.opened)
     for group in accelerated.ties if accelerated is not None else ():
         _tie(plain, group)
     if accelerated is not None:

@@ -2,22 +2,24 @@
 
 nn.MultiheadAttention keeps three projections in one tensor and computes with it in functions; transformers'
 Conv1D keeps its weight as [in, out]. Masks work on both as they are. Kernels and the removal of heads and
-channels work on Linear layers, and this makes them so, with the same outputs.
+channels work on Linear layers, and this makes them so, with the same outputs. `pared.accelerate` opens such
+layers itself (`open_layers`) and `pared.restore` closes them again (`close_layers`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from typing import cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from pared._sparsity import weight_format
-from pared.pruning.targets import _is_transformers_conv1d, unwrap
+from pared._sparsity import base_type, weight_format
+from pared.pruning.targets import unwrap
 
-__all__ = ["Attention", "as_linears"]
+__all__ = ["Attention", "Encoder", "as_linears", "close_layers", "open_layers"]
 
 
 class Attention(nn.Module):
@@ -59,6 +61,39 @@ class Attention(nn.Module):
         self.out_proj.weight, self.out_proj.bias = out.weight, out.bias
         self.num_heads, self.dropout, self.batch_first = module.num_heads, module.dropout, module.batch_first
         self.train(module.training)
+
+    def to_module(self) -> nn.MultiheadAttention:
+        """nn.MultiheadAttention again, around copies of the weights.
+
+        Raises
+        ------
+        ValueError : heads have been removed: it has no such shape.
+        """
+        parts, out = (self.q_proj, self.k_proj, self.v_proj), self.out_proj
+        size = out.out_features
+        if any(p.out_features != size for p in parts) or self.q_proj.in_features != size:
+            raise ValueError(f"module: expected all heads of {size} channels, got {self.q_proj.out_features}")
+        new = nn.MultiheadAttention(
+            size,
+            self.num_heads,
+            self.dropout,
+            bias=self.q_proj.bias is not None,
+            batch_first=self.batch_first,
+            kdim=self.k_proj.in_features,
+            vdim=self.v_proj.in_features,
+            device="meta",
+        )
+        if new._qkv_same_embed_dim:
+            weight = torch.cat([p.weight.detach() for p in parts])
+            new.in_proj_weight = nn.Parameter(weight, parts[0].weight.requires_grad)
+        else:
+            for name, p in zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), parts, strict=True):
+                setattr(new, name, p.weight)
+        if self.q_proj.bias is not None:
+            bias = torch.cat([p.bias.detach() for p in parts])
+            new.in_proj_bias = nn.Parameter(bias, parts[0].bias.requires_grad)
+        new.out_proj.weight, new.out_proj.bias = out.weight, out.bias
+        return new.train(self.training)
 
     def forward(
         self,
@@ -115,6 +150,36 @@ def _added(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -math.inf)
 
 
+class Encoder(nn.TransformerEncoder):
+    """nn.TransformerEncoder that calls its layers, padded or not.
+
+    torch packs padded sequences into a nested tensor where it can compute a layer in one call, and puts zeros
+    where they were padded. The layers here take padded tensors; what torch would have put there is put there.
+    """
+
+    _nests: bool
+
+    def forward(
+        self,
+        src: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        src_key_padding_mask: torch.Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> torch.Tensor:
+        y = super().forward(src, mask, src_key_padding_mask, is_causal)
+        padding = src_key_padding_mask
+        nests = self._nests and not self.training and src.ndim == 3 and mask is None
+        if padding is None or not nests or not torch.backends.mha.get_fastpath_enabled():
+            return y
+        kept = padding.logical_not() if padding.dtype == torch.bool else padding == 0
+        if self.mask_check and (
+            torch.compiler.is_compiling() or not torch._nested_tensor_from_mask_left_aligned(src, kept)
+        ):
+            return y
+        empty = y.new_zeros(y.shape[-1])
+        return torch.where(kept.unsqueeze(-1), y, empty if self.norm is None else self.norm(empty))
+
+
 def _linear(module: nn.Module) -> nn.Linear:
     weight = cast(torch.Tensor, module.weight)
     bias = cast("nn.Parameter | None", module.bias)
@@ -125,11 +190,141 @@ def _linear(module: nn.Module) -> nn.Linear:
     return new.train(module.training)
 
 
+def _conv1d(linear: nn.Linear) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D  # there was one, so it is installed
+
+    with torch.device("meta"):
+        new: nn.Module = Conv1D(linear.out_features, linear.in_features)  # type: ignore[no-untyped-call]
+    new.weight = nn.Parameter(linear.weight.detach().t().contiguous(), linear.weight.requires_grad)
+    new.bias = linear.bias
+    return new.train(linear.training)
+
+
+def _problem(old: nn.Module) -> str | None:
+    """Why a layer cannot be opened: what was expected, and what it is."""
+    tensors = ["weight"]
+    if isinstance(old, nn.MultiheadAttention):
+        if old.bias_k is not None or old.add_zero_attn:
+            return "attentions without bias_k and add_zero_attn, got one with them"
+        same = old._qkv_same_embed_dim
+        tensors = ["in_proj_weight"] if same else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    if any(weight_format(old, t) != "plain" for t in tensors):
+        return (
+            "plain weights, got masks of another tool (make them permanent first, for example with "
+            "pared.prune(model, 0.0))"
+        )
+    return None
+
+
+def _closed(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers that can be opened, inner ones first: by exact type, for a subclass may compute something
+    else.
+    """
+    found = []
+    for name, module in model.named_modules():
+        kind = base_type(module)
+        conv1d = kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+        if kind in (nn.MultiheadAttention, nn.TransformerEncoder) or conv1d:
+            found.append((name, module))
+    return sorted(found, key=lambda pair: isinstance(pair[1], nn.TransformerEncoder))
+
+
+def open_layers(
+    model: nn.Module, only: Collection[str] | None = None, *, skip: bool = False
+) -> tuple[nn.Module, dict[str, str]]:
+    """Put Linear layers in the place of nn.MultiheadAttention and transformers' Conv1D, in place.
+
+    Parameters
+    ----------
+    only : names of the modules to open; None: all. An encoder around them is opened with them.
+    skip : leave what cannot be opened; otherwise it raises.
+
+    Returns
+    -------
+    The model (a new module where it is such a layer itself), and by every name of what was opened its type.
+
+    Raises
+    ------
+    ValueError : an attention that is more than Linear layers, or masks of another tool. Nothing has changed.
+    """
+    from pared._surgery import adopt_hooks, module_names, replace
+    from pared.quant.weights import pass_on
+
+    names = module_names(model)
+    chosen: list[tuple[str, nn.Module]] = []
+    for name, old in _closed(model):
+        if only is not None and name not in only:
+            continue
+        if (problem := _problem(old) if not isinstance(old, nn.TransformerEncoder) else None) is None:
+            chosen.append((name, old))
+        elif not skip:
+            raise ValueError(f"model: expected {problem} in {name or 'the model'!r}")
+    shared: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    opened: dict[str, str] = {}
+    for _, old in chosen:
+        kind = base_type(old).__name__
+        if isinstance(old, nn.TransformerEncoder):
+            if not any(isinstance(m, Attention) for m in old.modules()):
+                continue
+            old.__class__ = Encoder
+            encoder = cast(Encoder, old)
+            encoder._nests = bool(getattr(old, "use_nested_tensor", False))
+            encoder.use_nested_tensor = False
+        else:
+            if isinstance(old, nn.MultiheadAttention):
+                new: nn.Module = Attention(old)
+                if old._qkv_same_embed_dim:
+                    size = old.embed_dim
+                    for i, part in enumerate(("q_proj", "k_proj", "v_proj")):
+                        pass_on(old, new.get_submodule(part), slice(i * size, (i + 1) * size))
+                pass_on(old.out_proj, new.get_submodule("out_proj"))
+            else:
+                new = _linear(old)
+                pass_on(old, new)
+                new.weight = shared.setdefault(id(old.weight), cast(nn.Parameter, new.weight))
+            adopt_hooks(new, old)
+            model = replace(model, names[id(old)], new)
+        opened |= dict.fromkeys(names[id(old)], kind)
+    return model, opened
+
+
+def close_layers(model: nn.Module, opened: Mapping[str, str]) -> nn.Module:
+    """Put back the modules that `open_layers` opened, with the weights as they are now; in place.
+
+    Parameters
+    ----------
+    opened : what `open_layers` returned, or a part of it.
+
+    Returns
+    -------
+    The model, or a new module where it is such a layer itself.
+    """
+    from pared._surgery import adopt_hooks, module_names, replace
+
+    names = module_names(model)
+    weights: dict[int, nn.Parameter] = {}
+    for old in dict.fromkeys(model.get_submodule(name) for name in opened):
+        mine = [n for n in names[id(old)] if n in opened]
+        if isinstance(old, Encoder):
+            old.__class__ = nn.TransformerEncoder  # type: ignore[assignment]
+            old.use_nested_tensor = old._nests
+            del old._nests
+            continue
+        if isinstance(old, Attention):
+            new: nn.Module = old.to_module()
+        else:
+            new = _conv1d(cast(nn.Linear, old))
+            new.weight = weights.setdefault(id(old.weight), cast(nn.Parameter, new.weight))
+        adopt_hooks(new, old)
+        model = replace(model, mine, new)
+    return model
+
+
 def as_linears(model: nn.Module) -> nn.Module:
     """Replace nn.MultiheadAttention and transformers' Conv1D by modules that compute with Linear layers.
 
-    In place, with the same outputs: `pared.accelerate` then finds kernels for them, and
-    `pared.prune_channels` removes whole heads and channels. The state dict has other keys
+    In place, with the same outputs, so that `pared.prune_channels` removes whole heads and channels.
+    `pared.accelerate` does this by itself, and `pared.restore` takes it back. The state dict has other keys
     (``q_proj.weight``, ...) and, for Conv1D, transposed weights: a model that is to load such a file
     goes through this function first.
 
@@ -146,41 +341,9 @@ def as_linears(model: nn.Module) -> nn.Module:
     ValueError : nothing to replace; an attention with `bias_k` or `add_zero_attn`, which are no Linear
         layers; masks of another tool. The model is then untouched.
     """
-    from pared._surgery import adopt_hooks, module_names, replace
-
-    module = unwrap(model)
-    names = module_names(module)
-    found: dict[int, nn.Module] = {}
-    for name, old in module.named_modules():
-        attention = isinstance(old, nn.MultiheadAttention)
-        if not attention and not _is_transformers_conv1d(old):
-            continue
-        label = name or "the model"
-        if attention and (old.bias_k is not None or old.add_zero_attn):
-            raise ValueError(
-                f"model: expected attentions without bias_k and add_zero_attn, got one with them in {label!r}"
-            )
-        tensors = ["in_proj_weight"] if attention else ["weight"]
-        if attention and not old._qkv_same_embed_dim:
-            tensors = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
-        if any(weight_format(old, t) != "plain" for t in tensors):
-            raise ValueError(
-                f"model: expected plain weights, got masks of another tool on {label!r}; make them permanent "
-                "first, for example with pared.prune(model, 0.0)"
-            )
-        found[id(old)] = old
-    if not found:
+    new, opened = open_layers(unwrap(model))
+    if not opened:
         raise ValueError(
             "model: expected nn.MultiheadAttention or transformers' Conv1D layers, got none of them"
         )
-    shared: dict[int, nn.Parameter] = {}  # tied weights stay tied
-    for old in found.values():
-        if isinstance(old, nn.MultiheadAttention):
-            new: nn.Module = Attention(old)
-        else:
-            linear = _linear(old)
-            linear.weight = shared.setdefault(id(old.weight), cast(nn.Parameter, linear.weight))
-            new = linear
-        adopt_hooks(new, old)
-        module = replace(module, names[id(old)], new)
-    return module
+    return new

@@ -44,6 +44,13 @@ def quantized(module: nn.Module) -> QuantizedWeight | None:
     return record if isinstance(record, QuantizedWeight) else None
 
 
+def pass_on(old: nn.Module, new: nn.Module, rows: slice = slice(None)) -> None:
+    """Give a module that takes the place of `old`, or of these rows of its weight, what `quantize` left."""
+    record = quantized(old)
+    if record is not None:
+        new.__dict__[_RECORD] = dataclasses.replace(record, scale=record.scale[rows], zero=record.zero[rows])
+
+
 def _to_item(record: QuantizedWeight) -> Item:
     values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     return Item(values, {name: values.pop(name) for name in ("scale", "zero")})
