@@ -1,9 +1,8 @@
-"""`pared.ops.Int4`: packing, arguments, damaged buffers, and where it is not used."""
+"""`pared.ops.Int4`: packing, arguments, damaged buffers."""
 
 from __future__ import annotations
 
 import copy
-import io
 
 import numpy as np
 import pytest
@@ -91,17 +90,3 @@ def test_damaged_buffers_are_refused_and_never_read_out_of(rng):
                 continue
             with pytest.raises(ValueError, match="packed weight"):
                 w.validate()
-
-
-def test_a_module_runs_it_and_a_file_refuses_it():
-    torch = pytest.importorskip("torch")
-    import pared
-    from pared.nn import Linear
-
-    plain = torch.nn.Linear(64, 8)
-    layer = Linear.from_module(plain, format="int4")
-    x = torch.randn(3, 64)
-    packed = ops.Int4.from_dense(plain.weight)
-    assert torch.equal(layer(x), ops.linear(x, packed, plain.bias.detach()))
-    with pytest.raises(ValueError, match="model: 0: expected a format that a file holds, got int4"):
-        pared.save(torch.nn.Sequential(layer), io.BytesIO())

@@ -34,20 +34,25 @@ void register_int4(py::module_& m) {
 
   m.def(
       "int4_pack_quantized",
-      [](py::handle q, py::handle scales, int group) {
+      [](py::handle q, py::handle scales, int group, const std::string& dtype) {
         const Array a = parse_array(q, "q"), s = parse_array(scales, "scales");
         require_dtype(a, {DType::i8});
         require_shape(a, {-1, -1});
         require_contiguous(a);
         require_dtype(s, {DType::f32});
-        plan_int4(a.shape[0], a.shape[1], DType::f32, group);
+        const DType type = parse_float_dtype(dtype);
+        plan_int4(a.shape[0], a.shape[1], type, group);
         require_shape(s, {a.shape[0], (a.shape[1] + group - 1) / group});
         require_contiguous(s);
         return pack(Int4View{static_cast<const int8_t*>(a.data), static_cast<const float*>(s.data),
-                             a.shape[0], a.shape[1], DType::f32},
+                             a.shape[0], a.shape[1], type},
                     group);
       },
-      py::arg("q"), py::arg("scales"), py::arg("group"));
+      py::arg("q"), py::arg("scales"), py::arg("group"), py::arg("dtype") = "float32");
+
+  m.def(
+      "int4_group", [](py::handle packed) { return packed_int4(parse_array(packed, "packed")).group; },
+      py::arg("packed"));
 
   m.def(
       "int4_unpack",
@@ -62,7 +67,7 @@ void register_int4(py::module_& m) {
           py::gil_scoped_release unlocked;
           unpack_int4(w, to, s);
         }
-        return py::make_tuple(q, scales, w.group);
+        return py::make_tuple(q, scales);
       },
       py::arg("packed"));
 

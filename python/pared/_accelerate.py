@@ -35,10 +35,11 @@ from pared._surgery import (
 )
 from pared._timing import interleave
 from pared.nn import RULES, DenseWeightError, FoldedBatchNorm2d, Fused, Linear, PackedModule
-from pared.nn._base import pack
+from pared.nn._base import off_grid, on_grid, pack
 from pared.ops._estimate import Facts
 from pared.ops._formats import FORMATS
 from pared.ops.chain import chain_of, linear_chain
+from pared.ops.int4 import Int4, int4_group
 from pared.ops.packed import PackedWeight
 from pared.pruning.linears import open_layers
 from pared.quant.weights import quantized as quantized_weight
@@ -84,8 +85,12 @@ class Variant:
     speedup: float = 0.0
 
     @property
+    def precision(self) -> str:
+        return FORMATS[self.module.format].precision
+
+    @property
     def quantized(self) -> bool:
-        return FORMATS[self.module.format].precision != "float32"
+        return self.precision != "float32"
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,12 @@ class Plan:
     fused: int
 
     @property
+    def precision(self) -> str:
+        return FORMATS[self.format].precision
+
+    @property
     def quantized(self) -> bool:
-        return FORMATS[self.format].precision != "float32"
+        return self.precision != "float32"
 
 
 class UnfitError(Exception):
@@ -121,6 +130,8 @@ class Candidate:
     variant: Variant | None = None  # what `chosen` is
     exact: Variant | None = None  # what takes the place of a `variant` of 8 bits that differs too much
     refused: str | None = None  # why it is not even tried
+    four: int | None = None  # inputs that share a scale, where the layer may have 4 bits
+    trial: bool = False  # that it may have them when it is quantized
 
     def norm(self, fused: int) -> nn.BatchNorm2d | None:
         """The batch normalisation among the first `fused` steps."""
@@ -196,8 +207,9 @@ def accelerate(
         for.
     formats : packed formats to choose from, of ``"csr"``, ``"bsr"`` (blocks of four outputs), ``"dense"``
         (packed once, where torch packs on every call), ``"bitmap"`` (few tokens) and ``"bitmap+csr"`` (both,
-        by the tokens of a call), with 8 bits also ``"int8"`` and ``"bitmap8"``; None: all that suit a layer's
-        zeros and calls.
+        by the tokens of a call), with 8 bits also ``"int8"``, ``"bitmap8"``, ``"bsr8"`` (blocks of 1x4 and
+        4x4) and, for layers that `pared.quantize` has put on a grid of 4 bits, ``"int4"``; None: all that
+        suit a layer's zeros and calls.
     fuse : fuse activations, fold batch normalisation into convolutions, and let linear layers that follow
         each other keep the kernels' own layout between them.
     progress : show a progress bar; None: when the work takes more than two seconds and stderr is a terminal.
@@ -239,6 +251,7 @@ def accelerate(
         timed = Choices(cache)
         for i, c in enumerate(candidates):
             advance(f"timing {c.name or type(c.module).__name__}", 0.05 + 0.75 * i / len(candidates))
+            c.four = _four(c)
             _decide(c, packed, timed, formats, min_speedup)
         advance("checking the outputs", 0.8)
         fast = _settle(opened, inputs, reference, candidates, report, max_error)
@@ -273,10 +286,13 @@ def layer_seconds(
     example_inputs: Any,
     precision: str = "float32",
     formats: Sequence[str] | None = None,
+    four: int | None = None,
 ) -> dict[str, tuple[float, float]]:
     """For each layer that a kernel may take, by name: its seconds dense in one pass over the example inputs,
     and how many times faster its best kernel is (1 where none is tried). The three input projections of an
     attention are under its name. `model` is not changed.
+
+    `four`: try kernels of 4 bits with a scale for so many inputs, as they would be once it is quantized.
     """
     _check_arguments(model, precision, None, 1.0)
     inputs = examples(example_inputs)
@@ -294,6 +310,7 @@ def layer_seconds(
         for c in candidates:
             if c.refused or _hopeless(c):
                 continue
+            c.four, c.trial = four, True
             _decide(c, packed, timed, known, 1.0)
             before = _time_layer(c, {}) if c.row.before is None else c.row.before
             found[c.name] = (before, c.row.speedup or 1.0)
@@ -543,7 +560,7 @@ def _decide(
         _plan_text(c, plan): plan
         for plan in (Plan(name, fused) for name in short.timed for fused in range(len(c.steps) + 1))
     }
-    workshop = Workshop(c, packed, any(plan.quantized for plan in plans.values()))
+    workshop = Workshop(c, packed, {plan.precision for plan in plans.values()})
     key = _timing_key(c, facts, timed)
     known = timed.get(key)
     try:
@@ -580,7 +597,8 @@ def _decide(
     if v.speedup < 1:
         reason = f"min_speedup={min_speedup:g} asks for it"
     if v.quantized:
-        reason += f"; 8 bits change its output by {100 * v.damage:.1f}% (rms)"
+        bits = "4-bit weights with 8-bit inputs" if v.precision == "int4" else "8 bits"
+        reason += f"; {bits} change its output by {100 * v.damage:.1f}% (rms)"
     c.choose(v, reason)
 
 
@@ -590,11 +608,11 @@ class Workshop:
     Parameters
     ----------
     packed : weights that have been packed, also by other layers.
-    eight_bits : whether any of the variants has them.
+    precisions : of the variants.
     """
 
-    def __init__(self, c: Candidate, packed: dict[Any, PackedWeight], eight_bits: bool) -> None:
-        self.c, self.packed, self.eight_bits = c, packed, eight_bits
+    def __init__(self, c: Candidate, packed: dict[Any, PackedWeight], precisions: set[str]) -> None:
+        self.c, self.packed, self.precisions = c, packed, precisions
         self.references: dict[int, list[Reference]] = {}
         self.made: dict[Plan, Variant | None] = {}
 
@@ -621,15 +639,15 @@ class Workshop:
         except ValueError:
             return None
         if plan.fused not in self.references:
-            self.references[plan.fused] = _references(c, plan.fused, self.eight_bits)
-        error, bound, damage = _layer_error(module, self.references[plan.fused], plan.quantized)
+            self.references[plan.fused] = _references(c, plan.fused, self.precisions)
+        error, bound, damage = _layer_error(module, self.references[plan.fused], plan.precision)
         if math.isinf(error) and plan.quantized:
             return None  # a token that is not finite gives NaN in all outputs
         if math.isinf(error):
             raise UnfitError(f"{plan.format} is not finite in the same places: zeros skip inf and NaN inputs")
         if error > bound:
             raise UnfitError(f"{plan.format} differs by {error:.1e}, more than its bound {bound:.1e}")
-        return Variant(module, plan.fused, error, bound, damage if plan.quantized else 0.0)
+        return Variant(module, plan.fused, error, bound, damage)
 
     def _weight(self, format: str) -> PackedWeight:
         c = self.c
@@ -638,6 +656,8 @@ class Workshop:
         key = (id(weight), groups, format, id(record))
         if key not in self.packed:
             try:
+                if format == "int4" and c.trial:
+                    return Int4.from_dense(weight, group=cast(int, c.four))
                 self.packed[key] = pack(format, weight, groups, record)
             except ValueError as e:
                 raise ValueError(f"model: layer {c.name!r}: {e}") from e
@@ -675,6 +695,7 @@ def _timing_key(c: Candidate, facts: Facts, timed: Choices) -> str | None:
         zeros=[round(50 * math.log(n)) if n else None for n in counts],
         calls=sorted([[*s.shape], [*s.stride], str(s.dtype), n] for s, n in c.calls.items()),
         fixed=record is not None and record.activation_scale is not None,
+        four=c.four,
     )
 
 
@@ -735,6 +756,8 @@ def _suitable(
 ) -> list[str]:
     """The formats that may beat torch; all that exist when everything is to be converted."""
     known = [name for name in RULES[type(c.module)].formats if name in formats]
+    if c.four is None:
+        known = [name for name in known if FORMATS[name].precision != "int4"]
     if min_speedup == 0:
         return known
     density, quad_density = 1.0 - c.row.sparsity, min(1.0, 4 * facts.quads / max(1, facts.cells))
@@ -748,16 +771,17 @@ class Reference:
     x: Tensor
     output: Tensor
     bound: Tensor
-    rounding: Tensor | None  # what rounding weights and inputs to 8 bits may add to the bound, where asked
+    rounding: dict[str, Tensor]  # what rounding weights and inputs may add to the bound, by precision
 
 
-def _references(c: Candidate, fused: int, quantized: bool) -> list[Reference]:
+def _references(c: Candidate, fused: int, precisions: set[str]) -> list[Reference]:
     """For each recorded input, what the layer and the steps to be fused into it give, in float32.
 
     Two float32 sums of the same K products in different orders differ by at most ``K * eps * S`` with S the
     sum of the products' magnitudes; an activation's slope is at most 1.13, and its own evaluation and the
     output's rounding add a few ulps. With 8 bits every weight is off by up to s_w / 2 and every input by up
-    to s_x / 2, where s is the largest magnitude of the output's weights or the token's inputs over 127.
+    to s_x / 2, where s is the largest magnitude of the output's weights or the token's inputs over 127; with
+    4 bits the weights are those of their grid.
     """
     eps = torch.finfo(torch.float32).eps
     whole = all(p.dtype == torch.float32 for p in c.module.parameters())
@@ -777,26 +801,30 @@ def _references(c: Candidate, fused: int, quantized: bool) -> list[Reference]:
             y, size = step(y), _magnitude(step, size)
         narrow = 0.0 if s.dtype == torch.float32 else torch.finfo(s.dtype).eps
         bound = 1.13 * (depth + 8) * eps * size + narrow * y.abs() + 1e-30
-        rounding = None
-        if quantized:
-            rounding = _rounding(c, plain, magnitude, x.float())
+        rounding = {}
+        for precision in precisions - {"float32"}:
+            moved = _rounding(c, plain, magnitude, x.float(), precision)
             for step in steps:
-                rounding = rounding * _scale(step)
-            rounding = 1.14 * rounding + 2.0**-90
+                moved = moved * _scale(step)
+            rounding[precision] = 1.14 * moved + 2.0**-90
         found.append(Reference(x, y, bound, rounding))
     return found
 
 
-def _rounding(c: Candidate, plain: nn.Module, magnitude: nn.Module, x: Tensor) -> Tensor:
-    """How far a layer's outputs may move with weights and inputs on grids of 8 bits: per output, half a step
-    of each weight times its input's magnitude, and of each input (a scale a token, or an image) times its
-    weight's."""
+def _rounding(c: Candidate, plain: nn.Module, magnitude: nn.Module, x: Tensor, precision: str) -> Tensor:
+    """How far a layer's outputs may move with weights and inputs on grids: per output, half a step of each
+    weight times its input's magnitude, and of each input (a scale a token, or an image) times its weight's.
+    """
     weight = cast(Tensor, plain.weight).abs().flatten(1)
     step = weight.amax(1) / 254
     depth, u = weight.shape[1], x.abs()
     if isinstance(plain, nn.Linear):
         half = u.amax(-1, keepdim=True) / 254 if x.numel() else u.sum(-1, keepdim=True)
         half = torch.maximum(half, _static_error(c.module, x))
+        if precision == "int4":
+            steps = _steps_of_four(c, weight)
+            grouped: Tensor = half * (weight + steps).sum(1) + nn.functional.linear(u, steps)
+            return grouped
         linear: Tensor = half * weight.sum(1) + step * u.sum(-1, keepdim=True) + depth * half * step
         return linear
     half = u.amax((-3, -2, -1), keepdim=True) / 254
@@ -807,6 +835,29 @@ def _rounding(c: Candidate, plain: nn.Module, magnitude: nn.Module, x: Tensor) -
     total, step = (t.reshape(-1, 1, 1) for t in (weight.sum(1), step))
     rounding: Tensor = half * total + step * ones.forward(u) + depth * half * step
     return rounding
+
+
+def _four(c: Candidate) -> int | None:
+    """Inputs that share a scale where `pared.quantize` has put the layer on a grid of at most 4 bits, and it
+    is still there."""
+    record = quantized_weight(c.module)
+    if record is None or not isinstance(c.module, nn.Linear):
+        return None
+    four = int4_group(record.bits, record.symmetric, record.group, record.activation_scale)
+    return None if four is None or on_grid(c.module.weight, record) is None else four
+
+
+def _steps_of_four(c: Candidate, weight: Tensor) -> Tensor:
+    """By weight (here without signs), how far 4 bits may move it: hardly, from a grid that is taken over."""
+    record = quantized_weight(c.module)
+    group = c.four or weight.shape[1]
+    if record is not None and not c.trial:
+        steps = off_grid(record.bits) * record.scale
+        group = record.group or weight.shape[1]
+    else:
+        padded = nn.functional.pad(weight, (0, -weight.shape[1] % group))
+        steps = padded.reshape(weight.shape[0], -1, group).amax(2) / 14
+    return steps.repeat_interleave(group, 1)[:, : weight.shape[1]]
 
 
 def _scale(step: nn.Module) -> Tensor | float:
@@ -831,7 +882,7 @@ def _static_error(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _layer_error(
-    module: PackedModule, references: list[Reference], quantized: bool
+    module: PackedModule, references: list[Reference], precision: str
 ) -> tuple[float, float, float]:
     """|new - dense| and its bound at the output where the first is the largest share of the second; and the
     root mean square of new - dense relative to that of dense."""
@@ -844,16 +895,14 @@ def _layer_error(
             return math.inf, 0.0, 0.0
         if not finite.any():
             continue
-        bound = r.bound
-        if quantized and r.rounding is not None:
-            bound = bound + r.rounding
+        bound = r.bound + r.rounding.get(precision, 0.0)
         difference = (new - r.output).abs()
         at = torch.where(finite, difference / bound, 0.0).argmax()
         error, limit = float(difference.flatten()[at]), float(bound.flatten()[at])
         if error > limit:
             return error, limit, 0.0
         worst = max(worst, (error, limit))
-        if quantized:
+        if precision != "float32":
             for i, t in enumerate((difference, r.output)):
                 squares[i] += float(t[finite].double().square().sum())
     return (*worst, math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0)

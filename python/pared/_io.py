@@ -44,7 +44,7 @@ from pared.nn import RULES, FoldedBatchNorm2d, Fused, Linear, PackedModule
 from pared.nn._base import ACTIVATIONS
 from pared.nn._fold import can_fold
 from pared.ops._formats import FORMATS
-from pared.ops.int8 import QuantizedWeight
+from pared.ops.int8 import IntegerWeight
 from pared.ops.packed import PackedWeight
 from pared.pruning.linears import open_layers
 
@@ -135,7 +135,7 @@ def load(path: Path, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> 
         if about.layers or about.report:
             bake(module)  # accelerate has applied the masks that pruning attached
         module = _open(module, about.report.opened if about.report else {})
-        layers = _match_layers(module, about)
+        layers = _match_layers(module, about, reader.tensors)
         slots = _slots(module)
         for group in about.report.ties if about.report else ():
             known = len(group) > 1 and slots.keys() >= set(group)
@@ -323,7 +323,7 @@ def _plain_bytes(module: PackedModule, attribute: str) -> Bytes:
 def _input_range(module: PackedModule) -> list[float] | None:
     """How the input is quantized where that is fixed: scale, zero, low, high."""
     weight = module.packed_weight()
-    fixed = weight.activations if isinstance(weight, QuantizedWeight) else None
+    fixed = weight.activations if isinstance(weight, IntegerWeight) else None
     return None if fixed is None else [*fixed]
 
 
@@ -443,8 +443,9 @@ class _Target:
     layer: _Layer
     norm: torch.nn.Module | None
     waiting: set[str]  # names of tensors
-    dtype: torch.dtype  # of the plain weight
-    trainable: bool  # the plain weight
+    shape: tuple[int, ...]  # of the plain weight, as are the next two
+    dtype: torch.dtype
+    trainable: bool
 
 
 def _open(model: torch.nn.Module, opened: dict[str, str]) -> torch.nn.Module:
@@ -460,7 +461,7 @@ def _open(model: torch.nn.Module, opened: dict[str, str]) -> torch.nn.Module:
     return model
 
 
-def _match_layers(model: torch.nn.Module, about: _About) -> dict[int, _Target]:
+def _match_layers(model: torch.nn.Module, about: _About, stored: Mapping[str, Entry]) -> dict[int, _Target]:
     """By the id of the module, what the file says is accelerated; checked against what can be."""
     names = module_names(model)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -482,9 +483,13 @@ def _match_layers(model: torch.nn.Module, about: _About) -> dict[int, _Target]:
         mine = names[id(module)]
         same = all(about.layers.get(n) == layer for n in mine)
         require(same, f"model: layer {name!r}: shared in the model as {mine}, not so in the file")
-        dtype, trainable = module.weight.dtype, module.weight.requires_grad
-        if issubclass(FORMATS[layer.format].weight, QuantizedWeight) and layer.norm is None:
-            _expect_quantized(module)
+        shape, dtype = tuple(module.weight.shape), module.weight.dtype
+        trainable = module.weight.requires_grad
+        kind = FORMATS[layer.format].weight
+        if issubclass(kind, IntegerWeight) and layer.norm is None:
+            scale = _join(name, "weight_scale")
+            entry = stored.get(about.ties.get(scale, scale))
+            _expect_integers(module, kind, entry.shape if entry is not None else ())
         tensors = {_join(n, t) for n in mine for t, _ in module.named_parameters(recurse=False)}
         norm = None if layer.norm is None else modules.get(layer.norm)
         if layer.norm is not None:
@@ -496,7 +501,7 @@ def _match_layers(model: torch.nn.Module, about: _About) -> dict[int, _Target]:
                 )
             own = [*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]
             tensors |= {_join(layer.norm, t) for t, _ in own}
-        target = _Target(module, mine, layer, norm, tensors, dtype, trainable)
+        target = _Target(module, mine, layer, norm, tensors, shape, dtype, trainable)
         targets[id(module)] = target
         if norm is not None:
             targets[id(norm)] = target
@@ -508,13 +513,12 @@ def _match_layers(model: torch.nn.Module, about: _About) -> dict[int, _Target]:
     return targets
 
 
-def _expect_quantized(module: torch.nn.Module) -> None:
+def _expect_integers(module: torch.nn.Module, kind: type[IntegerWeight], scales: tuple[int, ...]) -> None:
     """Give a plain layer, which is ours, the parameters that a file holds of a quantized one."""
-    weight = cast(torch.Tensor, module.weight)
-    module.weight = torch.nn.Parameter(
-        torch.empty(weight.shape, dtype=torch.int8, device="meta"), requires_grad=False
-    )
-    scale = torch.empty(weight.shape[0], device="meta")
+    (dtype, shape), scales = kind.stored_like(tuple(cast(torch.Tensor, module.weight).shape), scales)
+    integers = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    module.weight = torch.nn.Parameter(integers, requires_grad=False)
+    scale = torch.empty(scales, device="meta")
     module.register_parameter("weight_scale", torch.nn.Parameter(scale, requires_grad=False))
 
 
@@ -642,7 +646,7 @@ def _pack(
 def _quantized(target: _Target) -> PackedWeight | None:
     """The packed weight of a layer that is stored quantized; None for others."""
     kind = FORMATS[target.layer.format].weight
-    if not issubclass(kind, QuantizedWeight) or target.norm is not None:
+    if not issubclass(kind, IntegerWeight) or target.norm is not None:
         return None
     fixed = target.layer.input
     if fixed is not None:
@@ -650,9 +654,10 @@ def _quantized(target: _Target) -> PackedWeight | None:
             len(fixed) == 4 and all(v == int(v) for v in fixed[1:]), "input: expected scale, zero, low, high"
         )
     q, scale = target.module.weight, target.module.weight_scale
-    packed = kind.from_parts(
-        cast(torch.Tensor, q).detach(),
-        cast(torch.Tensor, scale).detach(),
+    packed = kind.from_stored(
+        target.shape,
+        cast(torch.Tensor, q).detach().numpy(),
+        cast(torch.Tensor, scale).detach().numpy(),
         str(target.dtype).removeprefix("torch."),
         None if fixed is None else (fixed[0], int(fixed[1]), int(fixed[2]), int(fixed[3])),
         getattr(target.module, "groups", 1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from typing_extensions import Self
 from pared.ops._device import DeviceWeight
 from pared.ops._formats import FORMATS, Format
 from pared.ops._library import aligned
-from pared.ops.int8 import Int8, QuantizedWeight, check_activations
+from pared.ops.int4 import Int4, int4_group
+from pared.ops.int8 import Int8, IntegerWeight, QuantizedWeight, check_activations
 from pared.ops.packed import PackedWeight
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
@@ -198,8 +199,8 @@ class PackedModule(nn.Module):
         same when it is quantized again."""
         tensors: dict[str, Tensor] = dict(self.to_module().named_parameters())
         weight = self.packed_weight()
-        if isinstance(weight, QuantizedWeight) and "fold_scale" not in self._buffers:
-            q, scales = weight.to_quantized()
+        if isinstance(weight, IntegerWeight) and "fold_scale" not in self._buffers:
+            q, scales = weight.stored()
             tensors["weight"] = torch.from_numpy(q)
             tensors["weight_scale"] = torch.from_numpy(scales)
         return tensors
@@ -364,7 +365,7 @@ def pack(format: str, weight: Tensor, groups: int = 1, record: Any = None) -> Pa
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     cls = FORMATS[format].weight
-    if record is not None and issubclass(cls, QuantizedWeight):
+    if record is not None and issubclass(cls, IntegerWeight):
         taken = _taken_over(cls, weight.detach(), record)
         if taken is not None:
             return cls(torch.from_numpy(taken.packed))
@@ -372,17 +373,37 @@ def pack(format: str, weight: Tensor, groups: int = 1, record: Any = None) -> Pa
     return cls(torch.from_numpy(cls.from_dense(weight.detach().contiguous(), groups=groups).packed))
 
 
-def _taken_over(cls: type[QuantizedWeight], weight: Tensor, record: Any) -> PackedWeight | None:
-    """The integers of a weight on its own grid; None where 8 bits with one scale an output cannot hold it."""
-    if weight.ndim != 2 or record.bits > 8 or not record.symmetric or record.scale.shape[1] != 1:
-        return None
+def off_grid(bits: int) -> float:
+    """What an element may be off its grid, of a scale: seven steps rounded to bfloat16, or less."""
+    return 0.03 if bits <= 4 else 0.01
+
+
+def on_grid(weight: Tensor, record: Any) -> Tensor | None:
+    """The integers of a weight on the grid that `record` describes; None where it has changed since, or its
+    dtype is too coarse: an element is off by more than `off_grid`."""
     q, scale = record.codes(weight), record.scale.float()
-    # Changed since it was quantized, or in a dtype that is too coarse for its grid.
-    if bool(((q.float() * scale - weight.float()).abs() > 0.01 * scale).any()):
+    if scale.shape[1] > 1:
+        scale = scale.repeat_interleave(record.group, 1)[:, : weight.shape[1]]
+    off = (q.float() * scale - weight.float()).abs() > off_grid(record.bits) * scale
+    return None if bool(off.any()) else q
+
+
+def _taken_over(cls: type[IntegerWeight], weight: Tensor, record: Any) -> PackedWeight | None:
+    """The integers of a weight on its own grid; None where the format cannot hold it."""
+    four = int4_group(record.bits, record.symmetric, record.group, record.activation_scale)
+    one_scale = record.bits <= 8 and record.symmetric and record.scale.shape[1] == 1
+    if weight.ndim != 2 or not (four if cls is Int4 else one_scale):
         return None
-    fixed = check_activations(record.activation_scale, record.activation_zero, record.activation_dtype)
+    q = on_grid(weight, record)
+    if q is None:
+        return None
     dtype = str(weight.dtype).removeprefix("torch.")
-    return cls.from_parts(q.contiguous().numpy(), scale.reshape(-1).contiguous().numpy(), dtype, fixed)
+    codes, scale = q.contiguous().numpy(), record.scale.float()
+    if four is not None and issubclass(cls, Int4):
+        scale = scale.expand(-1, -(-weight.shape[1] // four)) if scale.shape[1] == 1 else scale
+        return cls.from_quantized(codes, scale.contiguous().numpy(), group=four, dtype=dtype)
+    fixed = check_activations(record.activation_scale, record.activation_zero, record.activation_dtype)
+    return cast(type[QuantizedWeight], cls).from_parts(codes, scale.reshape(-1).numpy(), dtype, fixed)
 
 
 __all__ = [

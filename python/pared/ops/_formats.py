@@ -31,7 +31,8 @@ class Format:
     chain : several linear products in one call, ``(x, packed of each, bias of each, out, activation of
         each)``, or None; formats with the same one go together.
     precision : ``"float32"``: the products are float32's own, so that the error bound of float32 holds.
-        ``"int8"``: weights and activations are rounded to 8 bits or fewer.
+        ``"int8"``: weights and activations are rounded to 8 bits. ``"int4"``: weights to 4, with a scale for
+        a group of inputs.
     suits : whether it is worth trying, from what is known before anything is timed: ``(density, quads,
         positions)``, the shares of non-zero weights and of non-zero blocks of four outputs by one input, and
         the output positions (tokens, pixels) of a call.
@@ -43,7 +44,7 @@ class Format:
     weight: type[PackedWeight]
     linear: Callable[..., None] | None
     conv2d: Callable[..., None] | None
-    precision: Literal["float32", "int8"]
+    precision: Literal["float32", "int8", "int4"]
     suits: Callable[[float, float, int], bool]
     combines: tuple[str, ...] = ()
     chain: Callable[..., None] | None = None
@@ -111,8 +112,8 @@ FORMATS: dict[str, Format] = {
             lambda d, q, n: True,
             chain=_core.linear_chain_int8,
         ),
-        # Not for accelerate: its rounding is beyond the bound of 8 bits.
-        Format("int4", 8, Int4, _core.linear_int4, None, "int8", lambda d, q, n: False),
+        # Only where `pared.quantize` has put the weight on such a grid (`pared.nn.takes_over`).
+        Format("int4", 8, Int4, _core.linear_int4, None, "int4", lambda d, q, n: True),
         Format(
             "bitmap8",
             6,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from pared._types import Array
 from pared.ops._arrays import empty_like_kind, is_torch, require_array
 from pared.ops._device import DeviceWeight
 from pared.ops.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Q = TypeVar("Q", bound="QuantizedWeight")
 
@@ -42,7 +45,44 @@ def output_scales(scales: Any, rows: int) -> NDArray[np.float32]:
     return np.full(rows, s, np.float32) if s.ndim == 0 else np.ascontiguousarray(s)
 
 
-class QuantizedWeight(PackedWeight):
+class IntegerWeight(PackedWeight):
+    """Integers and their scales, which a file holds in place of the dense weight, to the bit."""
+
+    __slots__ = ()
+
+    @property
+    def activations(self) -> Activations | None:
+        """How the input becomes bytes, ``(scale, zero, low, high)``; None where it is quantized by token."""
+        return None
+
+    def stored(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """The integers and scales as a file holds them."""
+        raise NotImplementedError
+
+    @classmethod
+    def stored_like(
+        cls, shape: tuple[int, ...], scales: tuple[int, ...]
+    ) -> tuple[tuple[str, tuple[int, ...]], tuple[int, ...]]:
+        """What `stored` gives for a weight of that shape: dtype and shape of the integers, shape of the
+        scales. Where that leaves a choice, it is `scales`, the shape in a file, that decides.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def from_stored(
+        cls,
+        shape: tuple[int, ...],
+        integers: Array,
+        scales: Array,
+        dtype: str,
+        activations: Activations | None,
+        groups: int = 1,
+    ) -> Self:
+        """The weight of that shape from what `stored`, `dtype`, `activations` and `groups` gave."""
+        raise NotImplementedError
+
+
+class QuantizedWeight(IntegerWeight):
     """An int8 weight with one scale an output: ``w[n, k]`` is about ``scales[n] * q[n, k]``.
 
     `pared.ops.linear` quantizes its input on the way in: by token, symmetrically, by the token's own largest
@@ -169,7 +209,6 @@ class QuantizedWeight(PackedWeight):
 
     @property
     def activations(self) -> Activations | None:
-        """How the input becomes bytes, ``(scale, zero, low, high)``; None where it is quantized by token."""
         return _core.int8_activations(self.packed)
 
     @classmethod
@@ -188,6 +227,27 @@ class QuantizedWeight(PackedWeight):
         """``(q, scales)``: int8 in the weight's shape, float32 [out]."""
         q, scales = _core.int8_unpack(self.packed)
         return q.reshape(self.shape), scales
+
+    def stored(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        return self.to_quantized()
+
+    @classmethod
+    def stored_like(
+        cls, shape: tuple[int, ...], scales: tuple[int, ...]
+    ) -> tuple[tuple[str, tuple[int, ...]], tuple[int, ...]]:
+        return ("int8", shape), (shape[0],)
+
+    @classmethod
+    def from_stored(
+        cls: type[Q],
+        shape: tuple[int, ...],
+        integers: Array,
+        scales: Array,
+        dtype: str,
+        activations: Activations | None,
+        groups: int = 1,
+    ) -> Q:
+        return cls.from_parts(integers, scales, dtype, activations, groups)
 
 
 class Int8(QuantizedWeight):

@@ -18,6 +18,7 @@ from pared._checkpoint import Item
 from pared._errors import choice_error
 from pared._sparsity import weight_format
 from pared.ops import Int8
+from pared.ops.int4 import int4_group
 from pared.pruning import calibration, obs, reconstruct
 from pared.pruning.calibration import LossFn, Observer, columns
 from pared.pruning.distributed import Processes
@@ -169,7 +170,8 @@ def quantize(
     assigned = _assign(module, targets, chosen)
     seconds: dict[str, dict[int, float]] = {}
     if chosen == "auto" and example_inputs is not None:
-        seconds = _time_widths(module, targets, example_inputs)
+        four = int4_group(4, symmetric, group, None if activations == "token" else 1.0)
+        seconds = _time_widths(module, targets, example_inputs, four)
         assigned = {name: _by_time(widths, seconds.get(name, {})) for name, widths in assigned.items()}
     kept += [(t.name, "no filter in bits matches") for t in targets if t.name not in assigned]
     targets = [t for t in targets if t.name in assigned]
@@ -384,27 +386,32 @@ def _settle(
 
 
 def _time_widths(
-    model: nn.Module, targets: Sequence[Target], example_inputs: Any
+    model: nn.Module, targets: Sequence[Target], example_inputs: Any, four: int | None
 ) -> dict[str, dict[int, float]]:
     """Seconds of one pass over the example inputs, by tensor and width, with the width's fastest kernel.
 
-    Layers that no kernel takes are left out.
+    `four`: inputs that share a scale with 4 bits; None for a grid that has no kernel of 4 bits. Layers that
+    no kernel takes are left out.
     """
     from pared._accelerate import layer_seconds  # which imports this module
     from pared.nn import RULES
     from pared.ops._formats import FORMATS
 
     known = {name for rule in RULES.values() for name in rule.formats}
-    eight = [n for n, f in FORMATS.items() if n in known and f.precision == "int8" and n != "int4"]
+    eight, nibbles = (
+        [n for n, f in FORMATS.items() if n in known and f.precision == p] for p in ("int8", "int4")
+    )
     # A grid of 4 bits with one scale a row is a grid of 8 bits too: its codes run on the same kernels.
-    formats = {16: None, 8: eight, 4: [*eight, "int4"] if "int4" in known else eight}
+    formats = {16: None, 8: eight, 4: eight if four is None else [*eight, *nibbles]}
     found: dict[str, dict[int, float]] = {}
     timed: dict[tuple[str, ...], dict[str, tuple[float, float]]] = {}
     for bits in AUTO:
         names = formats[bits]
         key = tuple(names or ())
         if key not in timed:
-            timed[key] = layer_seconds(model, example_inputs, "float32" if names is None else "int8", names)
+            timed[key] = layer_seconds(
+                model, example_inputs, "float32" if names is None else "int8", names, four
+            )
         for target in targets:
             if target.layer in timed[key]:
                 before, speedup = timed[key][target.layer]
