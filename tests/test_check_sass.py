@@ -36,6 +36,7 @@ GOOD = {
     ],
     "decode_kernelI6__half": ["HMMA.16816.F32 R4, R8", "@P1 UBLKCP.S.G [UR4]"],
     "decode_kernelI13__nv_bfloat16": ["HMMA.16816.F32.BF16 R4", "UBLKCP.S.G [UR4]"],
+    "block_sparse_wgmma_kernelI": ["HGMMA.64x128x16.F32.BF16 R24", "@P0 UTMALDG.2D [UR8]"],
     "block_sparse_kernelI": ["HMMA.16816.F32 R4", "LDSM.16.M88.4 R8", "LDGSTS.E.BYPASS.128 [R3]"],
     "quantize_rows_kernelIfLb1E": ["LDG.E.128.CONSTANT R4"],
     "select_gather_kernel": ["LDG.E.NA.128.CONSTANT R4"],

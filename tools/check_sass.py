@@ -35,6 +35,7 @@ EXPECTED = [
     Expect("decode_kernelI6__half", (r"HMMA\.16816\.F32",)),
     Expect("decode_kernelI13__nv_bfloat16", (r"HMMA\.16816\.F32\.BF16",)),
     Expect("decode_kernel", (r"UBLKCP\.S\.G",), 90),
+    Expect("block_sparse_wgmma_kernel", (r"[HI]GMMA\.64x(64|128)x", r"UTMALDG\.2D"), 90),
     Expect("block_sparse_kernel", (r"[HI]MMA\.", r"LDSM\.16\.M88\.4", COPY)),
     Expect("quantize_rows_kernelI.*Lb1E", (LOAD,)),
     Expect("select_gather_kernel", (LOAD,)),
@@ -43,7 +44,7 @@ EXPECTED = [
 LOCAL = re.compile(r"\b(LDL|STL)\b")
 FUNCTION = re.compile(r"^\s*Function : (\S+)")
 ARCHITECTURE = re.compile(r"^arch = sm_(\d+)(a?)")
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)")
 
 
 def disassembler() -> tuple[str, dict[str, str]]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 import pared
-from bench.gpu.measure import Case, Goal, Machine
+from bench.gpu.measure import Case, Goal, Machine, forced
+from pared import _cuda
 
 # Block, tokens, share of zeros, goal against cuBLAS.
 DECODE = [(64, 16, 0.8, 3.0), (64, 16, 0.9, 5.0)]
@@ -45,6 +46,10 @@ def linear(
         quick = [w.to(machine.device, None, (block, block)) for w in quick]
         bsr = [w.to_sparse_bsr((block, block)) for w in ws]
         calls["torch BSR"] = lambda i: torch.nn.functional.linear(x, bsr[i])
+        kernels = _cuda.kernels(0)
+        if tokens > 16 and kernels.block_sparse_wgmma(0):
+            for rows, name in [(0, "mma.sync"), (128, "wgmma 128"), (256, "wgmma 256")]:
+                calls[name] = forced(kernels.force_block_sparse_kernel, rows, calls["pared"])
         eager = ["torch BSR"]  # it tunes itself and copies indices
         if tokens <= 16:
             goals.append(Goal(["torch BSR"], 1.5))

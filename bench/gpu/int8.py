@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import pared
-from bench.gpu.measure import Case, Goal, Machine
+from bench.gpu.measure import Case, Goal, Machine, forced
 from pared import _cuda
 
 # Outputs, inputs, tokens; the last two have few tokens and a long reduction.
@@ -46,7 +46,8 @@ def linear(machine: Machine, outputs: int, inputs: int, tokens: int) -> Case:
         q = [w.q for w in quick]
         xq = torch.randint(-127, 128, (max(32, tokens), inputs), dtype=torch.int8, device=machine.device)
         if not few:
-            calls |= {f"tile {rows} x {columns}": tile(t, x, quick) for t, rows, columns in tiles()}
+            force = _cuda.kernels(0).force_int8_tile
+            calls |= {f"tile {r} x {c}": forced(force, t, calls["pared"]) for t, r, c in tiles()}
         calls["torch._int_mm"] = lambda i: torch._int_mm(xq, q[i].t())  # without quantization and scales
         goals += [Goal(["torch._int_mm"], 1.6 if few else 0.95)]
 
@@ -72,15 +73,3 @@ def tiles() -> list[tuple[int, int, int]]:
     kernels = _cuda.kernels(0)
     large = [3, *([4, 5, 6] if kernels.int8_wgmma(0) else [])]
     return [(t, *kernels.INT8_TILES[t]) for t in large]
-
-
-def tile(index: int, x: torch.Tensor, ws: list[Any]) -> Any:
-    def call(i: int) -> torch.Tensor:
-        kernels = _cuda.kernels(0)
-        kernels.force_int8_tile(index)
-        try:
-            return pared.ops.linear(x, ws[i])
-        finally:
-            kernels.force_int8_tile(-1)
-
-    return call

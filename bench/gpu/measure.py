@@ -89,6 +89,19 @@ class Case:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+def forced(force: Callable[[int], None], choice: int, call: Callable[[int], Any]) -> Callable[[int], Any]:
+    """`call` while the extension is made to take one of its kernels: what the choice is between."""
+
+    def alone(i: int) -> Any:
+        force(choice)
+        try:
+            return call(i)
+        finally:
+            force(-1)
+
+    return alone
+
+
 class Clock(Protocol):
     """Seconds a call of each sample."""
 

@@ -47,6 +47,15 @@ void register_cuda_block_sparse(py::module_& m) {
       },
       py::arg("tokens"), py::arg("slots"), py::arg("block_rows"));
   m.def(
+      "force_block_sparse_kernel",
+      [](int kernel) {
+        PARED_CHECK(kernel == -1 || kernel == 0 || kernel == 128 || kernel == 256,
+                    "kernel: expected -1, 0, 128 or 256, got ", kernel);
+        cuda::force_block_sparse_kernel(kernel);
+      },
+      py::arg("kernel"));
+  m.def("block_sparse_wgmma", &cuda::block_sparse_wgmma, py::arg("device"));
+  m.def(
       "block_sparse_product",
       [](const WeightTuple& w, uintptr_t items, int64_t item_count, int64_t slots, uintptr_t x,
          int64_t tokens, int64_t x_stride, uintptr_t x_scales, uintptr_t w_scales, uintptr_t bias,

@@ -1,10 +1,13 @@
-// The dense products' pipeline on a list of blocks: a stage takes 128 bytes of the reduction from wherever
-// the blocks' columns are, so that narrow blocks share one and wide ones take several. Items of equal size
-// keep all multiprocessors busy, whatever the rows hold.
+// Which kernel takes a block-sparse product, and the one for every device: the dense products' pipeline on a
+// list of blocks: a stage takes 128 bytes of the reduction from wherever the blocks' columns are, so that
+// narrow blocks share one and wide ones take several. Items of equal size keep all multiprocessors busy,
+// whatever the rows hold.
+#include <atomic>
+
 #include "core/check.h"
 #include "cuda/block_sparse.h"
+#include "cuda/block_sparse_sums.h"
 #include "cuda/device.h"
-#include "cuda/epilogue.h"
 #include "cuda/launch.h"
 #include "cuda/mma_tile.h"
 #include "cuda/ptx.h"
@@ -52,72 +55,6 @@ __device__ __forceinline__ void copy_stage(unsigned char* stage, const BlockSpar
   }
 }
 
-// Where an item is a part of a row: true for the last to finish, which then has the sums of all parts.
-template <class T, class Sum>
-__device__ bool reduce_parts(const BlockSparseProduct& p, const BlockItem& item, int64_t counter_bytes,
-                             Sum (&sums)[T::kMmaM][T::kMmaN][4]) {
-  constexpr int64_t kCount = int64_t{T::kRows} * T::kColumns;
-  const int64_t tile = blockIdx.y, tiles = gridDim.y;
-  auto* counter = reinterpret_cast<uint32_t*>(p.workspace) + item.slot * tiles + tile;
-  auto* parts = reinterpret_cast<Sum*>(p.workspace + counter_bytes) + threadIdx.x;
-  const auto part_at = [&](int part) { return parts + ((item.slot + part) * tiles + tile) * kCount; };
-  Sum* out = part_at(item.part);
-#pragma unroll
-  for (int m = 0; m < T::kMmaM; ++m)
-#pragma unroll
-    for (int n = 0; n < T::kMmaN; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) __stcg(out + ((m * T::kMmaN + n) * 4 + i) * T::kThreads, sums[m][n][i]);
-  __threadfence();
-  __syncthreads();
-  PARED_SHARED(bool[1], last);
-  if (threadIdx.x == 0) last[0] = atomicAdd(counter, 1u) + 1 == static_cast<uint32_t>(item.parts);
-  __syncthreads();
-  if (!last[0]) return false;
-  __threadfence();
-#pragma unroll
-  for (int m = 0; m < T::kMmaM; ++m)
-#pragma unroll
-    for (int n = 0; n < T::kMmaN; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[m][n][i] = 0;
-  for (int s = 0; s < item.parts; ++s) {
-    const Sum* in = part_at(s);
-#pragma unroll
-    for (int m = 0; m < T::kMmaM; ++m)
-#pragma unroll
-      for (int n = 0; n < T::kMmaN; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[m][n][i] += __ldcg(in + ((m * T::kMmaN + n) * 4 + i) * T::kThreads);
-  }
-  return true;
-}
-
-__device__ __forceinline__ float finish(const BlockSparseProduct& p, int32_t sum, int64_t m, int64_t n) {
-  const float scaled = __fmul_rn(__fmul_rn(__int2float_rn(sum), p.x_scales[m]), p.w_scales[n]);
-  return activate(__fadd_rn(scaled, p.bias ? p.bias[n] : 0.0f), p.activation);
-}
-__device__ __forceinline__ float finish(const BlockSparseProduct& p, float sum, int64_t, int64_t n) {
-  return activate(p.bias ? __fadd_rn(sum, p.bias[n]) : sum, p.activation);
-}
-
-template <class T, class Y, class Sum>
-__device__ void store_tile(const BlockSparseProduct& p, const Sum* staged, int64_t first_token,
-                           int64_t first_output) {
-  constexpr int kFours = T::kColumns / 4;
-  for (int at = static_cast<int>(threadIdx.x); at < T::kRows * kFours; at += T::kThreads) {
-    const int r = at / kFours, c = at % kFours * 4;
-    const int64_t m = first_token + r, n = first_output + c;
-    if (m >= p.tokens || n >= p.w.outputs) continue;
-    const int count = p.w.outputs - n < 4 ? static_cast<int>(p.w.outputs - n) : 4;
-    Four<Y> out;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      out.at[i] = narrow<Y>(i < count ? finish(p, staged[r * T::kSumStride + c + i], m, n + i) : 0.0f);
-    store_first(static_cast<Y*>(p.y) + m * p.y_stride + n, out, count);
-  }
-}
-
 template <class T, class Mma>
 __global__ void __launch_bounds__(T::kThreads)
     block_sparse_kernel(const BlockSparseProduct p, const int64_t counter_bytes) {
@@ -142,17 +79,7 @@ __global__ void __launch_bounds__(T::kThreads)
     multiply_stage<T, Mma>(sums, shared + step % T::kStages * T::kStageBytes);
   }
   ptx::copy_wait<0>();
-  if (item.parts > 1 && !reduce_parts<T>(p, item, counter_bytes, sums)) return;
-  __syncthreads();  // the stages are read: their memory takes the sums
-  auto* staged = reinterpret_cast<typename Mma::Sum*>(shared);
-  stage_sums<T>(staged, sums);
-  __syncthreads();
-  const int64_t first_output = int64_t{item.row} * T::kColumns;
-  switch (p.dtype) {
-    case DType::f32: return store_tile<T, float>(p, staged, first_token, first_output);
-    case DType::f16: return store_tile<T, __half>(p, staged, first_token, first_output);
-    default: return store_tile<T, __nv_bfloat16>(p, staged, first_token, first_output);
-  }
+  finish_tile<T>(p, item, counter_bytes, first_token, shared, sums);
 }
 
 template <class T>
@@ -170,11 +97,41 @@ void launch_tile(const BlockSparseProduct& p, cudaStream_t stream, const char* n
   }
 }
 
+std::atomic<int> forced_kernel{-1};
+
+// The rows of tokens of the wgmma kernel's tile, 0 where mma.sync serves.
+int wgmma_rows(const BlockSparseProduct& p, int device) {
+  const int forced = forced_kernel, item_bytes = p.w.dtype == DType::i8 ? 1 : 2;
+  const int64_t limit = int64_t{1} << 31;  // of the copy engine's coordinates
+  if (!block_sparse_wgmma(device) || forced == 0 || p.w.block_rows < 64 ||
+      p.w.block_cols * item_bytes % kStepBytes || block_sparse_tile(p.tokens) == kBlockSparseFewTokens ||
+      p.w.cols * item_bytes >= limit || p.tokens >= limit)
+    return 0;
+  if (forced > 0) return forced;
+  // The larger reads the blocks half as often, where it leaves no multiprocessor idle.
+  const int64_t tiles = p.item_count * ((p.tokens + 255) / 256);
+  return p.tokens > 128 && tiles >= multiprocessors(device) ? 256 : 128;
+}
+
 }  // namespace
+
+void force_block_sparse_kernel(int kernel) { forced_kernel = kernel; }
+
+bool block_sparse_wgmma(int device) {
+#ifdef PARED_SM90A
+  return capability(device) == 90;
+#else
+  static_cast<void>(device);
+  return false;
+#endif
+}
 
 void block_sparse_product(const BlockSparseProduct& p, int device, cudaStream_t stream) {
   if (p.tokens == 0 || p.w.outputs == 0) return;
   const DeviceGuard guard(device, "block_sparse");
+#ifdef PARED_SM90A
+  if (const int rows = wgmma_rows(p, device)) return wgmma::block_sparse(p, rows, stream);
+#endif
   constexpr int kFew = kBlockSparseFewTokens, kMany = kBlockSparseManyTokens;
   if (block_sparse_tile(p.tokens) == kFew) {
     switch (p.w.block_rows) {

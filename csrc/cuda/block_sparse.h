@@ -56,8 +56,21 @@ struct BlockSparseWorkspace {
 constexpr BlockSparseWorkspace block_sparse_workspace(int64_t tokens, int64_t slots, int block_rows) {
   const int64_t tile = block_sparse_tile(tokens), tiles = (tokens + tile - 1) / tile;
   const int64_t counters = (slots * tiles * 4 + 15) / 16 * 16;
-  return {slots ? counters + slots * tiles * tile * block_rows * 4 : 0, counters};
+  // A tile may have twice the rows where there are more tokens than one.
+  const int64_t largest = tokens > tile ? 2 * tile : tile, rows = (tokens + largest - 1) / largest * largest;
+  return {slots ? counters + slots * rows * block_rows * 4 : 0, counters};
 }
 void block_sparse_product(const BlockSparseProduct& a, int device, cudaStream_t stream);
+
+// For tuning and tests: every later product runs on mma.sync (0) or on wgmma with tiles of 128 or 256 tokens
+// where it can; -1: on what is thought fastest.
+void force_block_sparse_kernel(int kernel);
+bool block_sparse_wgmma(int device);  // whether this build and that device have the kernels for sm_90a
+
+namespace wgmma {
+// More than kBlockSparseFewTokens tokens, blocks of 64 or 128 outputs by a multiple of 128 bytes; `rows` of
+// tokens a tile: 128 or 256.
+void block_sparse(const BlockSparseProduct& a, int rows, cudaStream_t stream);
+}  // namespace wgmma
 
 }  // namespace pared::cuda

@@ -30,6 +30,10 @@ struct Tile {
   static __device__ __forceinline__ int warp_column() {
     return static_cast<int>(threadIdx.x) / 32 / kWarpsM * kWarpColumns;
   }
+  // Of sums[m][n] of this warp: the first of their 16 rows and 8 columns.
+  static __device__ __forceinline__ int sum_row(int m) { return warp_row() + m * 16; }
+  static __device__ __forceinline__ int sum_column(int n) { return warp_column() + n * 8; }
+  static __device__ __forceinline__ void sync() { __syncthreads(); }  // of the threads that have sums
 };
 
 struct MmaS8 {
@@ -101,9 +105,8 @@ __device__ __forceinline__ void stage_sums(Sum* staged, const Sum (&sums)[T::kMm
     for (int n = 0; n < T::kMmaN; ++n)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        *reinterpret_cast<Two*>(staged + (T::warp_row() + m * 16 + half * 8 + g) * T::kSumStride +
-                                T::warp_column() + n * 8 + 2 * t) =
-            Two{{sums[m][n][2 * half], sums[m][n][2 * half + 1]}};
+        *reinterpret_cast<Two*>(staged + (T::sum_row(m) + half * 8 + g) * T::kSumStride + T::sum_column(n) +
+                                2 * t) = Two{{sums[m][n][2 * half], sums[m][n][2 * half + 1]}};
 }
 
 }  // namespace pared::cuda

@@ -25,6 +25,8 @@ struct SameType {
 #include "cuda/emulate/ptx.h"
 #else
 
+#include <cuda.h>  // for CUtensorMap
+
 #define PARED_SHARED(type_, name) __shared__ typename ::pared::cuda::SameType<type_>::type name
 #define PARED_DYNAMIC_SHARED(name)                                  \
   extern __shared__ __align__(1024) unsigned char pared_dynamic_[]; \
@@ -179,6 +181,86 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[2], const
                : "r"(shared_address(row))
                : "memory");
 }
+
+// ---- wgmma and tensor maps (sm_90a): matrices in shared memory as rows of 128 bytes, eight of them 1024
+// aligned bytes, chunks of 16 swizzled by chunk ^= row % 8
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+// One thread copies a box of cuda/tensor_map.h, its first byte at (column, row) of the matrix; the barrier's
+// phase counts all of its bytes, those beyond the matrix too, which become zero.
+__device__ __forceinline__ void copy_tensor(void* shared, const CUtensorMap* map, int column, int row,
+                                            uint64_t* bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+      "[%4];" ::"r"(shared_address(shared)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(bar))
+      : "memory");
+}
+
+// Before the first of several products, after registers or shared memory that they read were written.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Closes the group of the products since the last one.
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Waits until at most kInFlight groups are under way: before that sums must not be touched, nor what is
+// multiplied be written.
+template <int kInFlight>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kInFlight) : "memory");
+}
+
+// A matrix whose row 0 begins at `rows`; 32 bytes further in it, inside the first 128, is the matrix's next
+// part down the reduction.
+__device__ __forceinline__ uint64_t wgmma_operand(const void* rows) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 / 16} << 32;
+  return kSwizzle128 | kEightRows | uint64_t{1} << 16 | (shared_address(rows) & 0x3ffff) >> 4;
+}
+
+// c += A B^T by the four warps of a warpgroup: A has 64 rows, B 8 kN rows, both 32 bytes of the reduction.
+// Warp w, lane (g, t), has in c[n] what it would have of an mma: rows 16 w + g and 8 below, columns 8 n + 2 t
+// and the next.
+#define PARED_SUMS(i, constraint) \
+  "+" constraint(c[i][0]), "+" constraint(c[i][1]), "+" constraint(c[i][2]), "+" constraint(c[i][3])
+#define PARED_SUMS_8(i, k)                                                                                  \
+  PARED_SUMS(i, k), PARED_SUMS(i + 1, k), PARED_SUMS(i + 2, k), PARED_SUMS(i + 3, k), PARED_SUMS(i + 4, k), \
+      PARED_SUMS(i + 5, k), PARED_SUMS(i + 6, k), PARED_SUMS(i + 7, k)
+#define PARED_WGMMA_64(name, types, depth, type, constraint, scales)                              \
+  __device__ __forceinline__ void name(type(&c)[8][4], uint64_t a, uint64_t b) {                  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64" depth types                                \
+                 " {"                                                                             \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "         \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+                 "}, %32, %33, 1" scales ";"                                                      \
+                 : PARED_SUMS_8(0, constraint)                                                    \
+                 : "l"(a), "l"(b)                                                                 \
+                 : "memory");                                                                     \
+  }
+#define PARED_WGMMA_128(name, types, depth, type, constraint, scales)                               \
+  __device__ __forceinline__ void name(type(&c)[16][4], uint64_t a, uint64_t b) {                   \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128" depth types                                 \
+                 " {"                                                                               \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"   \
+                 "}, %64, %65, 1" scales ";"                                                        \
+                 : PARED_SUMS_8(0, constraint), PARED_SUMS_8(8, constraint)                         \
+                 : "l"(a), "l"(b)                                                                   \
+                 : "memory");                                                                       \
+  }
+#define PARED_WGMMA(name, types, depth, type, constraint, scales) \
+  PARED_WGMMA_64(name, types, depth, type, constraint, scales)    \
+  PARED_WGMMA_128(name, types, depth, type, constraint, scales)
+PARED_WGMMA(wgmma_f16, ".f32.f16.f16", "k16", float, "f", ", 1, 1, 0, 0")
+PARED_WGMMA(wgmma_bf16, ".f32.bf16.bf16", "k16", float, "f", ", 1, 1, 0, 0")
+PARED_WGMMA(wgmma_s8, ".s32.s8.s8", "k32", int32_t, "r", "")
+#undef PARED_WGMMA
+#undef PARED_WGMMA_64
+#undef PARED_WGMMA_128
+#undef PARED_SUMS_8
+#undef PARED_SUMS
+#endif
 
 }  // namespace pared::cuda::ptx
 

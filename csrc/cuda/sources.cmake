@@ -10,11 +10,16 @@ set(PARED_CUDA_SOURCES
   select_blocks.cu
   select_groups.cu
   select_mask.cu
-  select_threshold.cu)
+  select_threshold.cu
+  tensor_map.cc)
 list(TRANSFORM PARED_CUDA_SOURCES PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
-# Kernels that need sm_90a and CUTLASS, which the emulator does not have.
+# Kernels for sm_90a alone.
 set(PARED_CUDA_SM90A_SOURCES
+  wgmma/block_sparse.cu)
+list(TRANSFORM PARED_CUDA_SM90A_SOURCES PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
+# Those that need CUTLASS besides, which the emulator does not have.
+set(PARED_CUTLASS_SOURCES
   wgmma/int8_128x128.cu
   wgmma/int8_128x256.cu
   wgmma/int8_64x128.cu)
-list(TRANSFORM PARED_CUDA_SM90A_SOURCES PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
+list(TRANSFORM PARED_CUTLASS_SOURCES PREPEND ${CMAKE_CURRENT_LIST_DIR}/)

@@ -80,6 +80,47 @@ def test_int8_gives_the_bits_of_the_dense_int8(backend, place, rng, block, dtype
             assert torch.equal(got.cpu(), want)
 
 
+@pytest.fixture(params=[0, 128, 256], ids=["mma", "wgmma128", "wgmma256"])
+def kernel(request, place):
+    """mma.sync, and the tiles of wgmma."""
+    if request.param and not place.kernels.block_sparse_wgmma(0):
+        pytest.skip("wgmma needs a GPU of compute capability 9.0 and code for it")
+    place.kernels.force_block_sparse_kernel(request.param)
+    yield request.param
+    place.kernels.force_block_sparse_kernel(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("block", [(64, 64), (128, 64), (128, 128)])
+def test_large_blocks(backend, place, rng, kernel, block, dtype):
+    r, c = block
+    # Tokens around half a tile, columns that end inside a block, more steps than stages, rows without blocks.
+    sizes = [(17, r, c, 1.0), (129, 2 * r + 9, 5 * c - 8, 0.6), (260, 3 * r - 1, 8 * c, 0.5)]
+    for m, n, k, density in sizes:
+        dense = random_blocks(rng, (n, k), block, density, dtype)
+        x = torch.from_numpy(rng.standard_normal((m, k))).to(dtype)
+        bias = torch.from_numpy(rng.standard_normal(n)).float()
+        w = DeviceBlocks.from_dense(dense.to(backend.device), block)
+        on, bias_on = x.to(backend.device), bias.to(backend.device)
+        assert_close(_cuda_block_sparse.linear(on, w, place=place), x, dense)
+        split = _cuda_block_sparse.linear(on, w, bias_on, place=place, most=2)
+        assert_close(split, x, dense, bias)
+        assert torch.equal(_cuda_block_sparse.linear(on, w, bias_on, place=place, most=2), split)
+
+
+def test_large_int8_blocks(backend, place, rng, kernel):
+    q = random_blocks(rng, (300, 512), (128, 128), 0.6, torch.int8)
+    scales, bias = torch.rand(300) + 0.1, torch.randn(300)
+    x = torch.from_numpy(rng.standard_normal((140, 512))).float()
+    w = DeviceBlocks.from_dense(q.to(backend.device), (128, 128), scales.to(backend.device))
+    want = pared.ops.linear(x, pared.ops.Int8.from_quantized(q, scales), bias)
+    for most in (None, 1):
+        got = _cuda_block_sparse.linear(
+            x.to(backend.device), w, bias.to(backend.device), place=place, most=most
+        )
+        assert torch.equal(got.cpu(), want)
+
+
 def test_many_tokens(backend, place, rng):
     dense = random_blocks(rng, (70, 96), (32, 32), 0.5, torch.float16)
     w = DeviceBlocks.from_dense(dense.to(backend.device), (32, 32))

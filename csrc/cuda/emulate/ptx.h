@@ -1,6 +1,8 @@
 // The functions of cuda/ptx.h for the emulator. What they do is said there.
 #pragma once
 
+#include <cuda.h>
+
 #include "cuda/emulate/simt.h"
 
 #define PARED_SHARED(type_, name)                                            \
@@ -154,6 +156,81 @@ void load_matrices(uint32_t (&r)[kCount], const void* row, PARED_HERE) {
 template <int kCount>
 void load_matrices_transposed(uint32_t (&r)[kCount], const void* row, PARED_HERE) {
   load_matrices_of<kCount, true>(r, row, PARED_WHERE);
+}
+
+// ---- wgmma and tensor maps
+
+inline uint32_t shared_address(const void* p) { return emulate::shared_address(p); }
+inline void copy_tensor(void* shared, const CUtensorMap* map, int column, int row, uint64_t* bar,
+                        PARED_HERE) {
+  emulate::copy_tensor(shared, *map, column, row, bar, PARED_WHERE);
+}
+inline void wgmma_fence() {}
+inline void wgmma_commit() { emulate::close_deferred(); }
+template <int kInFlight>
+void wgmma_wait() {
+  emulate::run_deferred(kInFlight);
+}
+inline uint64_t wgmma_operand(const void* rows) {
+  return uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{1} << 16 | shared_address(rows) >> 4;
+}
+
+// Byte `byte` of row `row` of an operand, by the fields of its descriptor and the swizzle of address bits.
+inline unsigned char operand_byte(uint64_t descriptor, int row, int byte) {
+  const uint64_t start = (descriptor & 0x3fff) << 4, eight_rows = (descriptor >> 32 & 0x3fff) << 4;
+  const uint64_t at = start + row / 8 * eight_rows + row % 8 * 128 + byte;
+  return emulate::dynamic_shared()[at ^ (at >> 3 & 0x70)];
+}
+
+template <int kN, class T>
+struct WgmmaOperands {
+  typename T::C (*c)[4];
+  uint64_t a, b;
+};
+template <int kN, class T>
+void wgmma(typename T::C (&c)[kN][4], uint64_t a, uint64_t b, emulate::Where where) {
+  if (a >> 62 != 1 || b >> 62 != 1) emulate::fail("wgmma: expected operands swizzled by 128 bytes", where);
+  emulate::defer([operands = WgmmaOperands<kN, T>{c, a, b}, where]() mutable {
+    emulate::collective(
+        T::kName, emulate::kFullWarp, &operands,
+        [](void** all, uint32_t) {
+          constexpr int n = T::kPerRegister, K = 8 * n;
+          auto** lanes = reinterpret_cast<WgmmaOperands<kN, T>**>(all);
+          const auto value = [&](uint64_t operand, int row, int k) {
+            uint32_t word = 0;
+            for (int i = 0; i < 4; ++i)
+              word |= uint32_t{operand_byte(operand, row, k / n * 4 + i)} << (8 * i);
+            return T::at(word, k % n);
+          };
+          const int warp_row = static_cast<int>(threadIdx.x) / 32 % 4 * 16;
+          typename T::Sum A[16][K], B[8 * kN][K];
+          for (int k = 0; k < K; ++k) {
+            for (int r = 0; r < 16; ++r) A[r][k] = value(lanes[0]->a, warp_row + r, k);
+            for (int r = 0; r < 8 * kN; ++r) B[r][k] = value(lanes[0]->b, r, k);
+          }
+          for (int l = 0; l < 32; ++l)
+            for (int j = 0; j < kN; ++j)
+              for (int i = 0; i < 4; ++i) {
+                const int row = l / 4 + i / 2 * 8, column = 8 * j + l % 4 * 2 + i % 2;
+                typename T::Sum sum = lanes[l]->c[j][i];
+                for (int k = 0; k < K; ++k) sum += A[row][k] * B[column][k];
+                lanes[l]->c[j][i] = static_cast<typename T::C>(sum);
+              }
+        },
+        where);
+  });
+}
+template <int kN>
+void wgmma_f16(float (&c)[kN][4], uint64_t a, uint64_t b, PARED_HERE) {
+  wgmma<kN, F16>(c, a, b, PARED_WHERE);
+}
+template <int kN>
+void wgmma_bf16(float (&c)[kN][4], uint64_t a, uint64_t b, PARED_HERE) {
+  wgmma<kN, Bf16>(c, a, b, PARED_WHERE);
+}
+template <int kN>
+void wgmma_s8(int32_t (&c)[kN][4], uint64_t a, uint64_t b, PARED_HERE) {
+  wgmma<kN, S8>(c, a, b, PARED_WHERE);
 }
 
 }  // namespace pared::cuda::ptx

@@ -89,6 +89,8 @@ struct Fiber {
   int parity;
   // cp.async groups; the last is open.
   std::deque<std::vector<Copy>> groups;
+  // wgmma groups, likewise.
+  std::deque<std::vector<std::function<void()>>> products;
 
   void* stack = nullptr;
 #if defined(__x86_64__)
@@ -106,8 +108,10 @@ struct Barrier {
   Where where = {nullptr, 0};
 };
 
+// One instruction of the copy engine.
 struct BulkCopy {
-  Copy copy;
+  std::vector<Copy> pieces;
+  int bytes;
   uint64_t* bar;
 };
 
@@ -290,9 +294,9 @@ bool deliver_bulk(Machine& m) {
       return f->state == State::mbarrier && f->mbarrier == c->bar;
     });
     if (!wanted) continue;
-    deliver(c->copy);
+    for (const Copy& piece : c->pieces) deliver(piece);
     MBarrier b = read(c->bar);
-    b.bytes -= c->copy.bytes;
+    b.bytes -= c->bytes;
     write(c->bar, b);
     m.bulk.erase(c);
     return true;
@@ -320,6 +324,7 @@ void run_block(Machine& m, const std::vector<int>& order) {
     const auto t = static_cast<unsigned>(i);
     f.index = {t % block_size.x, t / block_size.x % block_size.y, t / (block_size.x * block_size.y)};
     f.groups.assign(1, {});
+    f.products.assign(1, {});
     start(f);
   }
   while (m.done < m.threads) {
@@ -551,7 +556,44 @@ void copy_bulk(void* shared, const void* global, int bytes, uint64_t* bar, Where
     fail("cp.async.bulk: addresses and size are not multiples of 16", where);
   if (!is_shared(shared, bytes)) fail("cp.async.bulk: the destination is not shared memory", where);
   std::memset(shared, kPoison, bytes);
-  machine().bulk.push_back({{shared, global, bytes, bytes}, bar});
+  machine().bulk.push_back({{{shared, global, bytes, bytes}}, bytes, bar});
+}
+
+void copy_tensor(void* shared, const Matrix& from, int64_t column, int64_t row, uint64_t* bar, Where where) {
+  constexpr int kChunk = 16, kChunks = 8;
+  auto* to = static_cast<unsigned char*>(shared);
+  const int bytes = from.box_rows * kChunk * kChunks;
+  if ((to - dynamic_shared()) % 1024) fail("cp.async.bulk.tensor: expected a multiple of 1024", where);
+  if (!is_shared(shared, bytes)) fail("cp.async.bulk.tensor: the destination is not shared memory", where);
+  std::memset(shared, kPoison, bytes);
+  BulkCopy copy{{}, bytes, bar};
+  for (int r = 0; r < from.box_rows; ++r)
+    for (int c = 0; c < kChunks; ++c) {
+      const int64_t at = column + c * kChunk, left = row + r < from.rows ? from.row_bytes - at : 0;
+      copy.pieces.push_back({to + (r * kChunks + (c ^ r % 8)) * kChunk,
+                             static_cast<const char*>(from.base) + (row + r) * from.stride + at, kChunk,
+                             static_cast<int>(std::clamp<int64_t>(left, 0, kChunk))});
+    }
+  machine().bulk.push_back(std::move(copy));
+}
+
+uint32_t shared_address(const void* p) {
+  const auto* c = static_cast<const unsigned char*>(p);
+  if (!is_shared(p, 1)) fail("expected the address of shared memory", {nullptr, 0});
+  return static_cast<uint32_t>(c - dynamic_shared());
+}
+
+void defer(std::function<void()> product) {
+  machine().current->products.back().push_back(std::move(product));
+}
+void close_deferred() { machine().current->products.emplace_back(); }
+void run_deferred(int groups_in_flight) {
+  auto& groups = machine().current->products;
+  while (static_cast<int>(groups.size()) - 1 > groups_in_flight) {
+    const auto group = std::move(groups.front());
+    groups.pop_front();
+    for (const auto& product : group) product();
+  }
 }
 
 }  // namespace pared::cuda::emulate

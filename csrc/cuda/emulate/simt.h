@@ -81,6 +81,22 @@ void mbarrier_arrive(uint64_t* bar, int transaction_bytes, Where where);
 void mbarrier_wait(uint64_t* bar, int parity, Where where);
 void copy_bulk(void* shared, const void* global, int bytes, uint64_t* bar, Where where);
 
+// A tensor map: boxes of 128 bytes by some rows, swizzled for wgmma. Zeros beyond the matrix.
+struct Matrix {
+  const void* base;
+  int64_t row_bytes, rows, stride;
+  int box_rows;
+};
+void copy_tensor(void* shared, const Matrix& from, int64_t column, int64_t row, uint64_t* bar, Where where);
+
+// Of dynamic shared memory alone, whose first byte is at 0.
+uint32_t shared_address(const void* p);
+
+// wgmma: products of the running thread run when their group is waited for, as late as they can.
+void defer(std::function<void()> product);
+void close_deferred();
+void run_deferred(int groups_in_flight);
+
 // What `p` points to, after a check of its alignment.
 template <class T>
 const T& aligned(const T* p, Where where) {
