@@ -22,41 +22,72 @@ struct alignas(sizeof(V) * kCount < 16 ? sizeof(V) * kCount : 16) Pack {
   V at[kCount];
 };
 
+// Two 16-bit values of a word, in float32.
+template <class V>
+__device__ __forceinline__ float low(unsigned two) {
+  if constexpr (std::is_same<V, __half>::value)
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(two & 0xffffu)));
+  else return __uint_as_float(two << 16);
+}
+template <class V>
+__device__ __forceinline__ float high(unsigned two) {
+  if constexpr (std::is_same<V, __half>::value)
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(two >> 16)));
+  else return __uint_as_float(two & 0xffff0000u);
+}
+
+// Eight bytes of activations.
+__device__ __forceinline__ void widen(float (&x)[2], uint2 words, float) {
+  x[0] = __uint_as_float(words.x);
+  x[1] = __uint_as_float(words.y);
+}
+template <class V>
+__device__ __forceinline__ void widen(float (&x)[4], uint2 words, V) {
+  x[0] = low<V>(words.x);
+  x[1] = high<V>(words.x);
+  x[2] = low<V>(words.y);
+  x[3] = high<V>(words.y);
+}
+
+struct Columns {
+  uint2 columns;
+
+  __device__ __forceinline__ unsigned two(int i) const { return i < 2 ? columns.x : columns.y; }
+  __device__ __forceinline__ int column(int i) const {
+    return static_cast<int>(i % 2 ? two(i) >> 16 : two(i) & 0xffffu);
+  }
+  // Times kCsrSlotBytes, in one instruction.
+  __device__ __forceinline__ int slot_byte(int i) const {
+    static_assert(kCsrSlotBytes == 1 << 8);
+    return static_cast<int>(__byte_perm(two(i), 0, i % 2 ? 0x4324 : 0x4104));
+  }
+};
 // Four of a row's entries, as they come from memory.
 template <class V>
-struct Entries {
-  uint2 values, columns;
+struct Entries : Columns {
+  uint2 values;
 
   __device__ __forceinline__ float value(int i) const {
     const unsigned two = i < 2 ? values.x : values.y;
-    const auto bits = static_cast<unsigned short>(i % 2 ? two >> 16 : two & 0xffffu);
-    if constexpr (std::is_same<V, __half>::value) return __half2float(__ushort_as_half(bits));
-    else return __bfloat162float(__ushort_as_bfloat16(bits));
-  }
-  __device__ __forceinline__ int column(int i) const {
-    const unsigned two = i < 2 ? columns.x : columns.y;
-    return static_cast<int>(i % 2 ? two >> 16 : two & 0xffffu);
+    return i % 2 ? high<V>(two) : low<V>(two);
   }
 };
 template <>
-struct Entries<float> {
+struct Entries<float> : Columns {
   uint4 values;
-  uint2 columns;
 
   __device__ __forceinline__ float value(int i) const {
     return __uint_as_float(i == 0 ? values.x : i == 1 ? values.y : i == 2 ? values.z : values.w);
-  }
-  __device__ __forceinline__ int column(int i) const {
-    const unsigned two = i < 2 ? columns.x : columns.y;
-    return static_cast<int>(i % 2 ? two >> 16 : two & 0xffffu);
   }
 };
 
 template <class V>
 __device__ __forceinline__ Entries<V> load_entries(const CsrWeight& w, uint32_t four) {
   using Words = decltype(Entries<V>::values);
-  return {__ldg(static_cast<const Words*>(w.values) + four),
-          __ldg(reinterpret_cast<const uint2*>(w.columns) + four)};
+  Entries<V> e;
+  e.columns = __ldg(reinterpret_cast<const uint2*>(w.columns) + four);
+  e.values = __ldg(static_cast<const Words*>(w.values) + four);
+  return e;
 }
 
 template <class V>
@@ -259,11 +290,11 @@ __global__ void __launch_bounds__(kCsrThreads, 1) csr_panel_kernel(const CsrProd
         if (++e < last) following = load_entries<V>(p.w, e);
 #pragma unroll
         for (int i = 0; i < kCsrFour; ++i) {
+          float x[kMine];
+          widen(x, *reinterpret_cast<const uint2*>(shared + (base + now.slot_byte(i))), V{});
           const float v = now.value(i);
-          const auto x =
-              *reinterpret_cast<const Pack<V, kMine>*>(shared + (base + now.column(i) * kCsrSlotBytes));
 #pragma unroll
-          for (int t = 0; t < kMine; ++t) sums[r][t] = __fmaf_rn(v, widen(x.at[t]), sums[r][t]);
+          for (int t = 0; t < kMine; ++t) sums[r][t] = __fmaf_rn(v, x[t], sums[r][t]);
         }
         now = following;
       }

@@ -95,7 +95,8 @@ class PackedModule(nn.Module):
 
     Linear layers with int8, bitmap8, csr, or 16-bit bsr or bitmap weights move to CUDA devices: a copy of the
     weight goes there in the layout of the kernels, ``packed`` stays in the CPU's memory, so that the state
-    dict and files are the same. Other formats refuse to move.
+    dict and files are the same. So do convolutions of 1x1 without padding and groups, whose pixels are the
+    tokens of the same product. Other formats and geometries refuse to move.
 
     Attributes
     ----------
@@ -239,14 +240,18 @@ class PackedModule(nn.Module):
             self._on_device = None
             return
         try:
-            if device.type != "cuda" or self.plain is not nn.Linear:
+            if device.type != "cuda":
                 raise ValueError(f"device: expected cpu, got {device}")
-            self._on_device = self.packed_weight().to(device)
+            self._on_device = self._device_weight(device)
         except ValueError as e:
             raise RuntimeError(
                 f"device: {type(self).__name__} has no {self.format} kernel for {device} ({e}); "
                 "pared.restore(model) gives plain modules that run anywhere"
             ) from e
+
+    def _device_weight(self, device: torch.device) -> DeviceWeight:
+        """The weight in the memory of a CUDA device. Raises ``ValueError`` where it has no kernel."""
+        return self.packed_weight().to(device)
 
     def _align(self) -> None:
         packed = self._buffers["packed"]
@@ -279,7 +284,7 @@ class PackedModule(nn.Module):
             # The sizes of two packed weights differ with their zeros: torch's own code would refuse that.
             state_dict = {**state_dict, key: self._buffers["packed"]}
             if self._on_device is not None and not error_msgs:
-                self._on_device = self.packed_weight().to(self._on_device.device)
+                self._on_device = self._device_weight(self._on_device.device)
         delta = state_dict.get(prefix + "fold_delta")
         if "fold_delta" in self._buffers and isinstance(delta, Tensor) and delta.dtype == torch.int8:
             self._buffers["fold_delta"] = delta.detach().clone()  # one byte a non-zero: sizes differ as well

@@ -10,8 +10,11 @@ from torch.compiler import is_compiling
 from typing_extensions import Self
 
 from pared import _core
+from pared._cuda_conv import check_geometry, pointwise
+from pared._cuda_conv import conv2d as device_conv2d
 from pared.nn._base import PackedModule, pack, quantized_parts
 from pared.nn._fold import can_fold, fold, unfold_weight
+from pared.ops._device import DeviceWeight
 from pared.ops._formats import FORMATS
 from pared.ops._library import conv2d_op, empty_images, grad_error, images
 from pared.ops.conv import IntPair, _pair, resolve_padding
@@ -180,6 +183,13 @@ class Conv2d(PackedModule):
             top, bottom, left, right = pads
             x = nn.functional.pad(x, (left, right, top, bottom), mode=self.padding_mode)
             pads = (0, 0, 0, 0)
+        if self._on_device is not None:
+            # No operator for tracers there: a break in the graph.
+            run: Any = self._forward_on_device
+            if traced:
+                run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
+            on_device: Tensor = run(x)
+            return on_device
         if traced:
             return self._traced(x, pads)
         single = x.ndim == 3
@@ -195,6 +205,18 @@ class Conv2d(PackedModule):
             x, buffers["packed"], buffers["bias"], out, self.stride, pads, self.dilation, self._act
         )
         return out[0] if single else out
+
+    def _device_weight(self, device: torch.device) -> DeviceWeight:
+        check_geometry(self.weight_shape, self.groups, self._pads)
+        return pointwise(self.packed_weight()).to(device)
+
+    def _forward_on_device(self, x: Tensor) -> Tensor:
+        weight, bias = self._on_device, self._buffers["bias"]
+        assert weight is not None
+        if x.device != weight.device:
+            raise ValueError(f"x: expected a tensor on {weight.device}, got one on {x.device}")
+        y = device_conv2d(x if x.ndim == 4 else x[None], weight, bias, self.stride, self.activation)
+        return y if x.ndim == 4 else y[0]
 
     def _traced(self, x: Any, pads: tuple[int, int, int, int]) -> Tensor:
         y: Tensor = conv2d_op(
