@@ -1,0 +1,199 @@
+"""2:4 weights on CUDA devices: the sparse tensor cores through torch's cuSPARSELt, where they are faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pared._cuda_decode import _activate
+from pared._cuda_int8 import checked_rows
+from pared.ops._device import DeviceWeight
+
+if TYPE_CHECKING:
+    import torch
+
+ALIGN = 16  # both sizes of a weight are multiples of this
+TOKENS = 8  # and the tokens of this; they are padded
+# How much faster than the dense product it has to be to be taken: below, noise decides.
+MIN_SPEEDUP = 1.02
+
+
+def follows_two_four(weight: torch.Tensor) -> bool:
+    """Whether of every four consecutive inputs of an output at most two are not zero; -0.0 is a zero."""
+    if weight.ndim != 2 or weight.shape[1] % 4:
+        return False
+    kept = (weight.detach() != 0).reshape(weight.shape[0], -1, 4).sum(-1)
+    return bool((kept <= 2).all())
+
+
+def unavailable(weight: torch.Tensor) -> str | None:
+    """Why torch's cuSPARSELt cannot multiply with this weight, or None."""
+    import torch
+
+    if weight.ndim != 2:
+        return f"expected a linear weight [out, in], got shape {list(weight.shape)}"
+    if weight.dtype not in (torch.float16, torch.bfloat16):
+        return f"expected dtype float16 or bfloat16, got {weight.dtype}"
+    if any(n == 0 or n % ALIGN for n in weight.shape):
+        return f"expected sizes that are multiples of {ALIGN}, got {list(weight.shape)}"
+    if not follows_two_four(weight):
+        return "expected at most two non-zeros in every four inputs, got more"
+    if weight.device.type != "cuda":
+        return f"expected a weight on a CUDA device, got one on {weight.device}"
+    if torch.version.hip is not None or not torch.backends.cusparselt.is_available():
+        return "this torch comes without cuSPARSELt"
+    major, minor = torch.cuda.get_device_capability(weight.device)
+    if major < 8:
+        return f"expected compute capability 8.0 or newer, got {major}.{minor}"
+    return None
+
+
+@dataclass(frozen=True)
+class DeviceTwoFour(DeviceWeight):
+    """A 2:4 weight in a device's memory, as cuSPARSELt compressed it.
+
+    Attributes
+    ----------
+    compressed : opaque, of `dtype`: the values, then where they are.
+    dtype : float16 or bfloat16, of the weight and of the activations.
+    shape : (out, in).
+    algorithm : cuSPARSELt's number for the tile that it found fastest, 0 for its default.
+    """
+
+    compressed: torch.Tensor
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    algorithm: int = 0
+
+    @classmethod
+    def from_dense(cls, weight: torch.Tensor) -> DeviceTwoFour:
+        """Compress a float16 or bfloat16 weight [out, in] that follows 2:4 along its inputs.
+
+        Raises
+        ------
+        ValueError : why it cannot: the dtype, the sizes, the zeros, the device, or a torch without
+            cuSPARSELt.
+        """
+        import torch
+
+        reason = unavailable(weight)
+        if reason is not None:
+            raise ValueError(f"weight: {reason}")
+        # A compressor that looks at bits takes -0.0 for a value, and drops a real one where there are two.
+        dense = (weight.detach() + 0.0).contiguous()
+        return cls(torch._cslt_compress(dense), weight.dtype, (weight.shape[0], weight.shape[1]))
+
+    @property
+    def device(self) -> torch.device:
+        return self.compressed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        return self.compressed.numel() * self.compressed.element_size()
+
+    def tuned(self, tokens: int) -> DeviceTwoFour:
+        """With the algorithm that cuSPARSELt finds fastest for so many tokens: it times all of them."""
+        import torch
+
+        x = torch.randn(-(-max(1, tokens) // TOKENS) * TOKENS, self.shape[1], device=self.device).to(
+            self.dtype
+        )
+        found = torch._cslt_sparse_mm_search(self.compressed, x.t(), transpose_result=True)
+        return DeviceTwoFour(self.compressed, self.dtype, self.shape, int(found))
+
+    def linear(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
+    ) -> torch.Tensor:
+        """``activation(x @ w.T + bias)``.
+
+        Parameters
+        ----------
+        x : [..., in] in the weight's dtype and on its device, last axis contiguous; tokens are padded to 8.
+        bias : [out], float32, or None; it is rounded to the weight's dtype.
+        activation : None, "relu", "gelu", "gelu_tanh" or "silu".
+
+        Raises
+        ------
+        TypeError, ValueError : naming the argument, what was expected and what came.
+        RuntimeError : `x` or `bias` asks for a gradient.
+        """
+        import torch
+
+        outputs, cols = self.shape
+        rows = checked_rows(x, (self.dtype,), self.shape, bias, self.compressed)
+        tokens = rows.shape[0]
+        if tokens == 0:
+            return torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+        if tokens % TOKENS or rows.stride(0) != cols:
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, -tokens % TOKENS)).contiguous()
+        y = torch._cslt_sparse_mm(
+            self.compressed,
+            rows.t(),
+            None if bias is None else bias.to(self.dtype),
+            transpose_result=True,
+            alg_id=self.algorithm,
+        )
+        return _activate(y[:tokens].reshape(*x.shape[:-1], outputs), activation)
+
+
+# Seconds of each of some calls, measured so that they can be compared.
+Clock = Callable[[dict[str, Callable[[], object]]], dict[str, float]]
+
+
+def choose(weight: torch.Tensor, tokens: int, clock: Clock | None = None) -> tuple[DeviceTwoFour | None, str]:
+    """The compressed weight where it is measured to be faster than the dense product, and what decided.
+
+    Parameters
+    ----------
+    weight : [out, in], on a CUDA device.
+    tokens : rows of the input to measure with.
+    clock : how calls are timed; None for graph replays between CUDA events, in interleaved rounds.
+    """
+    import torch
+
+    reason = unavailable(weight)
+    if reason is not None:
+        return None, f"2:4: {reason}"
+    sparse = DeviceTwoFour.from_dense(weight).tuned(tokens)
+    x = torch.randn(tokens, weight.shape[1], device=weight.device).to(weight.dtype)
+    calls: dict[str, Callable[[], object]] = {
+        "dense": lambda: torch.nn.functional.linear(x, weight),
+        "2:4": lambda: sparse.linear(x),
+    }
+    seconds = (clock or _clock)(calls)
+    ratio = seconds["dense"] / seconds["2:4"]
+    text = f"2:4 with {tokens} tokens: {ratio:.2f} times as fast as dense"
+    return (sparse, text) if ratio >= MIN_SPEEDUP else (None, f"{text}, expected {MIN_SPEEDUP}")
+
+
+def _clock(calls: dict[str, Callable[[], object]], rounds: int = 9, repeats: int = 10) -> dict[str, float]:
+    """Median seconds over rounds in which each call's graph is replayed."""
+    import statistics
+
+    import torch
+
+    cuda: Any = torch.cuda
+    graphs: dict[str, Any] = {}
+    for name, call in calls.items():
+        side = cuda.Stream()
+        side.wait_stream(cuda.current_stream())
+        with cuda.stream(side):
+            call()
+        cuda.current_stream().wait_stream(side)
+        graphs[name] = cuda.CUDAGraph()
+        with cuda.graph(graphs[name]):
+            for _ in range(repeats):
+                call()
+        graphs[name].replay()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            samples[name].append(begin.elapsed_time(end) * 1e-3 / repeats)
+    return {name: statistics.median(s) for name, s in samples.items()}
