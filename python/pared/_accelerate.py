@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pared import _core
 from pared._choices import Choices, Timed
@@ -36,10 +37,12 @@ from pared._surgery import (
 from pared._timing import interleave
 from pared.nn import RULES, DenseWeightError, FoldedBatchNorm2d, Fused, Linear, PackedModule
 from pared.nn._base import off_grid, on_grid, pack
+from pared.nn._foreign import Foreign, foreign, foreign_bytes
 from pared.ops._estimate import Facts
 from pared.ops._formats import FORMATS
 from pared.ops.chain import chain_of, linear_chain
 from pared.ops.int4 import Int4, int4_group
+from pared.ops.int8 import QuantizedWeight
 from pared.ops.packed import PackedWeight
 from pared.pruning.linears import open_layers
 from pared.quant.weights import quantized as quantized_weight
@@ -132,6 +135,12 @@ class Candidate:
     refused: str | None = None  # why it is not even tried
     four: int | None = None  # inputs that share a scale, where the layer may have 4 bits
     trial: bool = False  # that it may have them when it is quantized
+    foreign: Foreign | None = None  # what it is, where torch.ao or torchao quantised it
+
+    @property
+    def plain(self) -> nn.Module:
+        """The layer in float: what a kernel computes, up to its bound."""
+        return self.module if self.foreign is None else self.foreign.plain or self.module
 
     def norm(self, fused: int) -> nn.BatchNorm2d | None:
         """The batch normalisation among the first `fused` steps."""
@@ -188,8 +197,10 @@ def accelerate(
 
     Parameters
     ----------
-    model : on the CPU; pruned by any tool (true zeros, masks of ``torch.nn.utils.prune``, ``FakeSparsity``).
-        It is not changed.
+    model : on the CPU; pruned by any tool (true zeros, masks of ``torch.nn.utils.prune``, ``FakeSparsity``),
+        or quantised by one: layers of ``torch.ao.nn.quantized.dynamic``, and Linear layers with torchao's
+        int8 weights, are taken over in 8 bits, integers and scales as they are, where that is faster. Layers
+        between which torch passes quantised tensors (its static quantisation) stay. It is not changed.
     example_inputs : a tensor, a tuple (positional arguments), a dict (keyword arguments), or a list of those
         for several shapes. Their shapes decide which kernels win.
     precision : ``"float32"``: exact kernels only, whose outputs differ by rounding. ``"int8"``, ``"auto"``:
@@ -232,7 +243,7 @@ def accelerate(
         reference = [_reference(dense, e) for e in inputs]
         bake(dense)
         opened = _open(dense, inputs, reference)
-        candidates = _candidates(opened.model)
+        candidates = _candidates(opened.model, precision)
         _record(opened.model, inputs, candidates, fuse)
         report = Report(
             precision=precision,
@@ -301,7 +312,7 @@ def layer_seconds(
         reference = [_reference(dense, e) for e in inputs]
         bake(dense)
         opened = _open(dense, inputs, reference)
-        candidates = _candidates(opened.model)
+        candidates = _candidates(opened.model, precision)
         _record(opened.model, inputs, candidates, fuse=True)
         known = _check_formats(formats, precision)
         packed: dict[Any, PackedWeight] = {}
@@ -434,10 +445,29 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _candidates(model: nn.Module) -> list[Candidate]:
+def _foreign_candidate(
+    name: str, names: list[str], module: nn.Module, quantised: Foreign, precision: str
+) -> Candidate:
+    refused = quantised.refused
+    if precision == "float32":
+        refused = refused or f"quantised by {quantised.tool}: taken over with precision='int8' or 'auto'"
+    zeros = 0.0
+    if quantised.plain is not None:
+        weight = cast(Tensor, quantised.plain.weight)
+        zeros = 1.0 - float(torch.count_nonzero(weight)) / max(1, weight.numel())
+    kind = f"{type(module).__name__} ({quantised.tool})"
+    row = LayerReport(name, kind, [*quantised.shape], zeros, aliases=names[1:])
+    return Candidate(name, names, module, row, refused=refused, foreign=quantised)
+
+
+def _candidates(model: nn.Module, precision: str) -> list[Candidate]:
     found = []
     names = module_names(model)
     for name, module in model.named_modules():
+        quantised = foreign(module)
+        if quantised is not None:
+            found.append(_foreign_candidate(name, names[id(module)], module, quantised, precision))
+            continue
         rule = RULES.get(base_type(module))
         if rule is None:
             continue
@@ -484,6 +514,12 @@ def _record(model: nn.Module, inputs: list[Example], candidates: list[Candidate]
             if not isinstance(x, Tensor) or x.layout != torch.strided:
                 c.refused = c.refused or f"called with {type(x).__name__}, not a dense tensor"
                 return
+            if x.is_quantized:
+                c.refused = (
+                    f"called with quantised tensors ({x.dtype}), as torch's static quantisation passes them "
+                    "between layers; kernels take and give floats"
+                )
+                return
             signature = Signature(tuple(x.shape), tuple(x.stride()), x.dtype)
             c.calls[signature] = c.calls.get(signature, 0) + 1
             if signature not in c.samples and x.nbytes <= room:
@@ -505,7 +541,10 @@ def _record(model: nn.Module, inputs: list[Example], candidates: list[Candidate]
     for c in candidates:
         proposed = fusions.get(id(c.module))
         if proposed is not None and proposed.settle():
-            c.steps = [(s.name, s.module) for s in proposed.steps]
+            # What a quantised layer computes already leaves no room for more; it takes no normalisation.
+            norm = any(isinstance(s.module, nn.BatchNorm2d) for s in proposed.steps)
+            own = c.foreign is not None and (norm or c.foreign.activation is not None)
+            c.steps = [] if own else [(s.name, s.module) for s in proposed.steps]
             c.successor = proposed.successor.name if proposed.successor else None
         c.row.calls = sum(c.calls.values())
         c.row.inputs = [list(s.shape) for s in c.calls]
@@ -546,7 +585,7 @@ def _decide(
     reason = c.refused or _hopeless(c)
     if reason:
         return c.keep_dense(reason)
-    facts = facts_of(cast(Tensor, c.module.weight), getattr(c.module, "groups", 1))
+    facts = facts_of(cast(Tensor, c.plain.weight), getattr(c.plain, "groups", 1))
     positions = _positions(c)
     suitable = _suitable(c, facts, positions, formats, min_speedup)
     record = quantized_weight(c.module)
@@ -593,11 +632,12 @@ def _decide(
             c.exact = workshop.make(plans[text], exact[text]) if text else None
     except UnfitError as e:
         return c.keep_dense(str(e))
-    reason = f"{v.speedup:.2f}x faster than dense{as_timed}"
+    reason = f"{v.speedup:.2f}x faster than {c.foreign.tool if c.foreign else 'dense'}{as_timed}"
     if v.speedup < 1:
         reason = f"min_speedup={min_speedup:g} asks for it"
     if v.quantized:
         bits = "4-bit weights with 8-bit inputs" if v.precision == "int4" else "8 bits"
+        bits = "its integers are taken over, 8-bit inputs" if c.foreign else bits
         reason += f"; {bits} change its output by {100 * v.damage:.1f}% (rms)"
     c.choose(v, reason)
 
@@ -651,6 +691,12 @@ class Workshop:
 
     def _weight(self, format: str) -> PackedWeight:
         c = self.c
+        if c.foreign is not None:
+            kind = cast(type[QuantizedWeight], FORMATS[format].weight)
+            taken = ("foreign", id(c.module), format)
+            if taken not in self.packed:
+                self.packed[taken] = kind(torch.from_numpy(kind.from_torch(c.module).packed))
+            return self.packed[taken]
         weight, groups = cast(Tensor, c.module.weight), getattr(c.module, "groups", 1)
         record = quantized_weight(c.module)
         key = (id(weight), groups, format, id(record))
@@ -691,7 +737,7 @@ def _timing_key(c: Candidate, facts: Facts, timed: Choices) -> str | None:
     counts = (facts.nnz, facts.quads, facts.words, facts.word_quads)
     return timed.key(
         modules=[[type(m).__module__, type(m).__qualname__, m.extra_repr()] for m in modules],
-        dtype=str(cast(Tensor, c.module.weight).dtype),
+        dtype=str(cast(Tensor, c.plain.weight).dtype),
         zeros=[round(50 * math.log(n)) if n else None for n in counts],
         calls=sorted([[*s.shape], [*s.stride], str(s.dtype), n] for s, n in c.calls.items()),
         fixed=record is not None and record.activation_scale is not None,
@@ -720,9 +766,11 @@ def _convert(c: Candidate, format: str, weight: PackedWeight, fused: int) -> Pac
     """The accelerated layer with the first `fused` steps in it."""
     norm = c.norm(fused)
     activation = None if fused == 0 else activation_of(c.steps[fused - 1][1])
-    rule = RULES[type(c.module)]
+    if c.foreign is not None:
+        activation = activation or c.foreign.activation
+    rule = RULES[type(c.plain)]
     if norm is None:
-        return rule.module.from_module(c.module, format=format, activation=activation, weight=weight)
+        return rule.module.from_module(c.plain, format=format, activation=activation, weight=weight)
     return rule.module.from_module(c.module, format=format, activation=activation, norm=norm)
 
 
@@ -742,8 +790,8 @@ def _positions(c: Candidate) -> dict[int, int]:
     """Output positions of a call -> calls with so many."""
     found: dict[int, int] = {}
     for s, count in c.calls.items():
-        if isinstance(c.module, nn.Conv2d):
-            image = [-(-size // step) for size, step in zip(s.shape[-2:], c.module.stride, strict=True)]
+        if isinstance(c.plain, nn.Conv2d):
+            image = [-(-size // step) for size, step in zip(s.shape[-2:], c.plain.stride, strict=True)]
             n = math.prod(image) * (s.shape[0] if len(s.shape) == 4 else 1)
         else:
             n = math.prod(s.shape[:-1])
@@ -755,7 +803,9 @@ def _suitable(
     c: Candidate, facts: Facts, positions: dict[int, int], formats: Sequence[str], min_speedup: float
 ) -> list[str]:
     """The formats that may beat torch; all that exist when everything is to be converted."""
-    known = [name for name in RULES[type(c.module)].formats if name in formats]
+    known = [name for name in RULES[type(c.plain)].formats if name in formats]
+    if c.foreign is not None:
+        known = [name for name in known if FORMATS[name].precision == "int8"]
     if c.four is None:
         known = [name for name in known if FORMATS[name].precision != "int4"]
     if min_speedup == 0:
@@ -781,16 +831,18 @@ def _references(c: Candidate, fused: int, precisions: set[str]) -> list[Referenc
     sum of the products' magnitudes; an activation's slope is at most 1.13, and its own evaluation and the
     output's rounding add a few ulps. With 8 bits every weight is off by up to s_w / 2 and every input by up
     to s_x / 2, where s is the largest magnitude of the output's weights or the token's inputs over 127; with
-    4 bits the weights are those of their grid.
+    4 bits, and of a layer that another tool quantised, the weights are those of their grid.
     """
     eps = torch.finfo(torch.float32).eps
-    whole = all(p.dtype == torch.float32 for p in c.module.parameters())
-    plain = c.module if whole else copy_model(c.module).float()
+    whole = all(p.dtype == torch.float32 for p in c.plain.parameters())
+    plain = c.plain if whole else copy_model(c.plain).float()
     # forward(), not a call: hooks that the user put on the layer are not asked.
     magnitude = shared_copy(plain)
     for name, p in plain.named_parameters():
         magnitude._parameters[name] = nn.Parameter(p.abs(), requires_grad=False)
     steps = [copy_model(m).float() for _, m in c.steps[:fused]]
+    if c.foreign is not None and c.foreign.activation:
+        steps.insert(0, nn.ReLU())
     depth = math.prod(c.row.shape[1:])
     found = []
     for s in c.calls:
@@ -816,7 +868,7 @@ def _rounding(c: Candidate, plain: nn.Module, magnitude: nn.Module, x: Tensor, p
     weight times its input's magnitude, and of each input (a scale a token, or an image) times its weight's.
     """
     weight = cast(Tensor, plain.weight).abs().flatten(1)
-    step = weight.amax(1) / 254
+    step = weight.amax(1) / (254 if c.foreign is None else math.inf)
     depth, u = weight.shape[1], x.abs()
     if isinstance(plain, nn.Linear):
         half = u.amax(-1, keepdim=True) / 254 if x.numel() else u.sum(-1, keepdim=True)
@@ -1239,12 +1291,14 @@ def _pass(model: nn.Module, inputs: list[Example]) -> Callable[[], None]:
 
 def _memory(model: nn.Module) -> int:
     """Bytes of the storages behind parameters and buffers, each counted once."""
-    storages = {}
-    for t in [*model.parameters(), *model.buffers()]:
-        if t.layout == torch.strided:
-            s = t.untyped_storage()
-            storages[s.data_ptr()] = s.nbytes()
-    return sum(storages.values())
+    storages: dict[int, int] = {}
+    for whole in [*model.parameters(), *model.buffers()]:
+        inner: list[str] = whole.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(whole) else []
+        for t in [getattr(whole, name) for name in inner] or [whole]:
+            if t.layout == torch.strided:
+                s = t.untyped_storage()
+                storages[s.data_ptr()] = s.nbytes()
+    return sum(storages.values()) + sum(foreign_bytes(m) for m in model.modules())
 
 
 class _Counter:

@@ -43,6 +43,7 @@ from pared._surgery import adopt_hooks, copy_model, module_names, replace
 from pared.nn import RULES, FoldedBatchNorm2d, Fused, Linear, PackedModule
 from pared.nn._base import ACTIVATIONS
 from pared.nn._fold import can_fold
+from pared.nn._foreign import hides_weights
 from pared.ops._formats import FORMATS
 from pared.ops.int8 import IntegerWeight
 from pared.ops.packed import PackedWeight
@@ -236,6 +237,12 @@ def _collect(model: torch.nn.Module, writer: Writer) -> dict[str, Any]:
     for prefix, module in model.named_modules():
         if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
             raise ValueError(f"model: {prefix or 'the root'}: expected tensors only, got extra state")
+        if hides_weights(module):
+            raise ValueError(
+                f"model: {prefix or 'the root'}: expected tensors only, got {type(module).__module__}."
+                f"{type(module).__name__}, which hides its weights; pared.accelerate(..., precision='int8') "
+                "takes over those that are called with floats"
+            )
     ties: dict[str, str] = {}
     first: dict[object, str] = {}
     for name, slot in _slots(model).items():

@@ -317,6 +317,10 @@ def _torch_weight(source: Any) -> tuple[Any, Any, str]:
         q, scales, dtype = w.qdata, w.scale, str(w.dtype).removeprefix("torch.")
         given = getattr(w, "zero_point", None)
         zeros = torch.zeros(1) if given is None else given
+        if getattr(w, "act_pre_scale", None) is not None:
+            raise ValueError(
+                "source: expected inputs taken as they come, got scales for them (act_pre_scale)"
+            )
         if q.dtype != torch.int8 or scales.numel() not in (1, q.shape[0]):
             raise ValueError(
                 f"source: expected int8 with one scale an output, got {q.dtype} with {scales.numel()} scales"
