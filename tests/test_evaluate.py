@@ -19,7 +19,8 @@ from torch import nn
 
 import pared
 from pared._evaluate import Evaluation, Histogram, Interval, evaluate
-from pared._page import _fit, _label, _log_ticks, _ticks, page
+from pared._page import _label, page
+from pared._svg import fit, log_ticks, ticks
 
 Data = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -217,11 +218,11 @@ def test_names_of_points_cover_nothing() -> None:
 
 
 def test_ticks_and_names() -> None:
-    assert _ticks(86.2, 94.9) == [88.0, 90.0, 92.0, 94.0]
-    assert _ticks(0.0, 0.0031)[1] == pytest.approx(0.001)
-    assert _log_ticks(0.9, 25.0) == [1.0, 2.0, 5.0, 10.0, 20.0]
-    assert len(_fit("x" * 99, 63)) == 10
-    assert _fit("short", 63) == "short"
+    assert ticks(86.2, 94.9) == [88.0, 90.0, 92.0, 94.0]
+    assert ticks(0.0, 0.0031)[1] == pytest.approx(0.001)
+    assert log_ticks(0.9, 25.0) == [1.0, 2.0, 5.0, 10.0, 20.0]
+    assert len(fit("x" * 99, 63)) == 10
+    assert fit("short", 63) == "short"
     constant = Histogram.of(torch.tensor([2.0, 2.0, 0.0]))
     assert (sum(constant.counts), constant.zeros) == (2, 1)
     assert Histogram.of(torch.zeros(3)).counts == (0,) * 48

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from pared import _svg as draw
 from pared._report import _bytes, _seconds
 
 if TYPE_CHECKING:
@@ -14,120 +15,21 @@ if TYPE_CHECKING:
 
 __all__ = ["page"]
 
-# The first model is what the others are compared with: grey. Told apart with every kind of colour vision.
-_COLOURS = ("#7a869a", "#2f7bd9", "#d9730d", "#1f9e77", "#b8479a", "#8067d6", "#a37b00")
 _LAYERS = 40
 _PANELS = 12
-# Of the page's font at 12 px: the mean width of a character, for what has to fit.
-_CHARACTER = 6.3
 _TIMES = "\N{MULTIPLICATION SIGN}"
-
-_STYLE = """
-:root { color-scheme: light dark; --page: #f7f8fa; --card: #ffffff; --ink: #1c2430; --soft: #5d6879;
-  --line: #dfe3e9; --grid: #eceff3; }
-@media (prefers-color-scheme: dark) { :root { --page: #11151b; --card: #191f28; --ink: #e7ebf1;
-  --soft: #9aa6b7; --line: #333c49; --grid: #252d38; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1060px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; }
-h2 { font-size: 18px; margin: 0 0 4px; }
-h3 { font-size: 14px; margin: 0 0 6px; overflow-wrap: anywhere; }
-p { margin: 0 0 12px; color: var(--soft); }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: 20px; margin-top: 20px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 14px;
-  margin-top: 20px; }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 18px; }
-.tile b { display: block; font-size: 27px; line-height: 1.25; font-weight: 650; }
-.tile span { color: var(--soft); font-size: 13px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 5px 12px; vertical-align: top; white-space: nowrap;
-  border-bottom: 1px solid var(--grid); }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-thead th { border-bottom: 1px solid var(--line); font-weight: 600; }
-td small { color: var(--soft); display: block; font-size: 12px; line-height: 1.2; }
-tr.rule td { border-bottom: 1px solid var(--line); }
-.dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 7px; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px; margin: 0 0 8px; }
-svg { display: block; width: 100%; height: auto; font-family: inherit; }
-svg text { font-size: 12px; fill: var(--ink); }
-svg text.soft { fill: var(--soft); }
-svg text.small { font-size: 11px; }
-svg .grid { stroke: var(--grid); }
-svg .axis { stroke: var(--line); }
-svg .lead { stroke: var(--soft); stroke-width: 0.8; }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(430px, 1fr)); gap: 24px 36px; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 16px; }
-@media (max-width: 520px) { .panels { grid-template-columns: 1fr; } }
-footer { color: var(--soft); font-size: 13px; margin-top: 24px; }
-"""
-
-
-# ---------------------------------------------------------------- drawing
 
 
 def _duration(seconds: float) -> str:
     return _seconds(seconds).replace(" us", " µs")
 
 
-def _ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers in [low, high]."""
-    span = (high - low) or 1.0
-    step = 10.0 ** math.floor(math.log10(span / about))
-    step *= next(f for f in (1, 2, 5, 10) if span / (step * f) <= about + 0.5)
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten in [low, high]."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [f * 10.0**p for p in powers for f in (1, 2, 5) if low * 0.999 <= f * 10.0**p <= high * 1.001]
-
-
-def _plain(x: float) -> str:
-    return f"{x:.6f}".rstrip("0").rstrip(".") if abs(x) < 1e5 else f"{x:.3g}"
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "", tip: str = "") -> str:
-    title = f"<title>{escape(tip)}</title>" if tip else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}{title}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {style}/>'
-
-
-def _rect(x: float, y: float, width: float, height: float, style: str, tip: str = "") -> str:
-    title = f"<title>{escape(tip)}</title>" if tip else ""
-    place = f'x="{x:.1f}" y="{y:.1f}" width="{max(0.0, width):.1f}" height="{height:.1f}"'
-    return f"<rect {place} {style}>{title}</rect>"
-
-
-def _svg(width: float, height: float, parts: Sequence[str], label: str) -> str:
-    body = "\n".join(parts)
-    return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(label)}">{body}</svg>'
-
-
-def _fit(text: str, width: float) -> str:
-    """The end of a name, which tells layers apart, where all of it has no room."""
-    room = int(width / _CHARACTER)
-    return text if len(text) <= room else "…" + text[-(room - 1) :]
-
-
 def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)] if index else _COLOURS[0]
+    return draw.COLOURS[index % len(draw.COLOURS)] if index else draw.COLOURS[0]
 
 
 def _legend(models: Sequence[tuple[int, str]]) -> str:
-    items = "".join(
-        f'<span><i class="dot" style="background:{_colour(i)}"></i>{escape(name)}</span>'
-        for i, name in models
-    )
-    return f'<div class="legend">{items}</div>'
+    return draw.legend([(_colour(i), name) for i, name in models])
 
 
 def _time_unit(seconds: float) -> tuple[float, str]:
@@ -162,17 +64,17 @@ def _accuracy_speed(e: Evaluation) -> str:
         return top + (high - y) / (high - low) * (height - top - bottom)
 
     parts = []
-    for t in _ticks(low, high):
-        parts.append(_line(left, at_y(t), width - right, at_y(t), 'class="grid"'))
-        parts.append(_text(left - 8, at_y(t) + 4, _plain(t), "end", "soft"))
-    for t in _log_ticks(x_low, x_high) if wide else _ticks(x_low, x_high, 7):
-        parts.append(_line(at_x(t), top, at_x(t), height - bottom, 'class="grid"'))
-        parts.append(_text(at_x(t), height - bottom + 18, _plain(t), "middle", "soft"))
-    parts.append(_line(left, height - bottom, width - right, height - bottom, 'class="axis"'))
-    parts.append(_line(left, top, left, height - bottom, 'class="axis"'))
+    for t in draw.ticks(low, high):
+        parts.append(draw.line(left, at_y(t), width - right, at_y(t), 'class="grid"'))
+        parts.append(draw.text(left - 8, at_y(t) + 4, draw.plain(t), "end", "soft"))
+    for t in draw.log_ticks(x_low, x_high) if wide else draw.ticks(x_low, x_high, 7):
+        parts.append(draw.line(at_x(t), top, at_x(t), height - bottom, 'class="grid"'))
+        parts.append(draw.text(at_x(t), height - bottom + 18, draw.plain(t), "middle", "soft"))
+    parts.append(draw.line(left, height - bottom, width - right, height - bottom, 'class="axis"'))
+    parts.append(draw.line(left, top, left, height - bottom, 'class="axis"'))
     times = "a sample" if e.batch == 1 else f"for {e.batch} samples"
     axis = f"latency {times}, p50 ({unit}{', logarithmic' if wide else ''}); left is faster"
-    parts.append(_text((left + width - right) / 2, height - 12, axis, "middle"))
+    parts.append(draw.text((left + width - right) / 2, height - 12, axis, "middle"))
     middle = (top + height - bottom) / 2
     label = f"{name} ({'%' if e.percent else 'higher is better'})"
     parts.append(
@@ -189,8 +91,8 @@ def _accuracy_speed(e: Evaluation) -> str:
     for i, ((x, y), m, own) in enumerate(zip(points, e.models, ys, strict=True)):
         style = f'stroke="{_colour(i)}" stroke-width="2"'
         for edge in (own.low, own.high):
-            parts.append(_line(x - 5, at_y(edge * scale), x + 5, at_y(edge * scale), style))
-        parts.append(_line(x, at_y(own.low * scale), x, at_y(own.high * scale), style))
+            parts.append(draw.line(x - 5, at_y(edge * scale), x + 5, at_y(edge * scale), style))
+        parts.append(draw.line(x, at_y(own.low * scale), x, at_y(own.high * scale), style))
         tip = f"{m.name}: {_duration(m.p50)}, {e._interval(own)}"
         parts.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{_colour(i)}" stroke="var(--card)" '
@@ -198,7 +100,7 @@ def _accuracy_speed(e: Evaluation) -> str:
         )
     for (x, y), m in zip(points, e.models, strict=True):
         parts.append(_label(x, y, m.name, taken, (left, top, width - right, height - bottom)))
-    return _svg(width, height, parts, f"{name} against latency")
+    return draw.svg(width, height, parts, f"{name} against latency")
 
 
 Box = tuple[float, float, float, float]
@@ -206,7 +108,7 @@ Box = tuple[float, float, float, float]
 
 def _label(x: float, y: float, text: str, taken: list[Box], inside: Box) -> str:
     """The name of a point, where it covers no other one."""
-    w = _CHARACTER * len(text) + 4
+    w = draw.CHARACTER * len(text) + 4
     for reach in range(0, 241, 12):
         for side in (1, -1):
             for below in (1, -1) if reach else (1,):
@@ -219,8 +121,8 @@ def _label(x: float, y: float, text: str, taken: list[Box], inside: Box) -> str:
                 if any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
                     continue
                 taken.append(box)
-                lead = "" if not reach else _line(x, y, px - side * 3, py - 4, 'class="lead"')
-                return lead + _text(px, py, text, "start" if side > 0 else "end")
+                lead = "" if not reach else draw.line(x, y, px - side * 3, py - 4, 'class="lead"')
+                return lead + draw.text(px, py, text, "start" if side > 0 else "end")
     return ""  # the legend and the tooltip still name it
 
 
@@ -244,19 +146,19 @@ def _robustness(e: Evaluation) -> str:
         return left + (v - low) / (high - low) * (width - left - right)
 
     parts = []
-    for t in _ticks(low, high, 7):
-        parts.append(_line(at(t), top, at(t), bottom, 'class="grid"'))
-        parts.append(_text(at(t), bottom + 18, _plain(t), "middle", "soft"))
+    for t in draw.ticks(low, high, 7):
+        parts.append(draw.line(at(t), top, at(t), bottom, 'class="grid"'))
+        parts.append(draw.text(at(t), bottom + 18, draw.plain(t), "middle", "soft"))
     for k, (kind, get) in enumerate(kinds):
         y = top + k * row
         if k:
-            parts.append(_line(12, y, width - right, y, 'class="axis"'))
-        parts.append(_text(left - 12, y + row / 2 + 4, kind, "end"))
+            parts.append(draw.line(12, y, width - right, y, 'class="axis"'))
+        parts.append(draw.text(left - 12, y + row / 2 + 4, kind, "end"))
         for i, m in enumerate(e.models):
             v, at_y = get(m), y + 18.0 * (i + 1)
             tip = f"{m.name}, {kind}: {e._interval(v)}"
             parts.append(
-                _line(
+                draw.line(
                     at(v.low * scale),
                     at_y,
                     at(v.high * scale),
@@ -269,8 +171,8 @@ def _robustness(e: Evaluation) -> str:
                 f"<title>{escape(tip)}</title></circle>"
             )
     label = f"{name} ({'%' if e.percent else 'higher is better'}), with 95 % intervals"
-    parts.append(_text((left + width - right) / 2, bottom + 40, label, "middle"))
-    return _svg(width, bottom + 50, parts, f"{name} on distorted inputs")
+    parts.append(draw.text((left + width - right) / 2, bottom + 40, label, "middle"))
+    return draw.svg(width, bottom + 50, parts, f"{name} on distorted inputs")
 
 
 def _layer_bars(e: Evaluation, index: int) -> str:
@@ -287,27 +189,31 @@ def _layer_bars(e: Evaluation, index: int) -> str:
     longest = max((t for pair in pairs for t in pair if t), default=1e-9)
     factor, unit = _time_unit(longest)
     bottom = top + row * len(shown)
-    parts = [_text(0, 14, "layer"), _text(name_w, 14, "weight"), _text(name_w + shape_w, 14, "kernel")]
-    parts += [_text(zeros_x, 14, "zeros (%)"), _text(time_x, 14, f"time in a pass ({unit})")]
-    ticks = _ticks(0.0, longest * factor, 4)
+    parts = [
+        draw.text(0, 14, "layer"),
+        draw.text(name_w, 14, "weight"),
+        draw.text(name_w + shape_w, 14, "kernel"),
+    ]
+    parts += [draw.text(zeros_x, 14, "zeros (%)"), draw.text(time_x, 14, f"time in a pass ({unit})")]
+    ticks = draw.ticks(0.0, longest * factor, 4)
     for t in ticks:
         x = time_x + t / (longest * factor) * time_w
-        parts.append(_line(x, top - 6, x, bottom, 'class="grid"'))
-        parts.append(_text(x, bottom + 14, _plain(t), "middle", "soft small"))
+        parts.append(draw.line(x, top - 6, x, bottom, 'class="grid"'))
+        parts.append(draw.text(x, bottom + 14, draw.plain(t), "middle", "soft small"))
     for t in (0, 50, 100):
         x = zeros_x + t / 100 * (zeros_w - 40)
-        parts.append(_line(x, top - 6, x, bottom, 'class="grid"'))
-        parts.append(_text(x, bottom + 14, str(t), "middle", "soft small"))
+        parts.append(draw.line(x, top - 6, x, bottom, 'class="grid"'))
+        parts.append(draw.text(x, bottom + 14, str(t), "middle", "soft small"))
     for i, layer in enumerate(shown):
         y = top + i * row
         base = y + row / 2 + 4
-        parts.append(_text(0, base, _fit(layer.name, name_w - 14), tip=layer.name))
-        parts.append(_text(name_w, base, _TIMES.join(map(str, layer.shape)), "start", "soft"))
-        parts.append(_text(name_w + shape_w, base, layer.kernel, "start", "soft"))
+        parts.append(draw.text(0, base, draw.fit(layer.name, name_w - 14), tip=layer.name))
+        parts.append(draw.text(name_w, base, _TIMES.join(map(str, layer.shape)), "start", "soft"))
+        parts.append(draw.text(name_w + shape_w, base, layer.kernel, "start", "soft"))
         zeros = layer.sparsity * (zeros_w - 40)
         style = f'fill="{_colour(index)}" fill-opacity="0.45" rx="2"'
-        parts.append(_rect(zeros_x, y + row / 2 - 6, zeros, 12, style, f"{layer.sparsity:.1%} zeros"))
-        parts.append(_text(zeros_x + zeros + 6, base, f"{100 * layer.sparsity:.0f}", "start", "soft"))
+        parts.append(draw.rect(zeros_x, y + row / 2 - 6, zeros, 12, style, f"{layer.sparsity:.1%} zeros"))
+        parts.append(draw.text(zeros_x + zeros + 6, base, f"{100 * layer.sparsity:.0f}", "start", "soft"))
         bars = [(index, layer.seconds)]
         if layer.name in first:
             bars.insert(0, (0, first[layer.name].seconds))
@@ -319,11 +225,13 @@ def _layer_bars(e: Evaluation, index: int) -> str:
             at = y + row / 2 + (b - len(bars) / 2) * (size + 1)
             length = t / longest * time_w
             tip = f"{e.models[which].name}: {_duration(t)}"
-            parts.append(_rect(time_x, at, length, size, f'fill="{_colour(which)}" rx="2"', tip))
+            parts.append(draw.rect(time_x, at, length, size, f'fill="{_colour(which)}" rx="2"', tip))
             parts.append(
-                _text(time_x + length + 5, at + 9.5, _plain(_short(t * factor)), "start", "soft small")
+                draw.text(
+                    time_x + length + 5, at + 9.5, draw.plain(_short(t * factor)), "start", "soft small"
+                )
             )
-    return _svg(width, bottom + 22, parts, f"zeros and time of each layer of {model.name}")
+    return draw.svg(width, bottom + 22, parts, f"zeros and time of each layer of {model.name}")
 
 
 def _short(x: float) -> float:
@@ -342,11 +250,11 @@ def _histogram(series: Sequence[tuple[int, Histogram]], label: str) -> str:
     width, top, base, bottom = 250.0, 22.0, 92.0, 108.0
     low, high = min(h.low for _, h in series), max(h.high for _, h in series)
     span = (high - low) or 1.0
-    parts = [_text(0, 12, label, "start", "small")]
+    parts = [draw.text(0, 12, label, "start", "small")]
     zeros = series[-1][1]
     total = sum(zeros.counts) + zeros.zeros
     if zeros.zeros:
-        parts.append(_text(width, 12, f"{zeros.zeros / total:.0%} zero", "end", "soft small"))
+        parts.append(draw.text(width, 12, f"{zeros.zeros / total:.0%} zero", "end", "soft small"))
     for order, (index, h) in enumerate(series):
         most = max(h.counts) or 1
         step = (h.high - h.low) / len(h.counts)
@@ -361,16 +269,16 @@ def _histogram(series: Sequence[tuple[int, Histogram]], label: str) -> str:
         parts.append(
             f'<polyline points="{" ".join(points)}" {fill} stroke="{_colour(index)}" stroke-width="1.2"/>'
         )
-    parts.append(_line(0, base, width, base, 'class="axis"'))
-    ends = [_plain(float(f"{v:.2g}")) if abs(v) > 0.005 * span else "0" for v in (low, high)]
-    parts.append(_text(0, bottom, ends[0], "start", "soft small"))
-    parts.append(_text(width, bottom, ends[1], "end", "soft small"))
+    parts.append(draw.line(0, base, width, base, 'class="axis"'))
+    ends = [draw.plain(float(f"{v:.2g}")) if abs(v) > 0.005 * span else "0" for v in (low, high)]
+    parts.append(draw.text(0, bottom, ends[0], "start", "soft small"))
+    parts.append(draw.text(width, bottom, ends[1], "end", "soft small"))
     if low < 0 < high:
         zero = -low / span * width
-        parts.append(_line(zero, base, zero, base + 4, 'class="axis"'))
+        parts.append(draw.line(zero, base, zero, base + 4, 'class="axis"'))
         if 30 < zero < width - 30:
-            parts.append(_text(zero, bottom, "0", "middle", "soft small"))
-    return _svg(width, 112, parts, label)
+            parts.append(draw.text(zero, bottom, "0", "middle", "soft small"))
+    return draw.svg(width, 112, parts, label)
 
 
 def _histograms(e: Evaluation) -> str:
@@ -510,11 +418,6 @@ def page(e: Evaluation, title: str) -> str:
     )
     machine = f"{e.machine.get('cpu')}, {e.machine.get('isa')}, {e.machine.get('threads')} thread(s)"
     version = f"torch {e.machine.get('torch')}"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>"
-        f"<h1>{escape(title)}</h1><p>{escape(lead)}, on {escape(machine)}</p>"
-        f"{_tiles(e)}{body}<footer>Measured by pared: {escape(machine)}, {escape(version)}. Times are "
-        "medians over interleaved rounds.</footer></main></body></html>\n"
-    )
+    lead = f"{lead}, on {machine}"
+    footer = f"Measured by pared: {machine}, {version}. Times are medians over interleaved rounds."
+    return draw.document(title, lead, _tiles(e) + body, footer)

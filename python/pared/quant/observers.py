@@ -46,6 +46,7 @@ class Distribution:
     kurtosis : excess, 0 for a Gaussian, 3 for a Laplace distribution.
     fit : of "gaussian", "laplace" and (integers >= 0 only) "poisson" the one with the largest likelihood.
     log_likelihood : per value, by name of the distribution.
+    parameters : of each: mean and standard deviation; median and mean distance from it; rate.
     """
 
     count: int
@@ -56,6 +57,7 @@ class Distribution:
     kurtosis: float
     fit: str
     log_likelihood: dict[str, float]
+    parameters: dict[str, tuple[float, ...]]
 
 
 class InputRange(Observer):
@@ -67,7 +69,7 @@ class InputRange(Observer):
         self.target = target
         self.histogram = Histogram(BINS)
         self.low, self.high = math.inf, -math.inf
-        self.count = 0
+        self.count = self.zeros = 0
         self.powers = torch.zeros(4, dtype=torch.float64)
         self.deviation = 0.0
         self.integers = True
@@ -80,15 +82,16 @@ class InputRange(Observer):
         low, high = torch.aminmax(flat)
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
         self.count += flat.numel()
+        self.zeros += flat.numel() - int(torch.count_nonzero(flat))
         self.powers += torch.stack([flat.pow(p).sum() for p in (1, 2, 3, 4)]).cpu()
         self.integers = self.integers and bool((flat == flat.round()).all())
 
     def reduce(self, processes: Processes) -> None:
         self.histogram.reduce(processes)
-        seen = processes.gather((self.low, self.high, self.count, self.integers))
-        lows, highs, counts, integers = zip(*seen, strict=True)
+        seen = processes.gather((self.low, self.high, self.count, self.zeros, self.integers))
+        lows, highs, counts, zeros, integers = zip(*seen, strict=True)
         self.low, self.high = min(lows), max(highs)
-        self.count, self.integers = sum(counts), all(integers)
+        self.count, self.zeros, self.integers = sum(counts), sum(zeros), all(integers)
         processes.add_(self.powers)
 
     def result(self) -> InputRange:
@@ -111,9 +114,7 @@ class InputRange(Observer):
         scores = {}
         for part in range(32, 1, -1):
             low, high = self.low * part / 32, self.high * part / 32
-            scores[low, high] = (self._squared_error if method == "mse" else self._divergence)(
-                low, high, bits
-            )
+            scores[low, high] = (self.squared_error if method == "mse" else self._divergence)(low, high, bits)
         return min(scores, key=lambda pair: scores[pair])
 
     def grid(self, method: str, *, symmetric: bool = False, bits: int = 8) -> ActivationGrid:
@@ -124,6 +125,23 @@ class InputRange(Observer):
             return ActivationGrid(max(-low, high) / 127 or 1.0, 0, "int8")
         scale = (high - low) / 255 or 1.0
         return ActivationGrid(scale, round(-low / scale), "uint8")
+
+    def bars(self, most: int, zeros: bool) -> tuple[float, float, list[int]]:
+        """Where the histogram begins, the width of a bar, and counts in at most so many bars.
+
+        `zeros` : whether those that are exactly zero are counted.
+        """
+        width = 2 * self.histogram.limit / BINS
+        first = int((self.low + self.histogram.limit) / width)
+        last = min(int((self.high + self.histogram.limit) / width), BINS - 1)
+        counts = self.histogram.counts[0, :, 0].cpu().clone()
+        if not zeros:
+            counts[BINS // 2] -= self.zeros
+        joined = -(-(last - first + 1) // most)
+        padded = torch.zeros(-(-(last - first + 1) // joined) * joined, dtype=torch.int64)
+        padded[: last - first + 1] = counts[first : last + 1]
+        start = first * width - self.histogram.limit
+        return start, joined * width, [int(n) for n in padded.reshape(-1, joined).sum(1)]
 
     def _bins(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts, and the bins' centres."""
@@ -138,12 +156,18 @@ class InputRange(Observer):
         edge = float(centres[int(reached.int().argmax())]) + (half if share > 0.5 else -half)
         return min(max(edge, self.low), self.high)
 
-    def _squared_error(self, low: float, high: float, bits: int) -> float:
+    def squared_error(self, low: float, high: float, bits: int) -> float:
+        """Mean squared error of a value on a grid over [low, high] and zero."""
         counts, x = self._bins()
-        scale = (max(high, 0.0) - min(low, 0.0)) / (2**bits - 1) or 1.0
-        q = torch.round(x.clamp(min(low, 0.0), max(high, 0.0)) / scale) * scale
-        # Inside a bin the rounding error is uniform where the step is finer than the bin.
-        return float((counts * (q - x).square()).sum() / counts.sum() + scale**2 / 12 * float((q != 0).any()))
+        counts[BINS // 2] -= self.zeros  # zero lies on the grid
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale, width = (high - low) / (2**bits - 1) or 1.0, 2 * self.histogram.limit / BINS
+        q = x.clamp(low, high)
+        if scale > width:
+            q = torch.round(q / scale) * scale
+        # A step that is finer than a bin shows in no centre: values lie uniformly within it.
+        fine = scale**2 / 12 * float(counts.sum()) if scale <= width else 0.0
+        return (float((counts * (q - x).square()).sum()) + fine) / self.count
 
     def _divergence(self, low: float, high: float, bits: int) -> float:
         """Kullback-Leibler divergence of the clipped and quantised histogram from what was seen."""
@@ -183,13 +207,20 @@ class InputRange(Observer):
         counts, x = self._bins()
         weights = counts / counts.sum()
         likely: dict[str, float] = {}
+        parameters: dict[str, tuple[float, ...]] = {}
         if std > 0:
             likely["gaussian"] = -0.5 * math.log(2 * math.pi * variance) - 0.5
-            spread = float((weights * (x - m1).abs()).sum())
+            parameters["gaussian"] = m1, std
+            median = float(x[int((weights.cumsum(0) >= 0.5).int().argmax())])
+            spread = float((weights * (x - median).abs()).sum())
             likely["laplace"] = -math.log(2 * spread) - 1.0 if spread > 0 else -math.inf
+            parameters["laplace"] = median, spread
         if self.integers and self.low >= 0 and m1 > 0:
-            k = x.round().clamp(min=0)
+            width = 2 * self.histogram.limit / BINS
+            # The integer that a bin begins with, or the middle of those that it holds.
+            k = (x - min(width, 1.0) / 2).clamp(min=0)
             likely["poisson"] = float((weights * (k * math.log(m1) - m1 - torch.lgamma(k + 1))).sum())
+            parameters["poisson"] = (m1,)
         best = max(likely, key=lambda name: likely[name]) if likely else "constant"
         kurtosis = fourth / variance**2 - 3 if variance > 0 else 0.0
-        return Distribution(n, self.low, self.high, m1, std, kurtosis, best, likely)
+        return Distribution(n, self.low, self.high, m1, std, kurtosis, best, likely, parameters)
