@@ -117,7 +117,7 @@ def calls_of(layer: Layer, weight: torch.Tensor, x: torch.Tensor) -> dict[str, C
     calls: dict[str, Callable[[], object]] = {}
     padding = layer.shape[-1] // 2
     for f in FORMATS.values():
-        if f.combines or (f.linear if layer.linear else f.conv2d) is None:
+        if f.combines or "cpu" not in f.devices or (f.linear if layer.linear else f.conv2d) is None:
             continue
         packed = _packed(f.name, weight)
         if layer.linear:

@@ -19,24 +19,41 @@ namespace {
 // blocks, offsets, format, dtype, outputs, cols, largest block in bytes
 using WeightTuple = std::tuple<uintptr_t, uintptr_t, std::string, std::string, int64_t, int64_t, int64_t>;
 
+cuda::DecodeFormat parse_format(const std::string& format) {
+  if (format == "bitmap16") return cuda::DecodeFormat::bitmap16;
+  if (format == "bitmap8") return cuda::DecodeFormat::bitmap8;
+  if (format == "dense8") return cuda::DecodeFormat::dense8;
+  throw ValueError(str("format: expected one of bitmap16, bitmap8, dense8, got '", format, "'"));
+}
+
+void require_sizes(int64_t outputs, int64_t cols) {
+  constexpr int64_t kMost = 64 * ((int64_t{1} << 31) - 1);
+  PARED_CHECK(outputs >= 0 && cols >= 0 && outputs < kMost && cols < kMost,
+              "w: expected non-negative sizes, got ", outputs, " x ", cols);
+}
+
+// values, outputs, cols, stride, format, mask: as cuda::DecodeDense
+using DenseTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, std::string, uintptr_t>;
+
+cuda::DecodeDense dense(const DenseTuple& t) {
+  const auto& [values, outputs, cols, stride, format, mask] = t;
+  require_sizes(outputs, cols);
+  return {reinterpret_cast<const void*>(values), outputs, cols, stride, parse_format(format),
+          reinterpret_cast<const uint8_t*>(mask)};
+}
+
 cuda::DecodeWeight weight(const WeightTuple& t) {
   const auto& [blocks, offsets, format, dtype, outputs, cols, largest] = t;
   cuda::DecodeWeight w{reinterpret_cast<const uint8_t*>(blocks),
                        reinterpret_cast<const uint32_t*>(offsets),
-                       {},
+                       parse_format(format),
                        parse_float_dtype(dtype),
                        outputs,
                        cols,
                        largest};
-  if (format == "bitmap16") w.format = cuda::DecodeFormat::bitmap16;
-  else if (format == "bitmap8") w.format = cuda::DecodeFormat::bitmap8;
-  else if (format == "dense8") w.format = cuda::DecodeFormat::dense8;
-  else throw ValueError(str("format: expected one of bitmap16, bitmap8, dense8, got '", format, "'"));
   if (w.dtype == DType::f32) throw TypeError("dtype: expected float16 or bfloat16, got float32");
   PARED_CHECK(blocks % 16 == 0, "blocks: expected memory aligned to 16 bytes");
-  constexpr int64_t kMost = 64 * ((int64_t{1} << 31) - 1);
-  PARED_CHECK(outputs >= 0 && cols >= 0 && outputs < kMost && cols < kMost,
-              "w: expected non-negative sizes, got ", outputs, " x ", cols);
+  require_sizes(outputs, cols);
   return w;
 }
 
@@ -70,7 +87,7 @@ void register_cuda_decode(py::module_& m) {
       [](const WeightTuple& w, uintptr_t x, int64_t tokens, int64_t x_stride, uintptr_t scales,
          uintptr_t bias, const std::string& activation, uintptr_t y, int64_t y_stride, uintptr_t workspace,
          bool bulk, int device, uintptr_t stream) {
-        require_tokens(tokens);
+        PARED_CHECK(tokens >= 1, "tokens: expected at least 1, got ", tokens);
         const cuda::DecodeProduct p{weight(w),
                                     reinterpret_cast<const void*>(x),
                                     tokens,
@@ -88,6 +105,30 @@ void register_cuda_decode(py::module_& m) {
       py::arg("w"), py::arg("x"), py::arg("tokens"), py::arg("x_stride"), py::arg("scales"), py::arg("bias"),
       py::arg("activation"), py::arg("y"), py::arg("y_stride"), py::arg("workspace"), py::arg("bulk"),
       py::arg("device"), py::arg("stream"));
+  m.def(
+      "decode_pack_sizes",
+      [](const DenseTuple& w, uintptr_t units, uintptr_t largest, int device, uintptr_t stream) {
+        const cuda::DecodeDense given = dense(w);
+        PARED_CHECK(units && largest, "units, largest: expected device memory, got null");
+        py::gil_scoped_release unlocked;
+        cuda::decode_pack_sizes(given, reinterpret_cast<int64_t*>(units), reinterpret_cast<int64_t*>(largest),
+                                device, reinterpret_cast<cudaStream_t>(stream));
+      },
+      py::arg("w"), py::arg("units"), py::arg("largest"), py::arg("device"), py::arg("stream"),
+      "Sizes of a bitmap's blocks in 16 bytes, and the largest; w: values, outputs, cols, stride, format, "
+      "mask.");
+  m.def(
+      "decode_pack",
+      [](const DenseTuple& w, uintptr_t offsets, uintptr_t blocks, int device, uintptr_t stream) {
+        const cuda::DecodeDense given = dense(w);
+        PARED_CHECK(blocks && blocks % 16 == 0, "blocks: expected memory aligned to 16 bytes");
+        PARED_CHECK(offsets || given.format == cuda::DecodeFormat::dense8,
+                    "offsets: expected device memory, got null");
+        py::gil_scoped_release unlocked;
+        cuda::decode_pack(given, reinterpret_cast<const uint32_t*>(offsets),
+                          reinterpret_cast<uint8_t*>(blocks), device, reinterpret_cast<cudaStream_t>(stream));
+      },
+      py::arg("w"), py::arg("offsets"), py::arg("blocks"), py::arg("device"), py::arg("stream"));
   m.def(
       "decode_expand",
       [](const WeightTuple& w, uintptr_t scales, uintptr_t out, int device, uintptr_t stream) {

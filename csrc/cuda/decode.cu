@@ -397,12 +397,18 @@ DecodePlan decode_plan(const DecodeWeight& w, int64_t tokens, int device) {
 void decode_product(const DecodeProduct& p, int device, cudaStream_t stream) {
   if (p.tokens == 0 || p.w.outputs == 0) return;
   const DeviceGuard guard(device, "decode_product");
-  const DecodePlan plan = decode_plan(p.w, p.tokens, device);
-  if (plan.splits > 1)
-    check(cudaMemsetAsync(p.workspace, 0, static_cast<size_t>(plan.counters_bytes), stream),
-          "decode_product");
-  if (p.w.dtype == DType::f16) return launch_decode<__half>(p, plan, stream);
-  launch_decode<__nv_bfloat16>(p, plan, stream);
+  for (int64_t first = 0; first < p.tokens; first += kDecodeMaxTokens) {
+    DecodeProduct some = p;
+    some.tokens = std::min<int64_t>(kDecodeMaxTokens, p.tokens - first);
+    some.x = static_cast<const uint16_t*>(p.x) + first * p.x_stride;
+    some.y = static_cast<uint16_t*>(p.y) + first * p.y_stride;
+    const DecodePlan plan = decode_plan(p.w, some.tokens, device);
+    if (plan.splits > 1)
+      check(cudaMemsetAsync(p.workspace, 0, static_cast<size_t>(plan.counters_bytes), stream),
+            "decode_product");
+    if (p.w.dtype == DType::f16) launch_decode<__half>(some, plan, stream);
+    else launch_decode<__nv_bfloat16>(some, plan, stream);
+  }
 }
 
 void decode_expand(const DecodeWeight& w, const float* scales, void* out, int device, cudaStream_t stream) {

@@ -35,12 +35,28 @@ struct DecodeProduct {
   uint8_t* workspace;
   bool bulk;  // sm_90's bulk copies, where bulk_copies(device) says that there are any
 };
-// What a launch will use; for the workspace's size.
+// What a launch will use; for the workspace's size. More than kDecodeMaxTokens are as many launches as it
+// takes, one after the other, in the workspace of the largest.
 DecodePlan decode_plan(const DecodeWeight& w, int64_t tokens, int device);
 void decode_product(const DecodeProduct& a, int device, cudaStream_t stream);
 
 // The dense weight [outputs, cols] in w.dtype, times `scales` where given: what many tokens are multiplied
 // with.
 void decode_expand(const DecodeWeight& w, const float* scales, void* out, int device, cudaStream_t stream);
+
+// A dense weight on its way into that layout: 16-bit floats for bitmap16, int8 for the others.
+struct DecodeDense {
+  const void* values;  // [outputs, cols], rows `stride` elements apart
+  int64_t outputs, cols, stride;
+  DecodeFormat format;
+  const uint8_t* mask;  // [outputs, cols] bytes 0 or 1, contiguous: what is kept; null: all
+};
+// Of a bitmap: units[blocks] = the size of each block in 16 bytes; *largest, zero before, the greatest of
+// them.
+void decode_pack_sizes(const DecodeDense& w, int64_t* units, int64_t* largest, int device,
+                       cudaStream_t stream);
+// The blocks, at their offsets (of dense8: one after the other).
+void decode_pack(const DecodeDense& w, const uint32_t* offsets, uint8_t* blocks, int device,
+                 cudaStream_t stream);
 
 }  // namespace pared::cuda

@@ -3,6 +3,7 @@ set(PARED_CUDA_SOURCES
   block_sparse.cu
   csr.cu
   decode.cu
+  decode_pack.cu
   device.cc
   int8_product.cu
   int8_quantize.cu

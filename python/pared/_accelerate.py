@@ -235,7 +235,7 @@ def accelerate(
         model's own error is chained) and for weights that are not finite. Nothing has changed then.
     """
     _check_arguments(model, precision, max_error, min_speedup)
-    formats = _check_formats(formats, precision)
+    formats = _check_formats(formats, precision, "cpu")
     inputs = examples(example_inputs)
     with _progress(progress) as advance, torch.no_grad(), torch.random.fork_rng(devices=[]):
         dense = copy_model(model).eval()
@@ -314,7 +314,7 @@ def layer_seconds(
         opened = _open(dense, inputs, reference)
         candidates = _candidates(opened.model, precision)
         _record(opened.model, inputs, candidates, fuse=True)
-        known = _check_formats(formats, precision)
+        known = _check_formats(formats, precision, "cpu")
         packed: dict[Any, PackedWeight] = {}
         timed = Choices()
         found: dict[str, tuple[float, float]] = {}
@@ -362,8 +362,9 @@ def _check_arguments(model: Any, precision: Any, max_error: Any, min_speedup: An
         raise ValueError(f"min_speedup: expected a number of at least 0, got {min_speedup!r}")
 
 
-def _check_formats(formats: Any, precision: str) -> Sequence[str]:
-    known = tuple(n for n, f in FORMATS.items() if precision != "float32" or f.precision == "float32")
+def _check_formats(formats: Any, precision: str, device: str) -> Sequence[str]:
+    here = [f for f in FORMATS.values() if device in f.devices]
+    known = tuple(f.name for f in here if precision != "float32" or f.precision == "float32")
     if formats is None:
         return known
     if isinstance(formats, str) or not isinstance(formats, Sequence):

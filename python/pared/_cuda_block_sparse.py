@@ -4,11 +4,12 @@ runs."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pared._cuda_int8 import DYNAMIC, Place, checked_rows, quantize, require_device
 from pared.ops._device import DeviceWeight
@@ -40,6 +41,11 @@ def work_items(counts: Sequence[int] | NDArray[np.int64], most: int) -> tuple[ND
     return np.ascontiguousarray(items[order]), int(slots.sum())
 
 
+# Lists of work by the size of their items, of each weight by its columns: a weight that an operator puts
+# together from its parts finds them again.
+_items: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
 @dataclass(frozen=True)
 class DeviceBlocks(DeviceWeight):
     """A weight of blocks in a device's memory.
@@ -58,7 +64,6 @@ class DeviceBlocks(DeviceWeight):
     counts: tuple[int, ...]
     shape: tuple[int, int]
     scales: torch.Tensor | None
-    _items: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_dense(
@@ -109,6 +114,17 @@ class DeviceBlocks(DeviceWeight):
         return cls(blocks[kept].contiguous(), columns, counts, (outputs, cols), scales)
 
     @classmethod
+    def found_in(cls, weight: torch.Tensor, scales: torch.Tensor | None = None) -> DeviceBlocks:
+        """`from_dense` with the largest square blocks that store at most 5 % more than those of 16 x 16."""
+        found = cls.from_dense(weight, (16, 16), scales)
+        least = found.values.numel()
+        for size in ROWS[1:]:
+            larger = cls.from_dense(weight, (size, size), scales)
+            if larger.values.numel() <= 1.05 * least:
+                found = larger
+        return found
+
+    @classmethod
     def from_bsr(cls, weight: torch.Tensor) -> DeviceBlocks:
         """Take over a ``torch.sparse_bsr`` tensor of float16 or bfloat16; the blocks keep their order.
 
@@ -138,16 +154,6 @@ class DeviceBlocks(DeviceWeight):
         """Outputs and inputs of a block."""
         return self.values.shape[1], self.values.shape[2]
 
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of device memory, without the lists of work."""
-        scales = 0 if self.scales is None else 4 * self.scales.numel()
-        return self.values.numel() * self.values.element_size() + 4 * self.columns.numel() + scales
-
     def to_dense(self) -> torch.Tensor:
         """The weight [out, in] as it was given: int8 without its scales."""
         import torch
@@ -164,16 +170,98 @@ class DeviceBlocks(DeviceWeight):
         """`work_items` on the device. The first call for a size copies them there and waits."""
         import torch
 
-        found = self._items.get(most)
+        known = _items.get(self.columns)  # type: ignore[no-untyped-call]
+        if known is None:
+            known = _items[self.columns] = {}
+        found: tuple[torch.Tensor, int] | None = known.get(most)
         if found is None:
             items, slots = work_items(self.counts, most)
-            found = self._items[most] = torch.from_numpy(items).to(self.device), slots
+            found = known[most] = torch.from_numpy(items).to(self.device), slots
         return found
 
     def linear(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        activation: str | None = None,
+        *,
+        place: Place | None = None,
+        most: int | None = None,
     ) -> torch.Tensor:
-        return linear(x, self, bias, activation)
+        """``activation(x @ w.T + bias)``.
+
+        Parameters
+        ----------
+        x : [..., in] on the weight's device, in its dtype; for int8 weights of any float dtype, quantized by
+            token.
+        bias : [out], float32, on the same device, or None.
+        activation : None, "relu", "gelu", "gelu_tanh" or "silu".
+        place : the device and stream; None for `x`'s and torch's current one.
+        most : blocks an item of work; None for a choice by size.
+
+        Raises
+        ------
+        TypeError, ValueError : naming the argument, what was expected and what came.
+        RuntimeError : `x` or `bias` asks for a gradient; the CUDA part is missing or cannot run on the
+            device.
+        """
+        import torch
+
+        outputs, cols = self.shape
+        dtypes = (
+            (torch.float32, torch.float16, torch.bfloat16)
+            if self.scales is not None
+            else (self.values.dtype,)
+        )
+        rows = checked_rows(x, dtypes, self.shape, bias, self.values)
+        at = place or Place.of(x)
+        tokens = rows.shape[0]
+        out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+        if tokens == 0 or outputs == 0:
+            return out
+        scales = None
+        if self.scales is not None:
+            rows, scales = quantize(at, rows, DYNAMIC)
+        elif rows.data_ptr() % 16 or rows.stride(0) % 8:
+            rows = torch.nn.functional.pad(rows, (0, -cols % 8)).contiguous()
+        if most is None:
+            most = blocks_per_item(
+                sum(self.counts), len(self.counts), tokens, at.kernels.multiprocessors(at.device)
+            )
+        items, slots = self.items(most)
+        needed = at.kernels.block_sparse_workspace(tokens, slots, self.block[0])
+        workspace = torch.empty(needed, dtype=torch.uint8, device=x.device) if needed else None
+
+        def address(t: torch.Tensor | None) -> int:
+            return 0 if t is None else t.data_ptr()
+
+        at.kernels.block_sparse_product(
+            (
+                self.values.data_ptr(),
+                self.columns.data_ptr(),
+                str(self.values.dtype).removeprefix("torch."),
+                *self.block,
+                outputs,
+                cols,
+            ),
+            items.data_ptr(),
+            items.shape[0],
+            slots,
+            rows.data_ptr(),
+            tokens,
+            rows.stride(0),
+            address(scales),
+            address(self.scales),
+            address(bias),
+            activation or "",
+            str(x.dtype).removeprefix("torch."),
+            out.data_ptr(),
+            outputs,
+            address(workspace),
+            at.device,
+            at.stream,
+        )
+        return out
 
 
 def blocks_per_item(blocks: int, rows: int, tokens: int, multiprocessors: int) -> int:
@@ -189,81 +277,3 @@ def blocks_per_item(blocks: int, rows: int, tokens: int, multiprocessors: int) -
         wanted = rows  # rows far above the average are split all the same
     target = max(4.0, blocks / wanted, average if tiles > 1 else 0.0)
     return int(2 ** np.ceil(np.log2(target)))
-
-
-def linear(
-    x: torch.Tensor,
-    w: DeviceBlocks,
-    bias: torch.Tensor | None = None,
-    activation: str | None = None,
-    *,
-    place: Place | None = None,
-    most: int | None = None,
-) -> torch.Tensor:
-    """``activation(x @ w.T + bias)`` with a block-sparse weight in device memory.
-
-    Parameters
-    ----------
-    x : [..., in] on the weight's device, in its dtype; for int8 weights of any float dtype, quantized by
-        token.
-    bias : [out], float32, on the same device, or None.
-    activation : None, "relu", "gelu", "gelu_tanh" or "silu".
-    place : the device and stream; None for `x`'s and torch's current one.
-    most : blocks an item of work; None for a choice by size.
-
-    Raises
-    ------
-    TypeError, ValueError : naming the argument, what was expected and what came.
-    RuntimeError : `x` or `bias` asks for a gradient; the CUDA part is missing or cannot run on the device.
-    """
-    import torch
-
-    outputs, cols = w.shape
-    dtypes = (torch.float32, torch.float16, torch.bfloat16) if w.scales is not None else (w.values.dtype,)
-    rows = checked_rows(x, dtypes, w.shape, bias, w.values)
-    at = place or Place.of(x)
-    tokens = rows.shape[0]
-    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
-    if tokens == 0 or outputs == 0:
-        return out
-    scales = None
-    if w.scales is not None:
-        rows, scales = quantize(at, rows, DYNAMIC)
-    elif rows.data_ptr() % 16 or rows.stride(0) % 8:
-        rows = torch.nn.functional.pad(rows, (0, -cols % 8)).contiguous()
-    if most is None:
-        most = blocks_per_item(sum(w.counts), len(w.counts), tokens, at.kernels.multiprocessors(at.device))
-    items, slots = w.items(most)
-    needed = at.kernels.block_sparse_workspace(tokens, slots, w.block[0])
-    workspace = torch.empty(needed, dtype=torch.uint8, device=x.device) if needed else None
-
-    def address(t: torch.Tensor | None) -> int:
-        return 0 if t is None else t.data_ptr()
-
-    at.kernels.block_sparse_product(
-        (
-            w.values.data_ptr(),
-            w.columns.data_ptr(),
-            str(w.values.dtype).removeprefix("torch."),
-            *w.block,
-            outputs,
-            cols,
-        ),
-        items.data_ptr(),
-        items.shape[0],
-        slots,
-        rows.data_ptr(),
-        tokens,
-        rows.stride(0),
-        address(scales),
-        address(w.scales),
-        address(bias),
-        activation or "",
-        str(x.dtype).removeprefix("torch."),
-        out.data_ptr(),
-        outputs,
-        address(workspace),
-        at.device,
-        at.stream,
-    )
-    return out

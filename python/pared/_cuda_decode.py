@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from pared import _cuda
 from pared._cuda_int8 import Place, checked_rows, require_device
 from pared.ops._device import DeviceWeight
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 Format = Literal["bitmap16", "bitmap8", "dense8"]
 BLOCK = 64  # outputs and columns of a block; csrc/cuda/decode_plan.h says what is in one
 MASK_BYTES = BLOCK * BLOCK // 8
+# Two reads of the packed weight. The dense way reads it, writes the dense one and reads that: with 50 % zeros
+# in 16 bits the bytes of four and a half.
+FEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class DecodeWeight(DeviceWeight):
     shape : (out, in).
     largest : bytes of the largest block.
     scales : float32 [out] of 8-bit values; None for "bitmap16".
+    few_tokens : up to so many tokens the packed weight is multiplied with, beyond it the dense one.
     """
 
     blocks: torch.Tensor
@@ -38,10 +43,13 @@ class DecodeWeight(DeviceWeight):
     shape: tuple[int, int]
     largest: int
     scales: torch.Tensor | None
+    few_tokens: int = FEW_TOKENS
 
     @classmethod
-    def from_dense(cls, weight: torch.Tensor) -> DecodeWeight:
+    def from_dense(cls, weight: torch.Tensor, mask: torch.Tensor | None = None) -> DecodeWeight:
         """The non-zeros of a float16 or bfloat16 weight [out, in], on its device; -0.0 counts as zero.
+
+        `mask`, bool [out, in]: of those the ones to keep, as `pared.ops.topk_mask` gives it.
 
         Raises
         ------
@@ -52,7 +60,7 @@ class DecodeWeight(DeviceWeight):
         if not isinstance(weight, torch.Tensor) or weight.dtype not in (torch.float16, torch.bfloat16):
             got = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
             raise TypeError(f"weight: expected dtype float16 or bfloat16, got {got}")
-        return cls._pack(weight.detach(), "bitmap16", weight.dtype, None)
+        return cls._pack(weight.detach(), "bitmap16", weight.dtype, None, mask)
 
     @classmethod
     def from_quantized(
@@ -76,59 +84,34 @@ class DecodeWeight(DeviceWeight):
         if q.ndim == 2 and scales.shape != q.shape[:1]:
             raise ValueError(f"scales: expected [{q.shape[0]}], got {list(scales.shape)}")
         require_device("scales", scales, q)
-        return cls._pack(q, format, dtype, scales.float().contiguous())
+        return cls._pack(q, format, dtype, scales.float().contiguous(), None)
 
     @classmethod
     def _pack(
-        cls, w: torch.Tensor, format: Format, dtype: torch.dtype, scales: torch.Tensor | None
+        cls,
+        w: torch.Tensor,
+        format: Format,
+        dtype: torch.dtype,
+        scales: torch.Tensor | None,
+        mask: torch.Tensor | None,
     ) -> DecodeWeight:
         import torch
 
         if w.ndim != 2:
             raise ValueError(f"weight: expected [out, in], got shape {list(w.shape)}")
         outputs, cols = w.shape
-        order = _fragment_order(w.device)
-        sizes, parts = [], []
-        for first in range(0, outputs, BLOCK):  # a row of blocks at a time bounds the memory
-            rows = w[first : first + BLOCK]
-            padded = torch.zeros(BLOCK, -(-cols // BLOCK) * BLOCK, dtype=w.dtype, device=w.device)
-            padded[: rows.shape[0], :cols] = rows
-            values = padded.view(BLOCK, -1, BLOCK).transpose(0, 1).reshape(-1, BLOCK * BLOCK)[:, order]
-            size, part = _pack_dense(values) if format == "dense8" else _pack_bitmap(values)
-            sizes.append(size)
-            parts.append(part)
-        size = torch.cat(sizes) if sizes else torch.zeros(0, dtype=torch.int64, device=w.device)
-        units = torch.zeros(size.numel() + 1, dtype=torch.int64, device=w.device)
-        torch.cumsum(size // 16, 0, out=units[1:])
-        if int(units[-1]) >= 1 << 32:
-            raise ValueError(
-                f"weight: expected less than 64 GiB when packed, got {int(units[-1]) * 16} bytes"
-            )
-        # The kernels read them unsigned.
-        offsets = units.to(torch.int32)
-        blocks = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8, device=w.device)
-        largest = int(size.max()) if size.numel() else 0
+        if mask is not None:
+            if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+                got = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+                raise TypeError(f"mask: expected dtype bool, got {got}")
+            if mask.shape != w.shape:
+                raise ValueError(f"mask: expected [{outputs}, {cols}], got {list(mask.shape)}")
+            require_device("mask", mask, w)
+        pack = pack_on_device if _cuda.is_device_tensor(w) else pack_in_torch
+        blocks, offsets, largest = pack(w, format, mask)
         return cls(blocks, offsets, format, dtype, (outputs, cols), largest, scales)
 
-    @property
-    def device(self) -> torch.device:
-        return self.blocks.device
-
-    def linear(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
-    ) -> torch.Tensor:
-        return linear(x, self, bias, activation)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of device memory."""
-        return (
-            self.blocks.numel()
-            + 4 * self.offsets.numel()
-            + (4 * self.shape[0] if self.format != "bitmap16" else 0)
-        )
-
-    def _parts(self) -> tuple[int, int, str, str, int, int, int]:
+    def _operand(self) -> tuple[int, int, str, str, int, int, int]:
         dtype = str(self.dtype).removeprefix("torch.")
         blocks, offsets = self.blocks.data_ptr(), self.offsets.data_ptr()
         return blocks, offsets, self.format, dtype, *self.shape, self.largest
@@ -140,77 +123,79 @@ class DecodeWeight(DeviceWeight):
         at = place or Place.of(self.blocks)
         out = torch.empty(self.shape, dtype=self.dtype, device=self.blocks.device)
         scales = 0 if self.scales is None else self.scales.data_ptr()
-        at.kernels.decode_expand(self._parts(), scales, out.data_ptr(), at.device, at.stream)
+        at.kernels.decode_expand(self._operand(), scales, out.data_ptr(), at.device, at.stream)
         return out
 
+    def linear(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        activation: str | None = None,
+        *,
+        place: Place | None = None,
+        bulk: bool | None = None,
+    ) -> torch.Tensor:
+        """``activation(x @ w.T + bias)``; the number of tokens alone decides how, so that graphs hold it.
 
-def linear(
-    x: torch.Tensor,
-    w: DecodeWeight,
-    bias: torch.Tensor | None = None,
-    activation: str | None = None,
-    *,
-    place: Place | None = None,
-    bulk: bool | None = None,
-) -> torch.Tensor:
-    """``activation(x @ w.T + bias)``: one read of the packed weight for up to 32 tokens.
+        Up to `few_tokens` read the packed weight once for every 32 of them; more are multiplied with the
+        dense weight, which exists for the time of the call.
 
-    More tokens are multiplied with the dense weight, which exists for the time of the call.
+        Parameters
+        ----------
+        x : [..., in] in the weight's dtype and on its device, last axis contiguous.
+        bias : [out], float32, on the same device, or None.
+        activation : None, "relu", "gelu", "gelu_tanh" or "silu".
+        place : the device and stream; None for `x`'s and torch's current one.
+        bulk : whether blocks come by sm_90's bulk copies; None where the device has them.
 
-    Parameters
-    ----------
-    x : [..., in] in the weight's dtype and on its device, last axis contiguous.
-    bias : [out], float32, on the same device, or None.
-    activation : None, "relu", "gelu", "gelu_tanh" or "silu".
-    place : the device and stream; None for `x`'s and torch's current one.
-    bulk : whether blocks come by sm_90's bulk copies; None where the device has them.
+        Raises
+        ------
+        TypeError, ValueError : naming the argument, what was expected and what came.
+        RuntimeError : `x` or `bias` asks for a gradient; the CUDA part is missing or cannot run on the
+            device.
+        """
+        import torch
 
-    Raises
-    ------
-    TypeError, ValueError : naming the argument, what was expected and what came.
-    RuntimeError : `x` or `bias` asks for a gradient; the CUDA part is missing or cannot run on the device.
-    """
-    import torch
+        outputs, cols = self.shape
+        rows = checked_rows(x, (self.dtype,), self.shape, bias, self.blocks)
+        at = place or Place.of(x)
+        tokens = rows.shape[0]
+        if tokens > self.few_tokens:
+            dense = self.to_dense(place=at)
+            y = torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+            return _activate(y, activation)
+        out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+        if tokens == 0 or outputs == 0:
+            return out
+        *_, needed = at.kernels.plan_decode(
+            min(tokens, at.kernels.DECODE_MAX_TOKENS),
+            outputs,
+            cols,
+            self.largest,
+            at.kernels.multiprocessors(at.device),
+            at.kernels.shared_limit(at.device),
+        )
+        workspace = torch.empty(needed, dtype=torch.uint8, device=x.device) if needed else None
 
-    outputs, cols = w.shape
-    rows = checked_rows(x, (w.dtype,), w.shape, bias, w.blocks)
-    at = place or Place.of(x)
-    tokens = rows.shape[0]
-    if tokens > at.kernels.DECODE_MAX_TOKENS:
-        y = torch.nn.functional.linear(x, w.to_dense(place=at), None if bias is None else bias.to(x.dtype))
-        return _activate(y, activation)
-    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
-    if tokens == 0 or outputs == 0:
+        def address(t: torch.Tensor | None) -> int:
+            return 0 if t is None else t.data_ptr()
+
+        at.kernels.decode_product(
+            self._operand(),
+            rows.data_ptr(),
+            tokens,
+            rows.stride(0),
+            address(self.scales),
+            address(bias),
+            activation or "",
+            out.data_ptr(),
+            outputs,
+            address(workspace),
+            at.kernels.bulk_copies(at.device) if bulk is None else bulk,
+            at.device,
+            at.stream,
+        )
         return out
-    *_, needed = at.kernels.plan_decode(
-        tokens,
-        outputs,
-        cols,
-        w.largest,
-        at.kernels.multiprocessors(at.device),
-        at.kernels.shared_limit(at.device),
-    )
-    workspace = torch.empty(needed, dtype=torch.uint8, device=x.device) if needed else None
-
-    def address(t: torch.Tensor | None) -> int:
-        return 0 if t is None else t.data_ptr()
-
-    at.kernels.decode_product(
-        w._parts(),
-        rows.data_ptr(),
-        tokens,
-        rows.stride(0),
-        address(w.scales),
-        address(bias),
-        activation or "",
-        out.data_ptr(),
-        outputs,
-        address(workspace),
-        at.kernels.bulk_copies(at.device) if bulk is None else bulk,
-        at.device,
-        at.stream,
-    )
-    return out
 
 
 def _activate(y: torch.Tensor, activation: str | None) -> torch.Tensor:
@@ -228,6 +213,71 @@ def _activate(y: torch.Tensor, activation: str | None) -> torch.Tensor:
         raise ValueError(f"activation: expected one of {names} or None, got {activation!r}")
     result: torch.Tensor = functions[activation or ""](y)
     return result
+
+
+Packed = tuple["torch.Tensor", "torch.Tensor", int]  # blocks, offsets, bytes of the largest
+
+
+def _offsets(units: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Where blocks of these sizes (int64, in 16 bytes) begin, int32 that the kernels read unsigned; and their
+    sum. Waits for it.
+    """
+    import torch
+
+    ends = torch.zeros(units.numel() + 1, dtype=torch.int64, device=units.device)
+    torch.cumsum(units, 0, out=ends[1:])
+    total = int(ends[-1])
+    if total >= 1 << 32:
+        raise ValueError(f"weight: expected less than 64 GiB when packed, got {total * 16} bytes")
+    return ends.to(torch.int32), total
+
+
+def pack_on_device(w: torch.Tensor, format: Format, mask: torch.Tensor | None) -> Packed:
+    """By kernels, where the weight is; waits once, for the size."""
+    import torch
+
+    outputs, cols = w.shape
+    at = Place.of(w)
+    w = w if w.stride(1) == 1 or cols <= 1 else w.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    stride = w.stride(0) if outputs > 1 else cols
+    operand = (w.data_ptr(), outputs, cols, stride, format, 0 if mask is None else mask.data_ptr())
+    count = -(-outputs // BLOCK) * -(-cols // BLOCK)
+    if format == "dense8":
+        units = torch.full((count,), BLOCK * BLOCK // 16, dtype=torch.int64, device=w.device)
+        most = torch.full((), BLOCK * BLOCK // 16 if count else 0, dtype=torch.int64)
+    else:
+        units = torch.empty(count, dtype=torch.int64, device=w.device)
+        most = torch.zeros((), dtype=torch.int64, device=w.device)
+        if count:
+            at.kernels.decode_pack_sizes(operand, units.data_ptr(), most.data_ptr(), at.device, at.stream)
+    offsets, total = _offsets(units)
+    blocks = torch.empty(total * 16, dtype=torch.uint8, device=w.device)
+    if count:
+        at.kernels.decode_pack(operand, offsets.data_ptr(), blocks.data_ptr(), at.device, at.stream)
+    return blocks, offsets, int(most) * 16
+
+
+def pack_in_torch(w: torch.Tensor, format: Format, mask: torch.Tensor | None) -> Packed:
+    """By torch's operations, on any device: the same bytes."""
+    import torch
+
+    outputs, cols = w.shape
+    w = w if mask is None else torch.where(mask, w, 0)
+    order = _fragment_order(w.device)
+    sizes, parts = [], []
+    for first in range(0, outputs, BLOCK):  # a row of blocks at a time bounds the memory
+        rows = w[first : first + BLOCK]
+        padded = torch.zeros(BLOCK, -(-cols // BLOCK) * BLOCK, dtype=w.dtype, device=w.device)
+        padded[: rows.shape[0], :cols] = rows
+        values = padded.view(BLOCK, -1, BLOCK).transpose(0, 1).reshape(-1, BLOCK * BLOCK)[:, order]
+        size, part = _pack_dense(values) if format == "dense8" else _pack_bitmap(values)
+        sizes.append(size)
+        parts.append(part)
+    size = torch.cat(sizes) if sizes else torch.zeros(0, dtype=torch.int64, device=w.device)
+    offsets, _ = _offsets(size // 16)
+    blocks = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8, device=w.device)
+    return blocks, offsets, int(size.max()) if size.numel() else 0
 
 
 def _fragment_order(device: torch.device) -> torch.Tensor:

@@ -31,10 +31,7 @@ class Place:
     @classmethod
     def of(cls, x: torch.Tensor) -> Place:
         """`x`'s device and torch's current stream there. Raises ``RuntimeError`` as `pared._cuda.kernels`."""
-        import torch
-
-        device: int = x.device.index
-        return cls(_cuda.kernels(device), device, torch._C._cuda_getCurrentRawStream(device))
+        return cls(*_cuda.place_of(x))
 
 
 @dataclass(frozen=True)
@@ -83,60 +80,45 @@ class DeviceInt8(DeviceWeight):
         """(out, in)."""
         return self.q.shape[0], self.cols
 
-    @property
-    def device(self) -> torch.device:
-        return self.q.device
-
     def linear(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        activation: str | None = None,
+        *,
+        place: Place | None = None,
     ) -> torch.Tensor:
-        return linear(x, self, bias, activation)
+        """``activation(x @ w.T + bias)``; see `pared.ops.linear`.
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of device memory."""
-        return self.q.numel() + 4 * self.scales.numel() * (1 if self.correction is None else 2)
+        Parameters
+        ----------
+        x : [..., in], float32, bfloat16 or float16, last axis contiguous, on the weight's device.
+        bias : [out], float32, on the same device, or None.
+        activation : None, "relu", "gelu", "gelu_tanh" or "silu".
+        place : the device and stream; None for `x`'s and torch's current one.
 
+        Returns
+        -------
+        [..., out], of `x`'s dtype. Without an activation the bits of the CPU's `Int8`.
 
-def linear(
-    x: torch.Tensor,
-    w: DeviceInt8,
-    bias: torch.Tensor | None = None,
-    activation: str | None = None,
-    *,
-    place: Place | None = None,
-) -> torch.Tensor:
-    """``activation(x @ w.T + bias)`` with a weight in device memory; see `pared.ops.linear`.
+        Raises
+        ------
+        TypeError, ValueError : naming the argument, what was expected and what came.
+        RuntimeError : `x` or `bias` asks for a gradient; the CUDA part is missing or cannot run on the
+            device.
+        """
+        import torch
 
-    Parameters
-    ----------
-    x : [..., in], float32, bfloat16 or float16, last axis contiguous, on the weight's device.
-    w : weight, [out, in].
-    bias : [out], float32, on the same device, or None.
-    activation : None, "relu", "gelu", "gelu_tanh" or "silu".
-    place : the device and stream; None for `x`'s and torch's current one.
-
-    Returns
-    -------
-    [..., out], of `x`'s dtype. Without an activation the bits of the CPU's `Int8`.
-
-    Raises
-    ------
-    TypeError, ValueError : naming the argument, what was expected and what came.
-    RuntimeError : `x` or `bias` asks for a gradient; the CUDA part is missing or cannot run on the device.
-    """
-    import torch
-
-    if w.cols > MAX_COLS:
-        raise ValueError(f"w: expected at most {MAX_COLS} inputs, got {w.cols}")
-    rows = checked_rows(x, (torch.float32, torch.float16, torch.bfloat16), w.shape, bias, w.q)
-    outputs = w.shape[0]
-    at = place or Place.of(x)
-    dtype = str(x.dtype).removeprefix("torch.")
-    q, scales = quantize(at, rows, w.activations)
-    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
-    _product(at, q, w.q, w.cols, scales, w, bias, activation or "", dtype, out)
-    return out
+        if self.cols > MAX_COLS:
+            raise ValueError(f"w: expected at most {MAX_COLS} inputs, got {self.cols}")
+        rows = checked_rows(x, (torch.float32, torch.float16, torch.bfloat16), self.shape, bias, self.q)
+        outputs = self.shape[0]
+        at = place or Place.of(x)
+        dtype = str(x.dtype).removeprefix("torch.")
+        q, scales = quantize(at, rows, self.activations)
+        out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+        _product(at, q, self.q, self.cols, scales, self, bias, activation or "", dtype, out)
+        return out
 
 
 def quantize(at: Place, rows: torch.Tensor, activations: Activations) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pared
-from pared import _cuda_block_sparse
 from pared._cuda_block_sparse import DeviceBlocks, blocks_per_item, work_items
 from pared._cuda_int8 import Place
 
@@ -58,10 +57,10 @@ def test_products(backend, place, rng, dtype, block):
         x = torch.from_numpy(rng.standard_normal((m, k))).to(dtype)
         bias = torch.from_numpy(rng.standard_normal(n)).float()
         on, bias_on = x.to(backend.device), bias.to(backend.device)
-        assert_close(_cuda_block_sparse.linear(on, w, place=place), x, dense)
-        split = _cuda_block_sparse.linear(on, w, bias_on, place=place, most=2)
+        assert_close(w.linear(on, place=place), x, dense)
+        split = w.linear(on, bias_on, place=place, most=2)
         assert_close(split, x, dense, bias)
-        assert torch.equal(_cuda_block_sparse.linear(on, w, bias_on, place=place, most=2), split)
+        assert torch.equal(w.linear(on, bias_on, place=place, most=2), split)
 
 
 @pytest.mark.parametrize("block", [(16, 16), (64, 64), (128, 32)])
@@ -74,9 +73,7 @@ def test_int8_gives_the_bits_of_the_dense_int8(backend, place, rng, block, dtype
         w = DeviceBlocks.from_dense(q.to(backend.device), block, scales.to(backend.device))
         want = pared.ops.linear(x, pared.ops.Int8.from_quantized(q, scales), bias)
         for most in (None, 1):
-            got = _cuda_block_sparse.linear(
-                x.to(backend.device), w, bias.to(backend.device), place=place, most=most
-            )
+            got = w.linear(x.to(backend.device), bias.to(backend.device), place=place, most=most)
             assert torch.equal(got.cpu(), want)
 
 
@@ -102,10 +99,10 @@ def test_large_blocks(backend, place, rng, kernel, block, dtype):
         bias = torch.from_numpy(rng.standard_normal(n)).float()
         w = DeviceBlocks.from_dense(dense.to(backend.device), block)
         on, bias_on = x.to(backend.device), bias.to(backend.device)
-        assert_close(_cuda_block_sparse.linear(on, w, place=place), x, dense)
-        split = _cuda_block_sparse.linear(on, w, bias_on, place=place, most=2)
+        assert_close(w.linear(on, place=place), x, dense)
+        split = w.linear(on, bias_on, place=place, most=2)
         assert_close(split, x, dense, bias)
-        assert torch.equal(_cuda_block_sparse.linear(on, w, bias_on, place=place, most=2), split)
+        assert torch.equal(w.linear(on, bias_on, place=place, most=2), split)
 
 
 def test_large_int8_blocks(backend, place, rng, kernel):
@@ -115,9 +112,7 @@ def test_large_int8_blocks(backend, place, rng, kernel):
     w = DeviceBlocks.from_dense(q.to(backend.device), (128, 128), scales.to(backend.device))
     want = pared.ops.linear(x, pared.ops.Int8.from_quantized(q, scales), bias)
     for most in (None, 1):
-        got = _cuda_block_sparse.linear(
-            x.to(backend.device), w, bias.to(backend.device), place=place, most=most
-        )
+        got = w.linear(x.to(backend.device), bias.to(backend.device), place=place, most=most)
         assert torch.equal(got.cpu(), want)
 
 
@@ -127,7 +122,7 @@ def test_many_tokens(backend, place, rng):
     for m in (15, 16, 17, 127, 129, 260):
         x = torch.from_numpy(rng.standard_normal((m, 96))).to(torch.float16)
         for most in (None, 1):
-            assert_close(_cuda_block_sparse.linear(x.to(backend.device), w, place=place, most=most), x, dense)
+            assert_close(w.linear(x.to(backend.device), place=place, most=most), x, dense)
 
 
 def test_views_and_leading_dimensions(backend, place, rng):
@@ -136,10 +131,10 @@ def test_views_and_leading_dimensions(backend, place, rng):
     x = torch.from_numpy(rng.standard_normal((2, 3, 72))).to(torch.bfloat16)
     on = x.to(backend.device)
     for first in (0, 1, 8):
-        got = _cuda_block_sparse.linear(on[..., first : first + 61], w, place=place)
+        got = w.linear(on[..., first : first + 61], place=place)
         assert got.shape == (2, 3, 40)
         assert_close(got.reshape(6, 40), x[..., first : first + 61].reshape(6, 61), dense)
-    assert _cuda_block_sparse.linear(on[:0, :, :61], w, place=place).shape == (0, 3, 40)
+    assert w.linear(on[:0, :, :61], place=place).shape == (0, 3, 40)
 
 
 def test_activations_and_infinities(backend, place, rng):
@@ -147,8 +142,8 @@ def test_activations_and_infinities(backend, place, rng):
     w = DeviceBlocks.from_dense(dense.to(backend.device), (16, 16))
     x = torch.from_numpy(rng.standard_normal((3, 32))).to(torch.float16)
     x[1, 0] = float("inf")
-    got = _cuda_block_sparse.linear(x.to(backend.device), w, None, "relu", place=place).cpu()
-    plain = _cuda_block_sparse.linear(x.to(backend.device), w, place=place).cpu()
+    got = w.linear(x.to(backend.device), None, "relu", place=place).cpu()
+    plain = w.linear(x.to(backend.device), place=place).cpu()
     assert torch.equal(got, torch.relu(plain))
     # The rows of blocks that are absent do not see the infinity, as documented for sparse weights.
     assert torch.isfinite(plain[[0, 2]]).all()
@@ -163,7 +158,7 @@ def test_from_bsr(backend, place, rng):
     w = DeviceBlocks.from_bsr(bsr)
     assert torch.equal(w.to_dense().cpu(), dense)
     x = torch.from_numpy(rng.standard_normal((4, 96))).to(torch.float16)
-    assert_close(_cuda_block_sparse.linear(x.to(backend.device), w, place=place), x, dense)
+    assert_close(w.linear(x.to(backend.device), place=place), x, dense)
     with pytest.raises(TypeError, match=r"weight: expected a torch.sparse_bsr matrix, got torch.strided"):
         DeviceBlocks.from_bsr(dense)
     with pytest.raises(ValueError, match="weight: expected blocks of 16, 32, 64 or 128 rows"):
@@ -209,11 +204,15 @@ def test_blocks_per_item():
     assert blocks_per_item(0, 4, 1, 132) == 4
 
 
+def linear(x, w, *rest):
+    return w.linear(x, *rest)
+
+
 def test_bad_input(rng):
     dense = random_blocks(rng, (32, 32), (16, 16), 1.0, torch.float16)
     w = DeviceBlocks.from_dense(dense, (16, 16))
     q, x = dense.to(torch.int8), torch.ones(2, 32, dtype=torch.float16)
-    make, linear = DeviceBlocks.from_dense, _cuda_block_sparse.linear
+    make = DeviceBlocks.from_dense
     for function, args, error, text in [
         (make, (dense.float(), (16, 16)), TypeError, "weight: expected dtype float16 or bfloat16, or int8"),
         (make, (dense, (16, 16), torch.ones(32)), TypeError, "weight: expected dtype int8 with scales"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+import pared
 from pared import _cuda_decode
 from pared._cuda_decode import DecodeWeight
 from pared._cuda_int8 import Place
@@ -60,11 +63,11 @@ def test_products(backend, place, rng, format, dtype, m, n, k, density):
     for bulk in (True, False):
         if bulk and not backend.module.bulk_copies(0):
             continue
-        got = _cuda_decode.linear(x.to(backend.device), w, place=place, bulk=bulk)
+        got = w.linear(x.to(backend.device), place=place, bulk=bulk)
         assert got.dtype == dtype
         assert_close(got, x, dense)
         assert_close(
-            _cuda_decode.linear(x.to(backend.device), w, bias.to(backend.device), place=place, bulk=bulk),
+            w.linear(x.to(backend.device), bias.to(backend.device), place=place, bulk=bulk),
             x,
             dense,
             bias,
@@ -73,9 +76,10 @@ def test_products(backend, place, rng, format, dtype, m, n, k, density):
 
 def test_every_count_of_tokens(backend, place, rng):
     w, dense = random_weight(rng, (20, 40), 0.5, "bitmap16", torch.bfloat16, backend.device)
-    for m in range(40):  # beyond 32: the dense weight
+    w = dataclasses.replace(w, few_tokens=37)
+    for m in range(41):  # beyond 32: two reads; beyond 37: the dense weight
         x = torch.from_numpy(rng.standard_normal((m, 40))).to(torch.bfloat16)
-        got = _cuda_decode.linear(x.to(backend.device), w, place=place)
+        got = w.linear(x.to(backend.device), place=place)
         assert got.shape == (m, 20)
         assert_close(got, x, dense)
 
@@ -88,10 +92,10 @@ def test_a_long_reduction_is_split_in_a_fixed_order(backend, place, rng, format)
     *_, splits, _, _, workspace = backend.module.plan_decode(3, *w.shape, w.largest, sms, 232448)
     assert splits > 1
     assert workspace > 0
-    first = _cuda_decode.linear(x.to(backend.device), w, place=place)
+    first = w.linear(x.to(backend.device), place=place)
     assert_close(first, x, dense)
     for _ in range(3):
-        assert torch.equal(_cuda_decode.linear(x.to(backend.device), w, place=place), first)
+        assert torch.equal(w.linear(x.to(backend.device), place=place), first)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,6 +112,52 @@ def test_what_is_packed_comes_back(backend, place, rng, dtype, n, k):
             assert torch.equal(q.to_dense(place=place).cpu(), dense8.float().to(dtype))
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("n", "k"), [(0, 5), (3, 0), (1, 1), (64, 64), (65, 130), (200, 31), (30, 208)])
+def test_the_device_packs_the_bytes_of_torch(backend, rng, format, n, k):
+    for density in (0.0, 0.03, 0.5, 1.0):
+        w = torch.from_numpy(rng.standard_normal((n, k + 3))).to(torch.bfloat16)
+        if format != "bitmap16":
+            w = torch.from_numpy(rng.integers(-128, 128, (n, k + 3))).to(torch.int8)
+        w *= torch.from_numpy(rng.random((n, k + 3)) < density)
+        if format == "bitmap16" and w.numel():
+            w.view(-1)[0], w.view(-1)[-1] = -0.0, torch.nan
+        keep = torch.from_numpy(rng.random((n, k)) < 0.7)
+        for first in (0, 1):  # rows at any address
+            part = w[:, first : first + k]
+            for mask in (None, keep, keep.T.contiguous().T) if format == "bitmap16" else (None,):
+                want = _cuda_decode.pack_in_torch(part, format, mask)
+                there = None if mask is None else mask.to(backend.device)
+                got = _cuda_decode.pack_on_device(part.to(backend.device), format, there)
+                assert torch.equal(got[0].cpu(), want[0])
+                assert torch.equal(got[1].cpu(), want[1])
+                assert got[2] == want[2]
+    weight = torch.ones(2, 2, dtype=torch.float16, device=backend.device)  # a kernel has to run
+    pared.ops.Bitmap.from_device(weight)
+
+
+def test_what_the_mask_kernel_selects_is_packed_on_the_device(backend, place, rng):
+    w = torch.from_numpy(rng.standard_normal((70, 90))).to(torch.float16).to(backend.device)
+    mask = pared.ops.topk_mask(w, 2000)
+    packed = pared.ops.Bitmap.from_device(w, mask)
+    assert torch.equal(packed.to_dense(place=place), w * mask)
+    for call, error, text in [
+        (lambda: pared.ops.Bitmap.from_device(w, mask[1:]), ValueError, r"mask: expected \[70, 90\], got"),
+        (
+            lambda: pared.ops.Bitmap.from_device(w, w),
+            TypeError,
+            "mask: expected dtype bool, got torch.float16",
+        ),
+        (
+            lambda: pared.ops.Bitmap.from_device(w.cpu().numpy()),
+            ValueError,
+            "weight: expected a tensor on a C",
+        ),
+    ]:
+        with pytest.raises(error, match=text):
+            call()
+
+
 def test_special_values(backend, place):
     w = torch.zeros(64, 64, dtype=torch.float16)
     w[0, 0], w[5, 63], w[63, 1], w[7, 7] = float("inf"), float("nan"), 6e-8, -0.0
@@ -115,7 +165,7 @@ def test_special_values(backend, place):
     assert torch.equal(back.nan_to_num(7.0), w.nan_to_num(7.0))
     assert torch.isnan(back).sum() == 1
     x = torch.ones(1, 64, dtype=torch.float16, device=backend.device)
-    y = _cuda_decode.linear(x, DecodeWeight.from_dense(w.to(backend.device)), place=place).cpu()[0]
+    y = DecodeWeight.from_dense(w.to(backend.device)).linear(x, place=place).cpu()[0]
     assert torch.isinf(y[0])
     assert torch.isnan(y[5])
     assert torch.isfinite(y[[1, 7, 63]]).all()
@@ -128,7 +178,7 @@ def test_every_position_of_a_block(backend, place):
     for shift in range(0, 64, 9):
         keep = (torch.arange(64)[:, None] * 5 + torch.arange(64) + shift) % 7 < 3
         packed = DecodeWeight.from_dense((w * keep).to(backend.device))
-        got = _cuda_decode.linear(x, packed, place=place).cpu()
+        got = packed.linear(x, place=place).cpu()
         assert torch.equal(got, (w * keep).T[:32])
 
 
@@ -137,7 +187,7 @@ def test_views_and_leading_dimensions(backend, place, rng):
     x = torch.from_numpy(rng.standard_normal((2, 3, 83))).to(torch.bfloat16)
     on = x.to(backend.device)
     for cut in (slice(0, 80), slice(1, 81), slice(3, 83)):  # aligned to 16 bytes, and not
-        got = _cuda_decode.linear(on[..., cut], w, place=place)
+        got = w.linear(on[..., cut], place=place)
         assert got.shape == (2, 3, 30)
         assert_close(got.reshape(6, 30), x[..., cut].reshape(6, 80), dense)
 
@@ -145,10 +195,10 @@ def test_views_and_leading_dimensions(backend, place, rng):
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
 def test_activations(backend, place, rng, activation):
     w, _ = random_weight(rng, (30, 64), 0.5, "bitmap16", torch.float16, backend.device)
-    x = torch.from_numpy(rng.standard_normal((40, 64))).to(torch.float16).to(backend.device)
-    few = _cuda_decode.linear(x[:32], w, None, activation, place=place)
-    many = _cuda_decode.linear(x, w, None, activation, place=place)[:32]
-    plain = _cuda_decode.linear(x[:32], w, place=place)
+    x = torch.from_numpy(rng.standard_normal((70, 64))).to(torch.float16).to(backend.device)
+    few = w.linear(x[:32], None, activation, place=place)
+    many = w.linear(x, None, activation, place=place)[:32]
+    plain = w.linear(x[:32], place=place)
     # The dense path rounds to float16 before the activation; its slope is at most 1.13.
     assert bool(((few - many).abs() <= 2.0**-9 * (plain.abs() + 1e-2)).all())
 
@@ -163,7 +213,7 @@ def test_nothing_beyond_the_output_is_written(backend, place, rng, monkeypatch):
         "empty",
         lambda *a, **k: poison[31 : 31 + 185].view(5, 37) if a[0] == (5, 37) else empty(*a, **k),
     )
-    assert_close(_cuda_decode.linear(x.to(backend.device), w, place=place), x, dense)
+    assert_close(w.linear(x.to(backend.device), place=place), x, dense)
     assert bool((poison[:31] == 7).all())
     assert bool((poison[31 + 185 :] == 7).all())
 
@@ -171,11 +221,15 @@ def test_nothing_beyond_the_output_is_written(backend, place, rng, monkeypatch):
 # ---- errors and plans: no kernel runs
 
 
+def linear(x, w, *rest):
+    return w.linear(x, *rest)
+
+
 def test_bad_input(rng):
     w, _ = random_weight(rng, (4, 8), 0.5, "bitmap16", torch.float16, "cpu")
     x, q = torch.ones(2, 8, dtype=torch.float16), torch.ones(4, 8, dtype=torch.int8)
     ones = torch.ones(4)
-    linear, dense, quantized = _cuda_decode.linear, DecodeWeight.from_dense, DecodeWeight.from_quantized
+    dense, quantized = DecodeWeight.from_dense, DecodeWeight.from_quantized
     for function, args, error, text in [
         (linear, (x.float(), w), TypeError, "x: expected dtype float16, got torch.float32"),
         (linear, (x[:, :7], w), ValueError, r"x: expected shape \[..., 8\], got \[2, 7\]"),

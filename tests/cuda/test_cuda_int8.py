@@ -193,9 +193,7 @@ def test_the_bits_of_the_cpu(backend, place, rng, dtype, options, m, n, k):
     bias = torch.from_numpy(rng.standard_normal(n).astype(np.float32))
     on = DeviceInt8.from_int8(w, backend.device)
     for b in (None, bias):
-        got = _cuda_int8.linear(
-            x.to(backend.device), on, None if b is None else b.to(backend.device), place=place
-        )
+        got = on.linear(x.to(backend.device), None if b is None else b.to(backend.device), place=place)
         assert got.dtype == dtype
         assert torch.equal(got.cpu(), pared.ops.linear(x, w, b))
 
@@ -206,9 +204,9 @@ def test_activations(backend, place, rng, activation):
     x = torch.from_numpy(rng.standard_normal((33, 64)).astype(np.float32))
     bias = torch.linspace(-30, 30, 40)
     on = DeviceInt8.from_int8(w, backend.device)
-    args = x.to(backend.device), on, bias.to(backend.device)
-    t = _cuda_int8.linear(*args, place=place).cpu().double()
-    got = _cuda_int8.linear(*args, activation, place=place).cpu()
+    args = x.to(backend.device), bias.to(backend.device)
+    t = on.linear(*args, place=place).cpu().double()
+    got = on.linear(*args, activation, place=place).cpu()
     cubic = math.sqrt(2 / math.pi) * (t + 0.044715 * t**3)
     want, steep = {  # and by how much the function magnifies a relative error of its argument
         "relu": (torch.relu(t), t * 0),
@@ -224,7 +222,7 @@ def test_a_token_with_nan_gives_nan_and_no_other(backend, place, rng):
     w = DeviceInt8.from_int8(layer(rng, 9, 33), backend.device)
     x = torch.ones(4, 33, device=backend.device)
     x[1, 5], x[3, 0] = float("nan"), float("inf")
-    nan = torch.isnan(_cuda_int8.linear(x, w, place=place).cpu())
+    nan = torch.isnan(w.linear(x, place=place).cpu())
     assert nan[[1, 3]].all()
     assert not nan[[0, 2]].any()
 
@@ -239,7 +237,7 @@ def test_leading_dimensions_and_strides(backend, place, rng):
         (on[:0, :, :33], x[:0, :, :33]),
         (on[0, 0, :33], x[0, 0, :33]),
     ]:
-        got = _cuda_int8.linear(view, w, place=place).cpu()
+        got = w.linear(view, place=place).cpu()
         assert got.shape == (*view.shape[:-1], 9)
         assert torch.equal(got, pared.ops.linear(same, cpu))
 
@@ -247,11 +245,15 @@ def test_leading_dimensions_and_strides(backend, place, rng):
 # ---- errors and plans: no kernel runs
 
 
+def linear(x, w, *rest):
+    return w.linear(x, *rest)
+
+
 def test_bad_input(rng):
     w = DeviceInt8.from_int8(layer(rng, 4, 8), "cpu")
     x, bias = torch.ones(2, 8), torch.ones(4)
     three, four = (torch.ones(2, n, dtype=torch.int8) for n in (3, 4))
-    linear, gemm_s8 = _cuda_int8.linear, _cuda_int8.gemm_s8
+    gemm_s8 = _cuda_int8.gemm_s8
     dtype = "x: expected dtype float32 or float16 or bfloat16, got "
     for function, args, error, text in [
         (linear, (x.double(), w), TypeError, dtype + "torch.float64"),
@@ -325,7 +327,7 @@ def check_tile(place, device, rng, tile, options, dtype):
             on = DeviceInt8.from_int8(w, device)
             for b, activation in [(None, None), (bias, "relu")]:
                 at = None if b is None else b.to(device)
-                got = _cuda_int8.linear(x.to(device), on, at, activation, place=place)
+                got = on.linear(x.to(device), at, activation, place=place)
                 assert torch.equal(got.cpu(), pared.ops.linear(x, w, b, activation))
     finally:
         place.kernels.force_int8_tile(-1)

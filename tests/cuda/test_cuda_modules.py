@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 import pared
 from pared._cuda_int8 import Place
 from pared.nn import Conv2d, Linear
+from pared.ops._device import DeviceWeight
+from pared.ops._library import linear_device_op
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def move(module, backend):
     """What ``module.to("cuda")`` does; the emulator's device has the CPU's memory."""
     if backend.device.type == "cuda":
         return module.to(backend.device)
-    module._on_device = module.packed_weight().to(backend.device)
+    module._hold(module.packed_weight().to(backend.device))
     return module
 
 
@@ -51,13 +54,13 @@ def test_int8_gives_the_bits_of_the_cpu(backend, place):
     assert torch.equal(pared.ops.linear(x.to(backend.device), w.to(backend.device), bias).cpu(), want)
 
 
-@pytest.mark.parametrize("format", ["bitmap", "bitmap8"])
+@pytest.mark.parametrize("format", ["bitmap", "bitmap8", "int8wo"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_for_few_tokens(backend, place, format, dtype):
     module = layer(format, dtype)
     dense = module.packed_weight().to_dense().double()
     moved = move(module, backend)
-    for tokens in (1, 32, 50):
+    for tokens in (1, 32, 50, 70):
         x = torch.randn(tokens, 70).to(dtype)
         want = x.double() @ dense.T + module.bias.cpu().double()
         # The output's rounding, and that of to_dense's 8-bit weights to `dtype`.
@@ -66,11 +69,8 @@ def test_weights_for_few_tokens(backend, place, format, dtype):
 
 
 def test_blocks(backend, place):
-    torch.manual_seed(3)
-    plain = nn.Linear(128, 192).to(torch.bfloat16)
-    with torch.no_grad():
-        plain.weight *= (torch.rand(3, 2) < 0.6).kron(torch.ones(64, 64))
-    module = Linear.from_module(plain, format="bsr")
+    module = block_layer("bsr")
+    plain = module.to_module()
     weight = module.packed_weight()
     moved = move(module, backend)
     assert moved._on_device.block == (64, 64)
@@ -79,6 +79,83 @@ def test_blocks(backend, place):
     want = plain(x).double()
     bound = torch.finfo(x.dtype).eps * (x.double().abs() @ plain.weight.double().abs().T + 1)
     assert bool(((moved(x.to(backend.device)).cpu().double() - want).abs() <= bound).all())
+
+
+def block_layer(format):
+    torch.manual_seed(3)
+    plain = nn.Linear(128, 192).to(torch.bfloat16)
+    with torch.no_grad():
+        plain.weight *= (torch.rand(3, 2) < 0.6).kron(torch.ones(64, 64))
+    return Linear.from_module(plain, format=format)
+
+
+def test_blocks_of_8_bits(backend, place):
+    module = block_layer("bsr8")
+    x = torch.randn(5, 128).bfloat16()
+    want = module(x)
+    moved = move(module, backend)
+    assert moved._on_device.block == (64, 64)
+    assert torch.equal(moved(x.to(backend.device)).cpu(), want)  # the same integers, the same roundings
+
+
+TRACED = [
+    ("int8", torch.float32),
+    ("bitmap", torch.float16),
+    ("bitmap8", torch.bfloat16),
+    ("int8wo", torch.half),
+]
+
+
+def traced_layer(format, dtype):
+    return block_layer(format) if format.startswith("bsr") else layer(format, dtype, "relu")
+
+
+@pytest.mark.parametrize(("format", "dtype"), [*TRACED, ("bsr", torch.bfloat16), ("bsr8", torch.bfloat16)])
+def test_tracers_see_an_operator(backend, place, format, dtype):
+    module = move(traced_layer(format, dtype), backend)
+    columns = module.in_features
+    x = torch.randn(3, columns).to(dtype).to(backend.device)
+    want = module(x)
+    compiled = torch.compile(nn.Sequential(module), fullgraph=True, backend="aot_eager", dynamic=False)
+    assert torch.equal(compiled(x), want)
+    exported = torch.export.export(nn.Sequential(module), (x,))
+    assert [n.target for n in exported.graph.nodes if n.op == "call_function"] == [linear_device_op]
+    assert torch.equal(exported.module()(x), want)
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    assert torch.equal(torch.export.load(file).module()(x), want)
+
+
+@pytest.mark.parametrize(("format", "dtype"), [TRACED[0], TRACED[1], ("bsr", torch.bfloat16)])
+def test_opcheck(backend, place, format, dtype):
+    module = move(traced_layer(format, dtype), backend)
+    for shape in ((3, module.in_features), (0, module.in_features), (2, 2, module.in_features)):
+        x = torch.randn(shape).to(dtype).to(backend.device)
+        args = (x, module._device_tensors, module.bias, module.out_features, module._device_layout, "gelu")
+        torch.library.opcheck(linear_device_op, args)
+
+
+def test_parts_put_together_again(backend, place):
+    weight = move(layer("bitmap", torch.float16), backend)._on_device
+    layout, tensors = weight.parts()
+    again = DeviceWeight.from_parts(layout, tensors)
+    assert again.parts()[0] == layout
+    x = torch.randn(2, 70).half().to(backend.device)
+    assert torch.equal(again.linear(x), weight.linear(x))
+    assert weight.nbytes == sum(t.nbytes for t in tensors)
+    with pytest.raises(ValueError, match="weight: expected 2 tensors, got 1"):
+        DeviceWeight.from_parts(layout, tensors[:1])
+    for bad in (
+        "",
+        "[]",
+        layout.replace("DecodeWeight", "Format"),
+        layout.replace("few_tokens", "few"),
+        layout.replace('"decode"', '"no.such"'),
+        layout.replace('"decode"', '"nothing"'),
+    ):
+        with pytest.raises(ValueError, match="layout: expected the description of a weight on a device"):
+            DeviceWeight.from_parts(bad, tensors)
 
 
 def test_the_state_dict_is_that_of_the_cpu_and_loads(backend, place):

@@ -28,7 +28,8 @@ class Rule:
 # By exact type: a subclass may compute something else.
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: Rule(
-        Linear, ("csr", "bsr", "dense", "bitmap", "bitmap+csr", "int8", "bitmap8", "bsr8", "int4")
+        Linear,
+        ("csr", "bsr", "dense", "bitmap", "bitmap+csr", "int8", "int8wo", "bitmap8", "bsr8", "int4"),
     ),
     nn.Conv2d: Rule(Conv2d, ("csr", "bsr", "dense", "int8", "bsr8")),
 }

@@ -93,10 +93,10 @@ class PackedModule(nn.Module):
 
     Several threads may call one module at once.
 
-    Linear layers with int8, bitmap8, csr, or 16-bit bsr or bitmap weights move to CUDA devices: a copy of the
-    weight goes there in the layout of the kernels, ``packed`` stays in the CPU's memory, so that the state
-    dict and files are the same. So do convolutions of 1x1 without padding and groups, whose pixels are the
-    tokens of the same product. Other formats and geometries refuse to move.
+    Linear layers with int8, int8wo, bitmap8, bsr8, csr, or 16-bit bsr or bitmap weights move to CUDA devices:
+    a copy of the weight goes there in the layout of the kernels, ``packed`` stays in the CPU's memory, so
+    that the state dict and files are the same. So do convolutions of 1x1 without padding and groups, whose
+    pixels are the tokens of the same product. Other formats and geometries refuse to move.
 
     Attributes
     ----------
@@ -111,6 +111,9 @@ class PackedModule(nn.Module):
     bias: Tensor | None
     # The weight in the memory of a CUDA device, where the module was moved to one; `packed` stays on the CPU.
     _on_device: DeviceWeight | None = None
+    # Its parts, for tracers: they see a string and tensors.
+    _device_layout: str = ""
+    _device_tensors: list[Tensor] = []  # noqa: RUF012  # replaced, never written to
     # The class that pared.restore gives back.
     plain: ClassVar[type[nn.Module]]
 
@@ -237,12 +240,12 @@ class PackedModule(nn.Module):
     def _move(self, device: torch.device) -> None:
         """Take a copy of the weight to `device`. Raises ``RuntimeError`` where it has no kernel."""
         if device.type == "cpu":
-            self._on_device = None
+            self._hold(None)
             return
         try:
             if device.type != "cuda":
                 raise ValueError(f"device: expected cpu, got {device}")
-            self._on_device = self._device_weight(device)
+            self._hold(self._device_weight(device))
         except ValueError as e:
             raise RuntimeError(
                 f"device: {type(self).__name__} has no {self.format} kernel for {device} ({e}); "
@@ -252,6 +255,11 @@ class PackedModule(nn.Module):
     def _device_weight(self, device: torch.device) -> DeviceWeight:
         """The weight in the memory of a CUDA device. Raises ``ValueError`` where it has no kernel."""
         return self.packed_weight().to(device)
+
+    def _hold(self, weight: DeviceWeight | None) -> None:
+        """Run `weight`, which stands for the packed one, on its device; None: on the CPU."""
+        self._on_device = weight
+        self._device_layout, self._device_tensors = ("", []) if weight is None else weight.parts()
 
     def _align(self) -> None:
         packed = self._buffers["packed"]
@@ -284,7 +292,7 @@ class PackedModule(nn.Module):
             # The sizes of two packed weights differ with their zeros: torch's own code would refuse that.
             state_dict = {**state_dict, key: self._buffers["packed"]}
             if self._on_device is not None and not error_msgs:
-                self._on_device = self._device_weight(self._on_device.device)
+                self._hold(self._device_weight(self._on_device.device))
         delta = state_dict.get(prefix + "fold_delta")
         if "fold_delta" in self._buffers and isinstance(delta, Tensor) and delta.dtype == torch.int8:
             self._buffers["fold_delta"] = delta.detach().clone()  # one byte a non-zero: sizes differ as well
@@ -356,7 +364,7 @@ def quantized_parts(
 def format_name(weight: PackedWeight) -> str:
     """The registered name of a packed weight's format."""
     for f in FORMATS.values():
-        if isinstance(weight, f.weight):
+        if type(weight) is f.weight:
             return f.name
     raise TypeError(f"weight: expected a packed weight ({', '.join(FORMATS)}), got {type(weight).__name__}")
 

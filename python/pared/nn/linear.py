@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from pared.nn._base import PackedModule, pack, quantized_parts
 from pared.ops._formats import FORMATS
-from pared.ops._library import foldable, grad_error, linear_op
+from pared.ops._library import foldable, grad_error, linear_device_op, linear_op
 from pared.ops.chain import chain_of
 from pared.ops.packed import PackedWeight
 
@@ -179,9 +179,9 @@ class Linear(PackedModule):
         if not hasattr(type(x), "__torch_function__"):
             raise TypeError(f"x: expected a torch tensor, got {type(x).__name__}")
         if self._on_device is not None:
-            # No operator on that device yet: a break in the graph.
-            run: Any = torch.compiler.disable(self._on_device.linear)  # type: ignore[no-untyped-call]
-            on_device: Tensor = run(foldable(x), self.bias, self.activation)
+            on_device: Tensor = linear_device_op(
+                x, self._device_tensors, self.bias, self.out_features, self._device_layout, self._act
+            )
             return on_device
         y: Tensor = linear_op(x, self.packed, self.bias, self.out_features, self._act)
         return y

@@ -7,7 +7,7 @@ from pared.ops.chain import linear_chain
 from pared.ops.conv import conv2d
 from pared.ops.csr import CSR
 from pared.ops.int4 import Int4
-from pared.ops.int8 import Bitmap8, Int8, gemm_s8
+from pared.ops.int8 import Bitmap8, Int8, Int8WeightOnly, gemm_s8
 from pared.ops.linear import linear
 from pared.ops.packed import PackedWeight
 from pared.ops.selection import Threshold, block_mask, nm_mask, select_threshold, topk, topk_mask
@@ -22,6 +22,7 @@ __all__ = [
     "Dense",
     "Int4",
     "Int8",
+    "Int8WeightOnly",
     "PackedWeight",
     "Threshold",
     "block_mask",

@@ -13,7 +13,7 @@ from pared.ops.bsr import BSR, Dense
 from pared.ops.bsr_int8 import BSRInt8
 from pared.ops.csr import CSR
 from pared.ops.int4 import Int4
-from pared.ops.int8 import Bitmap8, Int8
+from pared.ops.int8 import Bitmap8, Int8, Int8WeightOnly
 from pared.ops.packed import PackedWeight
 
 
@@ -37,6 +37,7 @@ class Format:
         positions)``, the shares of non-zero weights and of non-zero blocks of four outputs by one input, and
         the output positions (tokens, pixels) of a call.
     combines : formats that it holds, for layers whose calls do not all suit the same one.
+    devices : where `pared.accelerate` may choose it; other devices run it all the same where they can.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Format:
     suits: Callable[[float, float, int], bool]
     combines: tuple[str, ...] = ()
     chain: Callable[..., None] | None = None
+    devices: tuple[str, ...] = ("cpu",)
 
     def worth_trying(self, density: float, quads: float, positions: Collection[int]) -> bool:
         """Whether it suits a layer whose calls have these numbers of positions."""
@@ -69,6 +71,7 @@ FORMATS: dict[str, Format] = {
             "float32",
             lambda d, q, n: d <= 0.85,
             chain=_core.linear_chain_csr,
+            devices=("cpu", "cuda"),
         ),
         # Where the four rows of a quad share few non-zeros, a row of its own is the faster way to each.
         Format(
@@ -80,6 +83,7 @@ FORMATS: dict[str, Format] = {
             "float32",
             lambda d, q, n: q <= min(0.85, 2 * d),
             chain=_core.linear_chain_csr,
+            devices=("cpu", "cuda"),
         ),
         # Below a tile of positions, reading the weight is the cost, and torch's copy is no larger.
         Format(
@@ -101,6 +105,7 @@ FORMATS: dict[str, Format] = {
             None,
             "float32",
             lambda d, q, n: d <= 0.85 and n <= min(48, 16 + 100 * d),
+            devices=("cpu", "cuda"),
         ),
         Format(
             "int8",
@@ -111,6 +116,19 @@ FORMATS: dict[str, Format] = {
             "int8",
             lambda d, q, n: True,
             chain=_core.linear_chain_int8,
+            devices=("cpu", "cuda"),
+        ),
+        # The same bytes; a device of its own choice takes inputs in 16 bits.
+        Format(
+            "int8wo",
+            4,
+            Int8WeightOnly,
+            _core.linear_int8,
+            None,
+            "int8",
+            lambda d, q, n: True,
+            chain=_core.linear_chain_int8,
+            devices=("cuda",),
         ),
         # Only where `pared.quantize` has put the weight on such a grid (`pared.nn.takes_over`).
         Format("int4", 8, Int4, _core.linear_int4, None, "int4", lambda d, q, n: True),
@@ -123,6 +141,7 @@ FORMATS: dict[str, Format] = {
             "int8",
             lambda d, q, n: d <= 0.85,
             chain=_core.linear_chain_int8,
+            devices=("cpu", "cuda"),
         ),
         Format(
             "bitmap+csr",
@@ -144,6 +163,7 @@ FORMATS: dict[str, Format] = {
             "int8",
             lambda d, q, n: d <= 0.7,
             chain=_core.linear_chain_int8,
+            devices=("cpu", "cuda"),
         ),
     )
 }

@@ -17,9 +17,19 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pared.ops._device import DeviceWeight
 from pared.ops._formats import Format, format_of
 
-__all__ = ["aligned", "conv2d_op", "empty_images", "foldable", "grad_error", "images", "linear_op"]
+__all__ = [
+    "aligned",
+    "conv2d_op",
+    "empty_images",
+    "foldable",
+    "grad_error",
+    "images",
+    "linear_device_op",
+    "linear_op",
+]
 
 # Kept for the life of the process: torch drops the registrations with the Library object.
 _LIB: Any = torch.library.Library("pared", "DEF")  # type: ignore[no-untyped-call]
@@ -64,8 +74,14 @@ def _checked(packed: Tensor) -> tuple[Tensor, Format]:
     return aligned(packed), known[1]
 
 
-def _define(schema: str, cpu: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
-    """Register an operator: its CPU kernel, its shape function, an autograd kernel that refuses gradients."""
+def _define(
+    schema: str,
+    kernel: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    keys: tuple[str, ...] = ("CPU",),
+) -> Any:
+    """Register an operator: its kernel for the dispatch keys of some devices, its shape function, an autograd
+    kernel that refuses gradients."""
     name = _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     qualified = f"pared::{schema.partition('(')[0]}"
     op = getattr(torch.ops.pared, schema.partition("(")[0]).default
@@ -76,7 +92,8 @@ def _define(schema: str, cpu: Callable[..., Tensor], fake: Callable[..., Tensor]
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    _LIB.impl(name, cpu, "CPU")
+    for key in keys:
+        _LIB.impl(name, kernel, key)
     _LIB.impl(name, autograd, "Autograd")
     torch.library.register_fake(qualified, fake, lib=_LIB)
     return op
@@ -101,6 +118,29 @@ linear_op = _define(
     "linear(Tensor x, Tensor packed, Tensor? bias, int out_features, str activation) -> Tensor",
     _linear,
     _linear_fake,
+)
+
+
+def _linear_device(
+    x: Tensor, weight: list[Tensor], bias: Tensor | None, out_features: int, layout: str, activation: str
+) -> Tensor:
+    w = DeviceWeight.from_parts(layout, weight)
+    return w.linear(foldable(x), bias, activation or None)
+
+
+def _linear_device_fake(
+    x: Tensor, weight: list[Tensor], bias: Tensor | None, out_features: int, layout: str, activation: str
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+# `weight` and `layout` are what DeviceWeight.parts gives. On the CPU it says which device it expected.
+linear_device_op = _define(
+    "linear_device(Tensor x, Tensor[] weight, Tensor? bias, int out_features, str layout, str activation) "
+    "-> Tensor",
+    _linear_device,
+    _linear_device_fake,
+    ("CUDA", "CPU"),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from pared import _core
+from pared._cuda import is_device_tensor
 from pared._types import Array
 from pared.ops._arrays import is_torch, require_array
 from pared.ops._device import DeviceWeight
@@ -42,6 +43,28 @@ class Bitmap(PackedWeight):
         if groups != 1:
             raise ValueError(f"groups: expected 1 for a linear weight, got {groups}")
         return cls(_core.bitmap_pack_dense(weight.detach() if is_torch(weight) else weight))
+
+    @staticmethod
+    def from_device(weight: Any, mask: Any = None) -> DeviceWeight:
+        """Pack a dense weight that is in a CUDA device's memory, where it is: what `to` gives, without the
+        way through the CPU. It waits once, to learn the size.
+
+        Parameters
+        ----------
+        weight : [out, in], float16 or bfloat16. Zeros are not stored; NaN and infinity are.
+        mask : bool [out, in] on the same device, for example from `pared.ops.topk_mask`: what is kept of it;
+            None: all.
+
+        Raises
+        ------
+        TypeError, ValueError : naming the argument, what was expected and what came.
+        """
+        from pared._cuda_decode import DecodeWeight
+
+        if not is_device_tensor(weight):
+            got = weight.device if is_torch(weight) else type(weight).__name__
+            raise ValueError(f"weight: expected a tensor on a CUDA device, got {got}; use from_dense")
+        return DecodeWeight.from_dense(weight, mask)
 
     def to(self, device: Any, dtype: Any = None) -> DeviceWeight:
         import torch

@@ -101,15 +101,7 @@ class BSR(PanelWeight):
 
         given = self._device_dtype(dtype)
         dense = torch.as_tensor(self.to_dense()).to(device, given)
-        if block is not None:
-            return DeviceBlocks.from_dense(dense, block)
-        found = DeviceBlocks.from_dense(dense, (16, 16))
-        least = found.values.numel()
-        for size in (32, 64, 128):
-            larger = DeviceBlocks.from_dense(dense, (size, size))
-            if larger.values.numel() <= 1.05 * least:
-                found = larger
-        return found
+        return DeviceBlocks.from_dense(dense, block) if block else DeviceBlocks.found_in(dense)
 
     def _dividing(self, block: tuple[int, int]) -> tuple[int, int]:
         check_block(block)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pared import _core
 from pared._types import Array
 from pared.ops._arrays import is_torch, require_array
+from pared.ops._device import DeviceWeight
 from pared.ops.bsr import check_block
 from pared.ops.int8 import Activations, QuantizedWeight, check_activations, output_scales
 
@@ -109,6 +110,19 @@ class BSRInt8(QuantizedWeight):
     def to_quantized(self) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         values, scales = _core.bsr8_unpack(self.packed)
         return values.reshape(self.shape), scales
+
+    def to(self, device: Any, dtype: Any = None) -> DeviceWeight:
+        import torch
+
+        from pared._cuda_block_sparse import DeviceBlocks
+
+        if len(self.shape) != 2 or self.activations is not None:
+            what = "static activations" if len(self.shape) == 2 else f"shape {list(self.shape)}"
+            raise ValueError(
+                f"device: expected a linear weight that quantizes its input by token for {device}, got {what}"
+            )
+        q, scales = (torch.from_numpy(a).to(device) for a in self.to_quantized())
+        return DeviceBlocks.found_in(q, scales)
 
     @property
     def block_rows(self) -> int:

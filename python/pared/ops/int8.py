@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -268,6 +268,20 @@ class Int8(QuantizedWeight):
         return DeviceInt8.from_int8(self, device)
 
 
+class Int8WeightOnly(Int8):
+    """An `Int8` linear weight whose input a CUDA device takes as it comes, in 16 bits: for few tokens, where
+    reading the weight is the cost and rounding the input gains nothing.
+
+    The same bytes as `Int8`; they differ in what `to` makes of them. On a CPU the input is quantized as
+    `Int8`'s is.
+    """
+
+    __slots__ = ()
+
+    def to(self, device: Any, dtype: Any = None) -> DeviceWeight:
+        return _few_tokens(self, device, dtype, "dense8")
+
+
 class Bitmap8(QuantizedWeight):
     """An unstructured sparse int8 weight: a byte a non-zero and one bit an element.
 
@@ -281,15 +295,24 @@ class Bitmap8(QuantizedWeight):
     _masked: ClassVar[bool] = True
 
     def to(self, device: Any, dtype: Any = None) -> DeviceWeight:
-        import torch
+        return _few_tokens(self, device, dtype, "bitmap8")
 
-        from pared._cuda_decode import DecodeWeight
 
-        given = self._device_dtype(dtype)
-        if self.activations is not None:
-            raise ValueError("device: Bitmap8 on CUDA does not quantize its input, got static activations")
-        q, scales = (torch.from_numpy(a).to(device) for a in self.to_quantized())
-        return DecodeWeight.from_quantized(q, scales, given, "bitmap8")
+def _few_tokens(
+    w: QuantizedWeight, device: Any, dtype: Any, format: Literal["bitmap8", "dense8"]
+) -> DeviceWeight:
+    """The weight for a device's kernels that read it once and do not quantize their input."""
+    import torch
+
+    from pared._cuda_decode import DecodeWeight
+
+    given = w._device_dtype(dtype)
+    if w.activations is not None:
+        raise ValueError(
+            f"device: {type(w).__name__} on CUDA does not quantize its input, got static activations"
+        )
+    q, scales = (torch.from_numpy(a).to(device) for a in w.to_quantized())
+    return DecodeWeight.from_quantized(q, scales, given, format)
 
 
 def _check_groups(groups: Any, ndim: int) -> None:

@@ -152,23 +152,25 @@ class PackedWeight:
     def to(self, device: Any, dtype: Any = None) -> DeviceWeight:
         """A copy in the memory of a CUDA device, for `pared.ops.linear` with inputs there.
 
-        `Int8` becomes an 8-bit weight for any number of tokens, `BSR` one of blocks for tensor cores,
-        `Bitmap` and `Bitmap8` weights that are read once for up to 32 tokens, `CSR` one of unstructured zeros
-        in any float dtype. Nothing is rounded again but a `Bitmap`, `BSR` or `CSR`, to `dtype`.
+        `Int8` becomes an 8-bit weight for any number of tokens, `BSR` and `BSRInt8` ones of blocks for tensor
+        cores, `Bitmap`, `Bitmap8` and `Int8WeightOnly` weights that few tokens read once, `CSR` one of
+        unstructured zeros in any float dtype. Nothing is rounded again but a `Bitmap`, `BSR` or `CSR`, to
+        `dtype`.
 
         Parameters
         ----------
         device : ``"cuda"``, ``"cuda:1"`` or a ``torch.device``.
-        dtype : of the activations of `BSR`, `Bitmap` and `Bitmap8`, ``torch.float16`` or ``torch.bfloat16``;
-            of `CSR`, these or ``torch.float32``; None for the weight's own. `Int8` takes all float dtypes.
+        dtype : of the activations of `BSR`, `Bitmap`, `Bitmap8` and `Int8WeightOnly`, ``torch.float16`` or
+            ``torch.bfloat16``; of `CSR`, these or ``torch.float32``; None for the weight's own. `Int8` and
+            `BSRInt8` take all float dtypes.
 
         Raises
         ------
         ValueError : a format, or a dtype, without kernels for the device.
         """
         raise ValueError(
-            f"device: {type(self).__name__} weights have kernels for the CPU only; Int8, BSR, CSR, Bitmap "
-            f"and Bitmap8 have some for CUDA, got {device}"
+            f"device: {type(self).__name__} weights have kernels for the CPU only; Int8, Int8WeightOnly, "
+            f"Bitmap, Bitmap8, BSR, BSRInt8 and CSR have some for CUDA, got {device}"
         )
 
     def _device_dtype(self, dtype: Any) -> Any:

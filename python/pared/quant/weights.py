@@ -398,9 +398,8 @@ def _time_widths(
     from pared.ops._formats import FORMATS
 
     known = {name for rule in RULES.values() for name in rule.formats}
-    eight, nibbles = (
-        [n for n, f in FORMATS.items() if n in known and f.precision == p] for p in ("int8", "int4")
-    )
+    here = [n for n, f in FORMATS.items() if n in known and "cpu" in f.devices]
+    eight, nibbles = ([n for n in here if FORMATS[n].precision == p] for p in ("int8", "int4"))
     # A grid of 4 bits with one scale a row is a grid of 8 bits too: its codes run on the same kernels.
     formats = {16: None, 8: eight, 4: eight if four is None else [*eight, *nibbles]}
     found: dict[str, dict[int, float]] = {}
