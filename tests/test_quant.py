@@ -275,7 +275,9 @@ def test_auto_takes_the_fastest_width_that_is_good_enough(monkeypatch: pytest.Mo
     """With given times: layer 0 is faster with 8 bits, layer 2 as floating point, layer 4 has no kernel."""
     asked = []
 
-    def seconds(model: nn.Module, x: Any, precision: str, formats: Any) -> dict[str, tuple[float, float]]:
+    def seconds(
+        model: nn.Module, x: Any, precision: str, formats: Any, group: Any
+    ) -> dict[str, tuple[float, float]]:
         asked.append(precision)
         assert "int8" in (formats or ["int8"])
         return {"0": (1.0, 3.0 if formats else 1.2), "2": (1.0, 0.5 if formats else 1.0)}
