@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from bench.gpu import __main__ as command  # noqa: E402
-from bench.gpu.measure import Case, Goal, Machine, measure, table  # noqa: E402
+from bench.gpu.measure import Case, Goal, Machine, measure, not_capturable, table  # noqa: E402
 
 H200 = Machine("cuda", "NVIDIA H200", 60 << 20)
 
@@ -84,6 +84,32 @@ def test_mistakes_of_a_suite():
     assert not clock.prepared, "something was timed that is wrong"
 
 
+def test_calls_that_no_graph_holds_are_found_by_trying(monkeypatch):
+    import contextlib
+
+    import torch
+
+    capturing = []
+
+    @contextlib.contextmanager
+    def graph(_):
+        capturing.append(True)
+        try:
+            yield
+        finally:
+            capturing.pop()
+
+    def waits(i):
+        if capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = {"waits": waits, "fits": lambda i: None, "other": waits}
+    assert not_capturable(calls, ["waits", "fits"]) == ["waits"]
+
+
 def test_copies_exceed_the_cache():
     assert H200.copies(1 << 20) == 180
     assert H200.copies(1 << 30) == 2
@@ -123,7 +149,8 @@ def test_the_whole_flow_as_a_dry_run():
     assert run.returncode == 0, run.stderr
     assert "cases would be measured; nothing was" in run.stdout
     assert "FAILED" not in run.stderr
-    assert "select_threshold: bfloat16" in run.stderr
+    for part in ("select_threshold: bfloat16", "csr float32", "2:4 linear", "conv 1x1 bsr", "mlp: Llama-8B"):
+        assert part in run.stderr
 
 
 def test_an_unknown_option_of_the_script():

@@ -146,6 +146,23 @@ class EventClock:
         return sample
 
 
+def not_capturable(calls: Mapping[str, Callable[[int], object]], names: Sequence[str]) -> list[str]:
+    """Which of these calls no CUDA graph can hold: found out by trying, after a warm-up."""
+    import torch
+
+    refused = []
+    for name in names:
+        calls[name](0)
+        torch.cuda.synchronize()
+        try:
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                calls[name](0)
+        except RuntimeError:
+            torch.cuda.synchronize()
+            refused.append(name)
+    return refused
+
+
 def measure(case: Case, clock: Clock, rounds: int, seed: int = 0) -> dict[str, Any]:
     """One line of the result file: seconds, ratios with their intervals, rates, goals."""
     if case.target not in case.calls:

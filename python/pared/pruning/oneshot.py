@@ -14,7 +14,7 @@ from torch import nn
 from pared._errors import choice_error
 from pared._sparsity import bake, base_type, masked_names, weight_format
 from pared.nn import RULES
-from pared.pruning import calibration, distributed
+from pared.pruning import auto, calibration, distributed
 from pared.pruning.calibration import InputNorms, LossFn, MeanGradient
 from pared.pruning.importance import Criterion, Importance, resolve, selection_key
 from pared.pruning.masks import SCOPES, Scored, check_finite, check_writable, choose, nonzeros, score, zero
@@ -35,6 +35,11 @@ class Plan:
     scope: str
     targets: list[Target]
     dense: list[tuple[str, str]]
+    # Of targets with a pattern of their own, by name.
+    patterns: Mapping[str, Pattern] = dataclasses.field(default_factory=dict)
+
+    def pattern_of(self, target: Target) -> Pattern:
+        return self.patterns.get(target.name, self.pattern)
 
 
 def make_plan(
@@ -91,7 +96,7 @@ def observe(plan: Plan, data: object, loss_fn: LossFn | None) -> Mapping[str, An
         if not (criterion.needs_data or criterion.needs_gradients):
             return {}
         make = MeanGradient if criterion.needs_gradients else InputNorms
-    observers = {target.name: make(target, plan.pattern) for target in plan.targets}
+    observers = {target.name: make(target, plan.pattern_of(target)) for target in plan.targets}
     calibration.collect(plan.model, plan.targets, observers, data, loss_fn, repr(criterion.name))
     return {name: observer.result() for name, observer in observers.items()}
 
@@ -100,7 +105,7 @@ def score_all(plan: Plan, observed: Mapping[str, Any], *, zeros_last: bool = Tru
     """The targets with their scores, one after the other."""
     for target in plan.targets:
         seen = observed.get(target.name)
-        yield score(plan.criterion, target, plan.pattern, observed=seen, zeros_last=zeros_last)
+        yield score(plan.criterion, target, plan.pattern_of(target), observed=seen, zeros_last=zeros_last)
 
 
 def choose_masks(
@@ -108,19 +113,59 @@ def choose_masks(
 ) -> list[torch.Tensor]:
     """Masks of all targets; only a global selection holds more than one layer's scores at a time."""
     scored, key = score_all(plan, observed, zeros_last=zeros_last), selection_key(plan.criterion)
-    if isinstance(sparsity, Mapping) or plan.scope != "global" or plan.pattern.kind == "nm":
+    rule = plan.pattern.kind == "nm" and not plan.patterns
+    if isinstance(sparsity, Mapping) or plan.scope != "global" or rule:
         shares = (
             sparsity
             if isinstance(sparsity, Mapping)
             else dict.fromkeys((t.name for t in plan.targets), sparsity)
         )
-        masks = [choose([s], key, shares[s.target.name], plan.pattern, plan.scope)[0] for s in scored]
+        masks = [
+            choose([s], key, shares[s.target.name], plan.pattern_of(s.target), plan.scope)[0] for s in scored
+        ]
+    elif plan.patterns:
+        masks = _choose_by_pattern(plan, list(scored), key, sparsity)
     else:
         masks = choose(list(scored), key, sparsity, plan.pattern, plan.scope)
     shared = plan.criterion.needs_data or plan.criterion.needs_gradients
     if shared and (processes := distributed.current()) is not None:
         masks = [processes.first_(mask) for mask in masks]  # replicas stay replicas, whatever rounds where
     return masks
+
+
+def _choose_by_pattern(plan: Plan, scored: list[Scored], key: str, sparsity: float) -> list[torch.Tensor]:
+    """A selection for each pattern among the layers that have it: a block and a weight do not compare."""
+    masks: dict[str, torch.Tensor] = {}
+    for pattern in dict.fromkeys(plan.pattern_of(s.target) for s in scored):
+        mine = [s for s in scored if plan.pattern_of(s.target) == pattern]
+        rule = pattern.kind == "nm"
+        parts = [[s] for s in mine] if rule else [mine]
+        for part in parts:
+            found = choose(part, key, sparsity, pattern, plan.scope)
+            masks.update((s.target.name, m) for s, m in zip(part, found, strict=True))
+    return [masks[s.target.name] for s in scored]
+
+
+def with_auto_patterns(
+    plan: Plan,
+    sparsity: float | Mapping[str, float],
+    example_inputs: object,
+    tokens: int | None,
+    device: object,
+    precision: str,
+) -> tuple[Plan, list[auto.PatternChoice]]:
+    """The plan with a pattern for each target."""
+    kind = auto.check_options(example_inputs, tokens, device, precision, plan.model)
+    layers = auto.layers(plan.model, plan.targets, example_inputs, tokens)
+    choices = []
+    for target, layer in zip(plan.targets, layers, strict=True):
+        share = sparsity if isinstance(sparsity, float) else sparsity[target.name]
+        choices.append(auto.decide(target.name, layer, share, kind, precision))
+    if hasattr(plan.criterion, "reconstruct"):
+        choices = auto.agree(choices, f"for {plan.criterion.name} prunes all layers with one pattern")
+    patterns = {c.name: parse_pattern(c.pattern) for c in choices}
+    common = next(iter(patterns.values()), plan.pattern)
+    return dataclasses.replace(plan, pattern=common, patterns=patterns), choices
 
 
 def compensated(
@@ -239,7 +284,9 @@ def layer_report(target: Target, before: int) -> LayerReport:
     return LayerReport(target.name, target.type, tuple(tensor.shape), before, kept, tuple(target.names[1:]))
 
 
-def make_report(plan: Plan, sparsity: float, before: Sequence[int]) -> PruneReport:
+def make_report(
+    plan: Plan, sparsity: float, before: Sequence[int], choices: Sequence[auto.PatternChoice] = ()
+) -> PruneReport:
     """Count what is there now against the non-zeros that were there before."""
     layers = tuple(layer_report(t, b) for t, b in zip(plan.targets, before, strict=True))
     notes = []
@@ -249,9 +296,12 @@ def make_report(plan: Plan, sparsity: float, before: Sequence[int]) -> PruneRepo
         notes.append(
             f"nothing changed: {present:.2%} of these weights were zero, the target is {sparsity:.2%}"
         )
-    unit = plan.pattern.rows * plan.pattern.cols
-    last = [x.name for x in layers if x.changed and x.kept <= unit < x.weights]
-    if last and plan.scope == "global" and plan.pattern.kind != "nm":
+    last = [
+        x.name
+        for x, p in zip(layers, map(plan.pattern_of, plan.targets), strict=True)
+        if x.changed and p.kind != "nm" and x.kept <= p.rows * p.cols < x.weights
+    ]
+    if last and plan.scope == "global":
         more = f" and {len(last) - 3} more" if len(last) > 3 else ""
         notes.append(f"one weight or block is left in {', '.join(last[:3])}{more}: try scope='layer'")
     for kind in dict.fromkeys(t.type for t in plan.targets if base_type(t.module) not in RULES):
@@ -259,7 +309,9 @@ def make_report(plan: Plan, sparsity: float, before: Sequence[int]) -> PruneRepo
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         notes.append(f"no kernel accelerates {kind}: zeros in {', '.join(names[:3])}{more} save no time")
     return PruneReport(
-        pattern=str(plan.pattern),
+        pattern="auto: " + ", ".join(dict.fromkeys(c.pattern for c in choices))
+        if choices
+        else str(plan.pattern),
         importance=plan.criterion.name,
         scope=plan.scope,
         target=sparsity,
@@ -267,6 +319,7 @@ def make_report(plan: Plan, sparsity: float, before: Sequence[int]) -> PruneRepo
         dense=tuple(plan.dense),
         parameters=sum(p.numel() for p in plan.model.parameters()),
         notes=tuple(notes),
+        choices=tuple(choices),
     )
 
 
@@ -283,6 +336,10 @@ def prune(
     exclude: Filters = None,
     keep_first: int = 0,
     keep_last: int = 0,
+    example_inputs: Any = None,
+    tokens: int | None = None,
+    device: Any = None,
+    precision: str = "float32",
 ) -> PruneReport:
     """Prune a model once, in place: the least important weights become true zeros.
 
@@ -296,6 +353,10 @@ def prune(
         that matches counts, and what none matches stays dense.
     pattern : "unstructured"; "RxC", blocks of R consecutive outputs by C consecutive inputs (of one tap, for
         convolutions), such as "1x4", "4x1", "16x1"; "N:M", the N best of every M inputs, such as "2:4".
+        "auto": for each layer the one that the device rewards, with the finer ones preferred: a coarser one
+        is taken where it is estimated to be at least 1.15 times as fast at this sparsity. It needs `tokens`
+        or `example_inputs`; the report says why. Layers with the same pattern compete where `scope` is
+        global.
     importance : a name: "magnitude" (``|w|``, the L1 norm of a block), "random"; with `data` "wanda",
         "activation", "apoz", "entropy", "mutual_information", "change_rate",
         "sparsegpt" and "obc", which also rewrite the weights that stay; with `data` and `loss_fn`
@@ -316,6 +377,10 @@ def prune(
         list of those. What matches a container selects everything in it; exclude wins. Embeddings, and
         weights tied to one, are pruned only when an include filter selects nothing else.
     keep_first, keep_last : how many of the selected layers stay dense, in registration order.
+    example_inputs, tokens : of pattern "auto": what the model will be called with, as for `pared.accelerate`
+        (the model runs once), or how many tokens (output pixels) a call of each layer has.
+    device, precision : of pattern "auto": where it will run, "cpu" or "cuda" (None: where it is now), and
+        whether with "float32" kernels, which leave the weights as they are, or "int8".
 
     Returns
     -------
@@ -344,6 +409,11 @@ def prune(
     Zeros alone are not faster: `pared.accelerate` is the next step. To fine-tune a pruned model with its
     zeros held, use `pared.Pruner`.
     """
+    automatic = pattern == "auto"
+    if not automatic and (example_inputs is not None or tokens is not None or device is not None):
+        raise ValueError(f"pattern: expected 'auto' with example_inputs, tokens or device, got {pattern!r}")
+    if automatic:
+        pattern = "unstructured"
     plan = make_plan(
         model, pattern, importance, scope, data, loss_fn, include, exclude, keep_first, keep_last
     )
@@ -360,6 +430,9 @@ def prune(
         shares = overall = check_sparsity(sparsity, plan.pattern)
     for target in plan.targets:
         check_finite(target, target.weight)  # before the data: a model that is broken says so at once
+    choices: list[auto.PatternChoice] = []
+    if automatic:
+        plan, choices = with_auto_patterns(plan, shares, example_inputs, tokens, device, precision)
     before = [nonzeros(target.weight) for target in plan.targets]
     if plan.targets and hasattr(plan.criterion, "reconstruct"):
         reconstruct(plan, shares, data, loss_fn)
@@ -373,4 +446,4 @@ def prune(
                 with torch.no_grad():
                     target.tensor.copy_(changed[i])
             zero(target.tensor, dropped[i])
-    return make_report(plan, overall, before)
+    return make_report(plan, overall, before, choices)

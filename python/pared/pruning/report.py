@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pared.pruning.auto import PatternChoice
+
 __all__ = ["LayerReport", "PruneReport"]
 
 
@@ -70,6 +72,7 @@ class PruneReport:
     layers : one `LayerReport` a pruned tensor, in registration order.
     dense : ``(name, reason)`` of prunable tensors that were left as they are.
     parameters : number of parameters of the whole model, each counted once.
+    choices : of pattern "auto": what each layer got, and why.
     """
 
     pattern: str
@@ -80,6 +83,7 @@ class PruneReport:
     dense: tuple[tuple[str, str], ...] = ()
     parameters: int = 0
     notes: tuple[str, ...] = field(default=())
+    choices: tuple[PatternChoice, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -133,6 +137,7 @@ class PruneReport:
             },
             "dense": [{"name": name, "reason": reason} for name, reason in self.dense],
             "notes": list(self.notes),
+            "choices": [asdict(c) for c in self.choices],
         }
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -163,6 +168,10 @@ class PruneReport:
 
     def _footnotes(self) -> list[str]:
         lines = list(self.notes)
+        for why in dict.fromkeys((c.pattern, c.reason) for c in self.choices):
+            names = [c.name for c in self.choices if (c.pattern, c.reason) == why]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"{why[0]} for {', '.join(names[:3])}{more}: {why[1]}")
         for reason in dict.fromkeys(reason for _, reason in self.dense):
             names = [name for name, why in self.dense if why == reason]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
