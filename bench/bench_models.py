@@ -126,3 +126,23 @@ def test_encoder(versus: Any, name: str, threads: int) -> None:
         f"{best}; error {error:.3f}; Linear is {linear / t.median('torch float32'):.0%} of torch's time, "
         f"with none of it the model were {t.speedup('no Linear', 'torch float32').value:.1f} times as fast"
     )
+
+
+@THREADS
+@pytest.mark.parametrize(
+    ("batch", "positions", "features"), [(1, 128, 64), (8, 128, 32), (1, 16, 32), (1, 512, 64)]
+)
+def test_attention(versus: Any, batch: int, positions: int, features: int, threads: int) -> None:
+    """Twelve heads, as a view of rows in which they lie side by side."""
+    q, k, v = (torch.randn(batch, positions, 12, features).transpose(1, 2) for _ in range(3))
+    versus(
+        {
+            "torch": lambda: nn.functional.scaled_dot_product_attention(q, k, v),
+            "pared": lambda: pared.ops.attention(q, k, v),
+        },
+        suite="attention, float32",
+        case=f"{batch} x 12 heads x {positions} x {features}",
+        cell=str(positions),
+        rivals=("torch",),
+        work=4.0 * batch * 12 * positions**2 * features,
+    )

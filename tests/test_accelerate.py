@@ -1022,7 +1022,7 @@ def test_no_hand_over_where_the_output_is_used_elsewhere(monkeypatch: pytest.Mon
     fast = convert(model, x)
     assert not any(m._handed for m in fast.modules() if isinstance(m, Linear))
     with torch.no_grad():
-        torch.testing.assert_close(fast(x), model(x))
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_no_hand_over_without_fusion_or_gain(monkeypatch: pytest.MonkeyPatch) -> None:

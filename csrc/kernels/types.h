@@ -265,6 +265,43 @@ struct conv_store {
   static constexpr const char* doc = "bias, activation and narrowing into an NCHW output";
 };
 
+// Attention, a tile of queries at a time, with queries in lanes: the same panel as everywhere, but times a
+// matrix that is no packed weight: acc[r][m] = scale[m] * sum_k a(r, k) panel[k][m]. With a = K the panel is
+// the queries and acc the scores; with a = V, read by columns, the panel is the weights of the keys and acc
+// the output, transposed.
+inline constexpr int kAttentionGroups = 4;  // of 16 queries
+struct RowsPanelArgs {
+  const float* a;
+  int64_t a_stride;    // elements between rows of memory
+  bool by_columns;     // a(r, k) is a[k * a_stride + r], not a[r * a_stride + k]
+  const float* panel;  // [units][groups * 16], 64-byte aligned
+  const float* scale;  // [groups * 16], or null for 1
+  float* acc;          // [rows][groups * 16], 64-byte aligned
+  int32_t rows;
+  int64_t units;
+};
+struct rows_panel_f32 {
+  // One function for each number of groups, 1..kAttentionGroups, at index groups - 1.
+  using Fn = void(const RowsPanelArgs&);
+  using Table = Fn* const[kAttentionGroups];
+  static constexpr const char* doc = "rows of a plain matrix times a panel, float32";
+};
+
+// Weights of the keys, in place: s[k][m] = exp(s[k][m] + mask[k][m] - largest), where the largest is that of
+// lane m, and inverse[m] the inverse of their sum. A lane with -infinity for all keys gets weights of zero; a
+// NaN makes the inverse NaN.
+struct SoftmaxArgs {
+  float* s;           // [keys][groups * 16], 64-byte aligned
+  const float* mask;  // the same shape, or null
+  float* inverse;     // [groups * 16], 64-byte aligned
+  int64_t keys;
+  int32_t groups;
+};
+struct softmax_columns {
+  using Fn = void(const SoftmaxArgs&);
+  static constexpr const char* doc = "softmax over the rows of a panel";
+};
+
 // What benchmarks measure the kernels against. `floats` is a multiple of 128 and data[0 ... floats) ones; the
 // loop goes over them `repeats` times. *done: steps of eight vectors that were carried out.
 enum class MachineProbe : uint8_t { fma, load, store, panel, dot8 };

@@ -36,6 +36,7 @@ from pared._surgery import (
 )
 from pared._timing import interleave
 from pared.nn import RULES, DenseWeightError, FoldedBatchNorm2d, Fused, Linear, PackedModule
+from pared.nn._attention import attend, attending, detach, pared_attention, recording, torch_attention
 from pared.nn._base import off_grid, on_grid, pack
 from pared.nn._foreign import Foreign, foreign, foreign_bytes
 from pared.ops._estimate import Facts
@@ -221,8 +222,9 @@ def accelerate(
         by the tokens of a call), with 8 bits also ``"int8"``, ``"bitmap8"``, ``"bsr8"`` (blocks of 1x4 and
         4x4) and, for layers that `pared.quantize` has put on a grid of 4 bits, ``"int4"``; None: all that
         suit a layer's zeros and calls.
-    fuse : fuse activations, fold batch normalisation into convolutions, and let linear layers that follow
-        each other keep the kernels' own layout between them.
+    fuse : fuse activations, fold batch normalisation into convolutions, let linear layers that follow
+        each other keep the kernels' own layout between them, and compute attention modules of transformers
+        (``attn_implementation="sdpa"``) with `pared.ops.attention`.
     progress : show a progress bar; None: when the work takes more than two seconds and stderr is a terminal.
 
     Returns
@@ -280,6 +282,8 @@ def accelerate(
         )
         if fuse:
             _hand_over(fast, inputs, reference, candidates, report, timed)
+            if _attend(fast, inputs, reference, candidates, report, min_speedup, timed):
+                _note_times(_race_once(dense, fast, inputs), report)
         timed.save()
         report.layers = [c.row for c in candidates]
         report.notes += [*opened.notes, *_without_kernel(opened.model)]
@@ -1135,38 +1139,46 @@ def _race(
         key = _model_key(dense.plain, inputs, candidates, timed)
         known = timed.get(key)
         if known is None or known.variants.keys() != {"median", "p95"}:
-            t = interleave(
-                {"dense": _pass(dense.plain, inputs), "pared": _pass(fast, inputs)},
-                budget=_MODEL_SECONDS,
-                min_rounds=5,
-                max_rounds=400,
-                precision=0.02,
-                warmup=1,
-            )
-            times = {
-                "median": (t.median("pared"), t.speedup("pared", "dense").value),
-                "p95": (t.p95("pared"), t.p95("dense")),
-            }
-            known = Timed("model", t.median("dense"), times)
+            known = _race_once(dense.plain, fast, inputs)
             timed.put(key, known)
-        (median, speedup), (p95, p95_dense) = known.variants["median"], known.variants["p95"]
-        report.dense = ModelTime(known.before, p95_dense)
-        report.fast = ModelTime(median, p95)
-        report.speedup = speedup
-        if speedup >= floor:
+        _note_times(known, report)
+        if report.speedup >= floor:
             return fast
         needed = passing.pop(0) if passing else math.inf
         dropped = [c for c in candidates if c.chosen is not None and (c.row.speedup or 0.0) < needed]
         for c in dropped:
-            c.keep_dense(f"the whole model was {speedup:.2f}x with it")
+            c.keep_dense(f"the whole model was {report.speedup:.2f}x with it")
         if dropped:
             report.notes.append(
-                f"{len(dropped)} layer(s) went back to dense: the model was {speedup:.2f}x with them"
+                f"{len(dropped)} layer(s) went back to dense: the model was {report.speedup:.2f}x with them"
             )
             fast = _settle(dense, inputs, reference, candidates, report, max_error)
     report.dense = report.fast = None
     report.speedup = 1.0
     return fast
+
+
+def _race_once(dense: nn.Module, fast: nn.Module, inputs: list[Example]) -> Timed:
+    t = interleave(
+        {"dense": _pass(dense, inputs), "pared": _pass(fast, inputs)},
+        budget=_MODEL_SECONDS,
+        min_rounds=5,
+        max_rounds=400,
+        precision=0.02,
+        warmup=1,
+    )
+    times = {
+        "median": (t.median("pared"), t.speedup("pared", "dense").value),
+        "p95": (t.p95("pared"), t.p95("dense")),
+    }
+    return Timed("model", t.median("dense"), times)
+
+
+def _note_times(known: Timed, report: Report) -> None:
+    (median, speedup), (p95, p95_dense) = known.variants["median"], known.variants["p95"]
+    report.dense = ModelTime(known.before, p95_dense)
+    report.fast = ModelTime(median, p95)
+    report.speedup = speedup
 
 
 def _model_key(
@@ -1278,6 +1290,100 @@ def _time_hand_over(layers: list[Linear], calls: dict[Signature, int]) -> float:
         sum(n * t.median(f"{way} {i}") for i, n in enumerate(calls.values())) for way in ("apart", "handed")
     )
     return before / after
+
+
+@dataclass
+class AttentionCalls:
+    """What an attention module is called with: how often, by everything that the time depends on."""
+
+    arguments: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, *arguments: Any) -> None:
+        key = _described(arguments)
+        self.counts[key] = self.counts.get(key, 0) + 1
+        if key not in self.arguments:
+            # Strides and what a mask hides are kept, and so is nothing of the model.
+            self.arguments[key] = tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)
+
+
+def _attend(
+    fast: nn.Module,
+    inputs: list[Example],
+    reference: list[Any],
+    candidates: list[Candidate],
+    report: Report,
+    min_speedup: float,
+    timed: Choices,
+) -> bool:
+    """Give the attention modules of transformers pared's kernel, where it is measurably faster than torch's;
+    whether any has it now."""
+    for module in fast.modules():
+        attend(module)
+    sites = attending(fast)
+    if not sites:
+        return False
+    calls: dict[int, AttentionCalls] = {}
+
+    def note(module: nn.Module, *arguments: Any) -> None:
+        calls.setdefault(id(module), AttentionCalls()).add(*arguments)
+
+    with recording(note):
+        worst = _compare_all(fast, inputs, reference)
+    before = after = 0.0
+    kept = 0
+    depth = 1
+    for module in sites.values():
+        seen = calls.get(id(module), AttentionCalls())
+        times = [_time_attention(module, a, key, timed) for key, a in seen.arguments.items()]
+        theirs, mine = (
+            sum(n * t[i] for n, t in zip(seen.counts.values(), times, strict=True)) for i in (0, 1)
+        )
+        if not times or theirs < min_speedup * mine:
+            detach(module)
+            continue
+        kept += 1
+        before, after = before + theirs, after + mine
+        depth = max(depth, *(max(a[0].shape[3], a[1].shape[2]) for a in seen.arguments.values()))
+    if not kept:
+        return False
+    allowed = max(report.tolerance, tolerance(len(candidates) + kept, depth, worst.eps))
+    worst = _compare_all(fast, inputs, reference)
+    if worst.relative > allowed:
+        for module in sites.values():
+            detach(module)
+        report.notes.append(f"attention stays torch's: outputs would differ by {worst.relative:.1e}")
+        return False
+    report.error, report.relative_error, report.tolerance = worst.absolute, worst.relative, allowed
+    report.notes.append(
+        f"{kept} attention module(s) run pared's kernel, {before / after:.2f}x faster than torch's: "
+        f"{before * 1e3:.3g} ms -> {after * 1e3:.3g} ms"
+    )
+    return True
+
+
+def _time_attention(
+    module: nn.Module, arguments: tuple[Any, ...], described: str, timed: Choices
+) -> tuple[float, float]:
+    """Seconds of one call: of torch's attention as transformers calls it, and of pared's."""
+    key = timed.key(attention=described, groups=getattr(module, "num_key_value_groups", 1))
+    known = timed.get(key)
+    if known is None:
+        q, k, v, mask, scale, causal = arguments
+        options = {"scaling": scale, "is_causal": causal}
+        t = interleave(
+            {
+                "dense": lambda: torch_attention(module, q, k, v, mask, **options),
+                "pared": lambda: pared_attention(module, q, k, v, mask, **options),
+            },
+            budget=_LAYER_SECONDS,
+            min_rounds=5,
+            max_rounds=200,
+            precision=0.02,
+        )
+        known = Timed("attention", t.median("dense"), {"pared": (t.median("pared"), 1.0)})
+        timed.put(key, known)
+    return known.before, known.variants["pared"][0]
 
 
 def _pass(model: nn.Module, inputs: list[Example]) -> Callable[[], None]:

@@ -41,6 +41,7 @@ from pared._report import _ATTRIBUTE, Report
 from pared._sparsity import bake
 from pared._surgery import adopt_hooks, copy_model, module_names, replace
 from pared.nn import RULES, FoldedBatchNorm2d, Fused, Linear, PackedModule
+from pared.nn._attention import attend, attending
 from pared.nn._base import ACTIVATIONS
 from pared.nn._fold import can_fold
 from pared.nn._foreign import hides_weights
@@ -147,6 +148,8 @@ def load(path: Path, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> 
         module = replace(module, [name], Fused(module.get_submodule(name)))
     for name, followers in about.handed.items():
         _hand_over(module, name, followers)
+    for name in about.attention:
+        _attend(module, name)
     _check_complete(module)
     if about.report is not None:
         setattr(module, _ATTRIBUTE, about.report)
@@ -232,6 +235,16 @@ def _hand_over(model: torch.nn.Module, name: str, followers: list[str]) -> None:
         refuse(f"file: handed: layer {shorten(name)}: {e}")
 
 
+def _attend(model: torch.nn.Module, name: str) -> None:
+    module = dict(model.named_modules()).get(name)
+    if module is None or not attend(module):
+        found = "nothing" if module is None else f"{type(module).__name__} with another attention function"
+        refuse(
+            f"model: expected an attention module of transformers at {shorten(name)}, as in the file, with "
+            f'attn_implementation="sdpa", got {found}'
+        )
+
+
 def _collect(model: torch.nn.Module, writer: Writer) -> dict[str, Any]:
     """Give the writer every tensor once; returns the metadata that goes with them."""
     for prefix, module in model.named_modules():
@@ -263,6 +276,7 @@ def _collect(model: torch.nn.Module, writer: Writer) -> dict[str, Any]:
             if isinstance(module, Fused)
         },
         "handed": _collect_handed(model),
+        "attention": [*attending(model)],
         "ties": ties,
         "report": dataclasses.asdict(report) if report else None,
     }
@@ -365,13 +379,15 @@ class _About:
     layers: dict[str, _Layer]
     fused: dict[str, str]
     handed: dict[str, list[str]]
+    attention: list[str]
     ties: dict[str, str]
     report: Report | None
 
     @classmethod
     def parse(cls, reader: Reader) -> _About:
         where = "file: metadata"
-        data = expect_object(reader.about, where, [f.name for f in dataclasses.fields(cls)])
+        about_file = {"attention": [], **expect_object(reader.about, where)}  # a field that came later
+        data = expect_object(about_file, where, [f.name for f in dataclasses.fields(cls)])
         about: _About = _build(cls, data, where)
         for layer in data["layers"].values():
             expect_object(layer, f"{where}: layers", [f.name for f in dataclasses.fields(_Layer)])

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from pared._report import _ATTRIBUTE
 from pared.nn import FoldedBatchNorm2d, Fused, PackedModule
+from pared.nn._attention import attending, detach
 
 __all__ = ["copy_model", "module_names", "replace", "restore", "shared_copy", "tied_parameters"]
 
@@ -123,6 +124,8 @@ def restore(model: nn.Module) -> nn.Module:
     weights: dict[int, nn.Parameter] = {}  # packed buffers that several layers share
     biases: dict[int, nn.Parameter] = {}
     names = module_names(plain)
+    for module in attending(plain).values():
+        detach(module)
     for module in list(plain.modules()):
         if isinstance(module, Fused):
             new: nn.Module = module.original.eval()

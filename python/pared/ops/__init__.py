@@ -1,5 +1,6 @@
 """Functional operations over numpy arrays and torch tensors: the same kind comes out as goes in."""
 
+from pared.ops.attention import attention
 from pared.ops.bitmap import Bitmap, BitmapCSR
 from pared.ops.bsr import BSR, Dense
 from pared.ops.bsr_int8 import BSRInt8
@@ -25,6 +26,7 @@ __all__ = [
     "Int8WeightOnly",
     "PackedWeight",
     "Threshold",
+    "attention",
     "block_mask",
     "conv2d",
     "gemm_s8",

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pared import _core
 from pared.ops._device import DeviceWeight
 from pared.ops._formats import Format, format_of
 
 __all__ = [
     "aligned",
+    "attention_op",
     "conv2d_op",
     "empty_images",
     "foldable",
@@ -217,4 +219,24 @@ conv2d_op = _define(
     "int[4] padding, int[2] dilation, str activation) -> Tensor",
     _conv2d,
     _conv2d_fake,
+)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
+    out = _attention_fake(q, k, v, mask, scale, is_causal)
+    _core.attention(q, k, v, mask, out.transpose(1, 2), scale, is_causal)
+    return out
+
+
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
+) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+
+
+# [batch, heads, positions, features] to [batch, positions, heads, features], as `pared.ops.attention`.
+attention_op = _define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal) -> Tensor",
+    _attention,
+    _attention_fake,
 )
