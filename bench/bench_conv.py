@@ -64,13 +64,22 @@ def pruned(layer: Layer, sparsity: float) -> torch.Tensor:
     return torch.where(w.abs() > threshold, w, 0.0)
 
 
-def limit(c: Ceilings, layer: Layer, images: int, nnz: int) -> float:
-    """The least seconds that the ceilings allow: non-zeros, stores into the panel, input and output."""
+def limit(c: Ceilings, layer: Layer, images: int, packed: pared.ops.CSR) -> float:
+    """The least seconds that the ceilings allow: ``t_nnz + t_io``.
+
+    Non-zeros at the rate of a multiply-add with a panel in L1, while the weight streams beside them; the rows
+    of the input that the kernel reads, and the output; larger kernels store each input element into the panel
+    once a tap. Input, output and weight come from the level that holds what a round of the four calls passes
+    through the caches.
+    """
     positions = images * layer.out**2
     x, y = 4.0 * images * layer.channels * layer.size**2, 4.0 * positions * layer.filters
-    panel = 4.0 * positions * layer.channels * layer.kernel**2
-    moved = x / c.level(x / c.threads).load + y / c.level(y / c.threads).store
-    return 2.0 * nnz * positions / c.panel + panel / c.levels[0].store + moved
+    w = 4.0 * layer.filters * layer.channels * layer.kernel**2
+    outer = c.level((2 * (x + y + w) + packed.packed.nbytes) / c.threads)
+    t_nnz = max(2.0 * packed.nnz * positions / c.panel, packed.packed.nbytes / outer.load)
+    read = x / layer.stride if layer.kernel == 1 else x
+    panel = 4.0 * positions * layer.channels * layer.kernel**2 if layer.kernel > 1 else 0.0
+    return t_nnz + read / outer.load + panel / c.levels[0].store + y / outer.store
 
 
 @THREADS
@@ -100,7 +109,7 @@ def test_csr(versus, layer: Layer, images: int, sparsity: float, threads: int) -
         cell=f"{sparsity * 100:.0f} %",
         rivals=DENSE,
         work=2.0 * images * layer.out**2 * packed.nnz,
-        limit_s=limit(measure(threads), layer, images, packed.nnz),
+        limit_s=limit(measure(threads), layer, images, packed),
         facts={**layer._asdict(), "images": images, "sparsity": sparsity, "dtype": "float32"},
         budget=0.15,
     )

@@ -13,7 +13,7 @@ from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from bench import compare, plots  # noqa: E402
+from bench import compare, plots, table  # noqa: E402
 
 
 def row(case: str, cell: str, value: float, spread: float = 0.02, **more: Any) -> dict[str, Any]:
@@ -119,3 +119,19 @@ def test_every_plot_is_drawn_from_a_file(tmp_path, capsys):
     for name in names:
         assert "linear CSR" in (tmp_path / "images" / name).read_text()
     assert plots.main([write(tmp_path / "none.json", []), "--out", str(tmp_path / "images")]) == 1
+
+
+def test_what_falls_short_of_its_goal_has_the_limit_beside_it():
+    rows = [row("a", "80 %", 2.0, limit_share=0.5), row("b", "80 %", 8.0, limit_share=0.25)]
+    console = Console(width=200, file=io.StringIO())
+    table.render([*rows, row("a", "99 %", 1.0, limit_share=0.5)], console)
+    lines = {line.split("│")[1].strip(): line for line in console.file.getvalue().splitlines() if "│" in line}
+    assert "2.00 (50 % of 4.00)" in lines["a"]  # of a goal of 3.4
+    assert "1.00 " in lines["a"]  # without a goal
+    assert "1.00 (" not in lines["a"]
+    assert "8.00 " in lines["b"]
+    assert "(" not in lines["b"]
+    assert "(" not in lines["geometric mean"]  # 4.00
+    rows[1] = row("b", "80 %", 3.0, limit_share=None)
+    table.render(rows, console := Console(width=200, file=io.StringIO()))
+    assert "2.45 " in console.file.getvalue()  # no limit is known of the mean

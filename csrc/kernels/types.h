@@ -32,7 +32,9 @@ struct PanelArgs {
   T* acc;                   // [rows][vectors * 16], 64-byte aligned
   int32_t rows;
   bool accumulate;  // false: acc is written, not read
-  int32_t shift;    // the panel's units lie 2^shift times closer than the offsets say
+  // 2^16 times the distance of two units in the panel over the one that the offsets say: 2^16 where they are
+  // the panel's own.
+  uint64_t scale;
 };
 using CsrPanelArgs = PanelArgs<float>;
 struct csr_panel_f32 {
@@ -234,6 +236,7 @@ struct ConvSplitArgs {
   int64_t step;
   int64_t x_stride, y_stride;  // elements between rows
   int64_t rows, count;
+  int64_t ahead;  // elements from x to what is read afterwards in the same way, to bring it near; 0: nothing
   float* y;
 };
 struct conv_split {

@@ -39,12 +39,14 @@ int64_t tap_column(const ConvArgs& a, int j) { return j * a.dilation_w - a.pad_l
 struct Planes {
   const float* x;
   int64_t image_stride, channel_stride, pitch;
+  int64_t readable;  // elements of a channel from its first on
   std::vector<int64_t> tap_offsets;
 };
 
 // A float32 image without strides, as it is.
 Planes planes_of(const ConvArgs& a, int kh, int kw) {
-  Planes planes{static_cast<const float*>(a.x), a.image_stride, a.channel_stride, a.width, {}};
+  Planes planes{
+      static_cast<const float*>(a.x), a.image_stride, a.channel_stride, a.width, a.height * a.width, {}};
   for (int i = 0; i < kh; ++i)
     for (int j = 0; j < kw; ++j) planes.tap_offsets.push_back(tap_row(a, i) * a.width + tap_column(a, j));
   return planes;
@@ -89,18 +91,25 @@ class SplitPlanes {
                  [&](int64_t p0, int64_t p1) {
                    for (int64_t p = p0; p < p1; ++p) {
                      const int64_t n = n0 + p / a_.channels, c = p % a_.channels;
+                     // Every second row and the like is no pattern that a processor foresees. Phases of the
+                     // same rows share their cache lines.
+                     const int64_t ahead = p + 1 < p1 ? a_.channel_stride : 0;
                      float* plane = to + p * channel_stride_;
                      for (int64_t r : rows_.distinct)
                        for (int64_t q : columns_.distinct) {
                          const int64_t at = n * a_.image_stride + c * a_.channel_stride + r * a_.width + q;
                          kernel({static_cast<const char*>(a_.x) + at * element, a_.dtype, a_.stride_w,
                                  a_.stride_h * a_.width, pitch_, ceil_div(a_.height - r, a_.stride_h),
-                                 ceil_div(a_.width - q, a_.stride_w), plane});
+                                 ceil_div(a_.width - q, a_.stride_w),
+                                 q == columns_.distinct.front() ? ahead : 0, plane});
+                         // What memory held before may be denormal, which is slow to multiply.
+                         std::fill(plane + ceil_div(a_.height - r, a_.stride_h) * pitch_,
+                                   plane + phase_stride_, 0.0f);
                          plane += phase_stride_;
                        }
                    }
                  });
-    Planes planes{to, image_floats(), channel_stride_, pitch_, {}};
+    Planes planes{to, image_floats(), channel_stride_, pitch_, phase_stride_, {}};
     for (size_t i = 0; i < rows_.of.size(); ++i)
       for (size_t j = 0; j < columns_.of.size(); ++j) {
         const int64_t phase = rows_.of[i] * static_cast<int64_t>(columns_.distinct.size()) + columns_.of[j];
@@ -229,17 +238,48 @@ class ConvGeometry {
   std::vector<Range> rows_, columns_;  // by kernel row, by kernel column
 };
 
+// Whether a 1x1 kernel can multiply planes where they lie: a unit of the reduction is a channel, its vectors
+// of positions are aligned vectors of the plane. Strides by which the channels of a tile fall into less than
+// all sets of the L1 cache, sixteen lines and their multiples, are left to be packed.
+bool are_panels(const ConvArgs& a, const PackedHeader& h, const Planes& planes) {
+  const auto whole = [](int64_t elements) { return elements % kPanelGroup == 0; };
+  const int64_t plane = a.out_h * a.out_w;
+  return h.kh == 1 && h.kw == 1 && h.entry_rows == 1 && a.pad_top == 0 && a.pad_left == 0 &&
+         (a.out_h - 1) * a.stride_h < a.height && (a.out_w - 1) * a.stride_w < a.width &&
+         planes.pitch == a.out_w && static_cast<int64_t>(round_up(plane, kPanelGroup)) <= planes.readable &&
+         reinterpret_cast<uintptr_t>(planes.x) % kCacheLine == 0 && whole(planes.channel_stride) &&
+         (a.images == 1 || whole(planes.image_stride)) && planes.channel_stride % (16 * kPanelGroup) != 0 &&
+         planes.channel_stride < int64_t{1} << 31 && (planes.channel_stride << 16) % h.tile == 0;
+}
+
 // The product of some images' planes; `store` takes finished tiles, positions counted from `first`.
 template <class Store>
 void product(const ConvArgs& args, const CsrPacked& w, const Planes& planes, int64_t first,
              const Store& store) {
+  const auto store_from = [&](PanelTile t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
+    t.first += first;
+    store(t, row0, rows, acc, acc_stride);
+  };
+  if (are_panels(args, *w.header, planes)) {
+    const int64_t plane = args.out_h * args.out_w;
+    PanelTiles panels = cut_panel_tiles(*w.header, plane, args.images);
+    panels.unit_stride = planes.channel_stride;
+    panels.in_place = true;
+    return csr_panel_product(
+        w, panels,
+        [&](const PanelTile& t, int64_t k0, int32_t, int32_t, float*) {
+          return planes.x + t.first / plane * planes.image_stride + t.first % plane +
+                 k0 * planes.channel_stride;
+        },
+        store_from);
+  }
   const ConvGeometry geometry(args, w.header->kh, w.header->kw, planes);
   const auto pack = kernel_for<conv_pack>(active_isa()).fn;
   // A thread keeps the description of the tile it works on: identified by the call, since threads outlive it.
   static std::atomic<uint64_t> calls{0};
   const uint64_t call = ++calls;
   csr_panel_product(
-      w, geometry.positions(),
+      w, cut_panel_tiles(*w.header, geometry.positions()),
       [&](const PanelTile& t, int64_t k0, int32_t units, int32_t stride, float* panel) {
         thread_local ConvGeometry::Tile tile;
         thread_local uint64_t tile_call = 0;
@@ -252,10 +292,7 @@ void product(const ConvArgs& args, const CsrPacked& w, const Planes& planes, int
         pack(geometry.pack_args(t, tile, k0, units, stride, panel));
         return panel;
       },
-      [&](PanelTile t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
-        t.first += first;
-        store(t, row0, rows, acc, acc_stride);
-      });
+      store_from);
 }
 
 // The product of NCHW images; `store` takes finished tiles.

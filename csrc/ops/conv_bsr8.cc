@@ -25,7 +25,7 @@ void conv2d_bsr8(const ConvArgs& a, const Bsr8Packed& w) {
     alignas(kCacheLine) float scales[kPanelMaxGroups * kPanelGroup];
     std::fill(std::begin(scales), std::end(scales), scale);
     panel_product(
-        w.panel, word_kernels(h), frame.positions(), [](const PanelTile&) {},
+        w.panel, word_kernels(h), cut_panel_tiles(h, frame.positions()), [](const PanelTile&) {},
         [&](const PanelTile& t, int64_t k0, int32_t units, int32_t stride, int32_t* panel) -> const int32_t* {
           for (int64_t u = k0, run; u < k0 + units; u += run) {
             const uint32_t* from = words + frame.unit(u, &run) + t.first * frame.position_words();

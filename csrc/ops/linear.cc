@@ -10,7 +10,7 @@ void linear_csr(const LinearArgs& args, const CsrPacked& w) {
   const auto store = kernel_for<panel_store>(isa).fn;
   const int64_t element = dtype_size(args.dtype);
   csr_panel_product(
-      w, args.tokens,
+      w, cut_panel_tiles(*w.header, args.tokens),
       [&](const PanelTile& t, int64_t k0, int32_t units, int32_t stride, float* panel) {
         pack({static_cast<const char*>(args.x) + (t.first * args.x_stride + k0) * element, args.x_stride,
               args.dtype, t.positions, t.vectors, units, stride, panel});

@@ -32,7 +32,7 @@ void linear_bsr8(const LinearArgs& args, const Bsr8Packed& w) {
   const ActivationRange& range = *w.activations;
   thread_local QuantizedTile tile;
   panel_product(
-      w.panel, word_kernels(h), args.tokens,
+      w.panel, word_kernels(h), cut_panel_tiles(h, args.tokens),
       [&](const PanelTile& t) {
         tile.reserve(w.panel.units);
         const int32_t cols = static_cast<int32_t>(h.cols);

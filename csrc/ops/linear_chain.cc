@@ -16,16 +16,14 @@ constexpr int64_t kTogether = kPanelMaxGroups * kPanelGroup;
 class Handed {
  public:
   Handed(const CsrPacked& next, int64_t tokens)
-      : tiles_(cut_panel_tiles(*next.header, tokens)),
-        units_(next.header->cols),
-        stride_(next.header->tile >> panel_shift(*next.header, tiles_)) {}
+      : panels_(cut_panel_tiles(*next.header, tokens)), units_(next.header->cols) {}
 
-  size_t floats() const { return tiles_.size() * units_ * stride_; }
+  size_t floats() const { return panels_.tiles.size() * units_ * row_stride(); }
   void place(float* memory) { memory_ = memory; }
 
   // For the next stage: unit k0 of a tile's panel.
   const float* block(const PanelTile& t, int64_t k0) const {
-    return memory_ + (index_of(t.first) * units_ + k0) * stride_;
+    return memory_ + (index_of(t.first) * units_ + k0) * row_stride();
   }
 
   // For the stage before, whose tiles may be cut otherwise: where positions [first, first + count) of a row
@@ -34,26 +32,26 @@ class Handed {
     int32_t n = 0;
     for (int32_t m = 0; m < count; ++n) {
       const int64_t i = index_of(first + m);
-      const PanelTile& t = tiles_[i];
+      const PanelTile& t = panels_.tiles[i];
       const int64_t at = first + m - t.first;
       const int32_t run = static_cast<int32_t>(std::min<int64_t>(t.vectors * kPanelGroup - at, count - m));
-      out[n] = {m, run, i * units_ * stride_ + at};
+      out[n] = {m, run, i * units_ * row_stride() + at};
       m += run;
     }
     return n;
   }
-  int64_t row_stride() const { return stride_; }
+  int64_t row_stride() const { return panels_.unit_stride; }
   float* data() const { return memory_; }
 
  private:
   int64_t index_of(int64_t position) const {
-    int64_t i = static_cast<int64_t>(tiles_.size()) - 1;
-    while (tiles_[i].first > position) --i;
+    int64_t i = static_cast<int64_t>(panels_.tiles.size()) - 1;
+    while (panels_.tiles[i].first > position) --i;
     return i;
   }
 
-  std::vector<PanelTile> tiles_;
-  int64_t units_, stride_;
+  PanelTiles panels_;
+  int64_t units_;
   float* memory_ = nullptr;
 };
 
@@ -83,7 +81,7 @@ void run_stages(const ChainArgs& a, const std::vector<ChainStage>& stages, int64
     const Handed* from = i > 0 ? &handed[i - 1] : nullptr;
     const Handed* to = i < handed.size() ? &handed[i] : nullptr;
     csr_panel_product(
-        stage.w, tokens,
+        stage.w, cut_panel_tiles(*stage.w.header, tokens),
         [&](const PanelTile& t, int64_t k0, int32_t units, int32_t stride, float* panel) -> const float* {
           if (from) return from->block(t, k0);
           pack_rows({static_cast<const char*>(a.x) + ((begin + t.first) * a.x_stride + k0) * element,

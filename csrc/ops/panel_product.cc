@@ -2,26 +2,25 @@
 
 namespace pared {
 
-std::vector<PanelTile> cut_panel_tiles(const PackedHeader& w, int64_t positions) {
+PanelTiles cut_panel_tiles(const PackedHeader& w, int64_t positions, int64_t images) {
   const int64_t max_vectors = w.tile / kPanelGroup;
   const int64_t vectors = (positions + kPanelGroup - 1) / kPanelGroup;
   const int64_t tiles = (vectors + max_vectors - 1) / max_vectors;
-  std::vector<PanelTile> out;
-  out.reserve(tiles);
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t v0 = vectors * i / tiles, v1 = vectors * (i + 1) / tiles;
+  PanelTiles out{{}, w.tile};
+  out.tiles.reserve(images * tiles);
+  int32_t widest = kPanelGroup;
+  for (int64_t i = 0; i < images * tiles; ++i) {
+    const int64_t image = i / tiles, v0 = vectors * (i % tiles) / tiles,
+                  v1 = vectors * (i % tiles + 1) / tiles;
     const int64_t first = v0 * kPanelGroup, end = std::min(positions, v1 * kPanelGroup);
-    out.push_back({first, static_cast<int32_t>(end - first), static_cast<int32_t>(v1 - v0)});
+    out.tiles.push_back(
+        {image * positions + first, static_cast<int32_t>(end - first), static_cast<int32_t>(v1 - v0)});
+    widest = std::max(widest, static_cast<int32_t>(v1 - v0) * kPanelGroup);
   }
+  if (w.entry_rows == 1)
+    for (int32_t half = w.tile / 2; widest <= half && half % kPanelGroup == 0; half /= 2)
+      out.unit_stride = half;
   return out;
-}
-
-int32_t panel_shift(const PackedHeader& w, const std::vector<PanelTile>& tiles) {
-  if (w.entry_rows != 1) return 0;
-  int32_t widest = kPanelGroup, shift = 0;
-  for (const PanelTile& t : tiles) widest = std::max(widest, t.vectors * kPanelGroup);
-  for (int32_t half = w.tile / 2; widest <= half && half % kPanelGroup == 0; half /= 2) ++shift;
-  return shift;
 }
 
 }  // namespace pared

@@ -33,14 +33,19 @@ struct PanelTile {
 template <class T>
 using PanelKernel = void(const PanelArgs<T>&);
 
-// The positions cut into tiles for `w`, of nearly equal numbers of vectors: 128 positions are 64 + 64, not
-// 96 + 32, because a short tile pays the same loads of weights for less work.
-std::vector<PanelTile> cut_panel_tiles(const PackedHeader& w, int64_t positions);
+// Tiles, and where the units of their panels lie.
+struct PanelTiles {
+  std::vector<PanelTile> tiles;
+  int64_t unit_stride;    // elements between units
+  bool in_place = false;  // the panels are the caller's memory, which ends with the last unit
+};
 
-// Units of these tiles' panels lie `w.tile >> panel_shift` elements apart: a tile of few vectors in a
-// panel of full stride would leave most sets of the L1 cache unused. 7x7 images and 16 tokens run 1.2 to 1.4
-// times faster on a panel as narrow as the tile.
-int32_t panel_shift(const PackedHeader& w, const std::vector<PanelTile>& tiles);
+// The positions of each image cut into tiles for `w`, of nearly equal numbers of vectors: 128 positions are
+// 64 + 64, not 96 + 32, because a short tile pays the same loads of weights for less work.
+//
+// Where all tiles are of few vectors the panel is as narrow: in one of full stride they would leave most sets
+// of the L1 cache unused. 7x7 images and 16 tokens run 1.2 to 1.4 times faster so.
+PanelTiles cut_panel_tiles(const PackedHeader& w, int64_t positions, int64_t images = 1);
 
 namespace panel_product_detail {
 
@@ -92,12 +97,27 @@ void check_entries(const PanelPacked<T>& w, uint32_t start, const uint8_t* count
   PARED_CHECK(sum <= room, "packed weight: expected entries inside the buffer, got a corrupt one");
 }
 
+// The same for an offset behind the `units` units of the K block. After check_entries.
+template <class T>
+void check_offsets(const PanelPacked<T>& w, uint32_t start, const uint8_t* counts, int64_t units) {
+  const uint16_t* end = w.offsets + start;
+  for (int s = 0; s < w.slots(); ++s) end += counts[s];
+  uint16_t largest = 0;
+  for (const uint16_t* o = w.offsets + start; o < end; ++o) largest = std::max(largest, *o);
+  PARED_CHECK(largest <= (units - 1) * w.header->tile * 4,
+              "packed weight: expected offsets inside the K block, got a corrupt one");
+}
+
 template <class T, class Pack, class Store>
-void run_tile(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const PanelTile& t, int32_t shift,
-              int64_t g0, int64_t g1, const Pack& pack, const Store& store, T* panel, T* acc) {
+void run_tile(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const PanelTile& t,
+              const PanelTiles& panels, int64_t g0, int64_t g1, const Pack& pack, const Store& store,
+              T* panel, T* acc) {
   const PackedHeader& h = *w.header;
   const int64_t blocks = w.blocks(), last = std::max<int64_t>(blocks, 1) - 1;
   const int32_t acc_stride = t.vectors * kPanelGroup;
+  // Offsets are those of a panel whose units are w.tile apart.
+  const uint64_t scale = (static_cast<uint64_t>(panels.unit_stride) << 16) / h.tile;
+  const int64_t reach = (kMaxOffset + 1) / (h.tile * 4) + 1;
   const int64_t groups_per_pass = std::max<int64_t>(1, kAccElements / (acc_stride * kCsrGroup));
   for (int64_t p0 = g0; p0 < g1; p0 += groups_per_pass) {
     const int64_t p1 = std::min(g1, p0 + groups_per_pass);
@@ -112,13 +132,15 @@ void run_tile(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const Panel
           if (!x) {
             const int64_t k0 = b * h.block_k;
             x = pack(t, k0, static_cast<int32_t>(std::min<int64_t>(h.block_k, w.units - k0)),
-                     static_cast<int32_t>(h.tile) >> shift, panel);
+                     static_cast<int32_t>(panels.unit_stride), panel);
           }
           const uint8_t* counts = w.counts + (g * blocks + b) * w.slots();
           check_entries(w, starts[b], counts);
+          if (panels.in_place && b * h.block_k + reach > w.units)
+            check_offsets(w, starts[b], counts, w.units - b * h.block_k);
           micro[t.vectors - 1]({counts, w.values + static_cast<int64_t>(starts[b]) * h.entry_rows,
                                 w.offsets + starts[b], x, group_acc, (rows + h.entry_rows - 1) / h.entry_rows,
-                                touched, shift});
+                                touched, scale});
         } else if (b == last && !touched) {
           std::fill_n(group_acc, static_cast<int64_t>(rows) * acc_stride, T{0});  // rows without non-zeros
         }
@@ -130,22 +152,22 @@ void run_tile(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const Panel
 
 }  // namespace panel_product_detail
 
-// Runs the product of `w` with `positions` panel columns on the calling thread's pool.
+// Runs the product of `w` with the panel columns of `panels` on the calling thread's pool.
 //   micro: the kernels for 1 to kPanelMaxGroups vectors, for the weight's entry_rows;
 //   begin(tile): called in each thread before its share of a tile;
 //   pack(tile, k0, units, stride, panel): write units [k0, k0 + units) of the reduction for the tile's
 //     positions to panel[(k - k0) * stride + position], and zero up to tile.vectors * kPanelGroup; returns
-//     `panel`, or where the same already lies, 64-byte aligned and readable for kPanelElements;
+//     `panel`, or where the same already lies: 64-byte aligned, and readable for kPanelElements unless
+//     panels.in_place says that the memory ends with the last unit of the reduction;
 //   store(tile, row0, rows, acc, acc_stride): take the finished acc[rows][tile.positions], whose
 //     memory is its own then. Called once for each tile and row group (at most kCsrGroup rows), from several
 //     threads at once.
 template <class T, class Begin, class Pack, class Store>
-void panel_product(const PanelPacked<T>& w, PanelKernel<T>* const* micro, int64_t positions,
+void panel_product(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const PanelTiles& panels,
                    const Begin& begin, const Pack& pack, const Store& store) {
   namespace detail = panel_product_detail;
-  if (positions == 0 || w.header->rows == 0) return;
-  const std::vector<PanelTile> tiles = cut_panel_tiles(*w.header, positions);
-  const int32_t shift = panel_shift(*w.header, tiles);
+  const std::vector<PanelTile>& tiles = panels.tiles;
+  if (tiles.empty() || w.header->rows == 0) return;
   const int64_t groups = w.groups();
 
   // All (tile, row group) pairs in one line, cut into equal shares of weight: a thread's share is a run of
@@ -180,7 +202,7 @@ void panel_product(const PanelPacked<T>& w, PanelKernel<T>* const* micro, int64_
       const int64_t g1 = end == cost ? groups : weights.at(end / t.vectors);
       if (g0 >= g1) continue;
       begin(t);
-      detail::run_tile(w, micro, t, shift, g0, g1, pack, store, panel, acc);
+      detail::run_tile(w, micro, t, panels, g0, g1, pack, store, panel, acc);
     }
   });
 }
@@ -193,10 +215,11 @@ inline PanelKernel<int32_t>* const* word_kernels(const PackedHeader& h) {
 
 // The same for float32 weights on the active instruction set, with nothing to do before a tile.
 template <class Pack, class Store>
-void csr_panel_product(const PanelPacked<float>& w, int64_t positions, const Pack& pack, const Store& store) {
+void csr_panel_product(const PanelPacked<float>& w, const PanelTiles& panels, const Pack& pack,
+                       const Store& store) {
   PanelKernel<float>* const* micro = w.header->entry_rows == 1 ? kernel_for<csr_panel_f32>(active_isa()).fn
                                                                : kernel_for<quad_panel_f32>(active_isa()).fn;
-  panel_product(w, micro, positions, [](const PanelTile&) {}, pack, store);
+  panel_product(w, micro, panels, [](const PanelTile&) {}, pack, store);
 }
 
 }  // namespace pared

@@ -327,7 +327,21 @@ Image image_shape(Random& r) {
   s.width = std::max(1, span_w - 2 * s.pad_w) + (r.one_in(8) ? r.range(8, 40) : r.range(0, 5));
   s.out_h = (s.height + 2 * s.pad_h - span_h) / s.stride_h + 1;
   s.out_w = (s.width + 2 * s.pad_w - span_w) / s.stride_w + 1;
+  if (r.one_in(16)) {  // planes of whole vectors under a 1x1 kernel, which are multiplied where they lie
+    s.kh = s.kw = s.dilation_h = s.dilation_w = 1;
+    s.pad_h = s.pad_w = 0;
+    s.out_h = r.range(1, 5);
+    s.out_w = 16 * r.range(1, 3);
+    s.height = s.out_h * s.stride_h;
+    s.width = s.out_w * s.stride_w;
+  }
   return s;
+}
+
+// The first cache line's boundary from p on.
+float* at_cache_line(float* p) {
+  while (reinterpret_cast<uintptr_t>(p) % kCacheLine != 0) ++p;
+  return p;
 }
 
 enum class Conv { csr, int8, bsr8 };
@@ -342,14 +356,15 @@ void convolution(Random& r, bool fault, Memory& m, Outcome& out) {
   for (float& v : m.w)
     if (r.range(1, 16) <= density) v = static_cast<float>(r.range(-most, most));
   const int64_t plane = static_cast<int64_t>(s.height) * s.width, image = plane * channels;
-  m.x.resize(s.images * image);
-  for (float& v : m.x) v = static_cast<float>(r.range(-most, most));
-  for (int n = 0; n < s.images; ++n) m.x[n * image + r.range(0, static_cast<int>(image) - 1)] = 127.0f;
+  m.x.assign(s.images * image + kPanelGroup, 0.0f);
+  float* const x = r.one_in(2) ? at_cache_line(m.x.data()) : m.x.data();
+  for (int64_t i = 0; i < s.images * image; ++i) x[i] = static_cast<float>(r.range(-most, most));
+  for (int n = 0; n < s.images; ++n) x[n * image + r.range(0, static_cast<int>(image) - 1)] = 127.0f;
   m.bias.resize(filters);
   for (float& b : m.bias) b = static_cast<float>(r.range(-9, 9));
   const int64_t out_plane = static_cast<int64_t>(s.out_h) * s.out_w;
   m.y.assign(s.images * filters * out_plane, -77.0f);
-  const ConvArgs a{m.x.data(),
+  const ConvArgs a{x,
                    DType::f32,
                    last ? ImageLayout::nhwc : ImageLayout::nchw,
                    s.images,
@@ -405,15 +420,15 @@ void convolution(Random& r, bool fault, Memory& m, Outcome& out) {
           for (int c = 0; c < s.channels; ++c)
             for (int i = 0; i < s.kh; ++i)
               for (int j = 0; j < s.kw; ++j) {
-                const int y = oy * s.stride_h - s.pad_h + i * s.dilation_h;
-                const int x = ox * s.stride_w - s.pad_w + j * s.dilation_w;
-                if (y < 0 || y >= s.height || x < 0 || x >= s.width) continue;
+                const int iy = oy * s.stride_h - s.pad_h + i * s.dilation_h;
+                const int ix = ox * s.stride_w - s.pad_w + j * s.dilation_w;
+                if (iy < 0 || iy >= s.height || ix < 0 || ix >= s.width) continue;
                 const int from = f / s.filters * s.channels + c;
-                const int64_t pixel = static_cast<int64_t>(y) * s.width + x;
+                const int64_t pixel = static_cast<int64_t>(iy) * s.width + ix;
                 sum += static_cast<int64_t>(
                            m.w[(static_cast<int64_t>(f) * s.channels + c) * taps + i * s.kw + j]) *
                        static_cast<int64_t>(
-                           m.x[n * image + (last ? pixel * channels + from : from * plane + pixel)]);
+                           x[n * image + (last ? pixel * channels + from : from * plane + pixel)]);
               }
           double want = static_cast<double>(sum) * m.scales[f] + m.bias[f];
           if (relu) want = std::max(want, 0.0);

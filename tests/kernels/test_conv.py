@@ -19,7 +19,7 @@ def run(x, w, bias, g: Geometry, activation=None):
     n, _, height, width = x.shape
     out_h, out_w = _core.conv2d_output_size(height, width, *w.shape[2:], g.stride, g.padding, g.dilation)
     y = np.full((n, w.shape[0], out_h, out_w), np.nan, dtype=x.dtype)
-    if not x.flags.c_contiguous:
+    if not x.flags.c_contiguous and x.strides[1] < x.strides[3]:
         y = channels_last(y)
     _core.conv2d_csr(x, packed.packed, bias, y, g.stride, g.padding, g.dilation, activation or "")
     return y
@@ -91,6 +91,47 @@ def test_phases_of_a_stride(isa, layout, dtype, size, kernel, stride, padding):
     )
     g = Geometry(stride=stride, padding=padding)
     assert np.array_equal(run(x, w, None, g), reference(x, w, None, g))
+
+
+def at_boundary(x, offset=0):
+    """A copy of `x` that begins `offset` elements behind a 64-byte boundary."""
+    room = np.full(x.size + 32, np.nan, dtype=x.dtype)
+    begin = -room.ctypes.data % 64 // x.itemsize + offset
+    copy = room[begin : begin + x.size].reshape(x.shape)
+    copy[...] = x
+    return copy
+
+
+@pytest.mark.parametrize("size", [(4, 4), (8, 6), (12, 12), (1, 16), (16, 16), (28, 28), (16, 17), (31, 32)])
+@pytest.mark.parametrize(("images", "channels"), [(1, 1), (3, 5), (1, 300)])
+def test_planes_that_are_panels(isa, rng, size, images, channels):
+    """1x1 kernels multiply aligned planes of whole vectors where they lie, others from a packed panel."""
+    x = rng.standard_normal((images, channels, *size)).astype(np.float32)
+    g = Geometry()
+    for sparsity in (0.5, 0.9, 0.98):
+        w = sparse_weight(rng, (35, channels, 1, 1), sparsity)
+        check(at_boundary(x), w, None, g)
+        check(at_boundary(x, 4), w, None, g)
+
+
+def test_a_slice_of_channels_and_images_is_multiplied_in_place(isa, rng):
+    """Channels and images apart by whole vectors, and by something else; NaN around them is not read."""
+    for gap in (16, 5):
+        room = at_boundary(np.full((5, 40, 3, 64 + gap), np.nan, dtype=np.float32))
+        planes = np.lib.stride_tricks.as_strided(
+            room[::2, 7:], (3, 33, 9, 16), (*room[::2].strides[:2], 64, 4), writeable=True
+        )
+        planes[...] = rng.standard_normal(planes.shape)
+        check(planes, sparse_weight(rng, (20, 33, 1, 1), 0.7), None, Geometry())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("size", [(8, 8), (7, 7), (14, 13), (28, 28), (64, 64)])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 2), (3, 1)])
+def test_split_planes_that_are_panels(isa, rng, dtype, size, stride):
+    """Phases of a stride and widened images, a few images at a time, whose last vectors are not full."""
+    x = rng.standard_normal((2, 130, *size)).astype(dtype)
+    check(x, sparse_weight(rng, (18, 130, 1, 1), 0.9), None, Geometry(stride=stride))
 
 
 @LAYOUTS

@@ -5,6 +5,7 @@ What is outside is for the address sanitizer to see (make sanitize); here nothin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -71,7 +72,7 @@ def runs(kernel: Callable[..., None], *args: object) -> bool:
     try:
         kernel(*args)
     except ValueError as e:
-        if "packed weight: expected entries inside the buffer" not in str(e):
+        if not re.match(r"packed weight: expected (entries|offsets) inside the (buffer|K block)", str(e)):
             raise
         return False
     return True
@@ -122,6 +123,37 @@ def test_conv2d(isa, rng, format):
         packed = corrupted(rng, good)
         refused += not runs(ALL[format.kind].conv2d, x, packed, None, out, (1, 1), (1,) * 4, (1, 1), "")
     assert refused > 10
+
+
+@pytest.mark.parametrize("channels", [1, 33, 130, 300])
+@pytest.mark.parametrize("density", [0.05, 0.5])
+def test_planes_in_place(isa, rng, channels, density):
+    """A 1x1 kernel on aligned planes reads the caller's memory, which ends with the last channel."""
+    w = rng.standard_normal((37, channels, 1, 1)).astype(np.float32)
+    w[rng.random(w.shape) > density] = 0
+    good = ops.CSR.from_dense(w).packed
+    x = aligned_copy(np.ones(channels * 48, np.float32).view(np.uint8)).view(np.float32)
+    x = x.reshape(1, channels, 6, 8)
+    out = np.empty((1, 37, 6, 8), np.float32)
+    rest = ((1, 1), (0,) * 4, (1, 1), "")
+    for _ in range(30):
+        runs(_core.conv2d_csr, x, corrupted(rng, good), None, out, *rest)
+    _core.conv2d_csr(x, good, None, out, *rest)
+    np.testing.assert_allclose(out[0, :, 0, 0], w.sum((1, 2, 3)), atol=1e-3)
+    # One unit too far: the first entry of the last K block.
+    packed = aligned_copy(good)
+    h = header(packed)
+    tile, block_k = int(h["tile"]), int(h["block_k"])
+    blocks = -(-channels // block_k)
+    starts, offsets = sections(packed)["starts"], sections(packed)["offsets"]
+    entry = next(
+        int(starts[g * (blocks + 1) + blocks - 1])
+        for g in range(3)
+        if starts[g * (blocks + 1) + blocks - 1] < starts[g * (blocks + 1) + blocks]
+    )
+    offsets[entry] = (channels - (blocks - 1) * block_k) * tile * 4
+    with pytest.raises(ValueError, match="expected offsets inside the K block"):
+        _core.conv2d_csr(x, packed, None, out, *rest)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -202,8 +202,12 @@ void split_conv_as(const ConvSplitArgs& args) {
   using S = typename C::S;
   constexpr int W = S::width;
   const ConvSplitArgs a = args;
+  const int64_t element = a.dtype == DType::f32 ? 4 : 2;
+  const int64_t row_bytes = a.ahead ? ((a.count - 1) * a.step + 1) * element : 0;
   for (int64_t r = 0; r < a.rows; ++r) {
     float* y = a.y + r * a.y_stride;
+    const char* next = static_cast<const char*>(a.x) + (r * a.x_stride + a.ahead) * element;
+    for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(next + b);
     for (int64_t m = 0; m < a.count; m += W) {
       const uint32_t bits = a.count - m < W ? (1u << (a.count - m)) - 1u : (1u << W) - 1u;
       S::storeu(y + m, C::template gather<R>(a.x, r * a.x_stride + m * a.step, bits, a.step, a.dtype));

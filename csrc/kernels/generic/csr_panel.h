@@ -29,12 +29,12 @@ PARED_INLINE void csr_panel_part(const PanelArgs<typename S::Element>& args) {
   const uint16_t* offsets = args.offsets;
   const char* panel = reinterpret_cast<const char*>(args.panel + FIRST * kPanelGroup);
   T* acc = args.acc + FIRST * kPanelGroup;
-  const int shift = args.shift;
+  const uint64_t scale = args.scale;
   for (int r = 0; r < args.rows; ++r, acc += VECTORS * kPanelGroup) {
     int left = args.counts[r];
     V sum[UNROLL][N];
     const auto add = [&](int u, T value, uint64_t offset) __attribute__((always_inline)) {
-      const T* x = reinterpret_cast<const T*>(panel + (offset >> shift));
+      const T* x = reinterpret_cast<const T*>(panel + (offset * scale >> 16));
       const typename S::Value w = S::value(value);
       V* to = sum[u % UNROLL];
       for (int v = 0; v < N; ++v) to[v] = S::fma(w, S::operand(x + v * S::width), to[v]);
