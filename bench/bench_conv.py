@@ -64,22 +64,25 @@ def pruned(layer: Layer, sparsity: float) -> torch.Tensor:
     return torch.where(w.abs() > threshold, w, 0.0)
 
 
-def limit(c: Ceilings, layer: Layer, images: int, packed: pared.ops.CSR) -> float:
+def limit(one: Ceilings, c: Ceilings, layer: Layer, images: int, packed: pared.ops.CSR) -> float:
     """The least seconds that the ceilings allow: ``t_nnz + t_io``.
 
     Non-zeros at the rate of a multiply-add with a panel in L1, while the weight streams beside them; the rows
     of the input that the kernel reads, and the output; larger kernels store each input element into the panel
     once a tap. Input, output and weight come from the level that holds what a round of the four calls passes
-    through the caches.
+    through the caches. `one` are the ceilings of one thread: what a core has to itself is that times the
+    threads of `c`, which a busy machine seldom lets them show together.
     """
     positions = images * layer.out**2
     x, y = 4.0 * images * layer.channels * layer.size**2, 4.0 * positions * layer.filters
     w = 4.0 * layer.filters * layer.channels * layer.kernel**2
-    outer = c.level((2 * (x + y + w) + packed.packed.nbytes) / c.threads)
-    t_nnz = max(2.0 * packed.nnz * positions / c.panel, packed.packed.nbytes / outer.load)
+    moved = (2 * (x + y + w) + packed.packed.nbytes) / c.threads
+    load = max(c.level(moved).load, one.level(moved).load)
+    store = max(c.level(moved).store, one.level(moved).store)
+    t_nnz = max(2.0 * packed.nnz * positions / (c.threads * one.panel), packed.packed.nbytes / load)
     read = x / layer.stride if layer.kernel == 1 else x
     panel = 4.0 * positions * layer.channels * layer.kernel**2 if layer.kernel > 1 else 0.0
-    return t_nnz + read / outer.load + panel / c.levels[0].store + y / outer.store
+    return t_nnz + read / load + panel / (c.threads * one.levels[0].store) + y / store
 
 
 @THREADS
@@ -109,7 +112,7 @@ def test_csr(versus, layer: Layer, images: int, sparsity: float, threads: int) -
         cell=f"{sparsity * 100:.0f} %",
         rivals=DENSE,
         work=2.0 * images * layer.out**2 * packed.nnz,
-        limit_s=limit(measure(threads), layer, images, packed),
+        limit_s=limit(measure(1), measure(threads), layer, images, packed),
         facts={**layer._asdict(), "images": images, "sparsity": sparsity, "dtype": "float32"},
         budget=0.15,
     )

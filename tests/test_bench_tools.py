@@ -126,7 +126,7 @@ def test_what_falls_short_of_its_goal_has_the_limit_beside_it():
     console = Console(width=200, file=io.StringIO())
     table.render([*rows, row("a", "99 %", 1.0, limit_share=0.5)], console)
     lines = {line.split("│")[1].strip(): line for line in console.file.getvalue().splitlines() if "│" in line}
-    assert "2.00 (50 % of 4.00)" in lines["a"]  # of a goal of 3.4
+    assert "2.00 (50 % of 4.0)" in lines["a"]  # of a goal of 3.4
     assert "1.00 " in lines["a"]  # without a goal
     assert "1.00 (" not in lines["a"]
     assert "8.00 " in lines["b"]

@@ -224,6 +224,21 @@ def test_errors_name_the_argument(call, error, text):
         call()
 
 
+def test_arguments_that_equal_known_ones_are_checked():
+    """What is kept of a call with ints serves no call with something that equals them."""
+    x, w = np.ones((1, 3, 8, 8), np.float32), CSR.from_dense(np.ones((4, 3, 3, 3), np.float32))
+    y = conv2d(x, w, stride=1, padding=1)
+    for stride, padding in ((True, 1), (1.0, 1), (1, True), ((1, True), 1)):
+        with pytest.raises(TypeError, match="expected an int or a pair of ints"):
+            conv2d(x, w, stride=stride, padding=padding)
+    assert np.array_equal(conv2d(x, w, stride=[1, 1], padding=(1, 1)), y)
+    # Other sizes, kernels and dilations under the same numbers.
+    assert conv2d(x[..., :5, :7].copy(), w, stride=1, padding=1).shape == (1, 4, 5, 7)
+    assert conv2d(x, CSR.from_dense(np.ones((4, 3, 2, 1), np.float32)), padding=1).shape == (1, 4, 9, 10)
+    assert conv2d(x, w, stride=1, padding=1, dilation=2).shape == (1, 4, 6, 6)
+    assert conv2d(x, w, stride=2, padding=0).shape == (1, 4, 3, 3)
+
+
 def test_gradients_are_refused():
     x = torch.zeros(1, 3, 8, 8, requires_grad=True)
     with pytest.raises(RuntimeError, match="x: expected a tensor that needs no gradient"):
