@@ -38,6 +38,9 @@ GOOD = {
     "decode_kernelI13__nv_bfloat16": ["HMMA.16816.F32.BF16 R4", "UBLKCP.S.G [UR4]"],
     "block_sparse_wgmma_kernelI": ["HGMMA.64x128x16.F32.BF16 R24", "@P0 UTMALDG.2D [UR8]"],
     "block_sparse_kernelI": ["HMMA.16816.F32 R4", "LDSM.16.M88.4 R8", "LDGSTS.E.BYPASS.128 [R3]"],
+    "csr_gather_kernelIfLi1E": ["LDG.E.128.CONSTANT R4"],
+    "csr_gather_kernelI6__halfLi8E": ["LDG.E.64.CONSTANT R4"],
+    "csr_panel_kernelIfLi4E": ["LDS.64 R4, [R2]", "LDGSTS.E.BYPASS.128 [R3]"],
     "quantize_rows_kernelIfLb1E": ["LDG.E.128.CONSTANT R4"],
     "select_gather_kernel": ["LDG.E.NA.128.CONSTANT R4"],
     "select_mask_kernel": ["LDG.E.128 R4"],
@@ -60,6 +63,7 @@ def test_what_is_right_passes(check_sass):
         ("int8_product_kernelI", ["IMMA.16832.S8.S8 R4", "LDSM.16.M88.4 R8"], "no LDGSTS"),
         ("cutlass13device_kernelS32S8S8", ["IMMA.16832.S8.S8 R4", "UTMALDG.3D", "UTMASTG.3D"], "no IGMMA"),
         ("decode_kernelI6__half", ["HMMA.16816.F32 R4"], "no UBLKCP"),
+        ("csr_panel_kernelIfLi4E", ["LDS R4, [R2]", "LDGSTS.E.BYPASS.128 [R3]"], r"no LDS\.64"),
     ],
 )
 def test_what_is_wrong_is_named(check_sass, kernel, instructions, says):

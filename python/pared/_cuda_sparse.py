@@ -202,16 +202,6 @@ class DeviceCSR(DeviceWeight):
         return self.values.dtype
 
     @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of device memory."""
-        tensors = (self.values, self.columns, self.starts, self.items, self.order)
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    @property
     def sparsity(self) -> float:
         """Share of zeros, 0 to 1."""
         total = self.shape[0] * self.shape[1]

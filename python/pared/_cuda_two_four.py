@@ -84,15 +84,6 @@ class DeviceTwoFour(DeviceWeight):
         dense = (weight.detach() + 0.0).contiguous()
         return cls(torch._cslt_compress(dense), weight.dtype, (weight.shape[0], weight.shape[1]))
 
-    @property
-    def device(self) -> torch.device:
-        return self.compressed.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of device memory."""
-        return self.compressed.numel() * self.compressed.element_size()
-
     def tuned(self, tokens: int) -> DeviceTwoFour:
         """With the algorithm that cuSPARSELt finds fastest for so many tokens: it times all of them."""
         import torch

@@ -14,6 +14,7 @@ import pared
 from pared import _cuda_sparse
 from pared._cuda_int8 import Place
 from pared._cuda_sparse import DeviceCSR, row_order, work_items
+from pared.ops._device import DeviceWeight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -196,7 +197,7 @@ def test_from_other_forms(backend, place, rng):
     packed = pared.ops.CSR.from_dense(dense)
     x = torch.from_numpy(rng.standard_normal((4, 50))).float()
     for dtype in DTYPES:
-        w = packed.to(backend.device, dtype)
+        w = DeviceWeight.from_parts(*packed.to(backend.device, dtype).parts())  # as operators take it
         assert w.dtype == dtype
         assert_close(pared.ops.linear(x.to(backend.device, dtype), w), x.to(dtype), dense.to(dtype))
 
