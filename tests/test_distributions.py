@@ -166,6 +166,24 @@ def test_a_constant_and_an_empty_layer_have_a_plot() -> None:
     assert page(report, "page").count("<svg") == len(report.tensors)
 
 
+def test_recurrent_layers_show_their_weights() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.head(self.lstm(x)[0])
+            return y
+
+    torch.manual_seed(0)
+    report = distributions(Tagger(), [torch.randn(2, 5, 8)])
+    kinds = {(t.name, t.kind) for t in report.tensors}
+    assert ("lstm.weight_hh_l0", "weight") in kinds
+    assert ("head.weight", "input") in kinds
+    assert not any(kind == "input" for name, kind in kinds if name.startswith("lstm"))
+
+
 def test_bad_input() -> None:
     plain = model()
     with pytest.raises(ValueError, match="data: expected at least one batch"):

@@ -405,6 +405,16 @@ def test_ranges() -> None:
     assert relu.scale == pytest.approx(60 / 255)
 
 
+def test_training_with_rounded_weights_asks_for_plain_ones() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    torch.nn.utils.prune.l1_unstructured(model[1], "weight", 0.5)
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"got masks of another tool on '1\.weight'"):
+        prepare_qat(model, bits=4)
+    assert list(model.state_dict()) == before
+    assert not torch.nn.utils.parametrize.is_parametrized(model[0])
+
+
 def test_distributions_are_told_apart() -> None:
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(50_000, generator=generator, dtype=torch.float64)

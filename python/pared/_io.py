@@ -153,6 +153,7 @@ def load(path: Path, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> 
     _check_complete(module)
     if about.report is not None:
         setattr(module, _ATTRIBUTE, about.report)
+        module.requires_grad_(False)  # for inference, as accelerate returns it
     return module.eval()
 
 

@@ -6,6 +6,7 @@ The public names are `pared.prune` (a function), `pared.Pruner` and `pared.sched
 """
 
 from pared.pruning.calibration import Observer
+from pared.pruning.channel_budget import ChannelPlan, GroupPlan, search_channels
 from pared.pruning.criteria import (
     LAMP,
     Activation,
@@ -40,12 +41,14 @@ __all__ = [
     "BNScale",
     "BlockReport",
     "ChangeRate",
+    "ChannelPlan",
     "ChannelReport",
     "Criterion",
     "Entropy",
     "Fisher",
     "GeometricMedian",
     "Gradient",
+    "GroupPlan",
     "LayerRemovalReport",
     "LayerReport",
     "Magnitude",
@@ -68,5 +71,6 @@ __all__ = [
     "prune_channels",
     "prune_layers",
     "prune_progressively",
+    "search_channels",
     "threshold",
 ]

@@ -240,10 +240,10 @@ class _Moments(Observer):
 class Activation:
     """A statistic of each unit's activations over `data`; units with small values go first.
 
-    "mean", "max", "min" and "variance" are of the activations, after the BatchNorm and activation modules "
-    "that
-    follow the layer (a functional activation is not seen). "apoz" scores ``1 - share of activations <= 0``,
-    so that units that are mostly off go first: Hu et al., "Network Trimming" (arXiv 1607.03250).
+    "mean", "max", "min" and "variance" are of the activations, after the BatchNorm and activation modules
+    that follow the layer (a functional activation is not seen). "apoz" scores
+    ``1 - share of activations <= 0``, so that units that are mostly off go first: Hu et al., "Network
+    Trimming" (arXiv 1607.03250).
     """
 
     units = True  # scores belong to outputs

@@ -15,7 +15,7 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
@@ -155,7 +155,7 @@ def _graph(model: nn.Module, example: Example) -> Any:
         raise TypeError(f"{example.label}: expected positional or keyword arguments, got both")
     inputs: Any = dict(example.kwargs) if example.kwargs else example.args
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.enable_grad():  # the graph is autograd's
             warnings.simplefilter("ignore")  # about parameters that no module owns: handled below
             return torch_pruning.DependencyGraph().build_dependency(
                 model, example_inputs=inputs, verbose=False
@@ -394,9 +394,13 @@ def _by_input(module: nn.Module) -> torch.Tensor:
 
 
 def _choose(
-    groups: Sequence[_Group], scores: Sequence[torch.Tensor], ratio: float, round_to: int, scope: str
+    groups: Sequence[_Group],
+    scores: Sequence[torch.Tensor],
+    ratios: Sequence[float],
+    round_to: int,
+    scope: str,
 ) -> None:
-    """Fill in which channels of each group go."""
+    """Fill in which channels of each group go; with scope "global" all ratios are the same."""
     local = []
     for group, score in zip(groups, scores, strict=True):
         if not bool(torch.isfinite(score).all()):
@@ -408,10 +412,12 @@ def _choose(
         # Layers' scores differ in size: each is taken relative to its layer's mean.
         relative = [x / x.mean().abs().clamp(min=1e-30) for x in local]
         total = sum(x.numel() for x in relative)
-        masks = cast("list[torch.Tensor]", ops.topk_mask(relative, keep_count(total, ratio), key="identity"))
+        masks = cast(
+            "list[torch.Tensor]", ops.topk_mask(relative, keep_count(total, ratios[0]), key="identity")
+        )
         wanted = [max(1, int(m.sum())) for m in masks]
     else:
-        wanted = [keep_count(x.numel(), ratio) for x in local]
+        wanted = [keep_count(x.numel(), ratio) for x, ratio in zip(local, ratios, strict=True)]
     for group, score, keep in zip(groups, local, wanted, strict=True):
         n = score.numel()
         rounded = round_to if group.unit == 1 else 1  # heads are as wide as they are
@@ -420,6 +426,27 @@ def _choose(
         gone = [i for i, kept in enumerate(mask.tolist()) if not kept]
         gone = [i * group.unit + j for i in gone for j in range(group.unit)]
         group.removed = [part * n + i for part in range(group.parts) for i in gone]
+
+
+def _ratios(shares: Mapping[Any, float], groups: Sequence[_Group], model: nn.Module) -> list[float]:
+    """By group, the share of the first filter that matches one of its layers; 0 where none does."""
+    modules = dict(model.named_modules())
+    found: list[float | None] = [None] * len(groups)
+    for given, share in shares.items():
+        (matcher,) = _matchers("ratio", given)
+        hits = [
+            i
+            for i, group in enumerate(groups)
+            if any(matcher.matches(n, n, modules[n], modules) for n in group.producers)
+        ]
+        if not hits:
+            raise ValueError(
+                f"ratio: expected filters that match a layer with channels, got {str(matcher)!r}, which "
+                f"matches none; layers: {', '.join(g.root for g in groups)}"
+            )
+        for i in hits:
+            found[i] = share if found[i] is None else found[i]
+    return [share or 0.0 for share in found]
 
 
 def _mask(model: nn.Module, groups: Sequence[_Group]) -> None:
@@ -594,7 +621,7 @@ def _fewer_heads(module: nn.Module, group: _Group) -> None:
 def prune_channels(
     model: nn.Module,
     example_inputs: Any,
-    ratio: float,
+    ratio: float | Mapping[Any, float],
     *,
     importance: Importance = "magnitude",
     scope: str = "layer",
@@ -612,7 +639,9 @@ def prune_channels(
     model : any module that torch-pruning can trace. Its parameters become new objects: make the optimiser
         after.
     example_inputs : as in `pared.accelerate`; they show the graph, and are what the result is checked on.
-    ratio : share of the channels to remove, in [0, 1).
+    ratio : share of the channels to remove, in [0, 1); or a mapping from filters over layers to shares (the
+        ``ratios`` of `pared.pruning.search_channels`): a group takes that of the first filter that matches
+        one of its layers, and stays as it is where none does.
     importance, data, loss_fn : as in `pared.prune`. A channel's score is that of its weights in all the
         layers that share it: summed ("taylor": inside the absolute value; "fisher": before a sample's
         square), or its own for criteria that rank units. "output_weight" reads the graph.
@@ -640,14 +669,20 @@ def prune_channels(
     """
     module = unwrap(model)
     inputs = examples(example_inputs)
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
-        raise TypeError(f"ratio: expected a number in [0, 1), got {type(ratio).__name__}")
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio: expected a number in [0, 1), got {ratio!r}")
+    shares = dict(ratio) if isinstance(ratio, Mapping) else {None: ratio}
+    for share in shares.values():
+        if isinstance(share, bool) or not isinstance(share, int | float):
+            raise TypeError(f"ratio: expected a number in [0, 1), got {type(share).__name__}")
+        if not 0 <= share < 1:
+            raise ValueError(f"ratio: expected a number in [0, 1), got {share!r}")
+    if not shares:
+        raise ValueError("ratio: expected at least one filter, got an empty mapping")
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f"round_to: expected an int >= 1, got {round_to!r}")
     if scope not in ("layer", "global"):
         raise ValueError(f"scope: expected 'layer' or 'global', got {scope!r}")
+    if isinstance(ratio, Mapping) and scope != "layer":
+        raise ValueError(f"scope: expected 'layer' with shares for single layers, got {scope!r}")
     for name, layer in module.named_modules():
         if isinstance(layer, _LAYERS) and weight_format(layer) != "plain":
             raise ValueError(
@@ -660,7 +695,12 @@ def prune_channels(
         reasons = "; ".join(f"{layer}: {reason}" for layer, reason in kept[:5])
         raise ValueError(f"model: expected layers whose channels can be removed, got none ({reasons})")
     scores, criterion = _channel_scores(work, groups, importance, data, loss_fn)
-    _choose(groups, scores, float(ratio), round_to, scope)
+    ratios = _ratios(shares, groups, work) if isinstance(ratio, Mapping) else [float(ratio)] * len(groups)
+    _choose(groups, scores, ratios, round_to, scope)
+    target = ratios[0]
+    if isinstance(ratio, Mapping):
+        wide = [g.channels for g in groups]
+        target = sum(n * r for n, r in zip(wide, ratios, strict=True)) / sum(wide)
 
     def works(some: Sequence[_Group]) -> bool:
         try:
@@ -686,7 +726,7 @@ def prune_channels(
     table = tuple((tuple(g.producers), g.channels, g.channels - len(g.removed)) for g in groups)
     after = sum(p.numel() for p in module.parameters())
     return ChannelReport(
-        criterion, scope, float(ratio), table, tuple(kept), tuple(approximate), before, after, error
+        criterion, scope, target, table, tuple(kept), tuple(approximate), before, after, error
     )
 
 

@@ -143,7 +143,7 @@ def distributions(
     data : batches, as in `pared.prune`; None: weights alone.
     bits : 2 to 16.
     loss_fn : runs the batches, ``loss_fn(model, batch)``; None: ``model(batch)``.
-    include, exclude : which layers, as in `pared.prune`.
+    include, exclude : which layers, as in `pared.prune`. Of recurrent layers there are weights alone.
 
     Returns
     -------
@@ -161,9 +161,11 @@ def distributions(
         check_finite(target, target.weight)
     observers: dict[str, InputRange] = {}
     if data is not None:
-        observers = {t.name: InputRange(t) for t in targets}
+        visible = [t for t in targets if calibration._visible(t)]
+        observers = {t.name: InputRange(t) for t in visible}
         fed: dict[str, Observer] = {**observers}
-        calibration.collect(module, targets, fed, data, loss_fn, "'distributions'")
+        if visible:
+            calibration.collect(module, visible, fed, data, loss_fn, "'distributions'")
     found = []
     for target in targets:
         own = InputRange(target)

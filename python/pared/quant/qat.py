@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from pared._sparsity import weight_format
 from pared.pruning import obs
 from pared.pruning.targets import Filters, Target, collect, unwrap
 from pared.quant.grid import check_bits, fit
@@ -56,9 +57,19 @@ def prepare_qat(
     Returns
     -------
     Names of the tensors. `finish_qat` makes the rounded weights permanent.
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument; for weights with masks of another tool. Nothing has changed.
     """
     width = check_bits(bits)
     targets, _ = collect(unwrap(model), include, exclude, 0, 0)
+    for target in targets:
+        if any(weight_format(module, parameter) != "plain" for module, parameter in target.places):
+            raise ValueError(
+                f"model: expected plain weights, got masks of another tool on {target.name!r}; make them "
+                "permanent first, for example with pared.prune(model, 0.0)"
+            )
     for target in targets:
         for module, parameter in target.places:
             parametrize.register_parametrization(module, parameter, FakeQuantize(target, width))
