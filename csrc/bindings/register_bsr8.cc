@@ -57,6 +57,7 @@ void register_bsr8(py::module_& m) {
         const Array a = parse_array(packed, "packed");
         const Bsr8Packed w = packed_bsr8(a);
         const PackedHeader& h = *w.panel.header;
+        check_sum(h);  // before its sizes become memory
         py::array_t<int8_t> values({h.rows, dense_cols(h)});
         py::array_t<float> scales(h.rows);
         int8_t* v = values.mutable_data();

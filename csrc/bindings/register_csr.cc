@@ -81,6 +81,7 @@ void register_csr(py::module_& m) {
       [](py::handle packed) {
         const Array a = parse_array(packed, "packed");
         const CsrPacked w = packed_csr(a);
+        check_sum(*w.header);  // before its counts become memory
         py::array_t<int64_t> row_ptr(w.header->rows + 1), columns(w.header->nnz);
         py::array_t<float> values(w.header->nnz);
         auto *p = row_ptr.mutable_data(), *c = columns.mutable_data();

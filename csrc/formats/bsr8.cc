@@ -215,6 +215,7 @@ Bsr8Packed view_bsr8(const uint8_t* data, int64_t bytes) {
   w.scales = reinterpret_cast<const float*>(data + scales_at);
   w.sums = reinterpret_cast<const int32_t*>(data + sums_at);
   w.activations = reinterpret_cast<const ActivationRange*>(data + activations_at);
+  check_activations(*w.activations);
   return w;
 }
 
@@ -235,7 +236,6 @@ void validate_bsr8(const Bsr8Packed& w) {
     }
     return non_zero_bytes(word);
   });
-  check_activations(*w.activations);
   for (int64_t r = 0; r < h.rows; ++r) {
     PARED_CHECK(std::isfinite(w.scales[r]) && w.scales[r] >= 0.0f, "packed weight: row ", r,
                 ": invalid scale ", w.scales[r]);

@@ -81,6 +81,10 @@ void check_section(const PackedHeader& h, uint64_t at, uint64_t size) {
               "packed weight: expected sections inside the buffer, got a corrupt header");
 }
 
+void check_inside(bool inside) {
+  PARED_CHECK(inside, "packed weight: expected entries inside the buffer, got a corrupt one");
+}
+
 void seal(const PackedHeader& h, uint8_t* out) {
   PackedHeader header = h;
   header.checksum = checksum(h, out);

@@ -52,6 +52,9 @@ const PackedHeader& checked_header(const uint8_t* data, int64_t bytes);
 void check_conv_shape(const PackedHeader& h);
 // Throws ValueError unless the buffer holds `size` bytes, 64-byte aligned, at `at`.
 void check_section(const PackedHeader& h, uint64_t at, uint64_t size);
+// For the loops that read entries: throws ValueError unless those that a kernel is told to read are
+// `inside` the buffer. A header that is right and bytes behind it that are not give this or wrong numbers.
+void check_inside(bool inside);
 // Writes the header, with the checksum, before contents that are complete.
 void seal(const PackedHeader& h, uint8_t* out);
 // Throws ValueError when the contents do not give the header's checksum.

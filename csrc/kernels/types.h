@@ -124,7 +124,8 @@ inline constexpr int kBitmapMaxTokens = 16;
 inline constexpr int kBitmapStride = 512 + 16;
 struct BitmapArgs {
   const uint16_t* masks;  // [groups][vectors]
-  const float* values;    // the non-zeros of all of them, and 64 readable bytes
+  const float* values;    // the non-zeros of all of them
+  const float* end;       // of the non-zeros in the buffer, and 64 readable bytes
   const float* x;         // [tokens][kBitmapStride], zero up to `vectors`
   float* acc;             // [groups][tokens][16], 64-byte aligned
   int32_t groups;
@@ -132,8 +133,9 @@ struct BitmapArgs {
   bool accumulate;  // false: acc is written, not read
 };
 struct bitmap_f32 {
-  // One function for each number of tokens, 1..kBitmapMaxTokens, at index tokens - 1.
-  using Fn = void(const BitmapArgs&);
+  // One function for each number of tokens, 1..kBitmapMaxTokens, at index tokens - 1. False, as of the other
+  // kernels that read masks: the masks ask for more than there is up to `end`, and nothing beyond was read.
+  using Fn = bool(const BitmapArgs&);
   using Table = Fn* const[kBitmapMaxTokens];
   static constexpr const char* doc = "masked weights, expanded in registers, times few tokens, float32";
 };
@@ -142,12 +144,13 @@ struct bitmap_f32 {
 // kernel.
 struct BitmapExpandArgs {
   const uint64_t* masks;  // [groups][vectors]
-  const int8_t* values;   // the non-zeros of all of them, and 64 readable bytes
+  const int8_t* values;   // the non-zeros of all of them
+  const int8_t* end;      // of the non-zeros in the buffer, and 64 readable bytes
   int8_t* out;            // [groups][vectors][64], 64-byte aligned
   int32_t groups, vectors;
 };
 struct bitmap_expand {
-  using Fn = void(const BitmapExpandArgs&);
+  using Fn = bool(const BitmapExpandArgs&);
   static constexpr const char* doc = "masked int8 weights to a dense tile";
 };
 
@@ -157,14 +160,15 @@ inline constexpr int kBitmap8Stride = 4 * 128 + 64;  // bytes between the tokens
 struct Bitmap8Args {
   const uint64_t* masks;
   const int8_t* values;
-  const uint8_t* x;  // [tokens][kBitmap8Stride]
-  int32_t* acc;      // [groups][tokens][16], 64-byte aligned
+  const int8_t* end;  // as of BitmapExpandArgs
+  const uint8_t* x;   // [tokens][kBitmap8Stride]
+  int32_t* acc;       // [groups][tokens][16], 64-byte aligned
   int32_t groups;
   int32_t vectors;  // of a group; a multiple of 4
   bool accumulate;
 };
 struct bitmap_u8s8 {
-  using Fn = void(const Bitmap8Args&);
+  using Fn = bool(const Bitmap8Args&);
   using Table = Fn* const[kBitmapMaxTokens];
   static constexpr const char* doc = "masked int8 weights, expanded in registers, times few tokens";
 };

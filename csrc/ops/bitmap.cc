@@ -48,8 +48,9 @@ void linear_bitmap(const LinearArgs& a, const BitmapPacked& w) {
           widen({static_cast<const char*>(a.x) + (first * a.x_stride + k) * element, a.x_stride, a.dtype,
                  tokens, static_cast<int32_t>(std::min<int64_t>(vectors, s.cols - k)), vectors, x,
                  kBitmapStride});
-          multiply[tokens - 1]({masks + s.first_vector(g, b), w.values + w.starts[s.cell(g, b)], x, acc,
-                                static_cast<int32_t>(end - g), vectors, b > 0});
+          check_inside(multiply[tokens - 1]({masks + s.first_vector(g, b), w.values + w.starts[s.cell(g, b)],
+                                             w.values + w.header->nnz, x, acc, static_cast<int32_t>(end - g),
+                                             vectors, b > 0}));
         }
         const int64_t row = g * kBitmapLanes;
         store({acc, tokens, static_cast<int32_t>(std::min(s.rows, end * kBitmapLanes) - row),

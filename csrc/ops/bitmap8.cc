@@ -63,8 +63,9 @@ class Product {
         const int64_t k = b * s_.block_k * kInt8Unit;
         for (int64_t i = 0; i < t.count; ++i)
           std::memcpy(x + i * kBitmap8Stride, t.bytes + i * t.stride + k, vectors * kInt8Unit);
-        few_[t.count - 1]({w_.masks + s_.first_vector(g, b), w_.values + w_.starts[s_.cell(g, b)], x, acc,
-                           static_cast<int32_t>(end - g), vectors, b > 0});
+        check_inside(few_[t.count - 1]({w_.masks + s_.first_vector(g, b),
+                                        w_.values + w_.starts[s_.cell(g, b)], w_.values + w_.header->nnz, x,
+                                        acc, static_cast<int32_t>(end - g), vectors, b > 0}));
       }
       for (int64_t i = g; i < end; ++i) store(t, 0, t.count, i, 1, acc + (i - g) * group_sums, kInt8Panel);
     });
@@ -82,8 +83,8 @@ class Product {
         const int64_t blocks = std::max<int64_t>(s_.blocks(), 1);
         for (int64_t b = 0; b < blocks; ++b) {
           const auto vectors = static_cast<int32_t>(s_.vectors_in(b));
-          expand_({w_.masks + s_.first_vector(g, b), w_.values + w_.starts[s_.cell(g, b)], tile, panels,
-                   vectors});
+          check_inside(expand_({w_.masks + s_.first_vector(g, b), w_.values + w_.starts[s_.cell(g, b)],
+                                w_.values + w_.header->nnz, tile, panels, vectors}));
           for (int64_t i = 0; i < shares; ++i) {
             // Shares of nearly equal size: one token alone after a full share would wait out latencies.
             const int64_t m0 = t.count * i / shares, m1 = t.count * (i + 1) / shares;

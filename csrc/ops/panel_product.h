@@ -16,7 +16,6 @@
 #include <vector>
 
 #include "core/aligned.h"
-#include "core/check.h"
 #include "core/parallel.h"
 #include "formats/panel.h"
 #include "kernels/registry.h"
@@ -94,7 +93,7 @@ void check_entries(const PanelPacked<T>& w, uint32_t start, const uint8_t* count
   if (room >= w.slots() * int64_t{UINT8_MAX}) return;
   int64_t sum = 0;
   for (int s = 0; s < w.slots(); ++s) sum += counts[s];
-  PARED_CHECK(sum <= room, "packed weight: expected entries inside the buffer, got a corrupt one");
+  check_inside(sum <= room);
 }
 
 // The same for an offset behind the `units` units of the K block. After check_entries.

@@ -8,14 +8,16 @@
 #include "core/check.h"
 #include "core/float_mode.h"
 #include "core/parallel.h"
-#include "kernels/generic/select.h"
+#include "kernels/generic/half.h"
 #include "ops/topk_keys.h"
 
 namespace pared {
 namespace {
 
-// Elements a task: 128 KB of float32, so that what a pass gathers stays in L2. A multiple of the widest step.
-constexpr int64_t kChunk = 1 << 15;
+// Elements a task, at least and at most; multiples of the widest step. Between two tasks a thread adds to
+// what all share, and waits for its loads and stores: 4 % of a pass over memory at 128 KB of float32 a task.
+// Smaller selections need tasks for all threads.
+constexpr int64_t kMinChunk = 1 << 15, kMaxChunk = 1 << 17, kChunksPerThread = 32;
 // Fewer elements than a thread's start is worth.
 constexpr int64_t kMinChunksPerThread = 3;
 // Below this the keys are written out and selected from directly.
@@ -26,12 +28,23 @@ constexpr double kSigmas = 4.0;
 // Keys that make up more than this share of the sample are counted, not gathered.
 constexpr int64_t kHeavyShare = 128;
 
-// log2 of the sample's size. A sample costs a cache miss each; what the bracket gathers falls with its root.
-int log_sample_size(int64_t n) {
-  int log_n = 0;
-  while (n >> (log_n + 1)) ++log_n;
-  return std::clamp(2 * log_n / 3 - 2, 8, 20);
-}
+// A sample is clusters of keys that lie side by side, because the place is what costs: in a selection beyond
+// the caches a walk through the page tables that misses, 100 ns, whether a line is read there or four. What
+// the bracket gathers falls with the root of the number of keys.
+struct SampleSize {
+  int64_t cluster;
+  int log_clusters;
+
+  explicit SampleSize(int64_t n) {
+    int log_n = 0;
+    while (n >> (log_n + 1)) ++log_n;
+    const int log_cluster = log_n >= 22 ? 6 : 4;
+    cluster = int64_t{1} << log_cluster;
+    log_clusters = std::clamp(2 * log_n / 3, 10, 22) - log_cluster;
+  }
+  int64_t clusters() const { return int64_t{1} << log_clusters; }
+  int64_t keys() const { return clusters() * cluster; }
+};
 
 struct Chunk {
   int32_t member;
@@ -67,13 +80,15 @@ class Selection {
   Selection(const std::vector<SelectMember>& members, const NanRule& nan)
       : members_(members), nan_(nan), kernels_(active_isa()) {
     starts_.reserve(members.size() + 1);
-    for (size_t i = 0; i < members.size(); ++i) {
+    for (const SelectMember& m : members) {
       starts_.push_back(total_);
-      for (int64_t b = 0; b < members[i].n; b += kChunk)
-        chunks_.push_back({static_cast<int32_t>(i), b, std::min(members[i].n, b + kChunk)});
-      total_ += members[i].n;
+      total_ += m.n;
     }
     starts_.push_back(total_);
+    while (chunk_ < kMaxChunk && total_ / (2 * chunk_) >= kChunksPerThread * num_threads()) chunk_ *= 2;
+    for (size_t i = 0; i < members.size(); ++i)
+      for (int64_t b = 0; b < members[i].n; b += chunk_)
+        chunks_.push_back({static_cast<int32_t>(i), b, std::min(members[i].n, b + chunk_)});
     parts_ =
         std::clamp<int64_t>(static_cast<int64_t>(chunks_.size()) / kMinChunksPerThread, 1, num_threads());
   }
@@ -149,7 +164,7 @@ class Selection {
 
   static int32_t* chunk_keys() {
     thread_local Scratch memory;
-    return memory.get<int32_t>(kChunk + kSelectPad);
+    return memory.get<int32_t>(kMaxChunk + kSelectPad);
   }
 
   // One read of the data: counts against the bracket, and gathers what lies inside into the pool.
@@ -208,59 +223,95 @@ class Selection {
     return t;
   }
 
-  // The keys of a sample, one in each of m equal stretches of the selection.
-  void sample(int log_m, int32_t* out) const {
-    const int64_t m = int64_t{1} << log_m;
-    parallel_for(0, m, std::max<int64_t>(4096, (m + parts_ - 1) / parts_), [&](int64_t i, int64_t end) {
-      const IeeeDenormals mode;
-      while (i < end) {
-        const auto member =
-            std::upper_bound(starts_.begin(), starts_.end(), sample_position(i, log_m, total_)) -
-            starts_.begin() - 1;
-        const SelectMember& source = members_[member];
-        const int64_t first = starts_[member], last = starts_[member + 1];
-        with_key({source.w, source.g, source.n, source.dtype, source.g_dtype, source.key}, [&](auto keyed) {
-          using K = decltype(keyed);
-          while (i < end) {
-            // Every sample is a miss in the caches and in the TLB: a batch of them at once.
-            constexpr int kBatch = 64;
-            int64_t at[kBatch];
-            int count = 0;
-            for (; count < kBatch && i + count < end; ++count) {
-              at[count] = sample_position(i + count, log_m, total_) - first;
-              if (at[count] >= last - first) break;
-              __builtin_prefetch(static_cast<const char*>(source.w) + at[count] * K::w_size);
-            }
-            if (count == 0) break;
-            for (int j = 0; j < count; ++j) out[i + j] = sample_key<K>(source, at[j]);
-            i += count;
-          }
-          return 0;
-        });
-      }
-    });
+  // The keys of a sample: a cluster from each of as many equal stretches of the selection.
+  void sample(const SampleSize& size, int32_t* out) const {
+    parallel_for(0, size.clusters(), std::max<int64_t>(256, (size.clusters() + parts_ - 1) / parts_),
+                 [&](int64_t i, int64_t end) {
+                   const IeeeDenormals mode;
+                   while (i < end) {
+                     // Every cluster is a miss in the caches and in the TLB: a batch of them at once.
+                     constexpr int kBatch = 64;
+                     Cluster at[kBatch];
+                     const int count = static_cast<int>(std::min<int64_t>(kBatch, end - i));
+                     for (int j = 0; j < count; ++j) {
+                       at[j] = cluster(i + j, size);
+                       for_runs(*at[j].member, at[j].begin, at[j].end, [](const SelectRun& run) {
+                         __builtin_prefetch(run.w);
+                         if (run.g) __builtin_prefetch(run.g);
+                       });
+                     }
+                     for (int j = 0; j < count; ++j)
+                       cluster_keys(at[j], size.cluster, out + (i + j) * size.cluster);
+                     i += count;
+                   }
+                 });
   }
 
-  template <class K>
-  static int32_t sample_key(const SelectMember& m, int64_t i) {
-    int32_t nans = 0;
-    if constexpr (K::kind == SelectKey::raw) return static_cast<const int32_t*>(m.w)[i];
-    SelectRun run{m.w, m.g, 1, m.dtype, m.g_dtype, m.key};
-    if (m.period) {  // the factor's index is not the element's
-      run.w = static_cast<const char*>(m.w) + i * dtype_size(m.dtype);
-      run.g = static_cast<const char*>(m.g) + i % m.period * dtype_size(m.g_dtype);
-      i = 0;
+  struct Cluster {
+    const SelectMember* member;
+    int64_t begin, end;
+  };
+  // The block of elements of one member (fewer at its end) that holds the i-th position.
+  Cluster cluster(int64_t i, const SampleSize& size) const {
+    const int64_t at = sample_position(i, size.log_clusters, total_);
+    const auto member = std::upper_bound(starts_.begin(), starts_.end(), at) - starts_.begin() - 1;
+    const int64_t begin = (at - starts_[member]) / size.cluster * size.cluster;
+    return {&members_[member], begin, std::min(members_[member].n, begin + size.cluster)};
+  }
+
+  // A block that is short is repeated, so that each of its elements is as likely as any other's.
+  void cluster_keys(const Cluster& c, int64_t size, int32_t* out) const {
+    int32_t* to = out;
+    for_runs(*c.member, c.begin, c.end, [&](const SelectRun& run) {
+      kernels_.keys(run, to);
+      to += run.n;
+    });
+    for (int64_t n = c.end - c.begin, i = n; i < size; ++i) out[i] = out[i - n];
+  }
+
+  // What the keys of a sample are worth, from themselves: those that lie beside each other are alike in many
+  // tensors, and then a cluster is worth less than its size. Looked at where the keys are cut at rank `rank`,
+  // or not too near an end, where a few clusters would decide.
+  SampleSpread spread(const int32_t* keys, const SampleSize& size, int64_t rank) const {
+    const int64_t m = size.keys();
+    const int32_t pivot = key_select()(kernels_, keys, m, std::clamp(rank, m / 8, m - m / 8)).key;
+    SampleSpread out;
+    int64_t before[2] = {0, 0}, sum[2] = {0, 0}, steps[2] = {0, 0}, mixed[2] = {0, 0};
+    int32_t unused[kSelectPad];
+    for (int64_t i = 0; i < size.clusters(); ++i) {
+      const SelectCounts c =
+          kernels_.bracket({raw_run(keys + i * size.cluster, size.cluster), pivot, pivot, true, unused});
+      const int64_t count[2] = {c.above, c.above + c.at_hi};  // without and with the ties
+      for (int e = 0; e < 2; ++e) {
+        sum[e] += count[e];
+        mixed[e] += count[e] * (size.cluster - count[e]);
+        if (i) steps[e] += (count[e] - before[e]) * (count[e] - before[e]);
+        before[e] = count[e];
+      }
     }
-    return K::template key<ScalarSelect>(run, i, nans);
+    for (int e = 0; e < 2; ++e) {
+      const double p = static_cast<double>(sum[e]) / static_cast<double>(m);
+      const double alone = static_cast<double>(m) * p * (1.0 - p);  // the variance of as many draws
+      if (alone <= 0.0) continue;
+      // From one cluster to the next: a trend along the data is not chance, as every stretch has a cluster.
+      out.variance = std::max(out.variance, 0.5 * static_cast<double>(steps[e]) / alone);
+      // The share of pairs within a cluster that lie on both sides, beside that of independent keys.
+      const double pairs = alone * static_cast<double>(size.cluster - 1);
+      out.draw = std::max(out.draw,
+                          static_cast<double>(size.cluster) * (1.0 - static_cast<double>(mixed[e]) / pairs));
+    }
+    return out;
   }
 
   Threshold sampled(int64_t k) {
     thread_local Scratch sample_memory, pool_memory;
-    const int log_m = log_sample_size(total_);
-    const int64_t m = int64_t{1} << log_m;
+    const SampleSize size(total_);
+    const int64_t m = size.keys();
     int32_t* const keys = sample_memory.get<int32_t>(m);
-    sample(log_m, keys);
-    const SampleRanks ranks = bracket_ranks(k, total_, m, kSigmas);
+    sample(size, keys);
+    const auto expected =
+        static_cast<int64_t>(static_cast<double>(k) / static_cast<double>(total_) * static_cast<double>(m));
+    const SampleRanks ranks = bracket_ranks(k, total_, m, kSigmas, spread(keys, size, expected));
     Ranked hi = {INT32_MAX, 0, 0}, lo = {kSelectNone, 0, 0};
     if (ranks.hi >= 1) hi = key_select()(kernels_, keys, m, ranks.hi);
     if (ranks.lo <= m) lo = key_select()(kernels_, keys, m, ranks.lo);
@@ -270,7 +321,7 @@ class Selection {
     const double share =
         static_cast<double>(width + (heavy ? 0 : hi.equal + lo.equal)) / static_cast<double>(m);
     capacity_ = std::min<int64_t>(
-        {total_, static_cast<int64_t>(1.5 * share * static_cast<double>(total_)) + kChunk, int64_t{1} << 30});
+        {total_, static_cast<int64_t>(1.5 * share * static_cast<double>(total_)) + chunk_, int64_t{1} << 30});
     pool_ = pool_memory.get<int32_t>(capacity_ + kSelectPad);
 
     if (!heavy) {  // the ends are few: gathered too
@@ -389,7 +440,7 @@ class Selection {
   const SelectKernels kernels_;
   std::vector<int64_t> starts_;
   std::vector<Chunk> chunks_;
-  int64_t total_ = 0, parts_ = 1;
+  int64_t total_ = 0, parts_ = 1, chunk_ = kMinChunk;
   // The last pass, its bracket and pool: where count_equal finds the ties.
   Pass pass_;
   int32_t lo_ = 0, hi_ = 0;
@@ -472,10 +523,10 @@ void select_sorted(const SelectMember& m, int64_t k, const NanRule& nan, void* v
   std::atomic<int64_t> used{0};
   s.for_selected(t, [&](int64_t, int64_t index, int64_t ties) {
     thread_local Scratch key_memory, mask_memory;
-    int32_t* const keys = key_memory.get<int32_t>(kChunk);
-    uint8_t* const mask = mask_memory.get<uint8_t>(kChunk);
     const Chunk& c = s.chunks()[index];
     const int64_t n = c.end - c.begin;
+    int32_t* const keys = key_memory.get<int32_t>(n);
+    uint8_t* const mask = mask_memory.get<uint8_t>(n);
     s.write_mask(t, c, ties, mask);
     int64_t count = 0;
     for (int64_t i = 0; i < n; ++i) count += mask[i];
@@ -511,9 +562,13 @@ void select_sorted(const SelectMember& m, int64_t k, const NanRule& nan, void* v
 }
 
 std::vector<int64_t> select_sample_positions(int64_t n) {
-  const int log_m = log_sample_size(n);
-  std::vector<int64_t> out(n <= kDirect ? 0 : size_t{1} << log_m);
-  for (size_t i = 0; i < out.size(); ++i) out[i] = sample_position(static_cast<int64_t>(i), log_m, n);
+  std::vector<int64_t> out;
+  if (n <= kDirect) return out;
+  const SampleSize size(n);
+  for (int64_t i = 0; i < size.clusters(); ++i) {
+    const int64_t begin = sample_position(i, size.log_clusters, n) / size.cluster * size.cluster;
+    for (int64_t at = begin; at < std::min(n, begin + size.cluster); ++at) out.push_back(at);
+  }
   return out;
 }
 

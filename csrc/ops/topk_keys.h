@@ -43,15 +43,22 @@ inline int64_t sample_position(int64_t i, int log_m, int64_t n) {
   return static_cast<int64_t>((static_cast<uint64_t>(i) * n + jitter) >> log_m);
 }
 
+// What is known of a sample beside its size: the variance of the number of its keys above some rank, as a
+// multiple of that of independent keys, and how many keys an independent draw is worth.
+struct SampleSpread {
+  double variance = 1.0, draw = 1.0;
+};
+
 // The ranks (from the top, 1-based) that bracket rank k of n in a sample of m, `sigmas` standard deviations
 // to either side. A rank below 1 or above m means that no sampled key is a bound.
 struct SampleRanks {
   int64_t hi, lo;
 };
-inline SampleRanks bracket_ranks(int64_t k, int64_t n, int64_t m, double sigmas) {
+inline SampleRanks bracket_ranks(int64_t k, int64_t n, int64_t m, double sigmas, SampleSpread spread = {}) {
   const double p = static_cast<double>(k) / static_cast<double>(n), expected = p * static_cast<double>(m);
-  // The constant covers the ends, where the binomial's tail is longer than the normal's.
-  const double margin = sigmas * std::sqrt(expected * (1.0 - p)) + sigmas;
+  // The constant covers the ends, where the binomial's tail is longer than the normal's, and an estimate of
+  // the variance from few draws.
+  const double margin = sigmas * std::sqrt(spread.variance * expected * (1.0 - p)) + sigmas * spread.draw;
   return {static_cast<int64_t>(std::floor(expected - margin)),
           static_cast<int64_t>(std::ceil(expected + margin))};
 }

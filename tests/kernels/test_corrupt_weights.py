@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from packed_check import aligned_copy, header
+from packed_check import HEADER, aligned_copy, header
 
 from pared import _core, ops
 from pared.ops._formats import FORMATS as ALL
@@ -181,3 +181,117 @@ def test_objects_are_made_of_whole_buffers_alone(rng, format):
             continue
         with pytest.raises(ValueError, match="packed weight: "):
             format(packed)
+
+
+def entries(packed: np.ndarray) -> dict[str, Callable[[], object]]:
+    """Every call of the extension that reads packed bytes, with operands of the sizes that they name."""
+    h = header(packed)
+    rows, cols = (min(max(int(h[name]), 0), 400) for name in ("rows", "cols"))
+    image = tuple(min(max(int(h[name]), 0), 30) for name in ("channels", "kh", "kw", "groups"))
+    dense = np.empty((rows, *image[:3]) if image[1] else (rows, cols), np.float32)
+    calls: dict[str, Callable[[], object]] = {
+        "info": lambda: _core.packed_info(packed),
+        "validate": lambda: _core.packed_validate(packed),
+        "dense": lambda: _core.packed_unpack_dense(packed, dense),
+        "few_tokens": lambda: _core.pair_few_tokens(packed),
+        "activations": lambda: _core.int8_activations(packed),
+        "csr": lambda: _core.csr_unpack(packed),
+        "int8": lambda: _core.int8_unpack(packed),
+        "bsr8": lambda: _core.bsr8_unpack(packed),
+        "int4": lambda: _core.int4_unpack(packed),
+    }
+    for tokens in (1, 16, 33):
+        x, out = np.ones((tokens, cols), np.float32), np.empty((tokens, rows), np.float32)
+        for name, format in ALL.items():
+            if format.linear is not None:
+                calls[f"linear {name} {tokens}"] = lambda f=format.linear, x=x, out=out: f(
+                    x, packed, None, out, ""
+                )
+        for name, chain in (("csr", _core.linear_chain_csr), ("int8", _core.linear_chain_int8)):
+            calls[f"chain {name} {tokens}"] = lambda f=chain, x=x, out=out: f(x, [packed], [None], out, [""])
+    pixels, to = np.ones((1, image[0] * image[3], 9, 9), np.float32), np.empty((1, rows, 9, 9), np.float32)
+    for name, format in ALL.items():
+        if format.conv2d is not None:
+            calls[f"conv {name}"] = lambda f=format.conv2d: f(
+                pixels, packed, None, to, (1, 1), (1,) * 4, (1, 1), ""
+            )
+    return calls
+
+
+def survived(packed: np.ndarray) -> list[str]:
+    """The entries that gave a result, the others having refused with an error of the argument's."""
+    done = []
+    for name, call in entries(packed).items():
+        try:
+            call()
+        except ValueError as e:
+            if not re.search(r"packed|^(x|out|activations|activation_scale): expected", str(e)):
+                raise AssertionError(f"{name}: not an error about an argument") from e
+        else:
+            done.append(name)
+    return done
+
+
+def weights(rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
+    """One small weight of each format, and one of a convolution where there is a kernel for it."""
+    out = []
+    for name, format in ALL.items():
+        for shape in ((37, 300), (20, 9, 3, 3)):
+            if (format.linear if len(shape) == 2 else format.conv2d) is None:
+                continue
+            w = rng.standard_normal(shape).astype(np.float32)
+            w[rng.random(shape) > 0.2] = 0
+            out.append((f"{name}-{len(shape)}d", np.asarray(format.weight.from_dense(w).packed)))
+    return out
+
+
+def test_any_byte_of_any_format(isa, rng):
+    """Bytes of nobody's: no entry reads or writes outside of the buffer, whatever is in it."""
+    survivors = 0
+    for name, good in weights(rng):
+        whole = survived(aligned_copy(good))
+        assert any(n.startswith(("linear", "conv")) for n in whole), (name, whole)
+        assert {"info", "validate"} <= set(whole)
+        for trial in range(24):
+            packed = aligned_copy(good)
+            behind = packed[HEADER.itemsize :]
+            # A run of bytes, or a few anywhere; the first kilobytes are starts, counts and masks.
+            first = int(rng.integers(behind.size if trial % 2 else min(behind.size, 1024)))
+            where = (
+                np.arange(first, min(first + int(rng.integers(1, 2000)), behind.size))
+                if trial % 3
+                else rng.integers(0, behind.size, 9)
+            )
+            behind[where] = (0xFF, 0x00, rng.integers(0, 256, where.size))[int(rng.integers(3))]
+            if np.array_equal(packed, good):
+                continue
+            done = survived(packed)
+            assert not {"validate", "dense"} & set(done), (name, trial)
+            survivors += any(n.startswith(("linear", "conv")) for n in done)
+    assert survivors > 50  # wrong numbers are allowed, so that the loops are looked at
+
+
+def test_any_field_of_any_header(isa, rng):
+    """A header that lies about sizes and places, its neighbours and its extremes."""
+    for name, good in weights(rng):
+        for field in HEADER.names or ():
+            if field in ("magic", "reserved"):
+                continue
+            type_ = HEADER.fields[field][0]  # type: ignore[index]
+            value, top = int(header(good)[field]), int(np.iinfo(type_).max)
+            others = (
+                value - 1,
+                value + 1,
+                value + 64,
+                value - 64,
+                2 * value,
+                value // 2,
+                0,
+                1,
+                top,
+                top - 63,
+            )
+            for other in {o for o in others if np.iinfo(type_).min <= o <= top and o != value}:
+                packed = aligned_copy(good)
+                packed[: HEADER.itemsize].view(HEADER)[0][field] = other
+                assert "validate" not in survived(packed), (name, field, other)

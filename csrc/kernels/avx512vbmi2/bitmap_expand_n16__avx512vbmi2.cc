@@ -2,6 +2,6 @@
 
 namespace pared {
 
-void bitmap_expand_n16__avx512vbmi2(const BitmapExpandArgs& a) { expand_groups<Vbmi2Bytes>(a); }
+bool bitmap_expand_n16__avx512vbmi2(const BitmapExpandArgs& a) { return expand_groups<Vbmi2Bytes>(a); }
 
 }  // namespace pared

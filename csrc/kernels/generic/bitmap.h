@@ -28,6 +28,27 @@ PARED_INLINE void fetch_ahead(const void* masks, const void* values) {
   __builtin_prefetch(static_cast<const char*>(values) + kValuesAhead + 64);
 }
 
+// A loop looks where it stands in the buffer once for so many vectors, of floats and of bytes. Measured on
+// Zen 5, one token, beside no look at all: 1 to 2 % longer; every 32 of floats 5 %; every 128 of bytes 32 %
+// where 99 % are zeros, because most of such a weight is near the end of its buffer and its masks are
+// counted.
+constexpr int kVectorsPerCheck = 128, kByteVectorsPerCheck = 32;
+
+// Whether the non-zeros that the masks of `vectors` vectors (a multiple of 4) ask for, from `values` on, end
+// by `end`. Counted only near the end of a buffer: elsewhere there is room for vectors without zeros.
+template <class Mask, class Value>
+PARED_INLINE bool inside(const Mask* masks, int64_t vectors, const Value* values, const Value* end) {
+  const int64_t room = end - values;
+  if (room >= vectors * 8 * static_cast<int64_t>(sizeof(Mask))) return true;
+  int64_t sum = 0;
+  for (int64_t v = 0; v < vectors; v += static_cast<int64_t>(8 / sizeof(Mask))) {
+    uint64_t some;
+    __builtin_memcpy(&some, masks + v, 8);
+    sum += __builtin_popcountll(some);
+  }
+  return sum <= room;
+}
+
 struct ScalarExpand {
   using S = ScalarF32;
   static constexpr int kTokens = 4;  // of one pass over a group: what the registers hold
@@ -85,10 +106,11 @@ constexpr int partial_sums(int tokens, int vectors) {
   return tokens * vectors <= 2 ? 4 : tokens * vectors <= 7 ? 2 : 1;
 }
 
-// TOKENS tokens of one group, the values behind `values`; returns the values behind the group.
+// TOKENS tokens of one group, the values behind `values`; returns the values behind the group, or null where
+// the masks lead beyond `end`.
 template <class E, int TOKENS>
-PARED_INLINE const float* bitmap_group(const uint16_t* masks, const float* values, const float* x, float* acc,
-                                       int vectors, bool accumulate) {
+PARED_INLINE const float* bitmap_group(const uint16_t* masks, const float* values, const float* last,
+                                       const float* x, float* acc, int vectors, bool accumulate) {
   using S = typename E::S;
   constexpr int N = kBitmapVector / S::width;
   constexpr int P = S::width == 1 ? 1 : partial_sums(TOKENS, N);
@@ -97,23 +119,27 @@ PARED_INLINE const float* bitmap_group(const uint16_t* masks, const float* value
     for (int t = 0; t < TOKENS; ++t)
       for (int n = 0; n < N; ++n)
         sum[p][t][n] = accumulate && p == 0 ? S::load(acc + t * kBitmapVector + n * S::width) : S::zero();
-  for (int v = 0; v < vectors; v += 4) {
-    uint64_t four;
-    __builtin_memcpy(&four, masks + v, 8);
-    fetch_ahead(masks + v, values);
+  for (int v = 0; v < vectors;) {
+    const int stop = v + kVectorsPerCheck < vectors ? v + kVectorsPerCheck : vectors;
+    if (!inside(masks + v, stop - v, values, last)) return nullptr;
+    for (; v < stop; v += 4) {
+      uint64_t four;
+      __builtin_memcpy(&four, masks + v, 8);
+      fetch_ahead(masks + v, values);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      // Popcounts of all the masks before, not a sum of single ones: no chain within the step.
-      const float* from = i == 0 ? values : values + __builtin_popcountll(four << (64 - 16 * i));
-      typename S::V w[N];
-      E::expand(static_cast<unsigned>(four >> (16 * i)), from, w);
+      for (int i = 0; i < 4; ++i) {
+        // Popcounts of all the masks before, not a sum of single ones: no chain within the step.
+        const float* from = i == 0 ? values : values + __builtin_popcountll(four << (64 - 16 * i));
+        typename S::V w[N];
+        E::expand(static_cast<unsigned>(four >> (16 * i)), from, w);
 #pragma GCC unroll 16
-      for (int t = 0; t < TOKENS; ++t) {
-        const auto a = S::set1(x[t * kBitmapStride + v + i]);
-        for (int n = 0; n < N; ++n) sum[i % P][t][n] = S::fma(w[n], a, sum[i % P][t][n]);
+        for (int t = 0; t < TOKENS; ++t) {
+          const auto a = S::set1(x[t * kBitmapStride + v + i]);
+          for (int n = 0; n < N; ++n) sum[i % P][t][n] = S::fma(w[n], a, sum[i % P][t][n]);
+        }
       }
+      values += __builtin_popcountll(four);
     }
-    values += __builtin_popcountll(four);
   }
   for (int t = 0; t < TOKENS; ++t)
     for (int n = 0; n < N; ++n) {
@@ -127,27 +153,29 @@ PARED_INLINE const float* bitmap_group(const uint16_t* masks, const float* value
 
 // Tokens [FIRST, TOKENS) of a group, as many at a time as the registers hold, in shares of equal size.
 template <class E, int TOKENS, int FIRST = 0>
-PARED_INLINE const float* bitmap_shares(const uint16_t* masks, const float* values, const float* x,
-                                        float* acc, int vectors, bool accumulate) {
+PARED_INLINE const float* bitmap_shares(const uint16_t* masks, const float* values, const float* last,
+                                        const float* x, float* acc, int vectors, bool accumulate) {
   constexpr int kLeft = TOKENS - FIRST, kShares = (kLeft + E::kTokens - 1) / E::kTokens;
   constexpr int kShare = (kLeft + kShares - 1) / kShares;
-  const float* end = bitmap_group<E, kShare>(masks, values, x + FIRST * kBitmapStride,
+  const float* end = bitmap_group<E, kShare>(masks, values, last, x + FIRST * kBitmapStride,
                                              acc + FIRST * kBitmapVector, vectors, accumulate);
   if constexpr (kShares > 1)
-    bitmap_shares<E, TOKENS, FIRST + kShare>(masks, values, x, acc, vectors, accumulate);
+    bitmap_shares<E, TOKENS, FIRST + kShare>(masks, values, last, x, acc, vectors, accumulate);
   return end;
 }
 
 template <class E, int TOKENS>
-void bitmap_groups(const BitmapArgs& a) {
+bool bitmap_groups(const BitmapArgs& a) {
   const uint16_t* masks = a.masks;
   const float* values = a.values;
   float* acc = a.acc;
   for (int g = 0; g < a.groups; ++g) {
-    values = bitmap_shares<E, TOKENS>(masks, values, a.x, acc, a.vectors, a.accumulate);
+    values = bitmap_shares<E, TOKENS>(masks, values, a.end, a.x, acc, a.vectors, a.accumulate);
+    if (!values) return false;
     masks += a.vectors;
     acc += TOKENS * kBitmapVector;
   }
+  return true;
 }
 
 #define PARED_BITMAP_TABLE(E)                                                              \

@@ -47,18 +47,24 @@ struct Vbmi2Bytes {
 #endif
 
 template <class B>
-void expand_groups(const BitmapExpandArgs& a) {
+bool expand_groups(const BitmapExpandArgs& a) {
   const uint64_t* masks = a.masks;
   const int8_t* values = a.values;
   int8_t* out = a.out;
-  for (int64_t v = 0; v < static_cast<int64_t>(a.groups) * a.vectors; v += 4) {
-    fetch_ahead(masks, values);
-    for (int i = 0; i < 4; ++i) {
-      B::expand(*masks, values, out);
-      values += __builtin_popcountll(*masks++);
-      out += kByteVector;
+  const int64_t vectors = static_cast<int64_t>(a.groups) * a.vectors;
+  for (int64_t v = 0; v < vectors;) {
+    const int64_t stop = v + kByteVectorsPerCheck < vectors ? v + kByteVectorsPerCheck : vectors;
+    if (!inside(masks, stop - v, values, a.end)) return false;
+    for (; v < stop; v += 4) {
+      fetch_ahead(masks, values);
+      for (int i = 0; i < 4; ++i) {
+        B::expand(*masks, values, out);
+        values += __builtin_popcountll(*masks++);
+        out += kByteVector;
+      }
     }
   }
+  return true;
 }
 
 struct ScalarByteDot {
@@ -108,7 +114,7 @@ struct Vbmi2Dot {
 #endif
 
 template <class D, int TOKENS>
-void bitmap8_groups(const Bitmap8Args& a) {
+bool bitmap8_groups(const Bitmap8Args& a) {
   // Sums beside each other for each token: see partial_sums in generic/bitmap.h.
   constexpr int P = D::kSums == 1 ? 1 : TOKENS <= 2 ? 4 : TOKENS <= 7 ? 2 : 1;
   const uint64_t* masks = a.masks;
@@ -119,14 +125,18 @@ void bitmap8_groups(const Bitmap8Args& a) {
     for (int p = 0; p < P; ++p)
       for (int t = 0; t < TOKENS; ++t) sum[p][t] = a.accumulate && p == 0 ? D::load(acc + t * 16) : D::zero();
     const uint8_t* x = a.x;
-    for (int v = 0; v < a.vectors; v += 4, masks += 4, x += 16) {
-      fetch_ahead(masks, values);
+    for (int v = 0; v < a.vectors;) {
+      const int stop = v + kByteVectorsPerCheck < a.vectors ? v + kByteVectorsPerCheck : a.vectors;
+      if (!inside(masks, stop - v, values, a.end)) return false;
+      for (; v < stop; v += 4, masks += 4, x += 16) {
+        fetch_ahead(masks, values);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const typename D::W w = D::expand(masks[i], values);
-        values += __builtin_popcountll(masks[i]);
+        for (int i = 0; i < 4; ++i) {
+          const typename D::W w = D::expand(masks[i], values);
+          values += __builtin_popcountll(masks[i]);
 #pragma GCC unroll 16
-        for (int t = 0; t < TOKENS; ++t) D::dot(sum[i % P][t], x + t * kBitmap8Stride + 4 * i, w);
+          for (int t = 0; t < TOKENS; ++t) D::dot(sum[i % P][t], x + t * kBitmap8Stride + 4 * i, w);
+        }
       }
     }
     for (int t = 0; t < TOKENS; ++t) {
@@ -136,6 +146,7 @@ void bitmap8_groups(const Bitmap8Args& a) {
       D::store(acc + t * 16, s);
     }
   }
+  return true;
 }
 
 #define PARED_BITMAP8_TABLE(D)                                                                 \

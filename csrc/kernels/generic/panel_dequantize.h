@@ -1,5 +1,6 @@
 // From the int32 sums of a tile to float32, in place: the zero point's correction and the scales. Every level
-// computes the same bits: each operation is rounded once, nothing is fused.
+// computes the same bits: each operation is rounded once, nothing is fused. Corrections are modulo 2^32, for
+// a corrupt weight may bring any.
 #pragma once
 
 #include "kernels/generic/simd.h"
@@ -12,9 +13,10 @@ struct ScalarDequantize {
   static constexpr int width = 1;
   // float(acc - correction) * (row * position)
   static PARED_INLINE void dequantize(int32_t* acc, int32_t correction, float row, const float* position) {
-    int32_t sum;
+    uint32_t sum;
     memcpy(&sum, acc, sizeof(sum));
-    const float y = static_cast<float>(sum - correction) * (row * *position);
+    const auto corrected = static_cast<int32_t>(sum - static_cast<uint32_t>(correction));
+    const float y = static_cast<float>(corrected) * (row * *position);
     memcpy(acc, &y, sizeof(y));
   }
 };
@@ -47,7 +49,8 @@ template <class Q>
 void dequantize_panel(const PanelDequantizeArgs& a) {
   for (int r = 0; r < a.rows; ++r) {
     int32_t* acc = a.acc + static_cast<int64_t>(r) * a.acc_stride;
-    const int32_t correction = a.offset * a.row_sums[r];
+    const auto correction =
+        static_cast<int32_t>(static_cast<uint32_t>(a.offset) * static_cast<uint32_t>(a.row_sums[r]));
     const float scale = a.row_scales[r];
     for (int m = 0; m < a.positions; m += Q::width)
       Q::dequantize(acc + m, correction, scale, a.position_scales + m);

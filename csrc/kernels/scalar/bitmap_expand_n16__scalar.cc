@@ -2,6 +2,6 @@
 
 namespace pared {
 
-void bitmap_expand_n16__scalar(const BitmapExpandArgs& a) { expand_groups<ScalarBytes>(a); }
+bool bitmap_expand_n16__scalar(const BitmapExpandArgs& a) { return expand_groups<ScalarBytes>(a); }
 
 }  // namespace pared
