@@ -71,6 +71,30 @@ def test_int8_dynamic(versus: Any, out: int, inputs: int, tokens: int, threads: 
 
 
 @THREADS
+@pytest.mark.parametrize("tokens", [1, *TOKENS])
+@pytest.mark.parametrize(("out", "inputs"), SHAPES)
+def test_int4(versus: Any, out: int, inputs: int, tokens: int, threads: int) -> None:
+    """4-bit weights with a scale for 64 inputs, beside 8 bits; warm."""
+    w, bias, x = torch.randn(out, inputs) * inputs**-0.5, torch.randn(out), torch.randn(tokens, inputs)
+    four, eight = pared.ops.Int4.from_dense(w, group=64), pared.ops.Int8.from_dense(w)
+    calls: dict[str, Callable[[], Any]] = {
+        "nn.Linear": lambda: functional.linear(x, w, bias),
+        "pared Int8": lambda: pared.ops.linear(x, eight, bias),
+        "pared": lambda: pared.ops.linear(x, four, bias),
+    }
+    close(calls["pared"](), calls["nn.Linear"](), 0.3)
+    versus(
+        calls,
+        suite="linear Int4",
+        case=f"{out}x{inputs}",
+        cell=f"{tokens} token{'s' if tokens > 1 else ''}",
+        rivals=("nn.Linear",),
+        work=2.0 * tokens * out * inputs,
+        facts={"out": out, "in": inputs, "tokens": tokens, "dtype": "int4"},
+    )
+
+
+@THREADS
 @pytest.mark.parametrize("tokens", [1, pytest.param(4, marks=pytest.mark.full), 8])
 @pytest.mark.parametrize(("out", "inputs"), COLD)
 def test_int8_few_tokens_cold(versus: Any, out: int, inputs: int, tokens: int, threads: int) -> None:

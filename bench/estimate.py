@@ -3,6 +3,7 @@
 ::
 
     python -m bench.estimate measure OUT.json --threads 1   # every format over shapes, densities, tokens
+    python -m bench.estimate measure OUT.json --only int4   # one format
     python -m bench.estimate fit OUT.json ...               # coefficients, for pared/ops/_estimate.py
     python -m bench.estimate check OUT.json ...             # errors of the model, and of the choice
 
@@ -113,11 +114,15 @@ def cases(seed: int) -> Iterator[tuple[Layer, float, tuple[int, int]]]:
     return iter(every)
 
 
-def calls_of(layer: Layer, weight: torch.Tensor, x: torch.Tensor) -> dict[str, Callable[[], object]]:
+def calls_of(
+    layer: Layer, weight: torch.Tensor, x: torch.Tensor, only: str | None
+) -> dict[str, Callable[[], object]]:
     calls: dict[str, Callable[[], object]] = {}
     padding = layer.shape[-1] // 2
     for f in FORMATS.values():
-        if f.combines or "cpu" not in f.devices or (f.linear if layer.linear else f.conv2d) is None:
+        if f.combines or f.name != (only or f.name) or "cpu" not in f.devices:
+            continue
+        if (f.linear if layer.linear else f.conv2d) is None:
             continue
         packed = _packed(f.name, weight)
         if layer.linear:
@@ -144,7 +149,7 @@ def _packed(name: str, weight: torch.Tensor) -> Any:
     return _last[name]
 
 
-def measure(threads: int, seconds: float, seed: int) -> list[Sample]:
+def measure(threads: int, seconds: float, seed: int, only: str | None) -> list[Sample]:
     torch.set_num_threads(threads)
     end = time.monotonic() + seconds
     found = []
@@ -156,9 +161,10 @@ def measure(threads: int, seconds: float, seed: int) -> list[Sample]:
             if time.monotonic() > end:
                 return found
             x = torch.randn(shape, generator=g)
-            t = interleave(
-                calls_of(layer, weight, x), budget=_BUDGET, min_rounds=3, max_rounds=60, warmup=1, seed=seed
-            )
+            calls = calls_of(layer, weight, x, only)
+            if not calls:
+                continue
+            t = interleave(calls, budget=_BUDGET, min_rounds=3, max_rounds=60, warmup=1, seed=seed)
             name = f"{block[0]}x{block[1]}"
             medians = {k: t.median(k) for k in t.samples}
             found.append(Sample(layer.name, name, density, n, threads, facts, medians))
@@ -259,10 +265,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=50.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=[f.name for f in FORMATS.values() if not f.combines])
     given = parser.parse_args(argv)
     console = Console(width=140)
     if given.what == "measure":
-        found = measure(given.threads, given.seconds, given.seed)
+        found = measure(given.threads, given.seconds, given.seed, given.only)
         Path(given.files[0]).write_text(json.dumps([asdict(s) for s in found]))
         console.print(f"{len(found)} layers on {_core.cpu_brand()}, {pared.isa()}, {given.threads} thread(s)")
         return 0

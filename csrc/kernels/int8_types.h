@@ -122,9 +122,10 @@ struct Int4Args {
   const int32_t* sums;    // [tokens][groups]
   const float* x_scales;  // [tokens]
   int32_t tokens;
-  const uint8_t* w;       // the panel, 64-byte aligned
+  const uint8_t* w;  // the first panel, 64-byte aligned; the others are w_stride bytes apart
+  int64_t w_stride;
   int32_t groups, pairs;  // pairs of units in a group
-  int32_t outputs;        // 1..16
+  int32_t outputs;        // at least 1, 16 a panel
   const float* bias;      // [outputs], or null
   Activation activation;
   void* y;

@@ -78,6 +78,18 @@ def test_any_integers(isa, data, m, n, k):
     assert np.array_equal(y, x.astype(np.float64) @ w.T)
 
 
+@pytest.mark.parametrize("tokens", [95, 97, 200])
+def test_many_tokens_are_computed_as_one_alone(isa, rng, tokens):
+    """Whatever tile, block of tokens or thread a token is in, its outputs are the same bits."""
+    w = rng.standard_normal((83, 170)).astype(np.float32)
+    x = rng.standard_normal((tokens, 170)).astype(np.float32)
+    packed = ops.Int4.from_dense(w, group=32)
+    y = ops.linear(x, packed)
+    check_int8(y, linear_int4(x, *quantize(w, 32), 32))
+    for m in (0, 5, 6, 94, tokens - 1):
+        assert np.array_equal(ops.linear(x[m : m + 1], packed), y[m : m + 1])
+
+
 def test_extremes_at_a_long_reduction(isa):
     for value, sign in ((-8, -1), (-8, 1), (7, 1)):
         q = np.full((17, 8192), value, np.int8)

@@ -2,6 +2,6 @@
 
 namespace pared {
 
-void gemm_s8u4_p1__avx2(const Int4Args& a) { gemm_s8u4_panel<Avx2Nibbles, Avx2Io>(a); }
+void gemm_s8u4_p1__avx2(const Int4Args& a) { gemm_s8u4_run<Avx2Nibbles, Avx2Io>(a); }
 
 }  // namespace pared

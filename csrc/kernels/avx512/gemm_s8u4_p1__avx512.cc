@@ -2,6 +2,6 @@
 
 namespace pared {
 
-void gemm_s8u4_p1__avx512(const Int4Args& a) { gemm_s8u4_panel<Avx512Nibbles, Avx512Io>(a); }
+void gemm_s8u4_p1__avx512(const Int4Args& a) { gemm_s8u4_run<Avx512Nibbles, Avx512Io>(a); }
 
 }  // namespace pared

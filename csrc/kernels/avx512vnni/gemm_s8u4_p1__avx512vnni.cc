@@ -2,6 +2,6 @@
 
 namespace pared {
 
-void gemm_s8u4_p1__avx512vnni(const Int4Args& a) { gemm_s8u4_panel<VnniNibbles, Avx512Io>(a); }
+void gemm_s8u4_p1__avx512vnni(const Int4Args& a) { gemm_s8u4_run<VnniNibbles, Avx512Io>(a); }
 
 }  // namespace pared

@@ -1,6 +1,7 @@
-// 4-bit weights by 8-bit tokens, for few tokens: a 64-byte vector holds two units of 16 outputs, taken apart
-// in registers. Each group of the reduction has its own scale, so that its int32 sum is scaled and added in
-// float32, in the groups' order: the same bits at every level. What limits it is reading the weights.
+// 4-bit weights by 8-bit tokens: a 64-byte vector holds two units of 16 outputs, taken apart in registers.
+// Each group of the reduction has its own scale, so that its int32 sum is scaled and added in float32, in the
+// groups' order: the same bits at every level and for any tile. With few tokens reading the weights is what
+// limits it, with many the loads: two panels share each unit of a token.
 #pragma once
 
 #include "kernels/generic/gemm_u8s8.h"
@@ -9,8 +10,10 @@
 namespace pared {
 namespace {
 
-// A level's way to take nibbles (n = q + 8) apart and multiply them with signed bytes. `room` is scratch.
+// A level's way to take nibbles (n = q + 8) apart and multiply them with signed bytes. `room` is scratch;
+// tokens, panels: of the largest tile.
 struct ScalarNibbles {
+  static constexpr int tokens = 4, panels = 1;
   using D = ScalarDot;
   using X = const int8_t*;
   static PARED_INLINE X unit(const int8_t* p) { return p; }
@@ -30,6 +33,7 @@ struct ScalarNibbles {
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 struct Avx2Nibbles {
+  static constexpr int tokens = 4, panels = 1;
   using D = Avx2Dot;
   using X = __m256i;
   static PARED_INLINE X unit(const int8_t* p) {
@@ -49,6 +53,7 @@ struct Avx2Nibbles {
 
 #if defined(__AVX512F__) && !defined(__AVX512VNNI__)
 struct Avx512Nibbles {
+  static constexpr int tokens = 4, panels = 1;
   using D = Avx512Dot;
   using X = __m512i;
   static PARED_INLINE X unit(const int8_t* p) {
@@ -68,6 +73,7 @@ struct Avx512Nibbles {
 
 #if defined(__AVX512VNNI__)
 struct VnniNibbles {
+  static constexpr int tokens = 6, panels = 2;  // 12 sums in int32, 12 in float32, 4 vectors of weights
   using D = VnniDot;
   using X = __m512i;
   static PARED_INLINE X unit(const int8_t* p) {
@@ -97,66 +103,100 @@ PARED_INLINE __m512 float_minus(const int32_t* p, int32_t s, Avx512F32) {
 }
 #endif
 
-template <class N, class IO, int TOKENS>
-PARED_INLINE void gemm_s8u4_tokens(const Int4Args& a, int token) {
+template <class N, class IO, int TOKENS, int PANELS>
+PARED_INLINE void gemm_s8u4_tile(const Int4Args& a, int token, int panel) {
   using S = typename IO::S;
   using D = typename N::D;
   constexpr int W = S::width, V = kInt8Panel / W;
+  // Few sums would wait out the latency of a product: then each half of a pair has its own.
+  constexpr int U = TOKENS * PANELS <= 4 ? 2 : 1;
   constexpr int64_t kLine = 64;
-  typename S::V total[TOKENS][V];
+  typename S::V total[TOKENS][PANELS][V];
   for (int m = 0; m < TOKENS; ++m)
-    for (int v = 0; v < V; ++v) total[m][v] = S::zero();
+    for (int p = 0; p < PANELS; ++p)
+      for (int v = 0; v < V; ++v) total[m][p][v] = S::zero();
   const int8_t* x = a.x + token * a.x_stride;
-  const uint8_t* w = a.w;
-  alignas(64) int8_t room[2 * kLine];
+  const uint8_t* w = a.w + panel * a.w_stride;
+  alignas(64) int8_t room[PANELS][2 * kLine];
   alignas(64) int32_t sums[kInt8Panel];
   for (int g = 0; g < a.groups; ++g) {
-    const float* scales = reinterpret_cast<const float*>(w);
+    const uint8_t* scales = w;
     w += kLine;
-    // A sum for each half: with one token a single chain would wait out the latency.
-    typename D::Acc acc[2][TOKENS];
-    for (int m = 0; m < TOKENS; ++m) acc[0][m] = acc[1][m] = D::zero();
+    typename D::Acc acc[U][TOKENS][PANELS];
+#pragma GCC unroll 2
+    for (int u = 0; u < U; ++u)
+#pragma GCC unroll 6
+      for (int m = 0; m < TOKENS; ++m)
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; ++p) acc[u][m][p] = D::zero();
     for (int i = 0; i < a.pairs; ++i, w += kLine, x += 2 * kInt8Unit) {
-      typename D::W low, high;
-      N::split(w, room, low, high);
-#pragma GCC unroll 4
+      typename D::W low[PANELS], high[PANELS];
+#pragma GCC unroll 2
+      for (int p = 0; p < PANELS; ++p) N::split(w + p * a.w_stride, room[p], low[p], high[p]);
+#pragma GCC unroll 6
       for (int m = 0; m < TOKENS; ++m) {
-        N::dot(acc[0][m], N::unit(x + m * a.x_stride), low);
-        N::dot(acc[1][m], N::unit(x + m * a.x_stride + kInt8Unit), high);
+        const typename N::X first = N::unit(x + m * a.x_stride);
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; ++p) N::dot(acc[0][m][p], first, low[p]);
+        const typename N::X second = N::unit(x + m * a.x_stride + kInt8Unit);
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; ++p) N::dot(acc[U - 1][m][p], second, high[p]);
       }
     }
+#pragma GCC unroll 6
     for (int m = 0; m < TOKENS; ++m) {
-      D::add(acc[0][m], acc[1][m]);
-      D::store(sums, acc[0][m], false);
       const int32_t shift = a.sums[(token + m) * a.groups + g];
-      for (int v = 0; v < V; ++v)
-        total[m][v] =
-            S::add(total[m][v], S::mul(float_minus(sums + v * W, shift, S{}), S::load(scales + v * W)));
-    }
-  }
-  for (int v = 0; v * W < a.outputs; ++v) {
-    const int count = a.outputs - v * W < W ? a.outputs - v * W : W;
-    alignas(64) float bias[W];
-    for (int i = 0; i < W; ++i) bias[i] = a.bias && i < count ? a.bias[v * W + i] : 0.0f;
-    for (int m = 0; m < TOKENS; ++m) {
-      const auto y = activate<S>(S::add(S::mul(total[m][v], S::set1(a.x_scales[token + m])), S::load(bias)),
-                                 a.activation);
-      const int64_t at = (token + m) * a.y_stride + v * W;
-      if (a.dtype == DType::f32) {
-        IO::store_first(static_cast<float*>(a.y) + at, y, count);
-      } else {
-        IO::store_first(static_cast<uint16_t*>(a.y) + at, y, count, a.dtype == DType::bf16);
+#pragma GCC unroll 2
+      for (int p = 0; p < PANELS; ++p) {
+        if (U > 1) D::add(acc[0][m][p], acc[U - 1][m][p]);
+        D::store(sums, acc[0][m][p], false);
+        const float* s = reinterpret_cast<const float*>(scales + p * a.w_stride);
+        for (int v = 0; v < V; ++v)
+          total[m][p][v] =
+              S::add(total[m][p][v], S::mul(float_minus(sums + v * W, shift, S{}), S::load(s + v * W)));
       }
     }
   }
+#pragma GCC unroll 2
+  for (int p = 0; p < PANELS; ++p)
+    for (int v = 0; v < V; ++v) {
+      const int first = (panel + p) * kInt8Panel + v * W;
+      const int count = a.outputs - first < W ? a.outputs - first : W;
+      if (count <= 0) break;
+      alignas(64) float bias[W];
+      for (int i = 0; i < W; ++i) bias[i] = a.bias && i < count ? a.bias[first + i] : 0.0f;
+#pragma GCC unroll 6
+      for (int m = 0; m < TOKENS; ++m) {
+        const auto y = activate<S>(
+            S::add(S::mul(total[m][p][v], S::set1(a.x_scales[token + m])), S::load(bias)), a.activation);
+        const int64_t at = (token + m) * a.y_stride + first;
+        if (a.dtype == DType::f32) {
+          IO::store_first(static_cast<float*>(a.y) + at, y, count);
+        } else {
+          IO::store_first(static_cast<uint16_t*>(a.y) + at, y, count, a.dtype == DType::bf16);
+        }
+      }
+    }
+}
+
+template <class N, class IO, int PANELS>
+PARED_INLINE void gemm_s8u4_panels(const Int4Args& a, int panel) {
+  int m = 0;
+  if constexpr (N::tokens > 4)
+    for (; m + N::tokens <= a.tokens; m += N::tokens) gemm_s8u4_tile<N, IO, N::tokens, PANELS>(a, m, panel);
+  for (; m + 4 <= a.tokens; m += 4) gemm_s8u4_tile<N, IO, 4, PANELS>(a, m, panel);
+  for (; m + 2 <= a.tokens; m += 2) gemm_s8u4_tile<N, IO, 2, PANELS>(a, m, panel);
+  if (m < a.tokens) gemm_s8u4_tile<N, IO, 1, PANELS>(a, m, panel);
 }
 
 template <class N, class IO>
-void gemm_s8u4_panel(const Int4Args& a) {
-  int m = 0;
-  for (; m + 4 <= a.tokens; m += 4) gemm_s8u4_tokens<N, IO, 4>(a, m);
-  for (; m + 2 <= a.tokens; m += 2) gemm_s8u4_tokens<N, IO, 2>(a, m);
-  if (m < a.tokens) gemm_s8u4_tokens<N, IO, 1>(a, m);
+void gemm_s8u4_run(const Int4Args& a) {
+  const int panels = (a.outputs + kInt8Panel - 1) / kInt8Panel;
+  int p = 0;
+  // One token alone reads each panel from end to end, as memory likes it best.
+  if (N::panels > 1 && a.tokens > 1)
+    for (; p + N::panels <= panels; p += N::panels) gemm_s8u4_panels<N, IO, N::panels>(a, p);
+  for (; p < panels; ++p) gemm_s8u4_panels<N, IO, 1>(a, p);
 }
 
 }  // namespace

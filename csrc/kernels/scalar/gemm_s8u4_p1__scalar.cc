@@ -2,6 +2,6 @@
 
 namespace pared {
 
-void gemm_s8u4_p1__scalar(const Int4Args& a) { gemm_s8u4_panel<ScalarNibbles, ScalarIo>(a); }
+void gemm_s8u4_p1__scalar(const Int4Args& a) { gemm_s8u4_run<ScalarNibbles, ScalarIo>(a); }
 
 }  // namespace pared

@@ -22,7 +22,7 @@ _GROUP = 16  # positions in a vector, and rows in a row group
 _ACCUMULATORS = 64 * 1024  # of one pass over the rows
 _BATCH = 16  # tokens that share an expanded vector
 _TOKENS = 6  # of the dense int8 micro-kernel
-_BLOCK_BYTES, _BLOCK_TOKENS = 192 * 1024, 192  # of quantized tokens
+_BLOCK_BYTES, _BLOCK_TOKENS, _INT4_TOKENS = 192 * 1024, 192, 96  # of quantized tokens
 # Elements from which a convolution's K blocks are deeper (csrc/formats/csr.cc).
 _DEEP = 1 << 20
 # Ends of loops that a branch predictor keeps apart.
@@ -285,14 +285,15 @@ def _bitmap8_many(w: Work, n: int, threads: int) -> Terms:
 
 
 def _int4(w: Work, n: int, threads: int) -> Terms:
-    batches = _ceil(n, _BATCH)
+    blocks = _ceil(n, min(max(_BLOCK_BYTES // max(1, w.cols), _TOKENS), _INT4_TOKENS))
     parts = _threads(w.nbytes * _ceil(n, 4), _INT4_WORK, threads)
     c = _Rates(parts)
     return (
-        *c.weight(w.nbytes, batches),
+        *c.weight(w.nbytes, blocks),
         2.0 * w.rows * w.cols * n / c.dot8,
-        # Quantizing the tokens, which one thread does.
-        4.0 * n * w.cols / c.l1_load * c.parts,
+        w.nbytes * _ceil(n, _TOKENS) / c.l1_load,
+        # Quantizing the tokens: one thread does it where they are few.
+        4.0 * n * w.cols / c.l1_load * (1 if n >= 32 * parts else parts),
         4.0 * n * w.rows / c.l1_store,
         *c.fixed,
     )
@@ -322,7 +323,7 @@ COEFFICIENTS: dict[str, Terms] = {
     "bitmap8 many": (1.06, 3.42, 2.59, 0.0, 1.68, 1.2, 0.0843, 9.99, 2.47, 0.1, 2.11),
     "csr": (0.834, 1.09, 0.0, 28, 2.1, 12, 0.717, 0.131, 0.0, 1.24, 2.06, 1.95, 0.609, 4.15, 1.3, 1.8),
     "csr conv": (1.02, 0.0, 0.0, 46.7, 5, 11.3, 0.438, 0.0, 0.0, 1.3, 1.21, 2.37, 0.728, 3.37, 0.0, 1.36),
-    "int4": (0.857, 0.685, 0.0, 1.65, 1.63, 49.8, 9.66, 1.27, 2.84),
+    "int4": (0.0, 0.0872, 0.0, 4.63, 0.927, 2.99, 18.5, 3.54, 1.3, 3.81),
     "int8": (0.811, 3.01, 0.0, 0.0, 1.86, 0.287, 0.0, 0.0, 1.04, 1.61),
     "int8 conv": (1.13, 0.0, 0.0, 0.0, 0.0, 2.45, 3.34, 33.6, 0.0, 13.6),
     "quads": (0.925, 1.82, 0.0, 11.4, 0.0, 7.34, 0.112, 0.0, 0.0, 0.945, 3.08, 2.58, 1.01, 4.94, 1.27, 2.53),
