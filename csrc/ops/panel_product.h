@@ -151,38 +151,45 @@ void run_tile(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const Panel
 
 }  // namespace panel_product_detail
 
-// Runs the product of `w` with the panel columns of `panels` on the calling thread's pool.
-//   micro: the kernels for 1 to kPanelMaxGroups vectors, for the weight's entry_rows;
+// Runs the products of one or more weights with the panel columns of `panels` on the calling thread's pool.
+// Weights together have equal units, tile and entry_rows.
+//   micro: the kernels for 1 to kPanelMaxGroups vectors, for the weights' entry_rows;
 //   begin(tile): called in each thread before its share of a tile;
 //   pack(tile, k0, units, stride, panel): write units [k0, k0 + units) of the reduction for the tile's
 //     positions to panel[(k - k0) * stride + position], and zero up to tile.vectors * kPanelGroup; returns
 //     `panel`, or where the same already lies: 64-byte aligned, and readable for kPanelElements unless
 //     panels.in_place says that the memory ends with the last unit of the reduction;
-//   store(tile, row0, rows, acc, acc_stride): take the finished acc[rows][tile.positions], whose
-//     memory is its own then. Called once for each tile and row group (at most kCsrGroup rows), from several
-//     threads at once.
+//   store(i, tile, row0, rows, acc, acc_stride): take the finished acc[rows][tile.positions] of weight i,
+//     whose memory is its own then. Called once for each tile and row group (at most kCsrGroup rows), from
+//     several threads at once.
 template <class T, class Begin, class Pack, class Store>
-void panel_product(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const PanelTiles& panels,
-                   const Begin& begin, const Pack& pack, const Store& store) {
+void panel_products(const PanelPacked<T>* w, int64_t count, PanelKernel<T>* const* micro,
+                    const PanelTiles& panels, const Begin& begin, const Pack& pack, const Store& store) {
   namespace detail = panel_product_detail;
+  std::vector<detail::GroupWeights<T>> weights(w, w + count);
+  int64_t all_weights = 0;
+  uint64_t bytes = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    all_weights += weights[i].total();
+    bytes += w[i].header->bytes;
+  }
   const std::vector<PanelTile>& tiles = panels.tiles;
-  if (tiles.empty() || w.header->rows == 0) return;
-  const int64_t groups = w.groups();
+  if (tiles.empty() || all_weights == 0) return;
+  const PackedHeader& h = *w[0].header;
 
-  // All (tile, row group) pairs in one line, cut into equal shares of weight: a thread's share is a run of
-  // whole tiles with a partial one at each end. Balanced for any number of tiles, even for one.
+  // All (tile, weight, row group) triples in one line, cut into equal shares of work: a thread's share is a
+  // run of whole tiles with a partial one at each end. Balanced for any number of tiles, even for one.
   //
   // With two tiles it can pay that every thread takes its rows of both instead, and so reads its part of the
   // weight alone, the second time from a nearer cache. Where the tiles are of unequal width one thread would
   // pack both anyway (129 tokens, CSR at 50 %: 405 instead of 454 us); quads, whose multiply-adds wait less
   // for packing, gain 5 to 20 % once the weight exceeds L2. Other rows lose 5 % to packing twice.
-  const detail::GroupWeights<T> weights(w);
   int64_t total_vectors = 0;
   for (const PanelTile& t : tiles) total_vectors += t.vectors;
-  const int64_t total = weights.total() * total_vectors;
+  const int64_t total = all_weights * total_vectors;
   const int64_t useful_threads = std::max<int64_t>(1, total * kPanelGroup / detail::kMinWorkPerThread);
   const int64_t parts = std::min<int64_t>(num_threads(), useful_threads);
-  const bool large = w.header->entry_rows == kQuadRows && w.header->bytes > detail::kCachedWeight;
+  const bool large = h.entry_rows == kQuadRows && bytes > detail::kCachedWeight;
   const bool by_rows = tiles.size() == 2 && (large || tiles[0].vectors != tiles[1].vectors);
 
   parallel_for(0, parts, 1, [&](int64_t part0, int64_t part1) {
@@ -192,18 +199,42 @@ void panel_product(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const 
     const int64_t from = total * part0 / parts, to = total * part1 / parts;
     int64_t before = 0;
     for (const PanelTile& t : tiles) {
-      const int64_t cost = weights.total() * t.vectors;
-      const int64_t first = by_rows ? cost * part0 / parts : std::max<int64_t>(from - before, 0);
-      const int64_t end = by_rows ? cost * part1 / parts : std::min(to - before, cost);
+      const int64_t cost = all_weights * t.vectors;
+      const int64_t tile_first = by_rows ? cost * part0 / parts : std::max<int64_t>(from - before, 0);
+      const int64_t tile_end = by_rows ? cost * part1 / parts : std::min(to - before, cost);
       before += cost;
-      if (first >= end) continue;
-      const int64_t g0 = weights.at(first / t.vectors);
-      const int64_t g1 = end == cost ? groups : weights.at(end / t.vectors);
-      if (g0 >= g1) continue;
-      begin(t);
-      detail::run_tile(w, micro, t, panels, g0, g1, pack, store, panel, acc);
+      bool begun = false;
+      int64_t passed = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t own = weights[i].total() * t.vectors;
+        const int64_t first = std::max<int64_t>(tile_first - passed, 0),
+                      end = std::min(tile_end - passed, own);
+        passed += own;
+        if (first >= end) continue;
+        const int64_t g0 = weights[i].at(first / t.vectors);
+        const int64_t g1 = end == own ? w[i].groups() : weights[i].at(end / t.vectors);
+        if (g0 >= g1) continue;
+        if (!begun) begin(t);
+        begun = true;
+        detail::run_tile(
+            w[i], micro, t, panels, g0, g1, pack,
+            [&, i](const PanelTile& tile, int64_t row0, int32_t rows, T* sums, int32_t stride) {
+              store(i, tile, row0, rows, sums, stride);
+            },
+            panel, acc);
+      }
     }
   });
+}
+
+// The same for one weight; store is called without its index.
+template <class T, class Begin, class Pack, class Store>
+void panel_product(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const PanelTiles& panels,
+                   const Begin& begin, const Pack& pack, const Store& store) {
+  panel_products(&w, 1, micro, panels, begin, pack,
+                 [&](int64_t, const PanelTile& t, int64_t row0, int32_t rows, T* acc, int32_t acc_stride) {
+                   store(t, row0, rows, acc, acc_stride);
+                 });
 }
 
 // The int8 kernels of the active instruction set for a weight's entry_rows.

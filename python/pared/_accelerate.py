@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -18,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pared import _core
 from pared._choices import Choices, Timed
@@ -128,6 +131,7 @@ class Candidate:
     calls: dict[Signature, int] = field(default_factory=dict)
     samples: dict[Signature, Tensor] = field(default_factory=dict)
     steps: list[tuple[str, nn.Module]] = field(default_factory=list)  # what may be fused behind it
+    inputs: list[int] = field(default_factory=list)  # by call, a number for each input tensor that occurred
     successor: str | None = None  # the layer that alone takes what comes out of the last step
     chosen: PackedModule | None = None
     fused: int = 0  # steps that `chosen` computes
@@ -282,6 +286,7 @@ def accelerate(
         )
         if fuse:
             _hand_over(fast, inputs, reference, candidates, report, timed)
+            _share(fast, inputs, reference, candidates, report, timed)
             if _attend(fast, inputs, reference, candidates, report, min_speedup, timed):
                 _note_times(_race_once(dense, fast, inputs), report)
         timed.save()
@@ -511,6 +516,9 @@ def _without_kernel(model: nn.Module) -> list[str]:
 def _record(model: nn.Module, inputs: list[Example], candidates: list[Candidate], fuse: bool) -> None:
     """Run the examples once more, and note what each layer is called with and who takes its output."""
     room = _RECORD_BYTES
+    # Tensors that live get numbers; one that is made later, in the same place, another.
+    serial: WeakIdKeyDictionary = WeakIdKeyDictionary()
+    count = itertools.count()
 
     def watch(c: Candidate) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -525,6 +533,9 @@ def _record(model: nn.Module, inputs: list[Example], candidates: list[Candidate]
                     "between layers; kernels take and give floats"
                 )
                 return
+            if x not in serial:
+                serial[x] = next(count)
+            c.inputs.append(serial[x])
             signature = Signature(tuple(x.shape), tuple(x.stride()), x.dtype)
             c.calls[signature] = c.calls.get(signature, 0) + 1
             if signature not in c.samples and x.nbytes <= room:
@@ -1384,6 +1395,69 @@ def _time_attention(
         known = Timed("attention", t.median("dense"), {"pared": (t.median("pared"), 1.0)})
         timed.put(key, known)
     return known.before, known.variants["pared"][0]
+
+
+def _share(
+    fast: nn.Module,
+    inputs: list[Example],
+    reference: list[Any],
+    candidates: list[Candidate],
+    report: Report,
+    timed: Choices,
+) -> None:
+    """Quantize an input once for all the layers that take it, where that is measurably faster."""
+    groups: dict[tuple[int, ...], list[Candidate]] = {}
+    for c in candidates:
+        m = c.chosen
+        alone = isinstance(m, Linear) and not m._handed and m._fed_by is None and len(c.names) == 1
+        if alone and c.inputs and m is not None and m.format == "bsr8":
+            groups.setdefault(tuple(c.inputs), []).append(c)
+    heads: list[Linear] = []
+    rows = {c.name: c.row.reason for c in candidates}
+    for group in groups.values():
+        first = group[0]
+        layers = [cast(Linear, c.chosen) for c in group]
+        alike = [_core.bsr8_shares(layers[0].packed, m.packed) for m in layers]
+        if len(group) < 2 or not all(alike):
+            continue
+        key = timed.key(shared=_chain_key(layers, first, timed))
+        known = timed.get(key)
+        if known is None:
+            known = Timed(first.name, max(_time_sharing(layers, first.calls), 1e-9))
+            timed.put(key, known)
+        if known.before < _HAND_OVER:
+            continue
+        layers[0].share_with(*layers[1:])
+        heads.append(layers[0])
+        first.row.reason += f"; computes {', '.join(c.name for c in group[1:])} too: {known.before:.2f}x"
+        for c in group[1:]:
+            c.row.reason += f"; computed with {first.name}"
+    if heads and _compare_all(fast, inputs, reference).relative > report.tolerance:
+        for head in heads:
+            head.share_with()
+        for c in candidates:
+            c.row.reason = rows[c.name]
+
+
+def _time_sharing(layers: list[Linear], calls: dict[Signature, int]) -> float:
+    """How many times faster layers are that share their input, over all the calls of the first."""
+
+    twins = [copy.copy(m) for m in layers]
+    twins[0].share_with(*twins[1:])
+
+    def run(these: list[Linear], x: Tensor) -> None:
+        for layer in these:
+            layer(x)
+
+    work: dict[str, Callable[[], object]] = {}
+    for i, s in enumerate(calls):
+        x = _timing_input(s)
+        work[f"apart {i}"], work[f"shared {i}"] = partial(run, layers, x), partial(run, twins, x)
+    t = interleave(work, budget=_LAYER_SECONDS, min_rounds=5, max_rounds=200, precision=0.01)
+    before, after = (
+        sum(n * t.median(f"{way} {i}") for i, n in enumerate(calls.values())) for way in ("apart", "shared")
+    )
+    return before / after
 
 
 def _pass(model: nn.Module, inputs: list[Example]) -> Callable[[], None]:

@@ -148,6 +148,8 @@ def load(path: Path, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> 
         module = replace(module, [name], Fused(module.get_submodule(name)))
     for name, followers in about.handed.items():
         _hand_over(module, name, followers)
+    for name, others in about.shared.items():
+        _share(module, name, others)
     for name in about.attention:
         _attend(module, name)
     _check_complete(module)
@@ -236,6 +238,20 @@ def _hand_over(model: torch.nn.Module, name: str, followers: list[str]) -> None:
         refuse(f"file: handed: layer {shorten(name)}: {e}")
 
 
+def _share(model: torch.nn.Module, name: str, others: list[str]) -> None:
+    modules = dict(model.named_modules())
+    layers = [modules.get(n) for n in (name, *others)]
+    head = layers[0]
+    if not (others and isinstance(head, Linear)):
+        refuse(f"file: shared: expected linear layers, got {shorten([name, *others])}")
+    try:
+        head.share_with(*cast(list[Linear], layers[1:]))
+    except TypeError as e:
+        refuse(f"file: shared: layer {shorten(name)}: {e}")
+    except ValueError:
+        return  # packed otherwise on this machine: they compute one by one
+
+
 def _attend(model: torch.nn.Module, name: str) -> None:
     module = dict(model.named_modules()).get(name)
     if module is None or not attend(module):
@@ -276,21 +292,23 @@ def _collect(model: torch.nn.Module, writer: Writer) -> dict[str, Any]:
             for name, module in model.named_modules(remove_duplicate=False)
             if isinstance(module, Fused)
         },
-        "handed": _collect_handed(model),
+        "handed": _collect_together(model, "_handed"),
+        "shared": _collect_together(model, "_sharers"),
         "attention": [*attending(model)],
         "ties": ties,
         "report": dataclasses.asdict(report) if report else None,
     }
 
 
-def _collect_handed(model: torch.nn.Module) -> dict[str, list[str]]:
-    """Name of a linear layer that computes others as well -> their names."""
+def _collect_together(model: torch.nn.Module, attribute: str) -> dict[str, list[str]]:
+    """Name of a linear layer that computes others as well, those in `attribute` -> their names."""
     modules = list(model.named_modules())
     names = {id(m): name for name, m in modules}
+    found = {name: getattr(m, attribute) for name, m in modules if isinstance(m, Linear)}
     return {
-        name: [names[id(f)] for f in m._handed]
-        for name, m in modules
-        if isinstance(m, Linear) and m._handed and all(id(f) in names for f in m._handed)
+        name: [names[id(f)] for f in others]
+        for name, others in found.items()
+        if others and all(id(f) in names for f in others)
     }
 
 
@@ -380,6 +398,7 @@ class _About:
     layers: dict[str, _Layer]
     fused: dict[str, str]
     handed: dict[str, list[str]]
+    shared: dict[str, list[str]]
     attention: list[str]
     ties: dict[str, str]
     report: Report | None
@@ -387,7 +406,7 @@ class _About:
     @classmethod
     def parse(cls, reader: Reader) -> _About:
         where = "file: metadata"
-        about_file = {"attention": [], **expect_object(reader.about, where)}  # a field that came later
+        about_file = {"shared": {}, "attention": [], **expect_object(reader.about, where)}  # later fields
         data = expect_object(about_file, where, [f.name for f in dataclasses.fields(cls)])
         about: _About = _build(cls, data, where)
         for layer in data["layers"].values():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from typing_extensions import Self
 
+from pared import _core
 from pared.nn._base import PackedModule, pack, quantized_parts
 from pared.ops._formats import FORMATS
 from pared.ops._library import foldable, grad_error, linear_device_op, linear_op
@@ -18,6 +19,7 @@ from pared.ops.packed import PackedWeight
 _KERNELS = {f.name: f.linear for f in FORMATS.values() if f.linear is not None}
 _strided = torch.strided
 _DONE = "_pared_chain"  # attribute of a tensor: the layer that computed it, its followers included
+_SHARED = "_pared_shared"  # attribute of an input: outputs of other layers for it, and its version then
 _grad_enabled = torch.is_grad_enabled
 _mode_depth = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._is_tracing
@@ -43,6 +45,10 @@ class Linear(PackedModule):
     # Layers that this one computes as well (see `hand_to`), and the one that computes this layer.
     _handed: tuple[Linear, ...] = ()
     _fed_by: Linear | None = None
+    # Layers that this one computes beside itself where they get the same input (see `share_with`), and the
+    # one that does so for this layer.
+    _sharers: tuple[Linear, ...] = ()
+    _shares_of: Linear | None = None
 
     def __init__(
         self, weight: PackedWeight, bias: Tensor | None = None, activation: str | None = None
@@ -103,6 +109,10 @@ class Linear(PackedModule):
         head = self._fed_by
         if head is not None and type(x) is Tensor and head._has_computed(x, self):
             return x
+        if self._shares_of is not None and type(x) is Tensor and not is_compiling():
+            shared = x.__dict__.get(_SHARED)
+            if shared is not None and (y := self._take(x, shared)) is not None:
+                return y
         buffers = self._buffers
         # A tracer has to see an operator; the dispatcher costs eager calls 6 us.
         if is_compiling() or type(x) is not Tensor or _mode_depth() or _tracing():
@@ -118,6 +128,8 @@ class Linear(PackedModule):
             x = foldable(x)
         if self._handed:
             return self._chain(x)
+        if self._sharers and x is input and not x.is_inference():
+            return self._share(x)
         out = x.new_empty((*x.shape[:-1], self.out_features))
         _KERNELS[self.format](x, buffers["packed"], bias, out, self._act)
         return out
@@ -147,6 +159,58 @@ class Linear(PackedModule):
         self._refer("_handed", followers)
         for f in followers:
             f._refer("_fed_by", self)
+
+    def share_with(self, *others: Linear) -> None:
+        """Compute these layers as well, from the same input, which is then quantized once.
+
+        For a model in which they are called with the very tensor that this one was called with before, as the
+        projections of an attention block are. They take what was computed for them when that tensor comes,
+        unchanged; for any other input, for inference tensors (which do not tell whether they were changed)
+        and for tracers they compute as usual. The results are the same bits. No layers: take it back.
+
+        Raises
+        ------
+        TypeError, ValueError : a layer whose weight does not share inputs with this one's.
+        """
+        for other in others:
+            if not (isinstance(other, Linear) and self.format == other.format == "bsr8"):
+                raise TypeError(f"others: expected Linear layers of format bsr8, like this one, got {other}")
+            alone = other is not self and not (other._sharers or other._handed or other._fed_by)
+            if not alone or self._handed or self._fed_by is not None:
+                raise ValueError(f"others: expected layers that go with no others, got {other}")
+            if not _core.bsr8_shares(self.packed, other.packed):
+                raise ValueError(f"others: expected layers of the same inputs, packed alike, got {other}")
+        for other in self._sharers:
+            other._refer("_shares_of", None)
+        self._refer("_sharers", others)
+        for other in others:
+            other._refer("_shares_of", self)
+
+    def _share(self, x: Tensor) -> Tensor:
+        layers = (self, *self._sharers)
+        outs = [x.new_empty((*x.shape[:-1], m.out_features)) for m in layers]
+        _core.linear_shared_bsr8(
+            x,
+            [m._buffers["packed"] for m in layers],
+            [m._buffers["bias"] for m in layers],
+            outs,
+            [m._act for m in layers],
+        )
+        mine = zip(self._sharers, outs[1:], strict=True)
+        x.__dict__[_SHARED] = {m: (x._version, m._buffers["packed"], m._buffers["bias"], y) for m, y in mine}
+        return outs[0]
+
+    def _take(self, x: Tensor, shared: dict[Linear, Any]) -> Tensor | None:
+        """What was computed for this layer from `x`; None where `x`, or this layer, is no longer the same."""
+        version, packed, bias, y = shared.pop(self, (None, None, None, None))
+        if not shared:
+            x.__dict__.pop(_SHARED, None)
+        buffers = self._buffers
+        if y is None or version != x._version or packed is not buffers["packed"]:
+            return None
+        if bias is not buffers["bias"] or _mode_depth() or _tracing():
+            return None
+        return y  # type: ignore[no-any-return]
 
     def _refer(self, name: str, value: Any) -> None:
         # Past nn.Module's own registration: layers of the model that are elsewhere in its tree.
