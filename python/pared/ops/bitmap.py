@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from pared import _core
-from pared._cuda import is_device_tensor
 from pared._types import Array
 from pared.ops._arrays import is_torch, require_array
 from pared.ops._device import DeviceWeight
@@ -59,6 +58,7 @@ class Bitmap(PackedWeight):
         ------
         TypeError, ValueError : naming the argument, what was expected and what came.
         """
+        from pared._cuda import is_device_tensor  # which needs this package
         from pared._cuda_decode import DecodeWeight
 
         if not is_device_tensor(weight):
