@@ -131,7 +131,7 @@ Bitmap8Packed view_bitmap8(const uint8_t* data, int64_t bytes) {
                   h.entry_rows == kBitmapLanes && h.block_k == kBitmap8Block && h.tile == 0,
               "packed weight: expected a valid header, got a corrupt one");
   const auto* tail = reinterpret_cast<const Int8Tail*>(data + kInt8TailAt);
-  check_activations(tail->activations);
+  check_activations(tail->activations, "packed weight: ");
   Bitmap8Packed w;
   w.header = &h;
   w.activations = &tail->activations;

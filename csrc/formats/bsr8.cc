@@ -215,7 +215,7 @@ Bsr8Packed view_bsr8(const uint8_t* data, int64_t bytes) {
   w.scales = reinterpret_cast<const float*>(data + scales_at);
   w.sums = reinterpret_cast<const int32_t*>(data + sums_at);
   w.activations = reinterpret_cast<const ActivationRange*>(data + activations_at);
-  check_activations(*w.activations);
+  check_activations(*w.activations, "packed weight: ");
   return w;
 }
 

@@ -83,15 +83,15 @@ Int8Words int8_words(const PackedHeader& h) {
   return {static_cast<int64_t>(h.kh) * h.kw, h.channels, h.groups};
 }
 
-void check_activations(const ActivationRange& a) {
+void check_activations(const ActivationRange& a, const char* of) {
   if (a.scale == 0.0f) {
-    PARED_CHECK(a.zero == 128 && a.low == 1 && a.high == 255,
+    PARED_CHECK(a.zero == 128 && a.low == 1 && a.high == 255, of,
                 "activations: expected zero 128, low 1 and high 255 where they are dynamic");
     return;
   }
-  PARED_CHECK(std::isfinite(a.scale) && a.scale >= FLT_MIN && a.scale <= 1 / FLT_MIN,
+  PARED_CHECK(std::isfinite(a.scale) && a.scale >= FLT_MIN && a.scale <= 1 / FLT_MIN, of,
               "activation_scale: expected a positive, normal number up to 2^126, got ", a.scale);
-  PARED_CHECK(0 <= a.low && a.low <= a.zero && a.zero <= a.high && a.high <= 255,
+  PARED_CHECK(0 <= a.low && a.low <= a.zero && a.zero <= a.high && a.high <= 255, of,
               "activations: expected 0 <= low <= zero <= high <= 255 as unsigned bytes, got ", a.low, ", ",
               a.zero, ", ", a.high);
 }
@@ -157,7 +157,7 @@ Int8Packed view_int8(const uint8_t* data, int64_t bytes) {
                   dense_cols(h) <= kInt8MaxCols && h.rows < kMaxSize / 2 && h.nnz >= 0,
               "packed weight: expected a valid header, got a corrupt one");
   const auto* tail = reinterpret_cast<const Int8Tail*>(data + kInt8TailAt);
-  check_activations(tail->activations);
+  check_activations(tail->activations, "packed weight: ");
   Int8Packed w;
   w.header = &h;
   w.activations = &tail->activations;

@@ -30,7 +30,7 @@ struct ActivationRange {
 };
 
 // Throws ValueError unless the invariants above hold.
-void check_activations(const ActivationRange& activations);
+void check_activations(const ActivationRange& activations, const char* of = "");
 
 // How a row's elements, in the order of the user's weight, lie in units of four: a convolution's tap by tap,
 // the channels of a tap padded to whole units.
