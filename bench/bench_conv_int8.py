@@ -20,6 +20,7 @@ import pared
 from bench._peers import ENGINES, installed, quiet, torch_engine
 from bench.bench_conv import DENSE, Layer, resnet50
 from bench.bench_gemm_int8 import close
+from bench.roofline import conv_int8_limit, measure
 
 THREADS = pytest.mark.parametrize("threads", [1, 2], indirect=True, ids="{}t".format)
 STEP = 0.035  # of images: normal numbers up to 4.4
@@ -162,6 +163,14 @@ def test_int8(
         cell=f"{sparsity * 100:.0f} %",
         rivals=DENSE,
         work=2.0 * layer.out**2 * packed.nnz,
+        limit_s=conv_int8_limit(
+            measure(threads),
+            layer.out**2 * packed.nnz,
+            layer.channels,
+            layer.size**2,
+            layer.filters,
+            layer.out**2,
+        ),
         facts={**layer._asdict(), "sparsity": sparsity, "dtype": "int8"},
         budget=0.15,
     )

@@ -38,10 +38,20 @@ def int8_limit(c: Ceilings, out: int, inputs: int, tokens: int) -> float:
     The products at the rate of registers; the input read twice (for its largest magnitudes, and to round) and
     its bytes written; the output stored. The weight streams beside the products.
     """
-    x, y = 4.0 * tokens * inputs, 4.0 * tokens * out
+    return _int8_limit(c, 2.0 * tokens * out * inputs, 4.0 * tokens * inputs, 4.0 * tokens * out)
+
+
+def conv_int8_limit(
+    c: Ceilings, products: float, channels: int, pixels: int, filters: int, outputs: int
+) -> float:
+    """The same for a convolution of float32 images of `pixels` each to `outputs` each."""
+    return _int8_limit(c, 2.0 * products, 4.0 * channels * pixels, 4.0 * filters * outputs)
+
+
+def _int8_limit(c: Ceilings, work: float, x: float, y: float) -> float:
     level = c.level(x / c.threads)
     t_io = x / level.load + x / c.levels[0].load + x / 4 / c.levels[0].store
-    return 2.0 * tokens * out * inputs / c.dot8 + t_io + y / c.level(y / c.threads).store
+    return work / c.dot8 + t_io + y / c.level(y / c.threads).store
 
 
 def expand_limit(

@@ -113,6 +113,34 @@ struct dequantize_store {
   static constexpr const char* doc = "int32 sums to scaled outputs with bias and activation";
 };
 
+// Sixteen filters at most by `vectors` (of the table's entry) times 16 neighbouring output positions of an
+// image that lies as words of four channels, plane by plane: y[f][m] = float(sum over taps and units of
+// x[taps_at[tap] + unit * unit_stride + m] . w[tap][unit][f] - compensation[f]) * x_scale * w_scales[f],
+// rounded after each operation, in this order.
+inline constexpr int kConvPlaneVectors = 6;
+struct ConvPlanesArgs {
+  const uint32_t* x;  // where offsets count from for the tile's first position
+  const int64_t* taps_at;
+  int32_t taps, units;  // units of each tap
+  int64_t unit_stride;  // words
+  const int8_t* w;      // one panel: [taps][units][16][4]
+  int32_t filters;      // 1..16: up to the next multiple of 16 are written
+  const int32_t* compensation;
+  const float* w_scales;
+  float x_scale;
+  float* y;          // 64-byte aligned
+  int64_t y_stride;  // elements between filters, a multiple of 16
+  // What is fetched during the products: for each filter the bytes that the caller stores the outputs to.
+  const void* ahead;
+  int64_t ahead_stride, ahead_bytes;
+};
+struct conv_planes_u8s8 {
+  // One function for each number of vectors, at index vectors - 1.
+  using Fn = void(const ConvPlanesArgs&);
+  using Table = Fn* const[kConvPlaneVectors];
+  static constexpr const char* doc = "packed signed bytes times channel planes of unsigned bytes, scaled";
+};
+
 // y[m][j] = activation((sum over groups of float(sum of x n - sums[m][g]) * scale[g][j]) * x_scales[m] +
 // bias[j]) for one panel of 16 outputs, with nibbles n = q + 8 and sums[m][g] = 8 * sum of x over the group,
 // rounded after each operation, groups in order. Layout of w: formats/int4.h.

@@ -13,8 +13,10 @@
 namespace pared {
 namespace {
 
-constexpr int64_t kStripWords = 16 * 1024;      // of planes that are transposed to pixels: they stay in L2
-constexpr int64_t kFewChannels = 32;            // of a pixel: less than two vectors
+constexpr int64_t kStripWords = 16 * 1024;  // of planes that are transposed to pixels: they stay in L2
+constexpr int64_t kFewChannels = 32;        // of a pixel: less than two vectors
+constexpr int64_t kPlaneBlock = 4;          // units that are quantised together: 16 channels
+constexpr int64_t kManyBlocks = 4;
 constexpr int64_t kGrain = 1 << 15;             // elements that are worth a task
 constexpr uint32_t kInfinityBits = 0x7f800000;  // and above: not finite
 
@@ -26,14 +28,20 @@ void raise_to(std::atomic<uint32_t>& most, uint32_t bits) {
 
 }  // namespace
 
-ConvFrame::ConvFrame(const ConvArgs& a, const PackedHeader& h)
+ConvImage::ConvImage(const ConvArgs& a, const PackedHeader& h)
     : a_(a),
       kw_(h.kw),
       groups_(h.groups),
       channels_(h.channels),
       group_words_(int8_words(h).per_tap()),
-      row_units_(int8_words(h).per_row()),
       rows_((a.out_h - 1) + (h.kh - 1) * a.dilation_h / a.stride_h + 1),
+      read_rows_(a.stride_h) {
+  for (int64_t i = 0; i < h.kh; ++i) read_rows_[i * a.dilation_h % a.stride_h] = true;
+}
+
+ConvFrame::ConvFrame(const ConvArgs& a, const PackedHeader& h)
+    : ConvImage(a, h),
+      row_units_(int8_words(h).per_row()),
       pitch_(static_cast<int64_t>(
           round_up((a.out_w - 1) * a.stride_w + (h.kw - 1) * a.dilation_w + 1, a.stride_w))) {
   const int64_t words = group_words_ * groups_;
@@ -41,8 +49,6 @@ ConvFrame::ConvFrame(const ConvArgs& a, const PackedHeader& h)
   pixel_words_ =
       words <= kPanelGroup ? words : static_cast<int64_t>(round_up(words, kPanelGroup)) | kPanelGroup;
   taps_touch_ = a.dilation_w == 1 && pixel_words_ == group_words_;
-  read_rows_.assign(a.stride_h, false);
-  for (int64_t i = 0; i < h.kh; ++i) read_rows_[i * a.dilation_h % a.stride_h] = true;
 }
 
 int64_t ConvFrame::unit(int64_t u, int64_t* run) const {
@@ -53,7 +59,7 @@ int64_t ConvFrame::unit(int64_t u, int64_t* run) const {
          group * group_words_ + c;
 }
 
-float ConvFrame::scale_of(const char* image) const {
+float ConvImage::scale_of(const char* image) const {
   const auto largest = kernel_for<largest_magnitude>(active_isa()).fn;
   const int64_t element = dtype_size(a_.dtype), pixels = a_.height * a_.width;
   const bool nchw = a_.layout == ImageLayout::nchw;
@@ -82,7 +88,7 @@ float ConvFrame::scale_of(const char* image) const {
   return most.load() >= kInfinityBits ? std::nanf("") : bits_float(most.load());
 }
 
-float ConvFrame::quantize(int64_t n, const ActivationRange& range, uint32_t* words) const {
+float ConvImage::quantize(int64_t n, const ActivationRange& range, uint32_t* words) const {
   const char* image = static_cast<const char*>(a_.x) + n * a_.image_stride * dtype_size(a_.dtype);
   float scale = range.scale;
   if (scale == 0.0f) {
@@ -94,13 +100,13 @@ float ConvFrame::quantize(int64_t n, const ActivationRange& range, uint32_t* wor
     }
     scale = largest / 127.0f;
   }
-  const uint32_t most = quantize_rows(image, scale, range, reinterpret_cast<uint8_t*>(words));
+  const uint32_t most = write(image, scale, range, words);
   return most >= kInfinityBits ? std::nanf("") : scale;
 }
 
-// Writes the frame row by row; the largest magnitude that was read, as bits.
-uint32_t ConvFrame::quantize_rows(const char* image, float scale, const ActivationRange& range,
-                                  uint8_t* bytes) const {
+uint32_t ConvFrame::write(const char* image, float scale, const ActivationRange& range,
+                          uint32_t* frame) const {
+  auto* bytes = reinterpret_cast<uint8_t*>(frame);
   const auto rows = kernel_for<quantize_u8>(active_isa()).fn;
   const auto planes = kernel_for<quantize_planes>(active_isa()).fn;
   const auto transpose = kernel_for<panel_pack>(active_isa()).fn;
@@ -204,6 +210,105 @@ uint32_t ConvFrame::quantize_rows(const char* image, float scale, const Activati
     }
     raise_to(most, bits);
   });
+  return most.load();
+}
+
+ConvPlanes::ConvPlanes(const ConvArgs& a, const PackedHeader& h)
+    : ConvImage(a, h),
+      pitch_((a.out_w - 1) + (h.kw - 1) * a.dilation_w / a.stride_w + 1),
+      // Whole vectors are read and written: room for one behind the last.
+      part_(static_cast<int64_t>(round_up(rows_ * pitch_, kPanelGroup)) + kPanelGroup),
+      read_columns_(a.stride_w) {
+  // An odd number of cache lines, lest the planes of a power of two fall into one set.
+  constexpr int64_t kLine = kCacheLine / sizeof(uint32_t);
+  plane_ = (a.stride_h * a.stride_w * part_ / kLine | 1) * kLine;
+  for (int64_t i = 0; i < h.kh; ++i)
+    for (int64_t j = 0; j < kw_; ++j) {
+      const int64_t y = i * a.dilation_h, x = j * a.dilation_w;
+      read_columns_[x % a.stride_w] = true;
+      taps_at_.push_back((y % a.stride_h * a.stride_w + x % a.stride_w) * part_ + y / a.stride_h * pitch_ +
+                         x / a.stride_w);
+    }
+}
+
+int64_t ConvPlanes::words_read(int64_t outputs) const {
+  int64_t words = 0;
+  for (int64_t part = 0; part < a_.stride_h * a_.stride_w; ++part) {
+    int64_t end = 0;
+    for (int64_t at : taps_at_) {  // ascending within a part
+      if (at / part_ != part) continue;
+      words += at + outputs - std::max(at, end);
+      end = at + outputs;
+    }
+  }
+  return words;
+}
+
+uint32_t ConvPlanes::write(const char* image, float scale, const ActivationRange& range,
+                           uint32_t* words) const {
+  const Isa isa = active_isa();
+  const auto quantise = kernel_for<quantize_planes>(isa).fn;
+  const auto split = kernel_for<conv_split>(isa).fn;
+  const int64_t element = dtype_size(a_.dtype), width = a_.width, pixels = a_.height * width;
+  const int64_t sw = a_.stride_w, sh = a_.stride_h, padded = pitch_ * sw;
+  const int64_t left = std::min(a_.pad_left, padded), columns = std::min(width, padded - left);
+  const int64_t row_words = std::max(padded, left + static_cast<int64_t>(round_up(columns, kPanelGroup)));
+  const uint32_t zeros = 0x01010101u * static_cast<uint32_t>(range.zero);
+  const bool flat =
+      sh == 1 && sw == 1 && a_.pad_top == 0 && left == 0 && rows_ <= a_.height && pitch_ == width;
+  const int64_t blocks = (group_words_ + kPlaneBlock - 1) / kPlaneBlock, rows = rows_ * sh;
+  // Threads share the blocks of channels, and rows where there are few of those.
+  const int64_t shares = flat || groups_ * blocks >= kManyBlocks ? 1 : std::min<int64_t>(rows, num_threads());
+  const int64_t task = std::max<int64_t>(1, rows * width / shares * std::min(channels_, 4 * kPlaneBlock));
+  std::atomic<uint32_t> most{0};
+  parallel_for(0, groups_ * blocks * shares, std::max<int64_t>(1, kGrain / task),
+               [&](int64_t t0, int64_t t1) {
+                 thread_local Scratch row_memory, last_memory;
+                 auto* row = row_memory.get<uint32_t>(kPlaneBlock * row_words);
+                 auto* last = last_memory.get<uint32_t>(kPlaneBlock * round_up(pitch_, kPanelGroup));
+                 const auto last_stride = static_cast<int64_t>(round_up(pitch_, kPanelGroup));
+                 uint32_t bits = 0;
+                 for (int64_t t = t0; t < t1; ++t) {
+                   const int64_t g = t / shares / blocks, b = t / shares % blocks, share = t % shares;
+                   const int64_t u0 = group_words_ * b / blocks, units = group_words_ * (b + 1) / blocks - u0;
+                   const int64_t c0 = u0 * kInt8Unit, channels = std::min(channels_ - c0, units * kInt8Unit);
+                   const char* x = image + (g * channels_ + c0) * a_.channel_stride * element;
+                   uint32_t* planes = words + (g * group_words_ + u0) * plane_;
+                   const auto bytes = [&](int64_t at, int64_t count, uint32_t* to, int64_t stride) {
+                     uint32_t largest;
+                     quantise({x + at * element, a_.channel_stride, a_.dtype, static_cast<int32_t>(channels),
+                               static_cast<int32_t>(count), pixels - at, scale, range.zero, range.low,
+                               range.high, to, stride, &largest});
+                     bits = std::max(bits, largest);
+                   };
+                   if (flat) {
+                     bytes(0, rows_ * width, planes, plane_);
+                     continue;
+                   }
+                   for (int64_t u = 0; u < units; ++u) std::fill_n(row + u * row_words, left, zeros);
+                   const int64_t begin = rows * share / shares, end = rows * (share + 1) / shares;
+                   for (int64_t p = begin; p < end; ++p) {
+                     if (!read_rows_[p % sh]) continue;
+                     const int64_t y = p - a_.pad_top;
+                     const bool inside = y >= 0 && y < a_.height;
+                     if (inside && columns > 0) bytes(y * width, columns, row + left, row_words);
+                     for (int64_t u = 0; u < units; ++u)
+                       std::fill(row + u * row_words + (inside ? left + columns : 0),
+                                 row + u * row_words + padded, zeros);
+                     for (int64_t q = 0; q < sw; ++q) {
+                       if (!read_columns_[q]) continue;
+                       uint32_t* to = planes + (p % sh * sw + q) * part_ + p / sh * pitch_;
+                       // Vectors reach into the next row, which another thread may have written.
+                       const bool apart = end < rows && p + sh >= end;
+                       split({row + q, DType::f32, sw, row_words, apart ? last_stride : plane_, units, pitch_,
+                              0, reinterpret_cast<float*>(apart ? last : to)});
+                       for (int64_t u = 0; u < (apart ? units : 0); ++u)
+                         std::copy_n(last + u * last_stride, pitch_, to + u * plane_);
+                     }
+                   }
+                 }
+                 raise_to(most, bits);
+               });
   return most.load();
 }
 

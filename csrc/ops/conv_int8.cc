@@ -1,6 +1,17 @@
-// A convolution without im2col: the micro-kernel of the linear operation takes neighbouring outputs of a row
-// for its tokens, and what lies behind each other in the frame of a tap (or, where taps touch, of a kernel
-// row) for a run of its reduction.
+// A convolution without im2col, in one of two ways, with the same bits as results.
+//
+// Channel planes that are large enough to fill vectors: outputs in the lanes, weights broadcast, and nothing
+// is transposed.
+//
+//   for each image: quantise it into planes of words
+//     for each thread's share of tiles of up to 96 outputs, or of panels (16 filters) where there are few:
+//       for each panel: micro-kernel with all of the reduction, sums in registers; scaled, they are stored in
+//       L1
+//         bias, activation, to the image's planes
+//
+// Else the micro-kernel of the linear operation takes neighbouring outputs of a row for its tokens, and what
+// lies behind each other in the frame of a tap (or, where taps touch, of a kernel row) for a run of its
+// reduction.
 //
 //   for each image: quantise it into its frame
 //     for each thread's share of outputs, or of filters where there are few outputs:
@@ -25,6 +36,9 @@ namespace {
 constexpr int64_t kBlockUnits = 128;  // of the reduction: 64 filters by 512 bytes, 32 KB
 constexpr int64_t kBlockOutputs = 192;
 constexpr int64_t kMinWorkPerThread = 1 << 22;  // multiply-adds
+constexpr int64_t kTileBytes = 40 * 1024;       // of what a tile of planes reads: they stay in L1
+// Products in the time that the transposes take for an element of the input or the output.
+constexpr int64_t kTransposeProducts = 45;
 constexpr int64_t kWidth = kGemmPanels * kInt8Panel;
 
 // Runs of one K block: where they begin in the frame, of outputs 0, and in the weights.
@@ -39,9 +53,9 @@ struct Tile {
   int32_t count;
 };
 
-class Convolution {
+class PixelConvolution {
  public:
-  Convolution(const ConvArgs& a, const Int8Packed& w) : a_(a), w_(w), frame_(a, *w.header) {
+  PixelConvolution(const ConvArgs& a, const Int8Packed& w) : a_(a), w_(w), frame_(a, *w.header) {
     const int64_t per_row = w.units();
     for (int64_t g = 0; g < w.groups(); ++g) {
       for (int64_t u = 0, run; u < per_row; u += run) {
@@ -180,11 +194,103 @@ class Convolution {
   int64_t step_;  // bytes between neighbouring outputs
 };
 
+class PlaneConvolution {
+ public:
+  PlaneConvolution(const ConvArgs& a, const Int8Packed& w) : a_(a), w_(w), planes_(a, *w.header) {
+    vectors_ = (planes_.positions() + kPanelGroup - 1) / kPanelGroup;
+    const int64_t most =
+        tile_bytes(kConvPlaneVectors) <= kTileBytes ? kConvPlaneVectors : kConvPlaneVectors / 2;
+    tiles_ = (vectors_ + most - 1) / most;
+    crowded_ = tile_bytes(most) + w.panel_bytes() > kTileBytes;
+  }
+
+  // Whether what is computed in vain, where lanes are columns of the frame or nothing, and what a tile costs
+  // that L1 does not hold beside a panel, takes less time than the transposes of input and output.
+  bool pays() const {
+    const int64_t outputs = a_.out_h * a_.out_w, computed = vectors_ * kPanelGroup;
+    const int64_t vain = computed + (crowded_ ? computed / 5 : 0) - outputs;
+    const int64_t moved = a_.channels * a_.height * a_.width + outputs * w_.header->rows;
+    return vain * w_.group_rows() * w_.groups() * w_.units() * kInt8Unit <= kTransposeProducts * moved;
+  }
+
+  void run() const {
+    thread_local Scratch memory;
+    auto* words = memory.get<uint32_t>(planes_.words());
+    const int64_t panels = w_.panels();
+    const int64_t work = vectors_ * kPanelGroup * panels * w_.units() * kInt8Panel * kInt8Unit;
+    const int64_t parts = std::min<int64_t>(num_threads(), std::max<int64_t>(1, work / kMinWorkPerThread));
+    const bool by_tiles = tiles_ >= 8 * parts || panels < parts;
+    for (int64_t n = 0; n < a_.images; ++n) {
+      const float scale = planes_.quantize(n, *w_.activations, words);
+      parallel_for(0, parts, 1, [&](int64_t i0, int64_t i1) {
+        if (by_tiles) share(n, scale, words, tiles_ * i0 / parts, tiles_ * i1 / parts, 0, panels);
+        else share(n, scale, words, 0, tiles_, panels * i0 / parts, panels * i1 / parts);
+      });
+    }
+  }
+
+ private:
+  void share(int64_t n, float scale, const uint32_t* words, int64_t t0, int64_t t1, int64_t p0,
+             int64_t p1) const {
+    const Isa isa = active_isa();
+    const auto multiply = kernel_for<conv_planes_u8s8>(isa).fn;
+    const auto store = kernel_for<conv_store>(isa).fn;
+    constexpr int64_t kTile = kConvPlaneVectors * kPanelGroup;
+    alignas(kCacheLine) float scaled[kInt8Panel * kTile];
+    const PackedHeader& h = *w_.header;
+    const int64_t element = dtype_size(a_.dtype), plane = a_.out_h * a_.out_w,
+                  pitch = planes_.outputs_a_row();
+    char* y = static_cast<char*>(a_.y) + n * plane * h.rows * element;
+    for (int64_t t = t0; t < t1; ++t) {
+      const int64_t first = vectors_ * t / tiles_ * kPanelGroup,
+                    vectors = vectors_ * (t + 1) / tiles_ - first / kPanelGroup;
+      ConvSpan spans[kTile];
+      int32_t count = 0;
+      const int64_t end = std::min(planes_.positions(), first + vectors * kPanelGroup);
+      for (int64_t m = first; m < end;) {
+        const int64_t row = m / pitch, x = m % pitch, next = std::min(end, (row + 1) * pitch);
+        const auto real = static_cast<int32_t>(std::min(a_.out_w - x, next - m));
+        if (real > 0) spans[count++] = {static_cast<int32_t>(m - first), real, row * a_.out_w + x};
+        m = next;
+      }
+      if (count == 0) continue;
+      for (int64_t p = p0; p < p1; ++p) {
+        const int64_t group = p / w_.group_panels(), in_group = p % w_.group_panels() * kInt8Panel;
+        const auto filters = static_cast<int32_t>(std::min<int64_t>(kInt8Panel, w_.group_rows() - in_group));
+        const int64_t filter = group * w_.group_rows() + in_group, slot = p * kInt8Panel;
+        multiply[vectors - 1](
+            {words + group * planes_.group_words() * planes_.plane_words() + first, planes_.taps_at().data(),
+             static_cast<int32_t>(planes_.taps_at().size()), static_cast<int32_t>(planes_.group_words()),
+             planes_.plane_words(), w_.weights + p * w_.panel_bytes(), filters, w_.compensation + slot,
+             w_.scales + slot, scale, scaled, kTile, y + (filter * plane + spans[0].offset) * element,
+             plane * element,
+             (spans[count - 1].offset + spans[count - 1].count - spans[0].offset) * element});
+        store({scaled, static_cast<int32_t>(kTile), filters, spans, count,
+               a_.bias ? a_.bias + filter : nullptr, a_.activation, y + filter * plane * element, plane,
+               a_.dtype});
+      }
+    }
+  }
+
+  // What a tile of so many vectors reads of the image.
+  int64_t tile_bytes(int64_t vectors) const {
+    return planes_.group_words() * kInt8Unit * planes_.words_read(vectors * kPanelGroup);
+  }
+
+  const ConvArgs& a_;
+  const Int8Packed& w_;
+  const ConvPlanes planes_;
+  int64_t vectors_, tiles_;  // of outputs: 16 each, and up to kConvPlaneVectors of those
+  bool crowded_;
+};
+
 }  // namespace
 
 void conv2d_int8(const ConvArgs& args, const Int8Packed& w) {
   if (args.images == 0 || w.header->rows == 0) return;
-  Convolution(args, w).run();
+  if (args.layout == ImageLayout::nchw)
+    if (const PlaneConvolution planes(args, w); planes.pays()) return planes.run();
+  PixelConvolution(args, w).run();
 }
 
 }  // namespace pared

@@ -27,6 +27,10 @@ struct ScalarS8 {
   }
   static PARED_INLINE void store(int32_t* p, V v) { *p = v; }
   static PARED_INLINE V add(V a, V b) { return a + b; }
+  // Modulo 2^32.
+  static PARED_INLINE V minus(V v, int32_t c) {
+    return static_cast<int32_t>(static_cast<uint32_t>(v) - static_cast<uint32_t>(c));
+  }
   static PARED_INLINE Operand operand(const int32_t* p) { return static_cast<uint32_t>(load(p)); }
   static PARED_INLINE Value value(int32_t word) { return word; }
   static PARED_INLINE V fma(Value w, Operand x, V sum) {
@@ -52,6 +56,7 @@ struct Avx2S8 {
   }
   static PARED_INLINE void store(int32_t* p, V v) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), v); }
   static PARED_INLINE V add(V a, V b) { return _mm256_add_epi32(a, b); }
+  static PARED_INLINE V minus(V v, int32_t c) { return _mm256_sub_epi32(v, _mm256_set1_epi32(c)); }
   static PARED_INLINE Operand operand(const int32_t* p) {
     const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm256_and_si256(x, _mm256_set1_epi16(0x00ff)), _mm256_srli_epi16(x, 8)};
@@ -80,6 +85,7 @@ struct Avx512S8 {
   static PARED_INLINE V load(const int32_t* p) { return _mm512_load_si512(p); }
   static PARED_INLINE void store(int32_t* p, V v) { _mm512_store_si512(p, v); }
   static PARED_INLINE V add(V a, V b) { return _mm512_add_epi32(a, b); }
+  static PARED_INLINE V minus(V v, int32_t c) { return _mm512_sub_epi32(v, _mm512_set1_epi32(c)); }
   static PARED_INLINE Operand operand(const int32_t* p) {
     const __m512i x = _mm512_loadu_si512(p);
     return {_mm512_and_si512(x, _mm512_set1_epi16(0x00ff)), _mm512_srli_epi16(x, 8)};
@@ -106,6 +112,7 @@ struct VnniS8 {
   static PARED_INLINE V load(const int32_t* p) { return _mm512_load_si512(p); }
   static PARED_INLINE void store(int32_t* p, V v) { _mm512_store_si512(p, v); }
   static PARED_INLINE V add(V a, V b) { return _mm512_add_epi32(a, b); }
+  static PARED_INLINE V minus(V v, int32_t c) { return _mm512_sub_epi32(v, _mm512_set1_epi32(c)); }
   static PARED_INLINE Operand operand(const int32_t* p) { return _mm512_loadu_si512(p); }
   static PARED_INLINE Value value(int32_t word) { return _mm512_set1_epi32(word); }
   static PARED_INLINE V fma(Value w, Operand x, V sum) { return _mm512_dpbusd_epi32(sum, x, w); }
