@@ -173,6 +173,30 @@ struct bitmap_u8s8 {
   static constexpr const char* doc = "masked int8 weights, expanded in registers, times few tokens";
 };
 
+// bitmap_expand, and the product with a few tokens on the way: acc[m][16 g + j] (+)= sum over the vectors of
+// group g, for the tokens and groups of the table's entry. Not at levels that cannot expand bytes in
+// registers.
+struct BitmapExpandMultiplyArgs {
+  const uint64_t* masks;   // [groups][vectors]
+  const int8_t* values;    // all of the weight's
+  const int8_t* end;       // as of BitmapExpandArgs
+  const uint32_t* starts;  // [groups + 1]: where a group's values begin, and what follows the last one's
+  int8_t* out;             // [groups][vectors][64], 64-byte aligned
+  int32_t vectors;         // of a group; a multiple of 4
+  const uint8_t* x;        // [tokens][x_stride], to the end of `vectors` units
+  int64_t x_stride;
+  int32_t* acc;  // 64-byte aligned
+  int64_t acc_stride;
+  bool accumulate;
+};
+struct bitmap_expand_u8s8 {
+  // One function for each tile: index (tokens - 1) * kGemmPanels + groups - 1.
+  using Fn = bool(const BitmapExpandMultiplyArgs&);
+  using Table = Fn* const[kGemmTokens * kGemmPanels];
+  static constexpr const char* doc =
+      "masked int8 weights to a dense tile, multiplied with few tokens on the way";
+};
+
 // Rows of any of the float types to float32: to[row * to_stride + i] for i < units, and zeros up to `padded`.
 struct RowsWidenArgs {
   const void* x;

@@ -1,6 +1,7 @@
 // Two ways, one result. Few tokens: every vector is expanded in a register and used for all of them. More:
-// four groups of outputs by one K block are expanded into a tile that stays in L1, and the dense micro-kernel
-// runs over it with all tokens, so that memory holds and moves the non-zeros alone.
+// four groups of outputs by one K block are expanded into a tile that stays in L1, multiplied with the first
+// tokens on the way, and the dense micro-kernel runs over it with the others, so that memory holds and moves
+// the non-zeros alone.
 //
 // Threads share the outputs, not the tokens: a weight that two threads expand costs more than activations
 // that two threads quantize.
@@ -33,6 +34,9 @@ struct Tokens {
   int64_t first, count;
 };
 
+// Levels in between do it by general registers, which is too slow to do for every 16 tokens.
+bool expands_in_registers(Isa isa) { return isa == Isa::scalar || isa >= Isa::avx512vbmi2; }
+
 class Product {
  public:
   Product(const LinearArgs& args, const Bitmap8Packed& w, Isa isa, bool in_registers)
@@ -40,7 +44,8 @@ class Product {
     if (in_registers) {
       few_ = kernel_for<bitmap_u8s8>(isa).fn;
     } else {
-      expand_ = kernel_for<bitmap_expand>(isa).fn;
+      if (expands_in_registers(isa)) fused_ = kernel_for<bitmap_expand_u8s8>(isa).fn;
+      else expand_ = kernel_for<bitmap_expand>(isa).fn;
       gemm_ = kernel_for<gemm_u8s8>(isa).fn;
     }
   }
@@ -83,16 +88,25 @@ class Product {
         const int64_t blocks = std::max<int64_t>(s_.blocks(), 1);
         for (int64_t b = 0; b < blocks; ++b) {
           const auto vectors = static_cast<int32_t>(s_.vectors_in(b));
-          check_inside(expand_({w_.masks + s_.first_vector(g, b), w_.values + w_.starts[s_.cell(g, b)],
-                                w_.values + w_.header->nnz, tile, panels, vectors}));
+          const uint64_t* masks = w_.masks + s_.first_vector(g, b);
+          const uint32_t* starts = w_.starts + s_.cell(g, b);
+          const int8_t* end = w_.values + w_.header->nnz;
+          if (expand_) check_inside(expand_({masks, w_.values + *starts, end, tile, panels, vectors}));
           for (int64_t i = 0; i < shares; ++i) {
-            // Shares of nearly equal size: one token alone after a full share would wait out latencies.
-            const int64_t m0 = t.count * i / shares, m1 = t.count * (i + 1) / shares;
-            gemm_[(m1 - m0 - 1) * kGemmPanels + panels - 1](
-                {t.bytes + m0 * t.stride + b * s_.block_k * kInt8Unit, t.stride, tile,
-                 static_cast<int64_t>(vectors) * kInt8Panel * kInt8Unit, vectors, acc + m0 * acc_stride,
-                 acc_stride, b > 0});
-            if (b == blocks - 1) store(t, m0, m1 - m0, g, panels, acc + m0 * acc_stride, acc_stride);
+            // Shares of nearly equal size, the larger first: one token alone after a full share would wait
+            // out latencies, and the first has the expansion beside it.
+            const int64_t m0 = (t.count * i + shares - 1) / shares;
+            const int64_t m1 = (t.count * (i + 1) + shares - 1) / shares;
+            const int64_t entry = (m1 - m0 - 1) * kGemmPanels + panels - 1;
+            const uint8_t* x = t.bytes + m0 * t.stride + b * s_.block_k * kInt8Unit;
+            int32_t* sums = acc + m0 * acc_stride;
+            if (i == 0 && fused_)
+              check_inside(fused_[entry](
+                  {masks, w_.values, end, starts, tile, vectors, x, t.stride, sums, acc_stride, b > 0}));
+            else
+              gemm_[entry]({x, t.stride, tile, static_cast<int64_t>(vectors) * kInt8Panel * kInt8Unit,
+                            vectors, sums, acc_stride, b > 0});
+            if (b == blocks - 1) store(t, m0, m1 - m0, g, panels, sums, acc_stride);
           }
         }
       }
@@ -126,7 +140,8 @@ class Product {
   const BitmapShape s_;
   dequantize_store::Fn* store_;
   bitmap_u8s8::Fn* const* few_ = nullptr;  // or:
-  bitmap_expand::Fn* expand_ = nullptr;
+  bitmap_expand::Fn* expand_ = nullptr;    // or:
+  bitmap_expand_u8s8::Fn* const* fused_ = nullptr;
   gemm_u8s8::Fn* const* gemm_ = nullptr;
 };
 
@@ -137,9 +152,7 @@ void linear_bitmap8(const LinearArgs& args, const Bitmap8Packed& w) {
   if (args.tokens == 0 || s.rows == 0) return;
   const Isa isa = active_isa();
   const auto quantize = kernel_for<quantize_u8>(isa).fn;
-  // Levels in between expand by general registers, which is too slow to do for every 16 tokens.
-  const bool in_registers =
-      args.tokens <= kBitmapMaxTokens && (isa == Isa::scalar || isa >= Isa::avx512vbmi2);
+  const bool in_registers = args.tokens <= kBitmapMaxTokens && expands_in_registers(isa);
   const Product product(args, w, isa, in_registers);
   const int64_t stride = int8_row_stride(s.vectors() * kInt8Unit);
   const int64_t most =

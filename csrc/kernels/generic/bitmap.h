@@ -22,10 +22,11 @@ constexpr int kBitmapVector = 16;  // outputs
 constexpr int kMasksAhead = 2048, kValuesAhead = 8192;
 
 // Once for every four vectors, of which a dense weight fills four lines of values and a half-dense one two.
-PARED_INLINE void fetch_ahead(const void* masks, const void* values) {
-  __builtin_prefetch(static_cast<const char*>(masks) + kMasksAhead);
-  __builtin_prefetch(static_cast<const char*>(values) + kValuesAhead);
-  __builtin_prefetch(static_cast<const char*>(values) + kValuesAhead + 64);
+PARED_INLINE void fetch_ahead(const void* masks, const void* values, int64_t masks_ahead = kMasksAhead,
+                              int64_t values_ahead = kValuesAhead) {
+  __builtin_prefetch(static_cast<const char*>(masks) + masks_ahead);
+  __builtin_prefetch(static_cast<const char*>(values) + values_ahead);
+  __builtin_prefetch(static_cast<const char*>(values) + values_ahead + 64);
 }
 
 // A loop looks where it stands in the buffer once for so many vectors, of floats and of bytes. Measured on
