@@ -73,7 +73,7 @@ def set_times(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str, PackedMod
     monkeypatch.setattr(acc, "_time_hand_over", lambda layers, calls: 0.0)
     monkeypatch.setattr(acc, "_time_sharing", lambda layers, calls: 0.0)
     race = FakeTimings(dense=1.0, pared=0.5)
-    monkeypatch.setattr(acc, "interleave", lambda calls, **kwargs: race)
+    monkeypatch.setattr("pared._target.interleave", lambda calls, **kwargs: race)
 
 
 def fused_is_faster(name: str, module: PackedModule | None) -> float:

@@ -54,7 +54,9 @@ def same_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     if accelerate is not None:
         choices = accelerate.Choices
         monkeypatch.setattr(
-            accelerate, "Choices", lambda cache=None: choices(False if cache is None else cache)
+            accelerate,
+            "Choices",
+            lambda cache=None, machine=None: choices(False if cache is None else cache, machine),
         )
 
 

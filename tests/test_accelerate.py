@@ -96,6 +96,11 @@ def test_a_new_model_in_eval_mode_and_the_old_one_untouched() -> None:
     assert torch.equal(fast(x), z)
 
 
+def race(monkeypatch: pytest.MonkeyPatch, times: Callable[[], Any]) -> None:
+    """What timing the whole model gives."""
+    monkeypatch.setattr("pared._target.interleave", lambda calls, **kwargs: times())
+
+
 def test_faster_where_it_should_be_and_dense_where_not(monkeypatch: pytest.MonkeyPatch) -> None:
     # Everything is run as it would be timed; what is noted down is a clock's that no load disturbs.
     def timed(calls: dict[str, Callable[[], Any]], **kwargs: Any) -> FakeTimings:
@@ -103,7 +108,7 @@ def test_faster_where_it_should_be_and_dense_where_not(monkeypatch: pytest.Monke
             call()
         return FakeTimings(**dict.fromkeys(calls, 0.25) | {"dense": 1.0})
 
-    monkeypatch.setattr(acc, "interleave", timed)
+    monkeypatch.setattr("pared._target.interleave", timed)
     model = nn.Sequential(sparse_linear(64, 64, 0.02), nn.Linear(64, 64))
     fast = pared.accelerate(model, torch.randn(8, 64), formats=["csr"])
     assert layers(fast) == ["0"]
@@ -132,7 +137,7 @@ def test_what_the_real_timer_says_is_kept_to(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_layers_that_gain_too_little_stay(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clock(lambda name, module: 1.0 if module is None else {"0": 0.5, "2": 0.97, "4": 2.0}[name])
-    monkeypatch.setattr(acc, "interleave", lambda calls, **kwargs: FakeTimings(dense=1.0, pared=0.8))
+    race(monkeypatch, lambda: FakeTimings(dense=1.0, pared=0.8))
     model, x = nn.Sequential(*mlp()[:4], sparse_linear(8, 4)), torch.randn(3, 16)
     fast = pared.accelerate(model, x, fuse=False, formats=["csr"])
     assert layers(fast) == ["0"]
@@ -146,7 +151,7 @@ def test_never_slower(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # Layers that look fast alone, in a model that is slow with them: those that gain least go back first.
     clock(lambda name, module: 1.0 if module is None else {"0": 0.7, "2": 0.4, "4": 0.9}[name])
     times = iter([1.5, 1.2, 0.9])
-    monkeypatch.setattr(acc, "interleave", lambda calls, **kwargs: FakeTimings(dense=1.0, pared=next(times)))
+    race(monkeypatch, lambda: FakeTimings(dense=1.0, pared=next(times)))
     model, x = nn.Sequential(*mlp()[:4], sparse_linear(8, 4)), torch.randn(3, 16)
     fast = pared.accelerate(model, x)
     assert layers(fast) == ["2"]
@@ -155,14 +160,14 @@ def test_never_slower(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the whole model was 0.67x with it" in row(fast, "4").reason
     assert "the whole model was 0.83x with it" in row(fast, "0").reason
     assert len(report.notes) == 2
-    monkeypatch.setattr(acc, "interleave", lambda calls, **kwargs: FakeTimings(dense=1.0, pared=2.0))
+    race(monkeypatch, lambda: FakeTimings(dense=1.0, pared=2.0))
     fast = pared.accelerate(model, x)
     assert not layers(fast)
     assert not layers(fast, Fused)
     report = pared.report(fast)
     assert (report.speedup, report.dense, report.fast, report.error) == (1.0, None, None, 0.0)
     assert torch.equal(fast(x), model.eval()(x))
-    monkeypatch.setattr(acc, "interleave", lambda calls, **kwargs: FakeTimings(dense=0.985, pared=1.0))
+    race(monkeypatch, lambda: FakeTimings(dense=0.985, pared=1.0))
     assert layers(pared.accelerate(model, x)) == ["0", "2", "4"]  # 0.985 cannot be told from 1
 
 
@@ -299,7 +304,7 @@ def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], text: str
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_bad_models() -> None:
     x = torch.zeros(2, 16)
-    with pytest.raises(ValueError, match=r"model: expected a model on the CPU, got 0\.weight on meta"):
+    with pytest.raises(ValueError, match=r"the CPU or on a CUDA device, got 0\.weight on meta"):
         pared.accelerate(mlp().to("meta"), x)
     with pytest.raises(ValueError, match=r"model: expected a plain model, got one with accelerated layers"):
         pared.accelerate(convert(mlp(), x), x)
@@ -349,7 +354,7 @@ def test_tied_and_repeated_layers() -> None:
 
 def test_several_shapes_are_decided_on_summed_time(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([FakeTimings(dense=1.0, csr=2.0), FakeTimings(dense=10.0, csr=4.0)])
-    monkeypatch.setattr(acc, "interleave", lambda calls, **kwargs: next(times))
+    race(monkeypatch, lambda: next(times))
     layer = sparse_linear(8, 8)
     c = acc.Candidate("fc", ["fc"], layer, pared._report.LayerReport("fc", "Linear", [8, 8], 0.8))
     small, large = (acc.Signature((n, 8), (8, 1), torch.float32) for n in (1, 64))

@@ -59,7 +59,7 @@ def tokens(batch: int = 2, length: int = 21, padded: bool = False) -> dict[str, 
 def times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers stay torch's, the attention kernel and the model win."""
     race = FakeTimings(dense=1.0, pared=0.5)
-    monkeypatch.setattr(acc, "interleave", lambda calls, **kwargs: race)
+    monkeypatch.setattr("pared._target.interleave", lambda calls, **kwargs: race)
     monkeypatch.setattr(acc, "_decide", lambda c, *rest: c.keep_dense("not asked"))
 
 
@@ -95,7 +95,7 @@ def test_it_really_runs(times: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_slower_kernel_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     race = FakeTimings(dense=1.0, pared=0.99)
-    monkeypatch.setattr(acc, "interleave", lambda calls, **kwargs: race)
+    monkeypatch.setattr("pared._target.interleave", lambda calls, **kwargs: race)
     monkeypatch.setattr(acc, "_decide", lambda c, *rest: c.keep_dense("not asked"))
     fast = pared.accelerate(bert(), tokens())
     assert not attending(fast)

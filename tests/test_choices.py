@@ -154,7 +154,7 @@ def test_a_key_is_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     key = Choices().key(a=1)
     for name, value in (("isa", "other"), ("cpu_brand", "other")):
         with monkeypatch.context() as m:
-            m.setattr(_choices._core, name, lambda value=value: value)
+            m.setattr(f"pared._core.{name}", lambda value=value: value)
             assert Choices().key(a=1) != key
     with monkeypatch.context() as m:
         m.setattr(torch, "get_num_threads", lambda: 77)
@@ -213,7 +213,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         asked.append(sorted(calls))
         return Timings(calls)
 
-    monkeypatch.setattr(acc, "interleave", interleave)
+    monkeypatch.setattr("pared._target.interleave", interleave)
     return asked
 
 

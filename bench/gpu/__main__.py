@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import bench.gpu
-from bench.gpu.measure import EventClock, Machine, measure, table
+from bench.gpu.measure import Machine, measure, table
+from pared._timing_cuda import EventClock
 
 RESULTS = Path(__file__).parents[1] / "results"
 BUDGET_S = 8 * 60.0

@@ -7,18 +7,14 @@ a round each candidate runs once, in a random order, and figures are medians ove
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from pared._timing import Timings
+from pared._timing_cuda import Clock, copies_beyond, sample_rounds
 
-# Of the L2: a line of the oldest copy is then gone under any replacement.
-L2_FACTOR = 3.0
 # A goal counts as reached at this share of its ratio, or of the limit.
 ENOUGH = 0.85
 
@@ -34,7 +30,7 @@ class Machine:
 
     def copies(self, nbytes: int) -> int:
         """How many copies of `nbytes` exceed the L2 often enough; at least two."""
-        return 2 if self.dry else max(2, math.ceil(L2_FACTOR * self.l2 / nbytes))
+        return 2 if self.dry else copies_beyond(self.l2, nbytes)
 
     def facts(self) -> dict[str, Any]:
         """For the result file."""
@@ -102,50 +98,6 @@ def forced(force: Callable[[int], None], choice: int, call: Callable[[int], Any]
     return alone
 
 
-class Clock(Protocol):
-    """Seconds a call of each sample."""
-
-    def prepare(self, call: Callable[[int], object], copies: int, graph: bool) -> Callable[[], float]: ...
-
-
-class EventClock:
-    """CUDA events around the replay of one graph that goes round all copies."""
-
-    def __init__(self, warmup: int = 2) -> None:
-        self.warmup = warmup
-
-    def prepare(self, call: Callable[[int], object], copies: int, graph: bool) -> Callable[[], float]:
-        import torch
-
-        def round_() -> None:
-            for i in range(copies):
-                call(i)
-
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(self.warmup):
-                round_()
-        torch.cuda.current_stream().wait_stream(side)
-        run = round_
-        if graph:
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
-                round_()
-            run = captured.replay
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-        def sample() -> float:
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            return begin.elapsed_time(end) * 1e-3 / copies
-
-        sample()
-        return sample
-
-
 def not_capturable(calls: Mapping[str, Callable[[int], object]], names: Sequence[str]) -> list[str]:
     """Which of these calls no CUDA graph can hold: found out by trying, after a warm-up."""
     import torch
@@ -173,16 +125,7 @@ def measure(case: Case, clock: Clock, rounds: int, seed: int = 0) -> dict[str, A
     if case.check is not None:
         case.check()
     samplers = {n: clock.prepare(c, case.copies, n not in case.eager) for n, c in case.calls.items()}
-    names = list(samplers)
-    random = np.random.default_rng(seed)
-    samples: dict[str, list[float]] = {n: [] for n in names}
-    for _ in range(rounds):
-        for i in random.permutation(len(names)):
-            samples[names[i]].append(samplers[names[i]]())
-    timings = Timings(
-        {n: np.maximum(np.asarray(s), 1e-9) for n, s in samples.items()}, dict.fromkeys(names, 1)
-    )
-    return line(case, timings)
+    return line(case, sample_rounds(samplers, rounds, seed))
 
 
 def line(case: Case, timings: Timings) -> dict[str, Any]:

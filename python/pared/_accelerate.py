@@ -25,9 +25,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pared import _core
 from pared._choices import Choices, Timed
 from pared._fusion import activation_of, find_fusions
-from pared._inputs import Difference, Example, compare, examples, run, tolerance
+from pared._inputs import Difference, Example, compare, examples, forked_random, run, tolerance
 from pared._report import _ATTRIBUTE, KEPT, CandidateTime, LayerReport, ModelTime, Report
-from pared._select import Shortlist, facts_of, shortlist
+from pared._select import Shortlist, facts_of
 from pared._sparsity import bake, base_type, effective_weight
 from pared._surgery import (
     adopt_hooks,
@@ -37,7 +37,7 @@ from pared._surgery import (
     shared_copy,
     tied_parameters,
 )
-from pared._timing import interleave
+from pared._target import LayerCall, Target, target_of
 from pared.nn import RULES, DenseWeightError, FoldedBatchNorm2d, Fused, Linear, PackedModule
 from pared.nn._attention import attend, attending, detach, pared_attention, recording, torch_attention
 from pared.nn._base import off_grid, on_grid, pack
@@ -70,6 +70,9 @@ _HAND_OVER = 1.02
 _MODEL_SECONDS = 1.0
 
 
+_CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Signature:
     """What a layer's kernel sees of an input."""
@@ -77,6 +80,7 @@ class Signature:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device = _CPU
 
 
 @dataclass
@@ -138,6 +142,7 @@ class Candidate:
     variant: Variant | None = None  # what `chosen` is
     exact: Variant | None = None  # what takes the place of a `variant` of 8 bits that differs too much
     refused: str | None = None  # why it is not even tried
+    target: Target = field(default_factory=Target)
     four: int | None = None  # inputs that share a scale, where the layer may have 4 bits
     trial: bool = False  # that it may have them when it is quantized
     foreign: Foreign | None = None  # what it is, where torch.ao or torchao quantised it
@@ -202,10 +207,12 @@ def accelerate(
 
     Parameters
     ----------
-    model : on the CPU; pruned by any tool (true zeros, masks of ``torch.nn.utils.prune``, ``FakeSparsity``),
-        or quantised by one: layers of ``torch.ao.nn.quantized.dynamic``, and Linear layers with torchao's
-        int8 weights, are taken over in 8 bits, integers and scales as they are, where that is faster. Layers
-        between which torch passes quantised tensors (its static quantisation) stay. It is not changed.
+    model : on the CPU or on one CUDA device (whose kernels take Linear layers, most of them 16-bit ones;
+        times are then of CUDA graphs); pruned by any tool (true zeros, masks of ``torch.nn.utils.prune``,
+        ``FakeSparsity``), or quantised by one: layers of ``torch.ao.nn.quantized.dynamic``, and Linear layers
+        with torchao's int8 weights, are taken over in 8 bits, integers and scales as they are, where that is
+        faster. Layers between which torch passes quantised tensors (its static quantisation) stay. It is not
+        changed.
     example_inputs : a tensor, a tuple (positional arguments), a dict (keyword arguments), or a list of those
         for several shapes. Their shapes decide which kernels win.
     precision : ``"float32"``: exact kernels only, whose outputs differ by rounding. ``"int8"``, ``"auto"``:
@@ -240,10 +247,10 @@ def accelerate(
     TypeError, ValueError : naming the argument; also for example inputs that the model does not run with (the
         model's own error is chained) and for weights that are not finite. Nothing has changed then.
     """
-    _check_arguments(model, precision, max_error, min_speedup)
-    formats = _check_formats(formats, precision, "cpu")
-    inputs = examples(example_inputs)
-    with _progress(progress) as advance, torch.no_grad(), torch.random.fork_rng(devices=[]):
+    target = _check_arguments(model, precision, max_error, min_speedup)
+    formats = _check_formats(formats, precision, target.kind)
+    inputs = examples(example_inputs, target.device)
+    with _progress(progress) as advance, torch.no_grad(), forked_random(target.device):
         dense = copy_model(model).eval()
         advance("running the example inputs", 0.0)
         reference = [_reference(dense, e) for e in inputs]
@@ -257,18 +264,13 @@ def accelerate(
             trainable=[n for n, p in dense.named_parameters(remove_duplicate=False) if p.requires_grad],
             memory_before=_memory(dense),
             disk_before=_disk(dense),
-            machine={
-                "cpu": _core.cpu_brand(),
-                "isa": _core.isa(),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-            },
+            machine=target.machine(),
         )
         packed: dict[Any, PackedWeight] = {}
-        timed = Choices(cache)
+        timed = Choices(cache, target.machine())
         for i, c in enumerate(candidates):
             advance(f"timing {c.name or type(c.module).__name__}", 0.05 + 0.75 * i / len(candidates))
-            c.four = _four(c)
+            c.four, c.target = _four(c), target
             _decide(c, packed, timed, formats, min_speedup)
         advance("checking the outputs", 0.8)
         fast = _settle(opened, inputs, reference, candidates, report, max_error)
@@ -283,12 +285,13 @@ def accelerate(
             max_error,
             min(_NEVER_SLOWER, min_speedup),
             timed,
+            target,
         )
-        if fuse:
+        if fuse and target.kind == "cpu":
             _hand_over(fast, inputs, reference, candidates, report, timed)
             _share(fast, inputs, reference, candidates, report, timed)
             if _attend(fast, inputs, reference, candidates, report, min_speedup, timed):
-                _note_times(_race_once(dense, fast, inputs), report)
+                _note_times(_race_once(dense, fast, inputs, report, target), report)
         timed.save()
         report.layers = [c.row for c in candidates]
         report.notes += [*opened.notes, *_without_kernel(opened.model)]
@@ -314,23 +317,23 @@ def layer_seconds(
 
     `four`: try kernels of 4 bits with a scale for so many inputs, as they would be once it is quantized.
     """
-    _check_arguments(model, precision, None, 1.0)
-    inputs = examples(example_inputs)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    target = _check_arguments(model, precision, None, 1.0)
+    inputs = examples(example_inputs, target.device)
+    with torch.no_grad(), forked_random(target.device):
         dense = copy_model(model).eval()
         reference = [_reference(dense, e) for e in inputs]
         bake(dense)
         opened = _open(dense, inputs, reference)
         candidates = _candidates(opened.model, precision)
         _record(opened.model, inputs, candidates, fuse=True)
-        known = _check_formats(formats, precision, "cpu")
+        known = _check_formats(formats, precision, target.kind)
         packed: dict[Any, PackedWeight] = {}
-        timed = Choices()
+        timed = Choices(None, target.machine())
         found: dict[str, tuple[float, float]] = {}
         for c in candidates:
             if c.refused or _hopeless(c):
                 continue
-            c.four, c.trial = four, True
+            c.four, c.trial, c.target = four, True, target
             _decide(c, packed, timed, known, 1.0)
             before = _time_layer(c, {}) if c.row.before is None else c.row.before
             found[c.name] = (before, c.row.speedup or 1.0)
@@ -344,7 +347,7 @@ def layer_seconds(
     return found
 
 
-def _check_arguments(model: Any, precision: Any, max_error: Any, min_speedup: Any) -> None:
+def _check_arguments(model: Any, precision: Any, max_error: Any, min_speedup: Any) -> Target:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -357,18 +360,13 @@ def _check_arguments(model: Any, precision: Any, max_error: Any, min_speedup: An
         raise ValueError(
             "model: expected a plain model, got one with accelerated layers; pared.restore it first"
         )
-    for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        if t.device.type != "cpu":
-            raise ValueError(
-                f"model: expected a model on the CPU, got {name} on {t.device}; there are no kernels for it: "
-                "model.to('cpu') first"
-            )
     if precision not in ("float32", *_BUDGET):
         raise ValueError(f"precision: expected 'float32', 'int8' or 'auto', got {precision!r}")
     if max_error is not None and not (_is_number(max_error) and max_error >= 0):
         raise ValueError(f"max_error: expected a number of at least 0 or None, got {max_error!r}")
     if not (_is_number(min_speedup) and min_speedup >= 0):
         raise ValueError(f"min_speedup: expected a number of at least 0, got {min_speedup!r}")
+    return target_of(model)
 
 
 def _check_formats(formats: Any, precision: str, device: str) -> Sequence[str]:
@@ -536,7 +534,7 @@ def _record(model: nn.Module, inputs: list[Example], candidates: list[Candidate]
             if x not in serial:
                 serial[x] = next(count)
             c.inputs.append(serial[x])
-            signature = Signature(tuple(x.shape), tuple(x.stride()), x.dtype)
+            signature = Signature(tuple(x.shape), tuple(x.stride()), x.dtype, x.device)
             c.calls[signature] = c.calls.get(signature, 0) + 1
             if signature not in c.samples and x.nbytes <= room:
                 room -= x.nbytes
@@ -572,9 +570,9 @@ def _like(s: Signature) -> Tensor:
     reach = 1
     for stride, size in spans:
         if stride < reach:
-            return torch.empty(s.shape, dtype=s.dtype)
+            return torch.empty(s.shape, dtype=s.dtype, device=s.device)
         reach = stride * size
-    return torch.empty_strided(s.shape, s.stride, dtype=s.dtype)
+    return torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=s.device)
 
 
 def _timing_input(s: Signature) -> Tensor:
@@ -609,7 +607,9 @@ def _decide(
         suitable = [name for name in suitable if FORMATS[name].precision == "float32"]
     if not suitable:
         return c.keep_dense(f"no kernel is faster with {100 * row.sparsity:.1f}% zeros at these shapes")
-    short = shortlist(suitable, facts, positions, torch.get_num_threads())
+    short = c.target.shortlist(suitable, cast(Tensor, c.plain.weight), facts, positions)
+    if not short.timed:
+        return c.keep_dense(f"no kernel suits these zeros ({', '.join(short.passed_over.values())})")
     # Fusing saves passes over memory, but torch's own code for an activation may be faster: all are timed.
     plans = {
         _plan_text(c, plan): plan
@@ -648,6 +648,8 @@ def _decide(
             c.exact = workshop.make(plans[text], exact[text]) if text else None
     except UnfitError as e:
         return c.keep_dense(str(e))
+    except torch.OutOfMemoryError:
+        return c.keep_dense("the device has no memory left to try kernels beside the model")
     reason = f"{v.speedup:.2f}x faster than {c.foreign.tool if c.foreign else 'dense'}{as_timed}"
     if v.speedup < 1:
         reason = f"min_speedup={min_speedup:g} asks for it"
@@ -692,6 +694,7 @@ class Workshop:
         weight = self._weight(plan.format)
         try:
             module = _convert(c, plan.format, weight, plan.fused)
+            c.target.place(module)
         except ValueError:
             return None
         if plan.fused not in self.references:
@@ -720,7 +723,7 @@ class Workshop:
             try:
                 if format == "int4" and c.trial:
                     return Int4.from_dense(weight, group=cast(int, c.four))
-                self.packed[key] = pack(format, weight, groups, record)
+                self.packed[key] = pack(format, weight.cpu(), groups, record)
             except ValueError as e:
                 raise ValueError(f"model: layer {c.name!r}: {e}") from e
         return self.packed[key]
@@ -769,12 +772,12 @@ def _list_candidates(c: Candidate, short: Shortlist, plans: dict[str, Plan], kno
         found.append(
             CandidateTime(
                 text,
-                short.estimates[plan.format] if plan.fused == 0 else None,
+                short.estimates.get(plan.format) if plan.fused == 0 else None,
                 measured and measured[0],
                 "" if measured else "not for this layer's inputs or normalisation",
             )
         )
-    found += [CandidateTime(n, short.estimates[n], None, why) for n, why in short.passed_over.items()]
+    found += [CandidateTime(n, short.estimates.get(n), None, why) for n, why in short.passed_over.items()]
     c.row.candidates = found
 
 
@@ -827,7 +830,8 @@ def _suitable(
     if min_speedup == 0:
         return known
     density, quad_density = 1.0 - c.row.sparsity, min(1.0, 4 * facts.quads / max(1, facts.cells))
-    return [n for n in known if FORMATS[n].worth_trying(density, quad_density, positions)]
+    dtype = cast(Tensor, c.plain.weight).dtype
+    return [n for n in known if c.target.suits(n, density, quad_density, positions, dtype)]
 
 
 @dataclass(frozen=True)
@@ -869,6 +873,8 @@ def _references(c: Candidate, fused: int, precisions: set[str]) -> list[Referenc
             y, size = step(y), _magnitude(step, size)
         narrow = 0.0 if s.dtype == torch.float32 else torch.finfo(s.dtype).eps
         bound = 1.13 * (depth + 8) * eps * size + narrow * y.abs() + 1e-30
+        if c.target.kind == "cuda":  # 8-bit weights are 16-bit ones for many tokens, with their scales
+            bound += narrow * size
         rounding = {}
         for precision in precisions - {"float32"}:
             moved = _rounding(c, plain, magnitude, x.float(), precision)
@@ -999,11 +1005,11 @@ def _time_layer(c: Candidate, variants: dict[str, Variant]) -> float:
     scaled = dict.fromkeys(variants, 0.0)  # dense time over the ratio: a disturbed median does not tilt it
     for s, count in c.calls.items():
         x = _timing_input(s)
-        calls = {"dense": _call(c.module, x, c.steps)}
+        steps = [m for _, m in c.steps]
+        calls = {"dense": LayerCall(c.module, x, steps)}
         for name, v in variants.items():
-            calls[name] = _call(v.module, x, c.steps[v.fused :])
-        seconds = _LAYER_SECONDS * len(variants) / len(c.calls)
-        t = interleave(calls, budget=seconds, min_rounds=7, max_rounds=200, precision=0.05, warmup=1)
+            calls[name] = LayerCall(v.module, x, steps[v.fused :])
+        t = c.target.time_layers(calls, _LAYER_SECONDS * len(variants) / len(c.calls))
         before += count * t.median("dense")
         for name, v in variants.items():
             v.after += count * t.median(name)
@@ -1011,18 +1017,6 @@ def _time_layer(c: Candidate, variants: dict[str, Variant]) -> float:
     for name, v in variants.items():
         v.speedup = before / scaled[name]
     return before
-
-
-def _call(module: nn.Module, x: Tensor, steps: list[tuple[str, nn.Module]]) -> Callable[[], Tensor]:
-    chain = [module, *(m for _, m in steps)]
-
-    def call() -> Tensor:
-        y = x
-        for m in chain:
-            y = m(y)
-        return y
-
-    return call
 
 
 def _build(dense: Opened, candidates: list[Candidate]) -> nn.Module:
@@ -1143,6 +1137,7 @@ def _race(
     max_error: float | None,
     floor: float,
     timed: Choices,
+    target: Target,
 ) -> nn.Module:
     """Time the whole model against the dense one; while it is slower, the layers that gain least go back."""
     passing = [1.25, 1.5, 2.0, 3.0]
@@ -1150,7 +1145,7 @@ def _race(
         key = _model_key(dense.plain, inputs, candidates, timed)
         known = timed.get(key)
         if known is None or known.variants.keys() != {"median", "p95"}:
-            known = _race_once(dense.plain, fast, inputs)
+            known = _race_once(dense.plain, fast, inputs, report, target)
             timed.put(key, known)
         _note_times(known, report)
         if report.speedup >= floor:
@@ -1169,15 +1164,13 @@ def _race(
     return fast
 
 
-def _race_once(dense: nn.Module, fast: nn.Module, inputs: list[Example]) -> Timed:
-    t = interleave(
-        {"dense": _pass(dense, inputs), "pared": _pass(fast, inputs)},
-        budget=_MODEL_SECONDS,
-        min_rounds=5,
-        max_rounds=400,
-        precision=0.02,
-        warmup=1,
-    )
+def _race_once(
+    dense: nn.Module, fast: nn.Module, inputs: list[Example], report: Report, target: Target
+) -> Timed:
+    passes = {"dense": _pass(dense, inputs), "pared": _pass(fast, inputs)}
+    t, remark = target.time_models(passes, _MODEL_SECONDS)
+    if remark:
+        report.notes.append(remark)
     times = {
         "median": (t.median("pared"), t.speedup("pared", "dense").value),
         "p95": (t.p95("pared"), t.p95("dense")),
@@ -1296,7 +1289,7 @@ def _time_hand_over(layers: list[Linear], calls: dict[Signature, int]) -> float:
     for i, s in enumerate(calls):
         x = _timing_input(s)
         work[f"apart {i}"], work[f"handed {i}"] = partial(apart, x), partial(handed, x)
-    t = interleave(work, budget=_LAYER_SECONDS, min_rounds=5, max_rounds=200, precision=0.01)
+    t = Target().time(work, budget=_LAYER_SECONDS, min_rounds=5, max_rounds=200, precision=0.01)
     before, after = (
         sum(n * t.median(f"{way} {i}") for i, n in enumerate(calls.values())) for way in ("apart", "handed")
     )
@@ -1382,7 +1375,7 @@ def _time_attention(
     if known is None:
         q, k, v, mask, scale, causal = arguments
         options = {"scaling": scale, "is_causal": causal}
-        t = interleave(
+        t = Target().time(
             {
                 "dense": lambda: torch_attention(module, q, k, v, mask, **options),
                 "pared": lambda: pared_attention(module, q, k, v, mask, **options),
@@ -1453,7 +1446,7 @@ def _time_sharing(layers: list[Linear], calls: dict[Signature, int]) -> float:
     for i, s in enumerate(calls):
         x = _timing_input(s)
         work[f"apart {i}"], work[f"shared {i}"] = partial(run, layers, x), partial(run, twins, x)
-    t = interleave(work, budget=_LAYER_SECONDS, min_rounds=5, max_rounds=200, precision=0.01)
+    t = Target().time(work, budget=_LAYER_SECONDS, min_rounds=5, max_rounds=200, precision=0.01)
     before, after = (
         sum(n * t.median(f"{way} {i}") for i, n in enumerate(calls.values())) for way in ("apart", "shared")
     )
@@ -1471,15 +1464,19 @@ def _pass(model: nn.Module, inputs: list[Example]) -> Callable[[], None]:
 
 
 def _memory(model: nn.Module) -> int:
-    """Bytes of the storages behind parameters and buffers, each counted once."""
+    """Bytes of the storages behind parameters and buffers, each counted once; of layers on a device the
+    weights there, not the copies that stay in the CPU's memory."""
     storages: dict[int, int] = {}
-    for whole in [*model.parameters(), *model.buffers()]:
+    moved = [m for m in model.modules() if isinstance(m, PackedModule) and m._on_device is not None]
+    apart = {id(m.packed) for m in moved}
+    for whole in [*model.parameters(), *(b for b in model.buffers() if id(b) not in apart)]:
         inner: list[str] = whole.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(whole) else []
         for t in [getattr(whole, name) for name in inner] or [whole]:
             if t.layout == torch.strided:
                 s = t.untyped_storage()
                 storages[s.data_ptr()] = s.nbytes()
-    return sum(storages.values()) + sum(foreign_bytes(m) for m in model.modules())
+    on_device = sum(m._on_device.nbytes for m in moved if m._on_device is not None)
+    return sum(storages.values()) + on_device + sum(foreign_bytes(m) for m in model.modules())
 
 
 class _Counter:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
-from pared import _core
 from pared._store import JsonStore
+from pared._target import Target
 
 __all__ = ["Choices", "Timed", "clear"]
 
@@ -67,24 +66,23 @@ class Choices:
     ----------
     cache : None keeps them in the process, and in the file that the environment variable PARED_CACHE names;
         a path keeps them in the process and in that file; False keeps nothing beyond this object.
+    machine : what times depend on besides the layers; None: those of the CPU.
 
     Attributes
     ----------
     here : keys that were timed through this object, not taken from an earlier call.
     """
 
-    def __init__(self, cache: str | os.PathLike[str] | bool | None = None) -> None:
+    def __init__(
+        self,
+        cache: str | os.PathLike[str] | bool | None = None,
+        machine: Mapping[str, Any] | None = None,
+    ) -> None:
         path = os.environ.get("PARED_CACHE") or None if cache is None else cache
         self._memory = {} if cache is False else _process
         self._store = JsonStore(path, "pared timings", _VERSION) if path else None  # type: ignore[arg-type]
         self._file = self._store.read() if self._store else {}
-        self._machine = {
-            "cpu": _core.cpu_brand(),
-            "isa": _core.isa(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "pared": __import__("pared").__version__,
-        }
+        self._machine = {**(machine or Target().machine()), "pared": __import__("pared").__version__}
         self._new: dict[str, Any] = {}
         self.here: set[str] = set()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 __all__ = ["Difference", "Example", "compare", "examples", "run", "tolerance"]
+
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,12 @@ class Example:
         return Example(args, kwargs, self.label)
 
 
-def examples(example_inputs: Any) -> list[Example]:
+def examples(example_inputs: Any, device: torch.device = _CPU) -> list[Example]:
     """A tensor, a tuple (positional), a mapping (keywords), or a list of those, as a list of `Example`.
 
     Raises
     ------
-    TypeError, ValueError : another type, an empty list, a tensor that is not on the CPU.
+    TypeError, ValueError : another type, an empty list, a tensor that is not on the model's device.
     """
     if isinstance(example_inputs, list):
         if not example_inputs:
@@ -44,8 +48,9 @@ def examples(example_inputs: Any) -> list[Example]:
         found = [_example(example_inputs, "example_inputs")]
     for e in found:
         for t in pytree.tree_leaves((e.args, dict(e.kwargs))):
-            if isinstance(t, Tensor) and t.device.type != "cpu":
-                raise ValueError(f"{e.label}: expected tensors on the CPU, got one on {t.device}")
+            if isinstance(t, Tensor) and t.device != device and (t.ndim or t.device.type != "cpu"):
+                where = "the CPU" if device.type == "cpu" else str(device)
+                raise ValueError(f"{e.label}: expected tensors on {where}, got one on {t.device}")
     return found
 
 
@@ -65,10 +70,17 @@ def _example(e: Any, label: str) -> Example:
     )
 
 
+def forked_random(device: torch.device) -> AbstractContextManager[None]:
+    """Random numbers of the CPU and of `device` go on afterwards as if nothing had been."""
+    return torch.random.fork_rng(devices=[] if device.type == "cpu" else [device.index])
+
+
 def run(model: nn.Module, example: Example) -> Any:
     """The model's output, reproducibly: private inputs, a fixed seed, no gradients."""
     example = example.clone()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    leaves = pytree.tree_leaves((example.args, dict(example.kwargs)))
+    device = next((t.device for t in leaves if isinstance(t, Tensor) and t.is_cuda), _CPU)
+    with torch.no_grad(), forked_random(device):
         torch.manual_seed(0)
         return model(*example.args, **example.kwargs)
 

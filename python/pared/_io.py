@@ -662,6 +662,9 @@ def _pack(
     model: torch.nn.Module, target: _Target, packed: dict[object, Any], ties: Mapping[str, str]
 ) -> torch.nn.Module:
     """Replace a plain layer by its accelerated module; layers whose weights are tied share the packed one."""
+    device = cast(torch.Tensor, target.module.weight).device
+    if device.type != "cpu":  # packed on the CPU, and then moved
+        target.module = copy_model(target.module).cpu()
     name = _join(target.names[0], "weight")
     key = (ties.get(name, name), target.layer.format, getattr(target.module, "groups", 1))
     try:
@@ -672,6 +675,8 @@ def _pack(
             weight=packed.get(key) or _quantized(target),
             norm=cast(Any, target.norm),
         )
+        if device.type != "cpu":
+            new.to(device)
     except (TypeError, ValueError) as e:
         refuse(f"file: layer {target.names[0]!r}: {e}")
     new._requires_grad = (target.trainable, new._requires_grad[1])

@@ -227,8 +227,9 @@ class Report:
             f"on disk: {_bytes(self.disk_before)} -> {_bytes(self.disk_after)}"
         )
         if self.machine:
+            where = f"{self.machine['device']}, " if "device" in self.machine else ""
             lines.append(
-                f"{self.machine.get('cpu')}, {self.machine.get('isa')}, "
+                f"{where}{self.machine.get('cpu')}, {self.machine.get('isa')}, "
                 f"{self.machine.get('threads')} thread(s)"
             )
         return lines + self.notes

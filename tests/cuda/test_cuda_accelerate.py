@@ -1,0 +1,208 @@
+"""`pared.accelerate` for a CUDA device: what it chooses, on a device and a clock that the test describes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import pared
+import pared._accelerate as acc
+from pared._choices import Choices
+from pared._report import KEPT
+from pared._target import Cuda, LayerCall, target_of
+from pared._timing_cuda import copies_beyond, sample_rounds
+from pared.nn import Linear
+
+# Seconds by the kernel that a call launches; torch's own product launches none.
+FAST = {"decode": 0.2, "int8": 0.5, "block_sparse": 0.6, "csr": 0.7, "expand": 2.0}
+
+
+class FakeClock:
+    def __init__(self, module, seconds, capturable=True):
+        self.module, self.seconds, self.capturable = module, seconds, capturable
+        self.prepared = []
+
+    def prepare(self, call, copies, graph):
+        if graph and not self.capturable:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.module.take_launched()
+        call(0)
+        call(copies - 1)
+        launched = self.module.take_launched()
+        self.prepared.append((copies, graph))
+        took = [s for name, s in self.seconds.items() if any(k.startswith(name) for k in launched)]
+        return lambda: max(took, default=1.0)
+
+
+class FakeCuda(Cuda):
+    """The emulator's device: the CPU's memory."""
+
+    def properties(self):
+        return {"name": "Fake GPU", "capability": [9, 0], "l2": 1 << 16}
+
+
+@pytest.fixture
+def device(emulated, monkeypatch):
+    """A function that makes `accelerate` run on the fake device, with these times."""
+    monkeypatch.setattr("pared._cuda._emulated", emulated)
+
+    def use(seconds, **options):
+        clock = FakeClock(emulated, seconds, **options)
+
+        def target(model):
+            return FakeCuda(torch.device("cpu"), sum(p.nbytes for p in model.parameters()), clock)
+
+        monkeypatch.setattr(acc, "target_of", target)
+        return clock
+
+    return use
+
+
+def model(dtype=torch.bfloat16, zeros=0.8, width=128):
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(width, 192), nn.ReLU(), nn.Linear(192, width)).to(dtype).eval()
+    with torch.no_grad():
+        for layer in net[::2]:
+            layer.weight[torch.rand(layer.weight.shape) < zeros] = 0
+    return net
+
+
+def kernels(fast):
+    return [row.kernel for row in pared.report(fast).layers]
+
+
+def test_the_fastest_is_chosen_and_the_report_names_the_device(device, tmp_path):
+    clock = device(FAST)
+    net, x = model(), torch.randn(1, 128).bfloat16()
+    fast = pared.accelerate(net, x, cache=False)
+    assert kernels(fast) == ["bitmap", "bitmap"]
+    report = pared.report(fast)
+    assert report.machine["device"] == "Fake GPU"
+    assert "Fake GPU" in str(report)
+    assert report.memory_after < 0.6 * report.memory_before
+    assert {c.kernel.split()[0] for c in report.layers[0].candidates} >= {KEPT, "bitmap", "csr"}
+    assert any("times are of CUDA graphs; called without one" in note for note in report.notes)
+    assert any(copies >= 8 and graph for copies, graph in clock.prepared)
+    bound = 4 * torch.finfo(x.dtype).eps
+    assert torch.allclose(fast(x).float(), net(x).float(), atol=bound, rtol=bound)
+    # From the device to a file, and from there to the CPU.
+    pared.save(fast, tmp_path / "model.pared")
+    again = pared.load(tmp_path / "model.pared", net)
+    assert [m.format for m in again if isinstance(m, Linear)] == ["bitmap", "bitmap"]
+    assert again[0]._on_device is None
+    assert torch.allclose(again(x).float(), net(x).float(), atol=bound, rtol=bound)
+    restored = pared.restore(fast)
+    assert torch.equal(restored[0].weight, net[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "precision", "dtype", "want"),
+    [
+        (FAST | {"decode": 1.5, "csr": 1.2}, "float32", torch.bfloat16, KEPT),
+        (FAST | {"decode": 0.9}, "int8", torch.bfloat16, "int8"),
+        (FAST, "int8", torch.float16, "b8"),
+        (FAST, "float32", torch.float32, "csr"),
+        (FAST, "int8", torch.float32, "int8"),
+    ],
+)
+def test_choices(device, seconds, precision, dtype, want):
+    device(seconds)
+    net, x = model(dtype), torch.randn(4, 128).to(dtype)
+    fast = pared.accelerate(net, x, precision, cache=False)
+    few = {"bitmap", "bitmap8", "int8wo"}  # equally fast for this clock
+    assert all(k in few if want == "b8" else k == want for k in kernels(fast)), kernels(fast)
+    fast(x)
+
+
+def test_weights_without_zeros_take_8_bits(device):
+    device(FAST)
+    net, x = model(torch.float16, zeros=0.0), torch.randn(2, 128).half()
+    fast = pared.accelerate(net, x, "int8", cache=False)
+    assert kernels(fast) == ["int8wo", "int8wo"]
+    assert all(m._on_device.format == "dense8" for m in fast if isinstance(m, Linear))
+    moved = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    assert torch.equal(moved(x), fast(x))
+
+
+def test_the_crossover_is_measured_and_the_shape_decides(device):
+    clock = device(FAST)
+    net = model()
+    for expand, want in ((2.0, 256), (0.1, 32)):
+        clock.seconds = FAST | {"expand": expand}
+        fast = pared.accelerate(net, torch.randn(1, 128).bfloat16(), cache=False)
+        assert fast[0]._on_device.few_tokens == want
+    clock.module.take_launched()
+    fast(torch.randn(32, 128).bfloat16())
+    assert not any(k.startswith("expand") for k in clock.module.take_launched())
+    fast(torch.randn(33, 128).bfloat16())
+    assert any(k.startswith("expand") for k in clock.module.take_launched())
+
+
+def test_a_model_that_no_graph_holds_is_timed_as_it_is_called(device):
+    clock = device(FAST)
+    target = acc.target_of(model())
+    clock.capturable = False
+    t, remark = target.time_models({"dense": lambda: None, "pared": lambda: None}, 1.0)
+    assert t.median("pared") == 1.0
+    assert remark == "no CUDA graph can hold the model (RuntimeError): times are of eager calls"
+    assert clock.prepared == [(1, False), (1, False)]
+
+
+def test_weights_that_leave_the_cache_are_copied(device):
+    clock = device(FAST)
+    net, x = model(), torch.randn(1, 128).bfloat16()
+    layer = LayerCall(net[0], x, [])
+    copy = layer.copy()
+    assert torch.equal(copy(), layer())
+    assert copy.module.weight.data_ptr() != net[0].weight.data_ptr()
+    target = acc.target_of(net)
+    assert target.cold
+    target.time_layers({"dense": layer}, 1.0)
+    assert clock.prepared[-1] == (max(8, copies_beyond(1 << 16, layer.nbytes)), True)
+    packed = Linear.from_module(net[0], format="bitmap")
+    target.place(packed)
+    mine = LayerCall(packed, x, [nn.ReLU()])
+    other = mine.copy()
+    assert other.nbytes == mine.nbytes == packed._on_device.nbytes
+    assert other.module._on_device.blocks.data_ptr() != packed._on_device.blocks.data_ptr()
+    assert torch.equal(other(), mine())
+
+
+def test_out_of_memory_keeps_the_layer(device, monkeypatch):
+    device(FAST)
+
+    def place(self, module):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(FakeCuda, "place", place)
+    fast = pared.accelerate(model(), torch.randn(1, 128).bfloat16(), cache=False)
+    assert kernels(fast) == [KEPT, KEPT]
+    assert "no memory left" in pared.report(fast).layers[0].reason
+
+
+def test_times_of_a_device_are_not_those_of_the_cpu(device):
+    device(FAST)
+    target = acc.target_of(model())
+    assert Choices(None, target.machine()).key(a=1) != Choices().key(a=1)
+
+
+def test_devices_that_do_not_fit():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
+    with pytest.raises(ValueError, match="model: expected all of it on one device, got "):
+        pared.accelerate(net, torch.ones(1, 4))
+    with pytest.raises(ValueError, match=r"on the CPU or on a CUDA device, got 0\.weight on meta"):
+        pared.accelerate(net.to("meta"), torch.ones(1, 4))
+    assert target_of(nn.Linear(2, 2)).kind == "cpu"
+    assert target_of(nn.ReLU()).kind == "cpu"
+
+
+def test_samples_are_taken_round_by_round():
+    seen = []
+    samplers = {n: (lambda n=n: seen.append(n) or 1.0) for n in "abc"}
+    t = sample_rounds(samplers, 5)
+    assert t.rounds == 5
+    assert all(sorted(seen[3 * i : 3 * i + 3]) == ["a", "b", "c"] for i in range(5))
+    assert dataclasses.is_dataclass(t)
