@@ -44,8 +44,9 @@ class Product {
     if (in_registers) {
       few_ = kernel_for<bitmap_u8s8>(isa).fn;
     } else {
+      // The scalar level has both, as the specification of either.
       if (expands_in_registers(isa)) fused_ = kernel_for<bitmap_expand_u8s8>(isa).fn;
-      else expand_ = kernel_for<bitmap_expand>(isa).fn;
+      if (!fused_ || isa == Isa::scalar) expand_ = kernel_for<bitmap_expand>(isa).fn;
       gemm_ = kernel_for<gemm_u8s8>(isa).fn;
     }
   }
@@ -91,7 +92,8 @@ class Product {
           const uint64_t* masks = w_.masks + s_.first_vector(g, b);
           const uint32_t* starts = w_.starts + s_.cell(g, b);
           const int8_t* end = w_.values + w_.header->nnz;
-          if (expand_) check_inside(expand_({masks, w_.values + *starts, end, tile, panels, vectors}));
+          const bool fused = fused_ && (!expand_ || shares == 1);
+          if (!fused) check_inside(expand_({masks, w_.values + *starts, end, tile, panels, vectors}));
           for (int64_t i = 0; i < shares; ++i) {
             // Shares of nearly equal size, the larger first: one token alone after a full share would wait
             // out latencies, and the first has the expansion beside it.
@@ -100,7 +102,7 @@ class Product {
             const int64_t entry = (m1 - m0 - 1) * kGemmPanels + panels - 1;
             const uint8_t* x = t.bytes + m0 * t.stride + b * s_.block_k * kInt8Unit;
             int32_t* sums = acc + m0 * acc_stride;
-            if (i == 0 && fused_)
+            if (i == 0 && fused)
               check_inside(fused_[entry](
                   {masks, w_.values, end, starts, tile, vectors, x, t.stride, sums, acc_stride, b > 0}));
             else
@@ -139,8 +141,8 @@ class Product {
   const Bitmap8Packed& w_;
   const BitmapShape s_;
   dequantize_store::Fn* store_;
-  bitmap_u8s8::Fn* const* few_ = nullptr;  // or:
-  bitmap_expand::Fn* expand_ = nullptr;    // or:
+  bitmap_u8s8::Fn* const* few_ = nullptr;  // or one of the next two, and gemm_:
+  bitmap_expand::Fn* expand_ = nullptr;
   bitmap_expand_u8s8::Fn* const* fused_ = nullptr;
   gemm_u8s8::Fn* const* gemm_ = nullptr;
 };

@@ -49,9 +49,6 @@ PARED_INLINE __m512i expand_bytes(uint64_t mask, const int8_t* values) {
 }
 
 struct Vbmi2Bytes {
-  static PARED_INLINE void expand(uint64_t mask, const int8_t* values, int8_t* out) {
-    _mm512_store_si512(out, expand_bytes(mask, values));
-  }
   static PARED_INLINE __m512i operand(uint64_t mask, const int8_t* values, int8_t* out) {
     const __m512i w = expand_bytes(mask, values);
     _mm512_store_si512(out, w);
