@@ -262,6 +262,18 @@ def test_bad_input(rng):
             ops.linear(*arguments)
 
 
+def test_a_pending_negation_is_refused():
+    """The imaginary part of a conjugate: its memory holds the values with the other sign."""
+    z = torch.randn(4, 8, dtype=torch.complex64).conj()
+    view = torch._neg_view(torch.randn(4, 8))
+    with pytest.raises(ValueError, match=r"x: expected values, got a view whose negation is pending"):
+        ops.linear(view, CSR.from_dense(torch.eye(8)))
+    with pytest.raises(ValueError, match="negation is pending"):
+        CSR.from_dense(z.imag)
+    kept = CSR.from_dense(z.imag.resolve_neg())
+    assert torch.equal(torch.as_tensor(kept.to_dense()), z.imag)
+
+
 def test_bad_output_memory(rng):
     w = CSR.from_dense(random_weight(rng, 6, 6, 0.5)).packed
     x = rng.standard_normal((3, 6)).astype(np.float32)

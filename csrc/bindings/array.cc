@@ -11,7 +11,7 @@ namespace {
 struct Names {
   py::object data_ptr = intern("data_ptr"), dtype = intern("dtype"), shape = intern("shape"),
              stride = intern("stride"), is_cpu = intern("is_cpu"), device = intern("device"),
-             layout = intern("layout"), is_conj = intern("is_conj");
+             layout = intern("layout"), is_neg = intern("is_neg");
   static py::object intern(const char* s) {
     return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(s));
   }
@@ -98,6 +98,10 @@ Array parse_torch(py::handle o, const char* name, const TorchTypes& torch) {
     a.shape[i] = as_int(PyTuple_GET_ITEM(shape.ptr(), i));
     a.strides[i] = as_int(PyTuple_GET_ITEM(stride.ptr(), i));
   }
+  // The imaginary part of a conjugate: its memory has the other sign.
+  if (call(o, names().is_neg).is(py::handle(Py_True)))
+    throw ValueError(
+        str(name, ": expected values, got a view whose negation is pending; call .resolve_neg()"));
   a.data = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(call(o, names().data_ptr).ptr()));
   if (PyErr_Occurred()) throw py::error_already_set();
   return a;
