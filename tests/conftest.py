@@ -46,6 +46,15 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fresh_compiler() -> Iterator[None]:
+    """torch compiles a function anew for at most eight kinds of modules, and counts those of all tests."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def same_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test finds the same machine, and nothing timed before it: timers are replaced within tests."""
