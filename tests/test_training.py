@@ -24,6 +24,7 @@ from pared.training import (
     SlimmingPenalty,
     allocate,
     distillation_loss,
+    feature_loss,
     prune_until,
     sensitivity,
 )
@@ -83,6 +84,25 @@ def test_distillation_is_the_divergence_from_the_teacher() -> None:
         distillation_loss(s, t[:, :3])
     with pytest.raises(ValueError, match="temperature: expected a number > 0, got 0"):
         distillation_loss(s, t, temperature=0)
+
+
+def test_features_follow_the_teacher_layer_by_layer_alike() -> None:
+    torch.manual_seed(0)
+    s = [torch.randn(5, 4, requires_grad=True), torch.randn(5, 3)]
+    t = [torch.randn(5, 4, requires_grad=True), 1000 * torch.randn(5, 3)]
+    terms = [((a - b) ** 2).sum() / (b**2).sum() for a, b in zip(s, t, strict=True)]
+    loss = feature_loss(s, t)
+    torch.testing.assert_close(loss, (terms[0] + terms[1]) / 2)
+    loss.backward()
+    assert s[0].grad is not None
+    assert t[0].grad is None
+    torch.testing.assert_close(feature_loss(s[0], t[0]), terms[0])
+    assert feature_loss(s, s) == 0
+    assert torch.isfinite(feature_loss(s[1], torch.zeros(5, 3)))
+    with pytest.raises(ValueError, match=r"teacher\[1\]: expected shape \[5, 3\], got \[5, 4\]"):
+        feature_loss(s, [t[0], t[0]])
+    with pytest.raises(ValueError, match="teacher: expected 2 layers, got 1"):
+        feature_loss(s, t[:1])
 
 
 def test_slimming_penalty() -> None:

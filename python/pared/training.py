@@ -8,8 +8,8 @@
     penalties that make exact zeros, and BatchNorm scales that mean something.
 `FineTune`
     a training step for `pared.compress`, which goes on from the last one that was kept when it is killed.
-`distillation_loss`
-    a teacher's soft targets.
+`distillation_loss`, `feature_loss`
+    a teacher's soft targets, and its activations.
 `sensitivity`, `allocate`
     what each layer bears, and ratios for a common target from it.
 """
@@ -50,6 +50,7 @@ __all__ = [
     "UntilReport",
     "allocate",
     "distillation_loss",
+    "feature_loss",
     "prune_until",
     "sensitivity",
 ]
@@ -104,6 +105,33 @@ def distillation_loss(
     if labels is None:
         return soft
     return alpha * soft + (1 - alpha) * functional.cross_entropy(student, labels)
+
+
+def feature_loss(
+    student: torch.Tensor | Sequence[torch.Tensor], teacher: torch.Tensor | Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """``mean over layers of |student - teacher|^2 / |teacher|^2``: activations follow the teacher's.
+
+    Each layer counts alike, whatever the size of its values (one of zeros absolutely). Romero et al.,
+    "FitNets: Hints for Thin Deep Nets" (arXiv 1412.6550).
+
+    Parameters
+    ----------
+    student, teacher : outputs of the same layers of both models, of equal shapes: a tensor, or one a layer
+        (hidden states, or what forward hooks kept); no gradient reaches the teacher.
+    """
+    students = [student] if isinstance(student, torch.Tensor) else list(student)
+    teachers = [teacher] if isinstance(teacher, torch.Tensor) else list(teacher)
+    if not students or len(students) != len(teachers):
+        raise ValueError(f"teacher: expected {len(students) or 'one or more'} layers, got {len(teachers)}")
+    terms = []
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        if s.shape != t.shape:
+            raise ValueError(f"teacher[{i}]: expected shape {list(s.shape)}, got {list(t.shape)}")
+        t = t.detach()
+        size = t.square().sum()
+        terms.append((s - t).square().sum() / torch.where(size > 0, size, 1.0))
+    return torch.stack(terms).mean()
 
 
 class SlimmingPenalty:
