@@ -234,7 +234,7 @@ def test_a_model_like_one_before_is_not_timed(timed: list[list[str]]) -> None:
         ["csr", "csr + relu", "dense"],
         ["csr", "dense"],
         ["dense", "pared"],
-        ["apart 0", "handed 0"],
+        ["apart 0", "together 0"],
     ]
     timed.clear()
     again = pared.accelerate(model(), X)
