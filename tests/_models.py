@@ -62,16 +62,16 @@ def set_times(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str, PackedMod
     """Give `pared.accelerate` the time of each layer (name, module; None for the dense one): what it decides
     then does not depend on how busy the machine is. The model as a whole is twice as fast."""
 
-    def time_layer(c: acc.Candidate, variants: dict[str, acc.Variant]) -> float:
+    def time_layer(c: acc.layers.Candidate, variants: dict[str, acc.layers.Variant]) -> float:
         before = seconds(c.name, None)
         for v in variants.values():
             v.after = seconds(c.name, v.module)
             v.speedup = before / v.after
         return before
 
-    monkeypatch.setattr(acc, "_time_layer", time_layer)
-    monkeypatch.setattr(acc, "_time_hand_over", lambda layers, calls: 0.0)
-    monkeypatch.setattr(acc, "_time_sharing", lambda layers, calls: 0.0)
+    monkeypatch.setattr(acc.timing, "time_layer", time_layer)
+    monkeypatch.setattr(acc.timing, "time_hand_over", lambda layers, calls: 0.0)
+    monkeypatch.setattr(acc.timing, "time_sharing", lambda layers, calls: 0.0)
     race = FakeTimings(dense=1.0, pared=0.5)
     monkeypatch.setattr("pared._target.interleave", lambda calls, **kwargs: race)
 

@@ -28,8 +28,8 @@ from pared.nn import Conv2d, FoldedBatchNorm2d, Fused, Linear, PackedModule
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decisions are under test here, not times: a few rounds do."""
-    monkeypatch.setattr(acc, "_LAYER_SECONDS", 0.0)
-    monkeypatch.setattr(acc, "_MODEL_SECONDS", 0.0)
+    monkeypatch.setattr(acc.timing, "LAYER_SECONDS", 0.0)
+    monkeypatch.setattr(acc.timing, "MODEL_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -356,11 +356,11 @@ def test_several_shapes_are_decided_on_summed_time(monkeypatch: pytest.MonkeyPat
     times = iter([FakeTimings(dense=1.0, csr=2.0), FakeTimings(dense=10.0, csr=4.0)])
     race(monkeypatch, lambda: next(times))
     layer = sparse_linear(8, 8)
-    c = acc.Candidate("fc", ["fc"], layer, pared._report.LayerReport("fc", "Linear", [8, 8], 0.8))
-    small, large = (acc.Signature((n, 8), (8, 1), torch.float32) for n in (1, 64))
+    c = acc.layers.Candidate("fc", ["fc"], layer, pared._report.LayerReport("fc", "Linear", [8, 8], 0.8))
+    small, large = (acc.layers.Signature((n, 8), (8, 1), torch.float32) for n in (1, 64))
     c.calls = {small: 3, large: 1}
-    v = acc.Variant(Linear.from_module(layer), 0, 0.0, 0.0)
-    assert acc._time_layer(c, {"csr": v}) == 13.0
+    v = acc.layers.Variant(Linear.from_module(layer), 0, 0.0, 0.0)
+    assert acc.timing.time_layer(c, {"csr": v}) == 13.0
     assert v.after == 10.0
     assert v.speedup == pytest.approx(1.3)
 
@@ -393,8 +393,8 @@ def test_layers_alike_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_strided_inputs_are_timed_as_they_come() -> None:
     x = torch.randn(3, 6, 8)
     for view in (x[:, 0], x.transpose(0, 1), x[..., ::2], x[:1].expand(4, 6, 8), x[0, 0], x[:0]):
-        s = acc.Signature(tuple(view.shape), tuple(view.stride()), view.dtype)
-        made = acc._timing_input(s)
+        s = acc.layers.Signature(tuple(view.shape), tuple(view.stride()), view.dtype)
+        made = acc.timing.timing_input(s)
         assert made.shape == view.shape
         if 0 not in view.stride() and view.numel():
             assert made.stride() == view.stride()
@@ -688,11 +688,11 @@ def test_activations_of_transformers(fused_wins: None) -> None:
 def test_formats_that_suit(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: dict[str, list[str]] = {}
 
-    def time_layer(c: acc.Candidate, variants: dict[str, acc.Variant]) -> float:
+    def time_layer(c: acc.layers.Candidate, variants: dict[str, acc.layers.Variant]) -> float:
         tried[c.name] = sorted(variants)
         return 1.0
 
-    monkeypatch.setattr(acc, "_time_layer", time_layer)
+    monkeypatch.setattr(acc.timing, "time_layer", time_layer)
     blocks = nn.Linear(32, 32)
     with torch.no_grad():
         blocks.weight.mul_((torch.rand(8, 1, 32) < 0.3).float().expand(8, 4, 32).reshape(32, 32))
@@ -749,7 +749,7 @@ def test_a_wrong_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_check_of_the_whole_model_takes_layers_back(monkeypatch: pytest.MonkeyPatch) -> None:
     # The same fault where the check of the layers is blind: the outputs still show it.
-    monkeypatch.setattr(acc, "_layer_error", lambda m, *_: (float(m.out_features == 8), math.inf, 0.0))
+    monkeypatch.setattr(acc.choose, "layer_error", lambda m, *_: (float(m.out_features == 8), math.inf, 0.0))
     test_forward = Linear.forward
     monkeypatch.setattr(
         Linear,
@@ -977,7 +977,7 @@ class WithDropout(nn.Module):
 
 def always_hand_over(monkeypatch: pytest.MonkeyPatch) -> None:
     set_times(monkeypatch, fused_is_faster)
-    monkeypatch.setattr(acc, "_time_hand_over", lambda layers, calls: 2.0)
+    monkeypatch.setattr(acc.timing, "time_hand_over", lambda layers, calls: 2.0)
 
 
 def test_layers_in_a_row_hand_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -1034,7 +1034,7 @@ def test_no_hand_over_without_fusion_or_gain(monkeypatch: pytest.MonkeyPatch) ->
     always_hand_over(monkeypatch)
     model = nn.Sequential(sparse_linear(32, 64), sparse_linear(64, 48)).eval()
     assert convert(model, torch.randn(8, 32), fuse=False)[0]._handed == ()
-    monkeypatch.setattr(acc, "_time_hand_over", lambda layers, calls: 1.0)
+    monkeypatch.setattr(acc.timing, "time_hand_over", lambda layers, calls: 1.0)
     assert convert(model, torch.randn(8, 32))[0]._handed == ()
 
 
@@ -1043,5 +1043,5 @@ def test_the_gain_of_a_hand_over_is_really_timed() -> None:
         Linear.from_module(sparse_linear(32, 64)),
         Linear.from_module(sparse_linear(64, 8)),
     ]
-    calls = {acc.Signature((5, 32), (32, 1), torch.float32): 2}
-    assert acc._time_hand_over(layers, calls) > 0
+    calls = {acc.layers.Signature((5, 32), (32, 1), torch.float32): 2}
+    assert acc.timing.time_hand_over(layers, calls) > 0

@@ -60,7 +60,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers stay torch's, the attention kernel and the model win."""
     race = FakeTimings(dense=1.0, pared=0.5)
     monkeypatch.setattr("pared._target.interleave", lambda calls, **kwargs: race)
-    monkeypatch.setattr(acc, "_decide", lambda c, *rest: c.keep_dense("not asked"))
+    monkeypatch.setattr(acc, "decide", lambda c, *rest: c.keep_dense("not asked"))
 
 
 def hidden(model: Any, inputs: Any) -> Tensor:
@@ -96,7 +96,7 @@ def test_it_really_runs(times: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_slower_kernel_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     race = FakeTimings(dense=1.0, pared=0.99)
     monkeypatch.setattr("pared._target.interleave", lambda calls, **kwargs: race)
-    monkeypatch.setattr(acc, "_decide", lambda c, *rest: c.keep_dense("not asked"))
+    monkeypatch.setattr(acc, "decide", lambda c, *rest: c.keep_dense("not asked"))
     fast = pared.accelerate(bert(), tokens())
     assert not attending(fast)
     assert not pared.report(fast).notes

@@ -322,7 +322,7 @@ def test_kernels_are_checked_though_the_times_are_known(
     def wrong(module: Any, references: Any, quantized: bool) -> tuple[float, float, float]:
         return 1.0, 0.1, 0.0
 
-    monkeypatch.setattr(acc, "_layer_error", wrong)
+    monkeypatch.setattr(acc.choose, "layer_error", wrong)
     fast = pared.accelerate(model(), X)
     assert [k for k, _ in kernels(fast)] == ["torch", "torch"]
     assert "differs by 1.0e+00, more than its bound" in pared.report(fast).layers[0].reason

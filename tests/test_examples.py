@@ -62,7 +62,7 @@ def test_an_lstm_that_is_passed_over_in_silence_is_noticed(
     import pared._accelerate
     import pared.pruning.oneshot
 
-    monkeypatch.setattr(pared._accelerate, "_without_kernel", lambda model: [])
+    monkeypatch.setattr(pared._accelerate, "without_kernel", lambda model: [])
     monkeypatch.setattr(pared.pruning.oneshot, "RULES", {torch.nn.LSTM: None, torch.nn.Linear: None})
     with pytest.raises(AssertionError, match="no kernel accelerates LSTM"):
         test_example_in_this_process("lstm.py", monkeypatch, capsys)

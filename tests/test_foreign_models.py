@@ -226,14 +226,14 @@ def test_a_kernel_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
         return Int8.from_quantized(q, scales * 1.05)
 
     model, x = dynamic(plain_model()), torch.randn(9, 64)
-    make = acc.Workshop._weight
+    make = acc.choose.Workshop._weight
 
     def weight(self: Any, format: str) -> Any:
         with monkeypatch.context() as m:
             m.setattr(Int8, "from_torch", classmethod(wrong))
             return make(self, format)
 
-    monkeypatch.setattr(acc.Workshop, "_weight", weight)
+    monkeypatch.setattr(acc.choose.Workshop, "_weight", weight)
     fast = accelerated(model, x)
     assert "more than its bound" in rows(fast)[0].reason
     assert type(fast[0]) is type(model[0])

@@ -22,8 +22,8 @@ from pared.ops import Int4
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decisions are under test here, not times."""
-    monkeypatch.setattr(acc, "_LAYER_SECONDS", 0.0)
-    monkeypatch.setattr(acc, "_MODEL_SECONDS", 0.0)
+    monkeypatch.setattr(acc.timing, "LAYER_SECONDS", 0.0)
+    monkeypatch.setattr(acc.timing, "MODEL_SECONDS", 0.0)
 
 
 def plain_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -23,8 +23,8 @@ from pared.ops import Int8
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decisions are under test here, not times."""
-    monkeypatch.setattr(acc, "_LAYER_SECONDS", 0.0)
-    monkeypatch.setattr(acc, "_MODEL_SECONDS", 0.0)
+    monkeypatch.setattr(acc.timing, "LAYER_SECONDS", 0.0)
+    monkeypatch.setattr(acc.timing, "MODEL_SECONDS", 0.0)
 
 
 def fastest(*formats: str) -> Any:
@@ -167,14 +167,14 @@ def test_accelerate_converts_convolutions(monkeypatch: pytest.MonkeyPatch, forma
 def test_the_bound_of_a_convolution_is_no_larger_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that are off by one step are beyond it."""
     set_times(monkeypatch, lambda name, m: 1.0 if m is None else 0.5)
-    pack = acc.pack
+    pack = acc.choose.pack
 
     def coarse(format: str, weight: torch.Tensor, groups: int = 1, record: Any = None) -> Any:
         return pack(format, weight + weight.abs().amax() / 16, groups, record)
 
     plain, x = convolutions()[3:4], torch.rand(1, 24, 9, 9)
     assert formats(converted(plain, x, max_error=10, formats=["int8"])) == ["int8"]
-    monkeypatch.setattr(acc, "pack", coarse)
+    monkeypatch.setattr(acc.choose, "pack", coarse)
     assert formats(converted(plain, x, max_error=10, formats=["int8"])) == []
 
 

@@ -36,7 +36,7 @@ DTYPES = [getattr(torch, name) for name in _format.DTYPES]
 def known_times(monkeypatch):
     """What accelerate would measure does not matter here, and decides nothing: whatever can be fused is."""
     set_times(monkeypatch, fused_is_faster)
-    monkeypatch.setattr(_accelerate, "_MODEL_SECONDS", 0.0)
+    monkeypatch.setattr(_accelerate.timing, "MODEL_SECONDS", 0.0)
 
 
 # -- helpers ---------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_accelerate_tries_it_where_calls_differ(monkeypatch: pytest.MonkeyPatch)
         tried.append(list(variants))
         return 1.0
 
-    monkeypatch.setattr(acc, "_time_layer", time_layer)
+    monkeypatch.setattr(acc.timing, "time_layer", time_layer)
     model = torch.nn.Sequential(torch.nn.Linear(32, 32))
     with torch.no_grad():
         model[0].weight.mul_(torch.rand(32, 32) < 0.1)

@@ -36,7 +36,7 @@ class Net(nn.Module):
 def known_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever can be fused is, however busy the machine."""
     set_times(monkeypatch, fused_is_faster)
-    monkeypatch.setattr(pared._accelerate, "_MODEL_SECONDS", 0.0)
+    monkeypatch.setattr(pared._accelerate.timing, "MODEL_SECONDS", 0.0)
 
 
 def convert(model: nn.Module, x: Any) -> nn.Module:

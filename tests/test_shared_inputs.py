@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import pared
 from pared import _accelerate as acc
 from pared import _core
+from pared._choices import Timed
 from pared.nn import Linear
 from pared.ops import BSRInt8
 
@@ -181,10 +182,10 @@ class Attention(nn.Module):
 
 @pytest.fixture
 def shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acc, "_time_sharing", lambda layers, calls: 1.5)
-    monkeypatch.setattr(acc, "_time_hand_over", lambda layers, calls: 0.0)
+    monkeypatch.setattr(acc.timing, "time_sharing", lambda layers, calls: 1.5)
+    monkeypatch.setattr(acc.timing, "time_hand_over", lambda layers, calls: 0.0)
     times = {"median": (0.5, 2.0), "p95": (0.5, 1.0)}
-    monkeypatch.setattr(acc, "_race_once", lambda *models: acc.Timed("model", 1.0, times))
+    monkeypatch.setattr(acc.timing, "time_models", lambda *models: Timed("model", 1.0, times))
 
 
 def convert(model: nn.Module, x: Any) -> nn.Module:
@@ -231,13 +232,13 @@ def test_other_inputs_in_the_example_share_less(shares: None) -> None:
 
 
 def test_no_sharing_without_a_gain(shares: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acc, "_time_sharing", lambda layers, calls: 1.0)
+    monkeypatch.setattr(acc.timing, "time_sharing", lambda layers, calls: 1.0)
     fast: Any = convert(Attention().eval(), torch.randn(2, 9, 64))
     assert fast.q._sharers == ()
 
 
 def test_the_gain_is_really_timed() -> None:
     layers = projections()
-    gain = acc._time_sharing(layers, {acc.Signature((4, 64), (64, 1), torch.float32): 2})
+    gain = acc.timing.time_sharing(layers, {acc.layers.Signature((4, 64), (64, 1), torch.float32): 2})
     assert gain > 0
     assert layers[0]._sharers == ()

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from pared._accelerate import _pass
-from pared._inputs import Example, run
+from pared._inputs import Example, one_pass, run
 from pared._timing import interleave
 from pared.nn import Conv2d, PackedModule
 from pared.pruning.calibration import _CONVOLUTIONS
@@ -28,7 +27,7 @@ def model_seconds(model: nn.Module, inputs: Sequence[Example]) -> float:
     try:
         with torch.no_grad():
             t = interleave(
-                {"model": _pass(model, list(inputs))}, budget=_MODEL_SECONDS, min_rounds=5, warmup=1
+                {"model": one_pass(model, list(inputs))}, budget=_MODEL_SECONDS, min_rounds=5, warmup=1
             )
     finally:
         for module, mode in modes:

@@ -20,13 +20,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from pared import _core
-from pared._accelerate import _Counter, _memory, _pass
 from pared._cost import weight_uses
 from pared._files import replacing
 from pared._finetune import seeded
-from pared._inputs import Example, examples
+from pared._inputs import Example, examples, one_pass
 from pared._io import save
 from pared._report import _bytes, _seconds
+from pared._size import Counter, memory_bytes
 from pared._sparsity import base_type
 from pared._timing import interleave
 from pared.nn import PackedModule
@@ -336,7 +336,7 @@ def evaluate(
             n: {d: _scores(m, data, score, (d, f)) for d, f in chosen.items()} for n, m in models.items()
         }
         times = interleave(
-            {n: _pass(m, inputs) for n, m in models.items()},
+            {n: one_pass(m, inputs) for n, m in models.items()},
             budget=seconds,
             min_rounds=7,
             precision=0.01,
@@ -357,7 +357,7 @@ def evaluate(
                     parameters,
                     nonzeros,
                     _file_bytes(model),
-                    _memory(model),
+                    memory_bytes(model),
                     sum(layer.macs for layer in layers),
                     times.median(name),
                     times.p95(name),
@@ -499,7 +499,7 @@ def _count(model: nn.Module) -> tuple[int, int]:
 
 
 def _file_bytes(model: nn.Module) -> int | None:
-    counter = _Counter()
+    counter = Counter()
     try:
         save(model, counter)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -534,7 +534,7 @@ def _layers(model: nn.Module, inputs: Sequence[Example], budget: float) -> tuple
         spent[id(m)] = spent.get(id(m), 0.0) + time.perf_counter() - began[id(m)]
 
     owners = {id(m): m for m, *_ in rows.values()}
-    run = _pass(model, list(inputs))
+    run = one_pass(model, list(inputs))
     handles = [m.register_forward_pre_hook(look) for m in owners.values()]
     run()
     for handle in handles:

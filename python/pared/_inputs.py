@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -185,3 +185,27 @@ def tolerance(layers: int, depth: int, eps: float) -> float:
     if eps > float32:
         allowed += 4.0 * eps * math.sqrt(max(layers, 1))
     return allowed
+
+
+def compare_all(fast: nn.Module, inputs: list[Example], reference: list[Any]) -> Difference:
+    differences = [compare(r, run(fast, e)) for r, e in zip(reference, inputs, strict=True)]
+    return max(differences, key=lambda d: d.relative)
+
+
+def one_pass(model: nn.Module, inputs: list[Example]) -> Callable[[], None]:
+    mine = [e.clone() for e in inputs]  # a model may write to its inputs
+
+    def call() -> None:
+        for e in mine:
+            model(*e.args, **e.kwargs)
+
+    return call
+
+
+def described(value: Any) -> str:
+    """Inputs as far as their times depend on them: shapes of tensors, other values as they are."""
+
+    def leaf(x: Any) -> Any:
+        return f"{list(x.shape)} {x.stride()} {x.dtype}" if isinstance(x, Tensor) else x
+
+    return repr(torch.utils._pytree.tree_map(leaf, value))

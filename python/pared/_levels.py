@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pared._accelerate import _memory, accelerate
+from pared._accelerate import accelerate
 from pared._format import Bytes, Entry, Reader, Writer, expect_list, expect_object, refuse, require
 from pared._io import _collect, load
 from pared._report import Report, report
+from pared._size import memory_bytes
 from pared._surgery import copy_model
 from pared.pruning.importance import Importance, resolve
 from pared.pruning.linears import open_layers
@@ -71,7 +72,7 @@ class Levels(nn.Module):
     @property
     def memory_bytes(self) -> int:
         """Of the parameters and buffers of all levels, shared ones once."""
-        return _memory(self)
+        return memory_bytes(self)
 
     def reports(self) -> list[Report]:
         """`pared.report` of each level."""

@@ -1,0 +1,136 @@
+"""What `accelerate` times: layers, layers computed together, attention, models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pared._accelerate.layers import Candidate, Signature, Variant, like
+from pared._choices import Choices, Timed
+from pared._inputs import Example, one_pass
+from pared._report import Report
+from pared._target import LayerCall, Target
+from pared.nn import Linear
+from pared.nn._attention import pared_attention, torch_attention
+from pared.ops.chain import linear_chain
+
+LAYER_SECONDS = 0.15
+MODEL_SECONDS = 1.0
+
+
+def time_layer(c: Candidate, variants: dict[str, Variant]) -> float:
+    """Time the variants; returns the dense layer's seconds. All sums are over the calls that one pass makes.
+
+    The time of what can be fused is part of every variant.
+    """
+    before = 0.0
+    scaled = dict.fromkeys(variants, 0.0)  # dense time over the ratio: a disturbed median does not tilt it
+    for s, count in c.calls.items():
+        x = timing_input(s)
+        steps = [m for _, m in c.steps]
+        calls = {"dense": LayerCall(c.module, x, steps)}
+        for name, v in variants.items():
+            calls[name] = LayerCall(v.module, x, steps[v.fused :])
+        t = c.target.time_layers(calls, LAYER_SECONDS * len(variants) / len(c.calls))
+        before += count * t.median("dense")
+        for name, v in variants.items():
+            v.after += count * t.median(name)
+            scaled[name] += count * t.median("dense") / t.speedup(name, "dense").value
+    for name, v in variants.items():
+        v.speedup = before / scaled[name]
+    return before
+
+
+def timing_input(s: Signature) -> Tensor:
+    """Normal data without zeros and denormals, which slow some kernels down and speed others up."""
+    generator = torch.Generator().manual_seed(len(s.shape))
+    x = torch.randn(s.shape, generator=generator)
+    x += torch.sign(x) * 2.0**-10 + (x == 0)
+    return like(s).copy_(x)
+
+
+def time_hand_over(layers: list[Linear], calls: dict[Signature, int]) -> float:
+    """How many times faster one call is than a call a layer, over all the calls of the first."""
+    weights, biases = [m.packed_weight() for m in layers], [m.bias for m in layers]
+    activations = [m.activation for m in layers]
+
+    def apart(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    def handed(x: Tensor) -> object:
+        return linear_chain(x, weights, biases, activations)
+
+    return _gain(calls, apart, handed)
+
+
+def time_sharing(layers: list[Linear], calls: dict[Signature, int]) -> float:
+    """How many times faster layers are that share their input, over all the calls of the first."""
+
+    twins = [copy.copy(m) for m in layers]
+    twins[0].share_with(*twins[1:])
+
+    def run(these: list[Linear], x: Tensor) -> None:
+        for layer in these:
+            layer(x)
+
+    return _gain(calls, partial(run, layers), partial(run, twins))
+
+
+def _gain(
+    calls: dict[Signature, int], apart: Callable[[Tensor], object], together: Callable[[Tensor], object]
+) -> float:
+    """How many times faster one way is than the other, over all the calls, in the same rounds."""
+    work: dict[str, Callable[[], object]] = {}
+    for i, s in enumerate(calls):
+        x = timing_input(s)
+        work[f"apart {i}"], work[f"together {i}"] = partial(apart, x), partial(together, x)
+    t = Target().time(work, budget=LAYER_SECONDS, min_rounds=5, max_rounds=200, precision=0.01)
+    first, second = (
+        sum(n * t.median(f"{way} {i}") for i, n in enumerate(calls.values())) for way in ("apart", "together")
+    )
+    return first / second
+
+
+def time_attention(
+    module: nn.Module, arguments: tuple[Any, ...], described: str, timed: Choices
+) -> tuple[float, float]:
+    """Seconds of one call: of torch's attention as transformers calls it, and of pared's."""
+    key = timed.key(attention=described, groups=getattr(module, "num_key_value_groups", 1))
+    known = timed.get(key)
+    if known is None:
+        q, k, v, mask, scale, causal = arguments
+        options = {"scaling": scale, "is_causal": causal}
+        t = Target().time(
+            {
+                "dense": lambda: torch_attention(module, q, k, v, mask, **options),
+                "pared": lambda: pared_attention(module, q, k, v, mask, **options),
+            },
+            budget=LAYER_SECONDS,
+            min_rounds=5,
+            max_rounds=200,
+            precision=0.02,
+        )
+        known = Timed("attention", t.median("dense"), {"pared": (t.median("pared"), 1.0)})
+        timed.put(key, known)
+    return known.before, known.variants["pared"][0]
+
+
+def time_models(
+    dense: nn.Module, fast: nn.Module, inputs: list[Example], report: Report, target: Target
+) -> Timed:
+    passes = {"dense": one_pass(dense, inputs), "pared": one_pass(fast, inputs)}
+    t, remark = target.time_models(passes, MODEL_SECONDS)
+    if remark:
+        report.notes.append(remark)
+    times = {
+        "median": (t.median("pared"), t.speedup("pared", "dense").value),
+        "p95": (t.p95("pared"), t.p95("dense")),
+    }
+    return Timed("model", t.median("dense"), times)

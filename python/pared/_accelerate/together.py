@@ -1,0 +1,125 @@
+"""Layers that are computed together: one hands its panel to the next, or several share an input."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+from torch import nn
+
+from pared import _core
+from pared._accelerate import timing
+from pared._accelerate.layers import Candidate
+from pared._choices import Choices, Timed
+from pared._inputs import Example, compare_all
+from pared._report import Report
+from pared.nn import Linear
+from pared.ops.chain import chain_of
+
+# Layers are computed together when that is so many times faster.
+_TOGETHER = 1.02
+
+
+def hand_over(
+    fast: nn.Module,
+    inputs: list[Example],
+    reference: list[Any],
+    candidates: list[Candidate],
+    report: Report,
+    timed: Choices,
+) -> None:
+    """Compute layers that follow each other in one call, where that is measurably faster."""
+    by_name = {c.name: c for c in candidates}
+    taken: set[str] = set()
+    heads: list[Linear] = []
+    rows = {c.name: c.row.reason for c in candidates}
+    for c in candidates:
+        if c.name in taken:
+            continue
+        run = [c]
+        while (after := _successor(run[-1], by_name)) is not None and after.name not in taken:
+            run.append(after)
+            taken.add(after.name)
+        if len(run) < 2:
+            continue
+        taken.add(c.name)
+        layers = [cast(Linear, r.chosen) for r in run]
+        key = _chain_key(layers, c, timed)
+        known = timed.get(key)
+        if known is None:
+            gain = timing.time_hand_over(layers, c.calls)
+            known = Timed(c.name, max(gain, 1e-9))
+            timed.put(key, known)
+        gain = known.before
+        if gain < _TOGETHER:
+            continue
+        layers[0].hand_to(*layers[1:])
+        heads.append(layers[0])
+        c.row.reason += f"; hands over to {', '.join(r.name for r in run[1:])}: {gain:.2f}x"
+        for r in run[1:]:
+            r.row.reason += f"; computed with {c.name}"
+    if heads and compare_all(fast, inputs, reference).relative > report.tolerance:
+        for head in heads:
+            head.hand_to()
+        for c in candidates:
+            c.row.reason = rows[c.name]
+
+
+def _successor(c: Candidate, by_name: dict[str, Candidate]) -> Candidate | None:
+    """The layer that may take the panel of `c`."""
+    after = None if c.successor is None else by_name.get(c.successor)
+    fits = after is not None and c.fused == len(c.steps) and len(c.names) == len(after.names) == 1
+    both = (c.chosen, after.chosen) if after is not None and fits else ()
+    linear = [m.packed_weight() for m in both if isinstance(m, Linear)]
+    return after if len(linear) == 2 and chain_of(linear) is not None else None
+
+
+def _chain_key(layers: list[Linear], c: Candidate, timed: Choices) -> str:
+    """What the gain of a hand-over depends on; the number stands where seconds do."""
+    return timed.key(
+        chain=[[m.format, m.activation, m.in_features, m.out_features, m.bias is not None] for m in layers],
+        zeros=[round(50 * math.log(max(1, m.packed_weight().nnz))) for m in layers],
+        calls=sorted([[*s.shape], [*s.stride], str(s.dtype), n] for s, n in c.calls.items()),
+    )
+
+
+def share(
+    fast: nn.Module,
+    inputs: list[Example],
+    reference: list[Any],
+    candidates: list[Candidate],
+    report: Report,
+    timed: Choices,
+) -> None:
+    """Quantize an input once for all the layers that take it, where that is measurably faster."""
+    groups: dict[tuple[int, ...], list[Candidate]] = {}
+    for c in candidates:
+        m = c.chosen
+        alone = isinstance(m, Linear) and not m._handed and m._fed_by is None and len(c.names) == 1
+        if alone and c.inputs and m is not None and m.format == "bsr8":
+            groups.setdefault(tuple(c.inputs), []).append(c)
+    heads: list[Linear] = []
+    rows = {c.name: c.row.reason for c in candidates}
+    for group in groups.values():
+        first = group[0]
+        layers = [cast(Linear, c.chosen) for c in group]
+        alike = [_core.bsr8_shares(layers[0].packed, m.packed) for m in layers]
+        if len(group) < 2 or not all(alike):
+            continue
+        key = timed.key(shared=_chain_key(layers, first, timed))
+        known = timed.get(key)
+        if known is None:
+            known = Timed(first.name, max(timing.time_sharing(layers, first.calls), 1e-9))
+            timed.put(key, known)
+        if known.before < _TOGETHER:
+            continue
+        layers[0].share_with(*layers[1:])
+        heads.append(layers[0])
+        first.row.reason += f"; computes {', '.join(c.name for c in group[1:])} too: {known.before:.2f}x"
+        for c in group[1:]:
+            c.row.reason += f"; computed with {first.name}"
+    if heads and compare_all(fast, inputs, reference).relative > report.tolerance:
+        for head in heads:
+            head.share_with()
+        for c in candidates:
+            c.row.reason = rows[c.name]
