@@ -8,9 +8,10 @@ from _models import sparse_conv, sparse_linear
 from torch import nn
 from torch.library import opcheck
 
+from pared import ops
 from pared.nn import Conv2d, Linear
 from pared.ops._formats import FORMATS
-from pared.ops._library import aligned, conv2d_op, linear_op
+from pared.ops._library import aligned, conv2d_op, layer_norm_op, linear_op
 
 
 @pytest.fixture
@@ -178,6 +179,16 @@ def test_conv_opcheck(layout: torch.memory_format) -> None:
     ):
         args = (x, m.packed, m.bias, 8, (3, 3), (2, 1), (1, 1, 0, 2), (1, 2), "silu")
         assert set(opcheck(conv2d_op, args).values()) == {"SUCCESS"}
+
+
+def test_layer_norm_opcheck() -> None:
+    w, b = torch.randn(24), torch.randn(24)
+    for x in (torch.randn(2, 5, 24), torch.randn(24, 5).T, torch.randn(3, 48, dtype=torch.bfloat16)[:, ::2]):
+        for residual in (None, torch.randn(x.shape).to(x.dtype)):
+            args = (x, residual, w, b, 1e-5)
+            assert set(opcheck(layer_norm_op, args).values()) == {"SUCCESS"}
+            whole = None if residual is None else residual.contiguous()
+            assert torch.equal(layer_norm_op(*args), ops.layer_norm(x.contiguous(), w, b, 1e-5, whole))
 
 
 def conv_net() -> nn.Module:

@@ -25,6 +25,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   pared::register_chain(m);
   pared::register_csr(m);
   pared::register_attention(m);
+  pared::register_encoder(m);
   pared::register_bitmap(m);
   pared::register_int4(m);
   pared::register_int8(m);

@@ -11,6 +11,7 @@ void register_packed(py::module_& m);
 void register_chain(py::module_& m);
 void register_csr(py::module_& m);
 void register_attention(py::module_& m);
+void register_encoder(py::module_& m);
 void register_bitmap(py::module_& m);
 void register_int4(py::module_& m);
 void register_int8(py::module_& m);

@@ -7,6 +7,7 @@
 #include "bindings/array.h"
 #include "bindings/register.h"
 #include "core/check.h"
+#include "ref/layer_norm.h"
 #include "ref/linear.h"
 #include "ref/random_cases.h"
 #include "ref/selection.h"
@@ -26,6 +27,25 @@ const T* input(py::handle object, const char* name, DType dtype, std::initialize
 }  // namespace
 
 void register_reference(py::module_& m) {
+  m.def(
+      "layer_norm_reference",
+      [](py::handle x, py::handle residual, py::handle weight, py::handle bias, double eps) {
+        const Array ax = parse_array(x, "x");
+        require_shape(ax, {-1, -1});
+        const int64_t rows = ax.shape[0], cols = ax.shape[1];
+        LayerNormReference a{};
+        a.x = input<double>(x, "x", DType::f64, {-1, -1});
+        if (!residual.is_none()) a.residual = input<double>(residual, "residual", DType::f64, {rows, cols});
+        if (!weight.is_none()) a.weight = input<double>(weight, "weight", DType::f64, {cols});
+        if (!bias.is_none()) a.bias = input<double>(bias, "bias", DType::f64, {cols});
+        a.eps = eps, a.rows = rows, a.cols = cols;
+        py::array_t<double> y({rows, cols});
+        a.y = y.mutable_data();
+        layer_norm_reference(a);
+        return y;
+      },
+      py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"), py::arg("eps"));
+
   m.def(
       "linear_reference",
       [](py::handle x, py::handle row_ptr, py::handle columns, py::handle values, py::handle bias) {

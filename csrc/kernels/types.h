@@ -333,6 +333,29 @@ struct softmax_columns {
   static constexpr const char* doc = "softmax over the rows of a panel";
 };
 
+// y[r] = (s - mean) / sqrt(variance + eps) * weight + bias, with s = x[r] + residual[r] in float32, and the
+// mean and the (biased) variance those of s over the row, in two passes. A NaN or an infinity makes its row
+// NaN.
+struct LayerNormArgs {
+  const void* x;
+  int64_t x_stride;      // elements between rows
+  const void* residual;  // [rows][cols], or null
+  int64_t residual_stride;
+  DType dtype;  // of x, residual, sum and y: f32, f16 or bf16
+  int64_t rows, cols;
+  const float *weight, *bias;  // [cols], or null for 1 and 0
+  float eps;
+  float* row;  // scratch: cols rounded up to 64, 64-byte aligned
+  void* sum;   // where s goes, or null
+  int64_t sum_stride;
+  void* y;
+  int64_t y_stride;
+};
+struct layer_norm {
+  using Fn = void(const LayerNormArgs&);
+  static constexpr const char* doc = "residual add and layer normalisation of rows";
+};
+
 // What benchmarks measure the kernels against. `floats` is a multiple of 128 and data[0 ... floats) ones; the
 // loop goes over them `repeats` times. *done: steps of eight vectors that were carried out.
 enum class MachineProbe : uint8_t { fma, load, store, panel, dot8 };

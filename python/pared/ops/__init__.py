@@ -10,6 +10,7 @@ from pared.ops.csr import CSR
 from pared.ops.int4 import Int4
 from pared.ops.int8 import Bitmap8, Int8, Int8WeightOnly, gemm_s8
 from pared.ops.linear import linear
+from pared.ops.normalization import layer_norm
 from pared.ops.packed import PackedWeight
 from pared.ops.selection import Threshold, block_mask, nm_mask, select_threshold, topk, topk_mask
 
@@ -30,6 +31,7 @@ __all__ = [
     "block_mask",
     "conv2d",
     "gemm_s8",
+    "layer_norm",
     "linear",
     "linear_chain",
     "nm_mask",

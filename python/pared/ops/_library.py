@@ -29,6 +29,7 @@ __all__ = [
     "foldable",
     "grad_error",
     "images",
+    "layer_norm_op",
     "linear_device_op",
     "linear_op",
 ]
@@ -239,4 +240,27 @@ attention_op = _define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal) -> Tensor",
     _attention,
     _attention_fake,
+)
+
+
+def _layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    out = x.new_empty(x.shape)
+    added = None if residual is None else foldable(residual)
+    _core.layer_norm(foldable(x), added, weight, bias, out, eps)
+    return out
+
+
+def _layer_norm_fake(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+# Of x + residual, over the last axis, as `pared.ops.layer_norm`.
+layer_norm_op = _define(
+    "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    _layer_norm,
+    _layer_norm_fake,
 )
