@@ -17,10 +17,10 @@ import torch
 from torch.nn import functional
 
 import pared
-from bench._peers import ENGINES, installed, quiet, torch_engine
 from bench.bench_conv import DENSE, Layer, resnet50
 from bench.bench_gemm_int8 import close
 from bench.roofline import conv_int8_limit, measure
+from pared._peers import ENGINES, installed, quiet, torch_engine
 
 THREADS = pytest.mark.parametrize("threads", [1, 2], indirect=True, ids="{}t".format)
 STEP = 0.035  # of images: normal numbers up to 4.4
@@ -151,7 +151,7 @@ def test_int8(
     for engine in ENGINES:
         whole, bare = torch_quantized(engine, x_last, w, bias, layer, step)
         calls[f"torch int8, {engine}"], calls[f"torch int8, {engine} (bare)"] = whole, bare
-    if installed("onnx") and installed("onnxruntime"):
+    if installed("onnx", "onnxruntime"):
         calls["ONNX Runtime int8"] = onnx_conv(x, w, bias, layer, step, threads)
     for name, call in calls.items():
         if "bare" not in name and "fbgemm" not in name and "x86" not in name:  # those may saturate

@@ -16,10 +16,10 @@ import torch
 from torch.nn import functional
 
 import pared
-from bench import _peers
-from bench._peers import ENGINES
 from bench.bench_linear import SHAPES, THREADS
 from bench.roofline import int8_limit, measure
+from pared import _peers
+from pared._peers import ENGINES
 from pared._timing import rotate
 
 TOKENS = [16, 128, 384]
@@ -49,15 +49,10 @@ def test_int8_dynamic(versus: Any, out: int, inputs: int, tokens: int, threads: 
     }
     expected = calls["nn.Linear"]()
     close(calls["pared"](), expected, 0.03)
-    for engine in ENGINES:
-        module = torch_dynamic(engine, w, bias)
-        close(module(x), expected, 0.06)
-        calls[f"torch int8 dynamic, {engine}"] = lambda module=module: module(x)
-    qx, qw = (torch.randint(-127, 128, t.shape, dtype=torch.int8) for t in (x, w.T.contiguous()))
-    calls["torch._int_mm (bare)"] = lambda: torch._int_mm(qx, qw)
-    for name, call in _peers.one_layer(w, bias, x, threads).items():
-        close(torch.as_tensor(call()), expected, 0.06)
-        calls[name] = call
+    for name, peer in _peers.one_layer(w, bias, x, threads).items():
+        calls[name] = peer.make()
+        close(torch.as_tensor(calls[name]()), expected, 0.06)
+    calls[_peers.BARE] = _peers.int_mm(w, x).make()
     versus(
         calls,
         suite="linear Int8, dynamic",

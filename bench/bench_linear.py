@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional
 
 import pared
-from bench._peers import one_layer
 from bench.roofline import linear_limit, measure
+from pared._peers import one_layer, sparse_csr
 from pared._timing import rotate
 
 # [out, in] of the Linear layers of BERT-base (768 wide) and MiniLM (384 wide).
@@ -57,9 +57,7 @@ def candidates(
         "pared": lambda: pared.ops.linear(x, packed, bias),
     }
     if sparse:
-        csr = w.to_sparse_csr()
-        xt = x.T.contiguous()
-        calls["torch.sparse CSR"] = lambda: csr @ xt
+        calls["torch.sparse CSR"] = sparse_csr(w, x).make()
     expected = calls["nn.Linear"]()
     for name in ("oneDNN prepacked", "pared"):
         torch.testing.assert_close(calls[name](), expected, rtol=1e-4, atol=1e-4)
@@ -82,7 +80,7 @@ def run(
     x, bias = torch.randn(tokens, inputs), torch.randn(out)
     calls = candidates(x, w, bias, packed, full)
     if full:
-        calls.update(one_layer(w, bias, x, threads, int8=False))
+        calls |= {name: peer.make() for name, peer in one_layer(w, bias, x, threads, int8=False).items()}
     versus(
         calls,
         suite=f"linear {kind} float32, {'>= 128' if tokens >= 128 else '16'} tokens",

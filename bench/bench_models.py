@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import pared
-from bench._peers import Inputs, whole_models
+from pared._peers import Inputs, whole_models
 
 THREADS = pytest.mark.parametrize("threads", [1, 2], indirect=True, ids="{}t".format)
 SUITE = "whole models, 1x4 blocks and int8"

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import pared
-from bench._peers import whole_models
+from pared._peers import whole_models
 
 THREADS = pytest.mark.parametrize("threads", [1, 2], indirect=True, ids="{}t".format)
 

@@ -12,6 +12,7 @@ from rich.console import Console
 import pared
 from bench._interleave import CLOCK, Row, compare
 from bench.table import render
+from pared import _peers
 from pared._timing import Timings, last_level_cache
 
 _ROWS = pytest.StashKey[list[Row]]()
@@ -77,4 +78,6 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.hookimpl(trylast=True)  # below pytest-benchmark's own tables
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.stash[_ROWS] and (absent := _peers.missing()):
+        terminalreporter.write_line(f"Left out, because they are not installed: {', '.join(absent)}")
     render(config.stash[_ROWS], Console())

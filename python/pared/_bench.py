@@ -1,14 +1,14 @@
-"""``pared bench``: pared's kernels against torch's own on this machine, in one run.
+"""``pared bench``: pared's kernels against torch's own, and with ``--peers`` against every engine at hand.
 
-A short look for users; ``make bench`` measures everything, with more baselines and the project's goals.
+A short look for users; ``make bench`` measures everything, with the project's goals.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from pared import ops
+from pared import _peers, ops
 from pared._timing import Call, Ratio, interleave, rotate
 
 
@@ -43,6 +43,11 @@ class Shape(NamedTuple):
     @property
     def flops(self) -> float:
         return 2.0 * self.out * self.inp * self.tokens
+
+    @property
+    def few(self) -> bool:
+        """Whether reading the weight is the cost, so that it matters where it is read from."""
+        return self.tokens <= 16
 
 
 class Image(NamedTuple):
@@ -80,6 +85,8 @@ class Keys(NamedTuple):
 Case = Shape | Image | Keys
 Made = tuple[dict[str, Call], list[int]]  # the baseline, then one call a sparsity by its index; non-zeros
 
+Pack = Callable[[Tensor], ops.PackedWeight]
+
 # The Linear layers of BERT-base and of MiniLM-L6, at one long text or a small batch.
 SHAPES = (
     Shape(768, 768, 384),
@@ -97,16 +104,32 @@ class Suite:
 
     Attributes
     ----------
-    make : ``(case, sparsities) -> Made``.
+    make : ``(case, sparsities, cold) -> Made``; cold: weights come from memory.
+    peers : ``(case, sparsities, cold, threads)`` to the other engines' calls by name; ``"name@1"`` is for the
+        second sparsity alone. None: another suite has them.
     case : what a case is called at the head of its column.
     """
 
     title: str
     baseline: str
-    make: Callable[[Any, Sequence[float]], Made]
+    make: Callable[[Any, Sequence[float], bool], Made]
+    peers: Callable[[Any, Sequence[float], bool, int], dict[str, Call]] | None
     cases: tuple[Case, ...]
     sparsities: tuple[float, ...] = SPARSITIES
     case: str = "out x in, tokens"
+
+    def states(self, case: Case, peers: bool) -> tuple[bool, ...]:
+        """Whether the weights of a case come from memory: no, and where reading them is the cost, yes; beside
+        other engines both."""
+        few = isinstance(case, Shape) and case.few
+        return (False, True) if few and peers else (few,)
+
+
+class Peer(NamedTuple):
+    """Another engine in the rounds of a row."""
+
+    seconds: float
+    ratio: Ratio  # pared over it
 
 
 @dataclass(frozen=True)
@@ -120,6 +143,8 @@ class Row:
     sparse_s: float
     ratio: Ratio
     nonzeros: int
+    cold: bool
+    peers: dict[str, Peer] | None = None
 
     @property
     def dense_gflops(self) -> float:
@@ -164,66 +189,75 @@ def _layer(case: Shape) -> tuple[Tensor, Tensor, Tensor]:
     return _normal(case.tokens, case.inp), _normal(case.out, case.inp, seed=2), _normal(case.out, seed=3)
 
 
-def _linear(pack: Callable[[Tensor], ops.PackedWeight], rows: int = 1) -> Callable[[Any, Any], Made]:
-    """Linear layers with weights in one format, warm."""
-
-    def make(case: Shape, sparsities: Sequence[float]) -> Made:
-        x, dense, bias = _layer(case)
-        packed = [pack(_pruned(dense, s, rows)) for s in sparsities]
-
-        def call(w: ops.PackedWeight) -> Call:
-            return lambda: ops.linear(x, w, bias)
-
-        calls: dict[str, Call] = {"dense": lambda: functional.linear(x, dense, bias)}
-        return calls | {str(i): call(w) for i, w in enumerate(packed)}, [w.nnz for w in packed]
-
-    return make
+def _blocks_pruned(w: Tensor, sparsity: float, block: tuple[int, int]) -> Tensor:
+    """The same in blocks of outputs by inputs."""
+    rows, columns = block
+    small = torch.ones(-(-w.shape[0] // rows), -(-w.shape[1] // columns))
+    mask = _pruned(small, sparsity).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    return w * mask[: w.shape[0], : w.shape[1]]
 
 
-def _cold(pack: Callable[[Tensor], ops.PackedWeight]) -> Callable[[Any, Any], Made]:
-    """Linear layers whose weights come from memory."""
+def _copies(make: Callable[[], Call], nbytes: int, cold: bool) -> Call:
+    return rotate(lambda _: make(), nbytes) if cold else make()
 
-    def make(case: Shape, sparsities: Sequence[float]) -> Made:
+
+def _linear(pack: Pack, block: tuple[int, int] = (1, 1), int8: bool = False) -> dict[str, Any]:
+    """Linear layers with weights in one format: what `Suite` needs to make them and their peers."""
+
+    def make(case: Shape, sparsities: Sequence[float], cold: bool) -> Made:
         x, dense, bias = _layer(case)
 
-        def plain(_: int) -> Call:
+        def plain() -> Call:
             mine = dense.clone()
             return lambda: functional.linear(x, mine, bias)
 
-        def sparse(packed: ops.PackedWeight) -> Callable[[int], Call]:
-            def make(_: int) -> Call:
+        def sparse(packed: ops.PackedWeight) -> Call:
+            def one() -> Call:
                 mine = deepcopy(packed)
                 return lambda: ops.linear(x, mine, bias)
 
-            return make
+            return _copies(one, packed.nbytes, cold)
 
-        packed = [pack(_pruned(dense, s)) for s in sparsities]
-        calls = {"dense": rotate(plain, dense.nbytes)}
-        calls |= {str(i): rotate(sparse(w), w.nbytes) for i, w in enumerate(packed)}
-        return calls, [w.nnz for w in packed]
+        packed = [pack(_blocks_pruned(dense, s, block)) for s in sparsities]
+        calls = {"dense": _copies(plain, dense.nbytes, cold)}
+        return calls | {str(i): sparse(w) for i, w in enumerate(packed)}, [w.nnz for w in packed]
 
-    return make
+    def peers(case: Shape, sparsities: Sequence[float], cold: bool, threads: int) -> dict[str, Call]:
+        x, dense, bias = _layer(case)
+        found = _peers.one_layer(dense, bias, x, threads, int8)
+        if int8:
+            found[_peers.BARE] = _peers.int_mm(dense, x)
+        calls = {name: _copies(peer.make, peer.nbytes, cold) for name, peer in found.items()}
+        if not int8:
+            for i, s in enumerate(sparsities):
+                w = _peers.sparse_csr(_blocks_pruned(dense, s, block), x)
+                calls[f"torch.sparse CSR@{i}"] = _copies(w.make, w.nbytes, cold)
+        return calls
+
+    return {"make": make, "peers": peers}
 
 
-def _quantized(case: Shape, sparsities: Sequence[float]) -> Made:
+def _int8_torch(case: Shape, sparsities: Sequence[float], cold: bool) -> Made:
     """Int8 weights with dynamic activations against torch's dynamically quantized Linear."""
     x, dense, bias = _layer(case)
-    layer = torch.nn.Linear(case.inp, case.out)
-    layer.load_state_dict({"weight": dense, "bias": bias})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.ao says that it will move
-        theirs = torch.ao.quantization.quantize_dynamic(  # type: ignore[no-untyped-call]
-            torch.nn.Sequential(layer), {torch.nn.Linear}
-        )
+    theirs = _peers.torch_dynamic(torch.backends.quantized.engine, _peers.layer_of(dense, bias))
     w = ops.Int8.from_dense(dense)
     return {"dense": lambda: theirs(x), "0": lambda: ops.linear(x, w, bias)}, [dense.numel()]
 
 
-def _conv(case: Image, sparsities: Sequence[float]) -> Made:
-    """Convolutions; torch in its faster memory layout."""
+def _convolution(case: Image) -> tuple[Tensor, Tensor, Tensor]:
+    """Image, weight and bias."""
     x = _normal(1, case.channels, case.size, case.size)
-    dense = _normal(case.filters, case.channels, case.kernel, case.kernel, seed=2)
-    bias = _normal(case.filters, seed=3)
+    return (
+        x,
+        _normal(case.filters, case.channels, case.kernel, case.kernel, seed=2),
+        _normal(case.filters, seed=3),
+    )
+
+
+def _conv(case: Image, sparsities: Sequence[float], cold: bool) -> Made:
+    """Convolutions; torch in its faster memory layout."""
+    x, dense, bias = _convolution(case)
     stride, pad = case.stride, case.kernel // 2
     last = [t.contiguous(memory_format=torch.channels_last) for t in (x, dense)]
     layouts = [
@@ -240,11 +274,23 @@ def _conv(case: Image, sparsities: Sequence[float]) -> Made:
     return calls | {str(i): call(w) for i, w in enumerate(packed)}, [w.nnz for w in packed]
 
 
-def _selection(case: Keys, sparsities: Sequence[float]) -> Made:
-    """The threshold that leaves that share out, against ``torch.kthvalue`` of the magnitudes."""
-    (sparsity,) = sparsities
+def _conv_peers(case: Image, sparsities: Sequence[float], cold: bool, threads: int) -> dict[str, Call]:
+    x, dense, bias = _convolution(case)
+    plain = torch.nn.Conv2d(case.channels, case.filters, case.kernel, case.stride, case.kernel // 2)
+    plain.load_state_dict({"weight": dense, "bias": bias})
+    model = torch.nn.Sequential(plain).eval().requires_grad_(False)
+    return _peers.whole_models(model, [x], threads, int8=False)
+
+
+def _keys(case: Keys, sparsity: float) -> tuple[Tensor, Tensor, int]:
+    """Weights, their magnitudes, and how many are to be selected."""
     w = _normal(case.keys)
-    magnitudes, k = w.abs(), round(case.keys * (1 - sparsity))
+    return w, w.abs(), round(case.keys * (1 - sparsity))
+
+
+def _selection(case: Keys, sparsities: Sequence[float], cold: bool) -> Made:
+    """The threshold that leaves that share out, against ``torch.kthvalue`` of the magnitudes."""
+    w, magnitudes, k = _keys(case, *sparsities)
     calls: dict[str, Call] = {
         "dense": lambda: magnitudes.kthvalue(case.keys - k + 1).values,
         "0": lambda: ops.select_threshold(w, k),
@@ -252,65 +298,135 @@ def _selection(case: Keys, sparsities: Sequence[float]) -> Made:
     return calls, [k]
 
 
-_COLD_SHAPES = (Shape(4096, 4096, 1), Shape(4096, 4096, 8))
+def _selection_peers(case: Keys, sparsities: Sequence[float], cold: bool, threads: int) -> dict[str, Call]:
+    _, magnitudes, k = _keys(case, *sparsities)
+    array = magnitudes.numpy()
+    return {
+        "torch.topk": lambda: magnitudes.topk(k, sorted=False),
+        "numpy.partition": lambda: np.partition(array, case.keys - k),
+    }
+
+
+_FEW = (Shape(4096, 4096, 1), Shape(4096, 4096, 8))
 _IMAGES = (  # of ResNet-50
     Image(64, 64, 3, 1, 56),
     Image(256, 256, 3, 1, 14),
     Image(256, 64, 1, 1, 56),
     Image(512, 256, 1, 2, 56),
 )
+_FLOAT32, _INT8 = "torch dense", "torch dense float32"
 SUITES: dict[str, Suite] = {
-    "csr": Suite("CSR Linear, float32", "torch dense", _linear(ops.CSR.from_dense), SHAPES),
+    "csr": Suite("CSR Linear, float32", _FLOAT32, **_linear(ops.CSR.from_dense), cases=SHAPES),
     "blocks": Suite(
         "Blocks of 4x1, float32 Linear",
-        "torch dense",
-        _linear(lambda w: ops.BSR.from_dense(w, block=(4, 1)), rows=4),
-        SHAPES,
+        _FLOAT32,
+        **_linear(partial(ops.BSR.from_dense, block=(4, 1)), (4, 1)),
+        cases=SHAPES,
     ),
     "dense": Suite(
-        "Dense Linear, float32, packed once", "torch dense", _linear(ops.Dense.from_dense), SHAPES, (0.0,)
+        "Dense Linear, float32, packed once",
+        _FLOAT32,
+        **_linear(ops.Dense.from_dense),
+        cases=SHAPES,
+        sparsities=(0.0,),
     ),
     "bitmap": Suite(
-        "Few tokens, weights from memory: bitmap, float32",
-        "torch dense",
-        _cold(ops.Bitmap.from_dense),
-        _COLD_SHAPES,
-        (0.5, 0.8, 0.9),
+        "Few tokens: bitmap, float32",
+        _FLOAT32,
+        **_linear(ops.Bitmap.from_dense),
+        cases=_FEW,
+        sparsities=(0.5, 0.8, 0.9),
     ),
     "int8": Suite(
         "Int8 Linear, activations quantized on the way",
-        "torch dense float32",
-        _linear(ops.Int8.from_dense),
-        SHAPES,
-        (0.0,),
+        _INT8,
+        **_linear(ops.Int8.from_dense, int8=True),
+        cases=(*SHAPES, *_FEW),
+        sparsities=(0.0,),
+    ),
+    "blocks-int8": Suite(
+        "Blocks of 4x4, int8 Linear",
+        _INT8,
+        **_linear(partial(ops.BSRInt8.from_dense, block=(4, 4)), (4, 4), int8=True),
+        cases=SHAPES,
+        sparsities=(0.5, 0.8, 0.9),
+    ),
+    "bitmap-int8": Suite(
+        "Few tokens: bitmap, int8",
+        _INT8,
+        **_linear(ops.Bitmap8.from_dense, int8=True),
+        cases=_FEW,
+        sparsities=(0.5, 0.8, 0.9),
+    ),
+    "int4": Suite(
+        "Few tokens: int4, a scale for 64 inputs",
+        _INT8,
+        **_linear(partial(ops.Int4.from_dense, group=64), int8=True),
+        cases=_FEW,
+        sparsities=(0.0,),
     ),
     "int8-torch": Suite(
-        "Int8 Linear against torch's int8", "torch dynamically quantized", _quantized, SHAPES, (0.0,)
+        "Int8 Linear against torch's int8",
+        "torch dynamically quantized",
+        _int8_torch,
+        None,
+        SHAPES,
+        (0.0,),
     ),
     "conv": Suite(
         "CSR Conv2d, float32",
         "torch's faster layout",
         _conv,
+        _conv_peers,
         _IMAGES,
         (0.8, 0.9),
         "channels-filters, kernel, image",
     ),
     "select": Suite(
-        "Threshold selection, float32", "torch.kthvalue", _selection, (Keys(20_000_000),), (0.9,), "keys"
+        "Threshold selection, float32",
+        "torch.kthvalue",
+        _selection,
+        _selection_peers,
+        (Keys(20_000_000),),
+        (0.9,),
+        "keys",
     ),
 }
 
 
 def measure(
-    suite: str, case: Case, sparsities: Sequence[float], seconds: float, min_rounds: int = 15
+    suite: str,
+    case: Case,
+    sparsities: Sequence[float],
+    seconds: float,
+    min_rounds: int = 15,
+    cold: bool = False,
+    peers: bool = False,
 ) -> list[Row]:
-    """Time one case: the baseline and every sparsity take turns; `seconds` are for all of them together."""
+    """Time one case: the baseline, every sparsity and, if asked for, every other engine take turns; `seconds`
+    are for all of them together."""
+    s = SUITES[suite]
     with torch.inference_mode():
-        calls, nonzeros = SUITES[suite].make(case, sparsities)
-        t = interleave(calls, budget=seconds, min_rounds=min_rounds)
+        calls, nonzeros = s.make(case, sparsities, cold)
+        others: dict[str, Call] = {}
+        if peers and s.peers is not None:
+            others = s.peers(case, sparsities, cold, torch.get_num_threads())
+        t = interleave(calls | others, budget=seconds, min_rounds=min_rounds)
+
+    def beside(i: str) -> dict[str, Peer] | None:
+        found = {
+            name.partition("@")[0]: Peer(t.median(name), t.speedup(i, name))
+            for name in others
+            if name.partition("@")[2] in ("", i)
+        }
+        return found if peers else None
+
     return [
-        Row(suite, case, s, t.median("dense"), t.median(str(i)), t.speedup(str(i), "dense"), n)
-        for i, (s, n) in enumerate(zip(sparsities, nonzeros, strict=True))
+        Row(
+            *(suite, case, zeros, t.median("dense"), t.median(str(i)), t.speedup(str(i), "dense"), n, cold),
+            beside(str(i)),
+        )
+        for i, (zeros, n) in enumerate(zip(sparsities, nonzeros, strict=True))
     ]
 
 
@@ -340,21 +456,61 @@ def table(rows: Sequence[Row]) -> Table:
         t.add_column("pared GFLOP/s\non non-zeros", justify="right")
     t.add_column("ratio", justify="right")
     t.add_column("95 %\ninterval", justify="right")
-    previous = None
-    for r in rows:
-        first = r.case != previous
-        if first and previous is not None:
-            t.add_section()
-        previous = r.case
-        color = "green" if r.ratio.low > 1 else "red" if r.ratio.high < 1 else "yellow"
+    for r, case in _grouped(t, rows):
         t.add_row(
-            str(r.case) if first else "",
+            case,
             f"{100 * r.sparsity:g} %",
             f"{r.dense_s * 1e3:.3f}",
             *([f"{r.dense_gflops:.0f}"] if rates else []),
             f"{r.sparse_s * 1e3:.3f}",
             *([f"{r.sparse_gflops:.0f}"] if rates else []),
-            f"[bold {color}]{r.ratio.value:.2f}x[/]",
+            _colored(r.ratio),
             f"{r.ratio.low:.2f}-{r.ratio.high:.2f}",
         )
     return t
+
+
+def peers_table(rows: Sequence[Row], threads: int) -> Table:
+    """The rows of one suite beside the other engines, each in times the baseline's speed."""
+    suite = SUITES[rows[0].suite]
+    engines = list(dict.fromkeys(name for r in rows for name in r.peers or ()))
+    count = f"{threads} thread{'s' if threads > 1 else ''}"
+    t = Table(title=f"{suite.title}: times {suite.baseline}, {count}", box=box.SIMPLE_HEAVY, padding=(0, 1))
+    t.add_column(suite.case, min_width=20)
+    t.add_column("zeros", justify="right")
+    t.add_column(f"{suite.baseline}\nms", justify="right", max_width=12)
+    for name in engines:
+        t.add_column(name.replace(" ", "\n"), justify="right")
+    t.add_column("pared", justify="right")
+    t.add_column("over the\nbest other", justify="right")
+    t.add_column("95 %\ninterval", justify="right")
+    for r, case in _grouped(t, rows):
+        peers = r.peers or {}
+        rivals = [p for name, p in peers.items() if name != _peers.BARE]
+        best = min([Peer(r.dense_s, r.ratio), *rivals], key=lambda p: p.seconds).ratio
+        t.add_row(
+            case,
+            f"{100 * r.sparsity:g} %",
+            f"{r.dense_s * 1e3:.3f}",
+            *(f"{r.dense_s / peers[name].seconds:.2f}" if name in peers else "" for name in engines),
+            f"{r.dense_s / r.sparse_s:.2f}",
+            _colored(best),
+            f"{best.low:.2f}-{best.high:.2f}",
+        )
+    return t
+
+
+def _grouped(table: Table, rows: Sequence[Row]) -> Iterator[tuple[Row, str]]:
+    """Each row, and its case where it is the first of it; a line between cases."""
+    previous = None
+    for r in rows:
+        case = f"{r.case}{', from memory' if r.cold else ''}"
+        if previous is not None and case != previous:
+            table.add_section()
+        yield r, "" if case == previous else case
+        previous = case
+
+
+def _colored(ratio: Ratio) -> str:
+    color = "green" if ratio.low > 1 else "red" if ratio.high < 1 else "yellow"
+    return f"[bold {color}]{ratio.value:.2f}x[/]"

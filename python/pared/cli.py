@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import shutil
 import sys
@@ -35,7 +36,7 @@ app = typer.Typer(
 
 def _console() -> Console:
     # A pipe has no width, and a table folded to 80 columns is no use in a log.
-    return Console() if sys.stdout.isatty() else Console(width=max(120, shutil.get_terminal_size().columns))
+    return Console() if sys.stdout.isatty() else Console(width=max(180, shutil.get_terminal_size().columns))
 
 
 def _version(value: bool) -> None:
@@ -180,7 +181,8 @@ def bench(
         list[str] | None,
         typer.Option(
             "--suite",
-            help="csr (if not given), blocks, dense, bitmap, int8, int8-torch, conv, select, or all.",
+            help="csr (if not given), blocks, dense, bitmap, int8, blocks-int8, bitmap-int8, int4, "
+            "int8-torch, conv, select, or all.",
         ),
     ] = None,
     shape: Annotated[
@@ -191,6 +193,13 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="All suites, fewer cases, shorter: under two minutes.")
     ] = False,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers",
+            help="Beside every other engine that is installed, with one thread and with all.",
+        ),
+    ] = False,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Torch's own default if not given.")
     ] = None,
@@ -199,11 +208,15 @@ def bench(
     ] = None,
     json_file: _Json = None,
 ) -> None:
-    """Time pared's kernels against torch's own, in turns."""
+    """Time pared's kernels against torch's own, in turns.
+
+    Linear layers with up to 16 tokens find their weights in memory, not in a cache: with --peers both are
+    shown.
+    """
     _require("torch")
     import torch
 
-    from pared import _bench
+    from pared import _bench, _peers
     from pared._demo.measure import bar
 
     chosen = list(dict.fromkeys(suite or (["all"] if quick else ["csr"])))
@@ -220,27 +233,41 @@ def bench(
             raise ValueError(f"expected suites of Linear layers, got {', '.join(odd)}")
     with _argument("--sparsity"):
         sparsities = None if sparsity is None else _bench.parse_sparsities(sparsity)
+    if peers:
+        chosen = [s for s in chosen if _bench.SUITES[s].peers is not None]
     if threads is not None:
         torch.set_num_threads(threads)
     console = _console()
+    counts = sorted({1, torch.get_num_threads()}) if peers and threads is None else [torch.get_num_threads()]
     work = []
     for name in chosen:
         s = _bench.SUITES[name]
         zeros = sparsities if sparsities is not None and len(s.sparsities) > 1 else list(s.sparsities)
         cases = shapes or s.cases
-        work += [(name, c, zeros[:: 2 if quick else 1]) for c in (cases[:2] if quick else cases)]
-    rows: list[_bench.Row] = []
+        work += [
+            (n, name, c, zeros[:: 2 if quick else 1], cold)
+            for c in (cases[:2] if quick else cases)
+            for cold in s.states(c, peers)
+            for n in counts
+        ]
+    found: list[tuple[int, _bench.Row]] = []
     limit = seconds if seconds is not None else 1.0 if quick else 3.0
+    rounds = (3 if quick else 7) if peers else 5 if quick else 15
     with bar(console, "timing", len(work), live=False) as advance:
-        for name, case, zeros in work:
-            rows += _bench.measure(name, case, zeros, limit, min_rounds=5 if quick else 15)
+        for n, name, case, zeros, cold in work:
+            torch.set_num_threads(n)
+            found += [(n, r) for r in _bench.measure(name, case, zeros, limit, rounds, cold, peers)]
             advance()
     if json_file is not None:
-        _write_json(json_file, {"machine": machine(), "results": [_bench.to_json(r) for r in rows]})
-    for name in chosen:
-        console.print(_bench.table([r for r in rows if r.suite == name]))
+        results = [_bench.to_json(r) | {"threads": n} for n, r in found]
+        _write_json(json_file, {"machine": machine(), "results": results})
+    for name, n in itertools.product(chosen, counts):
+        rows = [r for m, r in found if (m, r.suite) == (n, name)]
+        console.print(_bench.peers_table(rows, n) if peers else _bench.table(rows))
     console.print(_machine_line(), highlight=False)
     console.print("Medians; the baseline and every sparsity of a case take turns, round by round.")
+    if peers and (absent := _peers.missing()):
+        console.print(f"Left out, because they are not installed: {', '.join(absent)}.", highlight=False)
 
 
 def _require(*packages: str) -> None:

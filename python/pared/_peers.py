@@ -1,7 +1,7 @@
-"""The other engines that the suites compare with: whole models, or a layer as a model of its own.
+"""The other engines that pared is compared with: whole models, or a layer as a model of its own.
 
-Each gives a callable without arguments, or None, with one line that says why, where its package is not there.
-Nothing here is needed to run a suite.
+Used by ``pared bench --peers`` and by the benchmarks of the repository. Nothing here is needed to run pared:
+an engine whose package is not there is left out, and `missing` names the package.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,20 @@ import torch
 from torch import nn
 
 ENGINES = [e for e in ("onednn", "x86", "fbgemm") if e in torch.backends.quantized.supported_engines]
+PACKAGES = ("onnx", "onnxruntime", "openvino", "torchao")
+BARE = "torch._int_mm (bare)"  # the product alone: beside the others, not one of them
 Call = Callable[[], Any]
 Inputs = Sequence[torch.Tensor]
-_said: set[str] = set()
 
 
-def installed(package: str) -> bool:
-    """Whether a peer's package is there; says once that it is not."""
-    if importlib.util.find_spec(package) is not None:
-        return True
-    if package not in _said:
-        _said.add(package)
-        print(f"\n{package} is not installed: its columns are left out")
-    return False
+def installed(*packages: str) -> bool:
+    """Whether a peer's packages are there."""
+    return all(importlib.util.find_spec(package) is not None for package in packages)
+
+
+def missing() -> list[str]:
+    """The packages whose engines are left out."""
+    return [package for package in PACKAGES if not installed(package)]
 
 
 @contextmanager
@@ -64,16 +67,14 @@ def torch_engine(name: str) -> Iterator[None]:
 def torch_dynamic(engine: str, model: nn.Module) -> nn.Module:
     """A copy with torch's dynamically quantized Linear layers, as its own converter makes them."""
     with torch_engine(engine), quiet():
-        converted = torch.ao.quantization.quantize_dynamic(
+        converted: nn.Module = torch.ao.quantization.quantize_dynamic(  # type: ignore[no-untyped-call]
             copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8
         )
-    return converted  # type: ignore[no-any-return]
+    return converted
 
 
-def torchao_int8(model: nn.Module, inputs: Inputs) -> Call | None:
+def torchao_int8(model: nn.Module, inputs: Inputs) -> Call:
     """torchao's int8 weights and activations, eager, in every Linear layer."""
-    if not installed("torchao"):
-        return None
     with quiet(), torch.inference_mode(False), torch.no_grad():
         quantization = importlib.import_module("torchao.quantization")
         converted = copy.deepcopy(model)
@@ -87,15 +88,18 @@ def torchao_int8(model: nn.Module, inputs: Inputs) -> Call | None:
     return call
 
 
-def onnx_bytes(model: nn.Module, inputs: Inputs) -> bytes | None:
-    """The model as ONNX; None without the package."""
-    if not installed("onnx"):
-        return None
+def onnx_bytes(model: nn.Module, inputs: Inputs) -> bytes:
+    """The model as ONNX."""
     file = io.BytesIO()
     names = [f"x{i}" for i in range(len(inputs))]
     with quiet(), torch.inference_mode(False), torch.no_grad():
         torch.onnx.export(
-            model, tuple(t.clone() for t in inputs), file, input_names=names, opset_version=17, dynamo=False
+            model,
+            tuple(t.clone() for t in inputs),
+            file,  # type: ignore[arg-type]  # this exporter takes files, its annotation is the other one's
+            input_names=names,
+            opset_version=17,
+            dynamo=False,
         )
     return file.getvalue()
 
@@ -113,10 +117,8 @@ def _to_int8(model: bytes) -> bytes:
         return small.read_bytes()
 
 
-def onnx_runtime(model: bytes | None, inputs: Inputs, threads: int, int8: bool = False) -> Call | None:
+def onnx_runtime(model: bytes, inputs: Inputs, threads: int) -> Call:
     """ONNX Runtime on the CPU."""
-    if model is None or not installed("onnxruntime"):
-        return None
     onnxruntime = importlib.import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -124,17 +126,13 @@ def onnx_runtime(model: bytes | None, inputs: Inputs, threads: int, int8: bool =
     # that torch and pared run on (16 tokens, two threads: the second one gained next to nothing).
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        _to_int8(model) if int8 else model, options, ["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
     feed = {f"x{i}": t.numpy() for i, t in enumerate(inputs)}
     return lambda: session.run(None, feed)[0]
 
 
-def openvino(model: nn.Module, inputs: Inputs, threads: int) -> Call | None:
+def openvino(model: nn.Module, inputs: Inputs, threads: int) -> Call:
     """OpenVINO on the CPU, float32."""
-    if not installed("openvino"):
-        return None
     ov = importlib.import_module("openvino")
     with quiet(), torch.inference_mode(False), torch.no_grad():
         converted = ov.convert_model(model, example_input=tuple(t.clone() for t in inputs))
@@ -149,20 +147,50 @@ def openvino(model: nn.Module, inputs: Inputs, threads: int) -> Call | None:
     return call
 
 
-def whole_models(model: nn.Module, inputs: Inputs, threads: int, int8: bool = True) -> dict[str, Call]:
-    """Every peer that is there, by name, for a model of Linear layers; without `int8` the float32 ones."""
-    onnx = onnx_bytes(model, inputs)
-    found: dict[str, Call | None] = {
-        "ONNX Runtime float32": onnx_runtime(onnx, inputs, threads),
-        "OpenVINO float32": openvino(model, inputs, threads),
-    }
+@dataclass(frozen=True)
+class Peer:
+    """An engine that was told what to compute.
+
+    Attributes
+    ----------
+    make : a callable with a copy of the weights of its own.
+    nbytes : of one copy.
+    """
+
+    make: Callable[[], Call]
+    nbytes: int
+
+
+def _peers(
+    model: nn.Module, onnx: Callable[[], bytes], inputs: Inputs, threads: int, int8: bool
+) -> dict[str, Peer]:
+    found = {}
+    weights = sum(p.numel() for p in model.parameters())
+    if installed("onnx", "onnxruntime"):
+        plain = onnx()
+        found["ONNX Runtime float32"] = Peer(lambda: onnx_runtime(plain, inputs, threads), 4 * weights)
+        if int8:
+            small = _to_int8(plain)
+            found["ONNX Runtime int8"] = Peer(lambda: onnx_runtime(small, inputs, threads), weights)
+    if installed("openvino"):
+        found["OpenVINO float32"] = Peer(lambda: openvino(model, inputs, threads), 4 * weights)
+    if int8 and installed("torchao"):
+        found["torchao int8"] = Peer(lambda: torchao_int8(model, inputs), weights)
+
+    def dynamic(engine: str) -> Call:
+        converted = torch_dynamic(engine, model)
+        return lambda: converted(*inputs)
+
     if int8:
-        found["ONNX Runtime int8"] = onnx_runtime(onnx, inputs, threads, int8=True)
-        found["torchao int8"] = torchao_int8(model, inputs)
         for engine in ENGINES:
-            converted = torch_dynamic(engine, model)
-            found[f"torch int8 dynamic, {engine}"] = lambda m=converted: m(*inputs)
-    return {name: call for name, call in found.items() if call is not None}
+            found[f"torch int8 dynamic, {engine}"] = Peer(partial(dynamic, engine), weights)
+    return found
+
+
+def whole_models(model: nn.Module, inputs: Inputs, threads: int, int8: bool = True) -> dict[str, Call]:
+    """Every peer that is there, by name, for a whole model; without `int8` the float32 ones."""
+    found = _peers(model, lambda: onnx_bytes(model, inputs), inputs, threads, int8)
+    return {name: peer.make() for name, peer in found.items()}
 
 
 def layer_of(w: torch.Tensor, bias: torch.Tensor) -> nn.Module:
@@ -195,16 +223,30 @@ def onnx_layer(w: torch.Tensor, bias: torch.Tensor) -> bytes:
 
 def one_layer(
     w: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, threads: int, int8: bool = True
-) -> dict[str, Call]:
-    """Every peer outside of torch that is there, by name, for one Linear layer; without `int8` the float32
-    ones."""
-    onnx = onnx_layer(w, bias) if installed("onnx") else None
-    layer = layer_of(w, bias)
-    found = {
-        "ONNX Runtime float32": onnx_runtime(onnx, [x], threads),
-        "OpenVINO float32": openvino(layer, [x], threads),
-    }
-    if int8:
-        found["ONNX Runtime int8"] = onnx_runtime(onnx, [x], threads, int8=True)
-        found["torchao int8"] = torchao_int8(layer, [x])
-    return {name: call for name, call in found.items() if call is not None}
+) -> dict[str, Peer]:
+    """Every peer of ``functional.linear`` that is there, by name; without `int8` the float32 ones."""
+    return _peers(layer_of(w, bias), lambda: onnx_layer(w, bias), [x], threads, int8)
+
+
+def int_mm(w: torch.Tensor, x: torch.Tensor) -> Peer:
+    """``torch._int_mm`` on bytes of these shapes: no quantization, no scales, no bias."""
+    qx, qw = (torch.randint(-127, 128, t.shape, dtype=torch.int8) for t in (x, w.T.contiguous()))
+
+    def make() -> Call:
+        mine = qw.clone()
+        return lambda: torch._int_mm(qx, mine)
+
+    return Peer(make, qw.nbytes)
+
+
+def sparse_csr(w: torch.Tensor, x: torch.Tensor) -> Peer:
+    """torch.sparse on a weight with zeros: the product alone, `x` transposed before."""
+    with quiet():
+        csr = w.to_sparse_csr()
+    xt = x.T.contiguous()
+
+    def make() -> Call:
+        mine = csr.clone()
+        return lambda: mine @ xt
+
+    return Peer(make, sum(t.nbytes for t in (csr.values(), csr.col_indices(), csr.crow_indices())))
