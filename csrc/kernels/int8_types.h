@@ -74,6 +74,13 @@ struct quantize_planes {
 // acc[m][16 v + j] (+)= sum over units of x[m] . w[v][unit][j], for the tokens and panels of the table's
 // entry. A token's units may lie in several runs of equal length: run r at x + m * x_stride + run_at[r].
 constexpr int64_t kOneRun[] = {0};
+// What the products bring nearer on their way, for a call to come: with each unit one line of each of
+// `panels` panels (none, one or as many as the tile has), `step` bytes behind the last.
+struct GemmAhead {
+  const int8_t* at = nullptr;
+  int64_t stride = 0;  // bytes between panels
+  int32_t step = 0, panels = 0;
+};
 struct GemmArgs {
   const uint8_t* x;  // [tokens][x_stride]
   int64_t x_stride;
@@ -85,6 +92,7 @@ struct GemmArgs {
   bool accumulate;  // false: acc is written, not read
   int32_t runs = 1;
   const int64_t* run_at = kOneRun;  // [runs], bytes
+  GemmAhead ahead = {};
 };
 struct gemm_u8s8 {
   // One function for each tile: index (tokens - 1) * kGemmPanels + panels - 1.

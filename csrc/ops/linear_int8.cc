@@ -3,8 +3,9 @@
 //   for each thread's share of tokens, or of outputs where there are few tokens:
 //     for each block of tokens whose bytes fit L2 beside the weights:      quantize it
 //       for each four panels (64 outputs):
-//         for each K block (32 KB of weights: they stay in L1 while all the tokens pass):
-//           for each group of up to 6 tokens: micro-kernel, sums in L1 or L2
+//         for each K block (up to 48 KB of weights: they come from L2 at a third of its rate):
+//           for each group of up to 6 tokens: micro-kernel, sums in L1 or L2; fetches a share of the next
+//           block
 //             after the last block: scales, bias, activation, while the sums are in L1
 //
 // Where threads share the outputs each quantizes the tokens for itself: they are few, and a barrier costs
@@ -24,8 +25,7 @@ namespace {
 
 constexpr int64_t kBlockBytes = 192 * 1024;  // of quantized tokens
 constexpr int64_t kMaxBlockTokens = 192;
-constexpr int64_t kBlockUnits = 128;  // of the reduction: 64 outputs by 512, 32 KB
-constexpr int64_t kPrefetchGroups = 8;
+constexpr int64_t kBlockUnits = 192;  // of the reduction, at most: 64 outputs by 768, 48 KB
 // Below this many multiply-adds (5 us) a second thread does not pay.
 constexpr int64_t kMinWorkPerThread = 1 << 21;
 // Fewer tokens than this wait for the weights: reading those takes as long as the products of so many.
@@ -33,10 +33,34 @@ constexpr int64_t kFewTokens = 4;
 // From here on threads share the tokens, so that each quantizes its own alone.
 constexpr int64_t kMinTokensPerThread = 32;
 
+constexpr int64_t kLine = kInt8Panel * kInt8Unit;
+static_assert(kLine == kCacheLine, "a unit of a panel is what a prefetch fetches");
+
 struct Product {
   const int8_t* weights;
   int64_t panels, units, panel_bytes;
 };
+
+// A K block of some panels: units [k, k + units).
+struct Block {
+  int64_t panel, panels, k, units;
+};
+
+// Group g's share of the block that comes next, for the `units` steps of its products: of all its panels
+// where there are few groups, else of one. The weights of a layer that ran long ago come from memory, whose
+// rate only an even stream of requests attains.
+GemmAhead fetch(const Product& w, const Block& next, int64_t g, int64_t groups, const Block& now) {
+  // One group alone has a load for every six products at best; a thinner tile is bound by those.
+  if (groups == 1 || now.units == 0 || next.panels < now.panels) return {};
+  const bool all = groups < now.panels;
+  const int64_t panel = all ? 0 : g * now.panels / groups;
+  const int64_t g0 = all ? 0 : (groups * panel + now.panels - 1) / now.panels;
+  const int64_t g1 = all ? groups : (groups * (panel + 1) + now.panels - 1) / now.panels;
+  const int64_t from = next.units * (g - g0) / (g1 - g0), to = next.units * (g - g0 + 1) / (g1 - g0);
+  return {w.weights + (next.panel + panel) * w.panel_bytes + (next.k + from) * kLine, w.panel_bytes,
+          static_cast<int32_t>(((to - from) * kLine + now.units - 1) / now.units),
+          static_cast<int32_t>(all ? now.panels : 1)};
+}
 
 // Sums of `tokens` rows of bytes with panels [p0, p1); done(token, tokens, panel, panels, acc, stride) takes
 // each tile.
@@ -45,32 +69,35 @@ void run_product(const Product& w, gemm_u8s8::Fn* const* table, const uint8_t* x
                  int64_t tokens, int64_t p0, int64_t p1, int32_t* acc, const Done& done) {
   constexpr int64_t acc_stride = kGemmPanels * kInt8Panel;
   const int64_t groups = (tokens + kGemmTokens - 1) / kGemmTokens;
-  constexpr int64_t line = kInt8Panel * kInt8Unit;
-  for (int64_t p = p0; p < p1; p += kGemmPanels) {
-    const int panels = static_cast<int>(std::min<int64_t>(kGemmPanels, p1 - p));
-    int64_t k = 0;
-    do {
-      const int64_t units = std::min(kBlockUnits, w.units - k);
-      const bool last = k + units == w.units;
-      const int64_t next_p = last ? p + kGemmPanels : p, next_k = last ? 0 : k + units;
-      const int64_t next_lines = std::min(kBlockUnits, w.units - next_k);
-      const int64_t next_panels = std::min<int64_t>(kGemmPanels, p1 - next_p);
-      for (int64_t g = 0; g < groups; ++g) {
-        // Groups of nearly equal size: one token alone after a full group would wait out latencies.
-        const int64_t t0 = tokens * g / groups, t1 = tokens * (g + 1) / groups;
-        int32_t* to = acc + t0 * acc_stride;
-        // Each of many groups brings a little of the next block nearer: the weights of a layer that ran long
-        // ago come from memory. With few groups the prefetches would hold up the products.
-        for (int64_t v = 0; v < (groups >= kPrefetchGroups ? next_panels : 0); ++v)
-          for (int64_t i = next_lines * g / groups; i < next_lines * (g + 1) / groups; ++i)
-            __builtin_prefetch(w.weights + (next_p + v) * w.panel_bytes + (next_k + i) * line, 0, 2);
-        table[(t1 - t0 - 1) * kGemmPanels + panels - 1](
-            {x + t0 * x_stride + k * kInt8Unit, x_stride, w.weights + p * w.panel_bytes + k * line,
-             w.panel_bytes, static_cast<int32_t>(units), to, acc_stride, k > 0});
-        if (last) done(t0, t1 - t0, p, panels, to, acc_stride);
-      }
-      k += units;
-    } while (k < w.units);
+  const int64_t blocks = std::max<int64_t>((w.units + kBlockUnits - 1) / kBlockUnits, 1);
+  // Block i of those that follow each other from p0 on; also beyond p1, for another thread may have finished
+  // its panels before this one, which then goes on there.
+  const auto block = [&](int64_t i) {
+    const int64_t p = p0 + i / blocks * kGemmPanels, b = i % blocks, k = w.units * b / blocks;
+    return Block{p, std::min<int64_t>(kGemmPanels, (p < p1 ? p1 : w.panels) - p), k,
+                 w.units * (b + 1) / blocks - k};
+  };
+  Block next = block(0);
+  for (int64_t i = 1; next.panel < p1; ++i) {
+    const Block now = next;
+    next = block(i);
+    const bool last = next.panel != now.panel;
+    for (int64_t g = 0; g < groups; ++g) {
+      // Groups of nearly equal size: one token alone after a full group would wait out latencies.
+      const int64_t t0 = tokens * g / groups, t1 = tokens * (g + 1) / groups;
+      int32_t* to = acc + t0 * acc_stride;
+      GemmArgs args{x + t0 * x_stride + now.k * kInt8Unit,
+                    x_stride,
+                    w.weights + now.panel * w.panel_bytes + now.k * kLine,
+                    w.panel_bytes,
+                    static_cast<int32_t>(now.units),
+                    to,
+                    acc_stride,
+                    now.k > 0};
+      args.ahead = fetch(w, next, g, groups, now);
+      table[(t1 - t0 - 1) * kGemmPanels + now.panels - 1](args);
+      if (last) done(t0, t1 - t0, now.panel, static_cast<int>(now.panels), to, acc_stride);
+    }
   }
 }
 

@@ -10,10 +10,11 @@ from int8_check import check_int8, linear_int8, quantize_weight
 
 from pared import _core, ops
 
-# Around tiles of 6 tokens and 64 outputs, panels of 16, units of 4, K blocks of 512; and primes.
+# Around tiles of 6 tokens and 64 outputs, panels of 16, units of 4, 64 inputs rounded at a time, K blocks of
+# up to 768; and primes.
 TOKENS = [0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 31, 97]
 OUTPUTS = [0, 1, 7, 15, 16, 17, 31, 33, 48, 49, 63, 64, 65, 127, 131]
-COLS = [0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 63, 65, 511, 512, 513, 516, 1031]
+COLS = [0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 63, 64, 65, 511, 513, 767, 768, 769, 1031, 1537]
 LIMIT = 65793
 
 

@@ -7,20 +7,30 @@
 namespace pared {
 namespace {
 
-// float(a[i] - b[i]), the difference modulo 2^32.
-PARED_INLINE float float_difference(const int32_t* a, const int32_t* b, ScalarF32) {
-  return static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(*a) - static_cast<uint32_t>(*b)));
-}
+// Sums and what they are corrected by: float(a[i] - b[i]), the difference modulo 2^32.
+struct ScalarSums {
+  using I = uint32_t;
+  static PARED_INLINE I load(const int32_t* p) { return static_cast<uint32_t>(*p); }
+  static PARED_INLINE float difference(I a, I b) { return static_cast<float>(static_cast<int32_t>(a - b)); }
+};
+PARED_INLINE ScalarSums sums_of(ScalarF32) { return {}; }
 #if defined(__AVX2__)
-PARED_INLINE __m256 float_difference(const int32_t* a, const int32_t* b, Avx2F32) {
-  return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(a)),
-                                             _mm256_load_si256(reinterpret_cast<const __m256i*>(b))));
-}
+struct Avx2Sums {
+  using I = __m256i;
+  static PARED_INLINE I load(const int32_t* p) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static PARED_INLINE __m256 difference(I a, I b) { return _mm256_cvtepi32_ps(_mm256_sub_epi32(a, b)); }
+};
+PARED_INLINE Avx2Sums sums_of(Avx2F32) { return {}; }
 #endif
 #if defined(__AVX512F__)
-PARED_INLINE __m512 float_difference(const int32_t* a, const int32_t* b, Avx512F32) {
-  return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(a), _mm512_load_si512(b)));
-}
+struct Avx512Sums {
+  using I = __m512i;
+  static PARED_INLINE I load(const int32_t* p) { return _mm512_load_si512(p); }
+  static PARED_INLINE __m512 difference(I a, I b) { return _mm512_cvtepi32_ps(_mm512_sub_epi32(a, b)); }
+};
+PARED_INLINE Avx512Sums sums_of(Avx512F32) { return {}; }
 #endif
 
 template <class S>
@@ -32,25 +42,77 @@ PARED_INLINE typename S::V bias_vector(const DequantizeArgs& a, int n, int count
   return S::load(bias);
 }
 
+PARED_INLINE float* output(const DequantizeArgs& a, int64_t at, float) {
+  return static_cast<float*>(a.y) + at;
+}
+PARED_INLINE uint16_t* output(const DequantizeArgs& a, int64_t at, uint16_t) {
+  return static_cast<uint16_t*>(a.y) + at;
+}
 template <class IO>
-void dequantize_rows(const DequantizeArgs& a) {
+PARED_INLINE void store_output(float* p, typename IO::S::V v, int count, DType) {
+  IO::store_first(p, v, count);
+}
+template <class IO>
+PARED_INLINE void store_output(uint16_t* p, typename IO::S::V v, int count, DType dtype) {
+  IO::store_first(p, v, count, dtype == DType::bf16);
+}
+
+// Outputs [n, n + VECTORS vectors), the last of them of `count` outputs. What belongs to an output stays in
+// registers while the tokens pass.
+template <class IO, class T, Activation ACT, int VECTORS>
+PARED_INLINE void dequantize_columns(const DequantizeArgs& args, int n, int count) {
   using S = typename IO::S;
+  using Sums = decltype(sums_of(S{}));
   constexpr int W = S::width;
-  for (int n = 0; n < a.outputs; n += W) {
-    const int count = a.outputs - n < W ? a.outputs - n : W;
-    const typename S::V b = bias_vector<S>(a, n, count), w = S::load(a.w_scales + n);
-    for (int m = 0; m < a.tokens; ++m) {
-      const auto sum = float_difference(a.acc + m * a.acc_stride + n, a.compensation + n, S{});
-      const auto y = S::add(S::mul(S::mul(sum, S::set1(a.x_scales[m])), w), b);
-      const auto v = activate<S>(y, a.activation);
-      const int64_t at = m * a.y_stride + n;
-      if (a.dtype == DType::f32) {
-        IO::store_first(static_cast<float*>(a.y) + at, v, count);
-      } else {
-        IO::store_first(static_cast<uint16_t*>(a.y) + at, v, count, a.dtype == DType::bf16);
-      }
+  const DequantizeArgs a = args;  // stores to y might change the arguments, for all that the compiler knows
+  typename Sums::I c[VECTORS];
+  typename S::V w[VECTORS], b[VECTORS];
+#pragma GCC unroll 4
+  for (int v = 0; v < VECTORS; ++v) {
+    c[v] = Sums::load(a.compensation + n + v * W);
+    w[v] = S::load(a.w_scales + n + v * W);
+    b[v] = bias_vector<S>(a, n + v * W, v == VECTORS - 1 ? count : W);
+  }
+  for (int m = 0; m < a.tokens; ++m) {
+    const auto x = S::set1(a.x_scales[m]);
+    const int32_t* acc = a.acc + m * a.acc_stride + n;
+    T* y = output(a, m * a.y_stride + n, T{});
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) {
+      const auto sum = Sums::difference(Sums::load(acc + v * W), c[v]);
+      const auto out = activate<S>(S::add(S::mul(S::mul(sum, x), w[v]), b[v]), ACT);
+      store_output<IO>(y + v * W, out, v == VECTORS - 1 ? count : W, a.dtype);
     }
   }
+}
+
+template <class IO, class T, Activation ACT>
+void dequantize_rows_of(const DequantizeArgs& a) {
+  constexpr int W = IO::S::width;
+  // As many vectors side by side as registers hold what belongs to them; an activation needs those for
+  // itself.
+  constexpr int V = ACT == Activation::none && W == 16 ? 4 : 1;
+  int n = 0;
+  for (; n + V * W <= a.outputs; n += V * W) dequantize_columns<IO, T, ACT, V>(a, n, W);
+  for (; n < a.outputs; n += W)
+    dequantize_columns<IO, T, ACT, 1>(a, n, a.outputs - n < W ? a.outputs - n : W);
+}
+
+template <class IO, class T>
+void dequantize_rows_as(const DequantizeArgs& a) {
+  switch (a.activation) {
+    case Activation::none: return dequantize_rows_of<IO, T, Activation::none>(a);
+    case Activation::relu: return dequantize_rows_of<IO, T, Activation::relu>(a);
+    case Activation::gelu: return dequantize_rows_of<IO, T, Activation::gelu>(a);
+    case Activation::gelu_tanh: return dequantize_rows_of<IO, T, Activation::gelu_tanh>(a);
+    case Activation::silu: return dequantize_rows_of<IO, T, Activation::silu>(a);
+  }
+}
+
+template <class IO>
+void dequantize_rows(const DequantizeArgs& a) {
+  if (a.dtype == DType::f32) dequantize_rows_as<IO, float>(a);
+  else dequantize_rows_as<IO, uint16_t>(a);
 }
 
 }  // namespace

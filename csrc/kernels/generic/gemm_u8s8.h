@@ -131,10 +131,12 @@ struct VnniDot {
 #endif
 
 // A tile that fits the registers. With one token, two sums take turns: a chain a panel would wait out the
-// latency of the multiply-add.
-template <class D, int TOKENS, int PANELS>
-PARED_INLINE void gemm_tile(const GemmArgs& a, int token, int panel) {
+// latency of the multiply-add. FETCH lines are fetched beside each unit: a prefetch takes a slot that the
+// products leave idle, where many behind each other would hold them up.
+template <class D, int TOKENS, int PANELS, int FETCH>
+PARED_INLINE void gemm_tile_fetching(const GemmArgs& args, int token, int panel) {
   constexpr int U = TOKENS == 1 && D::tokens > 1 ? 2 : 1;
+  const GemmArgs a = args;  // what it stores to might be its arguments, for all that the compiler knows
   typename D::Acc sum[U][TOKENS][PANELS];
 #pragma GCC unroll 2
   for (int u = 0; u < U; ++u)
@@ -143,6 +145,7 @@ PARED_INLINE void gemm_tile(const GemmArgs& a, int token, int panel) {
 #pragma GCC unroll 4
       for (int v = 0; v < PANELS; ++v) sum[u][m][v] = D::zero();
   const int8_t* w = a.w + panel * a.w_stride;
+  const int8_t* ahead = a.ahead.at + (FETCH > 0 ? panel * a.ahead.stride : 0);
   constexpr int kVector = kInt8Panel * kInt8Unit;
   for (int r = 0; r < a.runs; ++r, w += static_cast<int64_t>(a.units) * kVector) {
     const uint8_t* x = a.x + token * a.x_stride + a.run_at[r];
@@ -151,6 +154,9 @@ PARED_INLINE void gemm_tile(const GemmArgs& a, int token, int panel) {
 #pragma GCC unroll 4
       for (int v = 0; v < PANELS; ++v)
         weights[v] = D::weights(w + v * a.w_stride + static_cast<int64_t>(i) * kVector);
+#pragma GCC unroll 4
+      for (int v = 0; v < FETCH; ++v) __builtin_prefetch(ahead + v * a.ahead.stride, 0, 2);
+      if (FETCH > 0) ahead += a.ahead.step;
 #pragma GCC unroll 8
       for (int m = 0; m < TOKENS; ++m) {
         const typename D::A unit = D::unit(x + m * a.x_stride + static_cast<int64_t>(i) * kInt8Unit);
@@ -171,6 +177,14 @@ PARED_INLINE void gemm_tile(const GemmArgs& a, int token, int panel) {
       if (U > 1) D::add(sum[0][m][v], sum[U - 1][m][v]);
       D::store(a.acc + (token + m) * a.acc_stride + (panel + v) * kInt8Panel, sum[0][m][v], a.accumulate);
     }
+}
+
+template <class D, int TOKENS, int PANELS>
+PARED_INLINE void gemm_tile(const GemmArgs& a, int token, int panel) {
+  // Where a level's tile is smaller than the table's, the first that meets a panel fetches.
+  if (token == 0 && a.ahead.panels > 1) gemm_tile_fetching<D, TOKENS, PANELS, PANELS>(a, token, panel);
+  else if (token == 0 && panel < a.ahead.panels) gemm_tile_fetching<D, TOKENS, PANELS, 1>(a, token, panel);
+  else gemm_tile_fetching<D, TOKENS, PANELS, 0>(a, token, panel);
 }
 
 template <class D, int TOKENS, int PANELS>

@@ -11,6 +11,11 @@
 namespace pared {
 namespace {
 
+// The bytes that a row's elements become: clamp(round(v * inverse) + zero, low, high).
+struct ByteRange {
+  int32_t zero, low, high;
+};
+
 struct ScalarBytes {
   static constexpr int width = 1;
   using V = float;
@@ -33,8 +38,10 @@ struct ScalarBytes {
     // Adding 1.5 * 2^23 rounds to the nearest even integer.
     return float_bits(q + 12582912.0f) - 0x4b400000u + static_cast<uint32_t>(zero);
   }
-  static PARED_INLINE void store(uint8_t* out, V v, float inverse, float low, float high, int32_t zero) {
-    *out = static_cast<uint8_t>(quantized(v, inverse, low, high, zero));
+  static PARED_INLINE void store_four(uint8_t* out, const V v[4], float inverse, const ByteRange& r) {
+    for (int i = 0; i < 4; ++i)
+      out[i] = static_cast<uint8_t>(quantized(v[i], inverse, static_cast<float>(r.low - r.zero),
+                                              static_cast<float>(r.high - r.zero), r.zero));
   }
   template <int BITS>
   static PARED_INLINE I with(I word, I byte) {
@@ -75,10 +82,22 @@ struct Avx2Bytes {
   static PARED_INLINE void store_words(uint32_t* out, I words) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), words);
   }
-  static PARED_INLINE void store(uint8_t* out, V v, float inverse, float low, float high, int32_t zero) {
-    const __m256i i = quantized(v, inverse, low, high, zero);
-    const __m128i h = _mm_packus_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(h, h));
+  // Upper bounds are for the conversion, which turns what is beyond int32, and NaN, into the least integer;
+  // lower ones are applied to the bytes.
+  static PARED_INLINE void store_four(uint8_t* out, const V v[4], float inverse, const ByteRange& r) {
+    const __m256 most = _mm256_set1_ps(static_cast<float>(r.high - r.zero));
+    __m256i i[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k)
+      i[k] = _mm256_cvtps_epi32(_mm256_min_ps(most, _mm256_mul_ps(v[k], _mm256_set1_ps(inverse))));
+    const __m256i zero = _mm256_set1_epi16(static_cast<int16_t>(r.zero));
+    const __m256i low = _mm256_adds_epi16(_mm256_packs_epi32(i[0], i[1]), zero);
+    const __m256i high = _mm256_adds_epi16(_mm256_packs_epi32(i[2], i[3]), zero);
+    const __m256i u =
+        _mm256_max_epu8(_mm256_packus_epi16(low, high), _mm256_set1_epi8(static_cast<char>(r.low)));
+    // Packing goes by 128-bit lanes.
+    const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(u, lanes));
   }
 };
 #endif
@@ -108,9 +127,20 @@ struct Avx512Bytes {
     return _mm512_or_si512(word, _mm512_slli_epi32(byte, BITS));
   }
   static PARED_INLINE void store_words(uint32_t* out, I words) { _mm512_storeu_si512(out, words); }
-  static PARED_INLINE void store(uint8_t* out, V v, float inverse, float low, float high, int32_t zero) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
-                     _mm512_cvtepi32_epi8(quantized(v, inverse, low, high, zero)));
+  // As Avx2Bytes.
+  static PARED_INLINE void store_four(uint8_t* out, const V v[4], float inverse, const ByteRange& r) {
+    const __m512 most = _mm512_set1_ps(static_cast<float>(r.high - r.zero));
+    __m512i i[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k)
+      i[k] = _mm512_cvtps_epi32(_mm512_min_ps(most, _mm512_mul_ps(v[k], _mm512_set1_ps(inverse))));
+    const __m512i zero = _mm512_set1_epi16(static_cast<int16_t>(r.zero));
+    const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32(i[0], i[1]), zero);
+    const __m512i high = _mm512_adds_epi16(_mm512_packs_epi32(i[2], i[3]), zero);
+    const __m512i u =
+        _mm512_max_epu8(_mm512_packus_epi16(low, high), _mm512_set1_epi8(static_cast<char>(r.low)));
+    const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi32(lanes, u));
   }
 };
 #endif
@@ -128,58 +158,6 @@ PARED_INLINE typename B::V row_vector(const uint16_t* row, int64_t c, int64_t co
   if (c + B::width <= cols) return B::load(row + c, bf16);
   for (int i = 0; i < B::width; ++i) tail[i] = c + i < cols ? row[c + i] : uint16_t{0};
   return B::load(tail, bf16);
-}
-
-template <class B, class T>
-PARED_INLINE void quantize_rows_of(const QuantizeArgs& a) {
-  constexpr int W = B::width;
-  const bool bf16 = a.dtype == DType::bf16;
-  const float nan = bits_float(0x7fc00000u);
-  T tail[W];
-  for (int r = 0; r < a.rows; ++r) {
-    const T* row = static_cast<const T*>(a.x) + r * a.x_stride;
-    uint8_t* out = a.out + r * a.out_stride;
-    typename B::I m0 = B::zero(), m1 = B::zero();
-    int c = 0;
-    for (; c + 2 * W <= a.cols; c += 2 * W) {
-      m0 = B::max_magnitude(m0, row_vector<B>(row, c, a.cols, bf16, tail));
-      m1 = B::max_magnitude(m1, row_vector<B>(row, c + W, a.cols, bf16, tail));
-    }
-    for (; c < a.cols; c += W) m0 = B::max_magnitude(m0, row_vector<B>(row, c, a.cols, bf16, tail));
-    const uint32_t b0 = B::reduce(m0), b1 = B::reduce(m1), bits = b0 > b1 ? b0 : b1;
-    const bool finite = bits < 0x7f800000u;
-    const float largest = bits_float(bits);
-    float inverse, low, high;
-    int32_t zero;
-    if (a.scale == 0.0f) {
-      const bool some = finite && largest >= kSmallestMax;
-      inverse = some ? 127.0f / largest : 0.0f;
-      a.scales[r] = !finite ? nan : some ? largest / 127.0f : 0.0f;
-      low = -127.0f;
-      high = 127.0f;
-      zero = 128;
-    } else {
-      inverse = 1.0f / a.scale;
-      a.scales[r] = finite ? a.scale : nan;
-      low = static_cast<float>(a.low - a.zero);
-      high = static_cast<float>(a.high - a.zero);
-      zero = a.zero;
-    }
-    for (c = 0; c + W <= a.cols; c += W)
-      B::store(out + c, row_vector<B>(row, c, a.cols, bf16, tail), inverse, low, high, zero);
-    if (c < a.cols) {
-      uint8_t bytes[W];
-      B::store(bytes, row_vector<B>(row, c, a.cols, bf16, tail), inverse, low, high, zero);
-      for (int i = 0; c < a.cols; ++i, ++c) out[c] = bytes[i];
-    }
-    for (; c % kInt8Unit; ++c) out[c] = 0;
-  }
-}
-
-template <class B>
-void quantize_rows(const QuantizeArgs& a) {
-  if (a.dtype == DType::f32) quantize_rows_of<B, float>(a);
-  else quantize_rows_of<B, uint16_t>(a);
 }
 
 template <class B, class T>
@@ -202,6 +180,51 @@ PARED_INLINE uint32_t magnitude_of(const MagnitudeArgs& a) {
     most = b > most ? b : most;
   }
   return most;
+}
+
+template <class B, class T>
+PARED_INLINE void quantize_rows_of(const QuantizeArgs& a) {
+  constexpr int W = B::width;
+  const bool bf16 = a.dtype == DType::bf16;
+  const float nan = bits_float(0x7fc00000u);
+  const ByteRange range = a.scale == 0.0f ? ByteRange{128, 1, 255} : ByteRange{a.zero, a.low, a.high};
+  T tail[W];
+  for (int r = 0; r < a.rows; ++r) {
+    const T* row = static_cast<const T*>(a.x) + r * a.x_stride;
+    uint8_t* out = a.out + r * a.out_stride;
+    const uint32_t bits = magnitude_of<B, T>({row, a.dtype, a.cols, nullptr});
+    const bool finite = bits < 0x7f800000u;
+    const float largest = bits_float(bits);
+    float inverse;
+    if (a.scale == 0.0f) {
+      const bool some = finite && largest >= kSmallestMax;
+      inverse = some ? 127.0f / largest : 0.0f;
+      a.scales[r] = !finite ? nan : some ? largest / 127.0f : 0.0f;
+    } else {
+      inverse = 1.0f / a.scale;
+      a.scales[r] = finite ? a.scale : nan;
+    }
+    const auto four = [&](int c, uint8_t* to) __attribute__((always_inline)) {
+      typename B::V v[4];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) v[k] = row_vector<B>(row, c + k * W, a.cols, bf16, tail);
+      B::store_four(to, v, inverse, range);
+    };
+    int c = 0;
+    for (; c + 4 * W <= a.cols; c += 4 * W) four(c, out + c);
+    if (c < a.cols) {
+      uint8_t bytes[4 * W];
+      four(c, bytes);
+      for (int i = 0; c < a.cols; ++i, ++c) out[c] = bytes[i];
+    }
+    for (; c % kInt8Unit; ++c) out[c] = 0;
+  }
+}
+
+template <class B>
+void quantize_rows(const QuantizeArgs& a) {
+  if (a.dtype == DType::f32) quantize_rows_of<B, float>(a);
+  else quantize_rows_of<B, uint16_t>(a);
 }
 
 template <class B>
