@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 
@@ -21,7 +22,9 @@ def usable() -> bool:
     return torch.cuda.is_available()
 
 
-gpu = pytest.mark.skipif(not usable(), reason="needs an NVIDIA GPU, with CUDA builds of torch and pared")
+ONLY_GPU = os.environ.get("PARED_TEST_GPU") == "1"
+NO_GPU = "needs an NVIDIA GPU, with CUDA builds of torch and pared"
+gpu = pytest.mark.skipif(not ONLY_GPU and not usable(), reason=NO_GPU)
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from bench.gpu import __main__ as command  # noqa: E402
 from bench.gpu.measure import Case, Goal, Machine, measure, not_capturable, table  # noqa: E402
+from pared import _cuda  # noqa: E402
+from pared._cuda_int8 import gemm_s8  # noqa: E402
 
 H200 = Machine("cuda", "NVIDIA H200", 60 << 20)
 
@@ -116,10 +120,17 @@ def test_copies_exceed_the_cache():
     assert Machine("cpu", "", 1 << 30, dry=True).copies(1) == 2
 
 
-def test_every_module_is_a_suite():
-    modules = {p.stem for p in (ROOT / "bench/gpu").glob("*.py")} - {"__init__", "__main__", "measure"}
-    assert {m.__name__.rpartition(".")[2] for m in command.suites("")} == modules
-    assert command.suites("no such") == []
+def test_suites_are_found_and_the_most_valuable_come_first():
+    shared = {"__init__", "__main__", "measure", "emulated", "smoke"}
+    modules = {p.stem for p in (ROOT / "bench/gpu").glob("*.py")} - shared
+    names = [m.__name__.rpartition(".")[2] for m in command.suites("")]
+    assert set(names) == modules == set(command.ORDER)
+    assert names[:3] == ["select", "int8", "decode"]
+    assert [m.__name__ for m in command.suites("csr,int8")] == ["bench.gpu.int8", "bench.gpu.csr"]
+    with pytest.raises(ValueError, match=r"--only: expected names among select, .*, got fast, slow"):
+        command.suites("slow,csr,fast")
+    script = (ROOT / "bench/gpu.sh").read_text()
+    assert all(f"{name}:" in script for name in modules)
 
 
 def test_results_path():
@@ -127,33 +138,199 @@ def test_results_path():
     assert path == ROOT / "bench/results/gpu-nvidia-h200-20310203-0405.json"
 
 
-def test_a_failure_costs_its_own_case_alone(capsys, monkeypatch):
-    class Suite:
-        @staticmethod
-        def cases(machine):
-            yield case(name="bad", goals=[Goal(["other"], 1.0)])
-            yield case(name="good")
+class Suite:
+    """Cases that the test names."""
 
-    monkeypatch.setattr(command, "suites", lambda only: [Suite])
-    assert command.main(["--dry-run"]) == 1
-    out, err = capsys.readouterr()
-    assert "1 cases would be measured" in out
-    assert "FAILED s: bad: ValueError: goals" in err
+    __name__ = "bench.gpu.made_up"
+
+    def __init__(self, *makers):
+        self.makers = makers
+
+    def cases(self, machine):
+        yield from self.makers
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """The command with these cases, on a machine that the test describes; what it printed and wrote."""
+
+    def go(*makers, arguments=(), clock=None):
+        monkeypatch.setattr(command, "suites", lambda only: [Suite(*makers)])
+        monkeypatch.setattr(command, "this_machine", lambda: Machine("cpu", "made up", 1 << 20))
+        monkeypatch.setattr(command, "EventClock", lambda: clock or FakeClock(SECONDS))
+        path = tmp_path / "deep" / "results.json"
+        code = command.main(["--results", str(path), "--rounds", "3", *arguments])
+        return code, json.loads(path.read_text()) if path.exists() else None
+
+    return go
+
+
+def bad(text):
+    def make():
+        raise RuntimeError(text)
+
+    return make
+
+
+def test_a_failure_costs_its_own_case_alone(run, capsys):
+    code, file = run(bad("no data"), lambda: case(name="good"), lambda: case(goals=[Goal(["other"], 1.0)]))
+    assert code == 1
+    assert [line["case"] for line in file["lines"]] == ["good"]
+    assert file["failed"][0] == "made_up: case 0: RuntimeError: no data"
+    assert "made_up: s: c: ValueError: goals" in file["failed"][1]
+    assert "FAILED made_up: case 0" in capsys.readouterr().err
+
+
+def test_results_grow_and_are_replaced(run):
+    run(lambda: case(name="a"), bad("once"))
+    code, file = run(lambda: case(name="a"), lambda: case(name="b"))
+    assert code == 0
+    assert [line["case"] for line in file["lines"]] == ["a", "b"]
+    assert file["failed"] == []
+
+
+def test_a_file_of_another_machine_is_not_mixed(run, tmp_path):
+    run(lambda: case())
+    path = tmp_path / "deep" / "results.json"
+    path.write_text(path.read_text().replace("made up", "other"))
+    with pytest.raises(ValueError, match=r"--results: expected a file of .*made up.*, got one of .*other"):
+        run(lambda: case())
+
+
+def test_results_are_written_after_each_case(run, tmp_path):
+    def look():
+        held = json.loads((tmp_path / "deep" / "results.json").read_text())
+        assert [line["case"] for line in held["lines"]] == ["first"]
+        return case(name="second")
+
+    assert run(lambda: case(name="first"), look)[0] == 0
+
+
+def test_no_case_begins_when_time_is_spent(run):
+    code, file = run(lambda: case(), arguments=["--seconds", "-1"])
+    assert code == 0
+    assert file["unmeasured"] == ["made_up: from case 0 on"]
+    assert file["lines"] == []
+
+
+def test_another_process_goes_on_behind_a_lost_device(run, monkeypatch):
+    started = []
+    monkeypatch.setattr(command.subprocess, "run", lambda line, check: started.append(line))
+    code, file = run(lambda: case(), bad("CUDA error: an illegal memory access"), lambda: case(name="after"))
+    assert code == 1
+    assert [line["case"] for line in file["lines"]] == ["c"]
+    (line,) = started
+    assert line[3:7] == ["--only", "made_up", "--skip", "2"]
+    assert run(lambda: case(), lambda: case(name="after"), arguments=["--skip", "1"])[1]["failed"]
+
+
+def test_a_rival_that_fails_is_left_out(run):
+    class Clock(FakeClock):
+        def prepare(self, call, copies, graph):
+            if call(0) == self.broken:
+                raise RuntimeError("not supported")
+            return super().prepare(call, copies, graph)
+
+    clock = Clock(SECONDS)
+    clock.broken = "slow"
+    line = run(lambda: case(), clock=clock)[1]["lines"][0]
+    assert line["without"] == {"slow": "RuntimeError: not supported"}
+    assert line["goals"][0]["got"] == pytest.approx(3.0)
+    assert "fast 3.00, without slow" in table([line])
+    clock.broken = "pared"
+    code, file = run(lambda: case(name="mine"), clock=clock)
+    assert code == 1
+    assert "not supported" in file["failed"][0]
+
+
+def test_slow_rivals_get_fewer_rounds():
+    from pared._timing_cuda import LEAST_ROUNDS, sample_rounds
+
+    assert sample_rounds({"a": lambda: 1.0}, 9, seconds=-1.0).rounds == LEAST_ROUNDS
+    assert sample_rounds({"a": lambda: 1.0}, 9).rounds == 9
+
+
+WORKER = """
+import os, sys, time
+print("ready", flush=True)
+for name in sys.argv[1:]:
+    print(f"begin\\t{name}", flush=True)
+    if name == "crash":
+        os.abort()
+    if name == "hang":
+        time.sleep(60)
+    if name in ("fail", "lost"):
+        print(f"FAIL\\t{name}\\twrong", flush=True)
+        if name == "lost":
+            os._exit(1)
+        continue
+    print(f"PASS\\t{name}\\tquick", flush=True)
+"""
+
+
+def test_smoke_survives_what_a_kernel_can_do():
+    from bench.gpu.smoke import supervise
+
+    names = ["good", "fail", "crash", "fine", "hang", "lost", "last"]
+    got = list(supervise([sys.executable, "-c", WORKER], names, 1.0, 20.0))
+    assert [(verdict, name) for verdict, name, _ in got] == [
+        ("PASS" if name in ("good", "fine", "last") else "FAIL", name) for name in names
+    ]
+    texts = {name: text for _, name, text in got}
+    assert texts["crash"] == "the process ended with -6"
+    assert texts["hang"] == "no answer in 1 s"
+
+
+def test_smoke_finds_a_wrong_kernel(monkeypatch, capfd):
+    """Faults planted in what two kernels are called with, in the emulator."""
+    from bench.gpu import smoke
+    from pared._cuda_sparse import DeviceCSR
+
+    monkeypatch.setattr(_cuda, "_emulated", None)  # put back after the test
+    machine = smoke.emulated_machine()
+    names = ["csr float32, gathers", "gemm_s8", "topk"]
+    others = ["topk_mask float32, 50% zeros", "nm_mask", "block_mask", "int8 mma.sync 32x128 float16"]
+    others += ["decode pack", "decode expand", "decode bitmap8, 7 tokens, cp.async", "conv 1x1"]
+    others += ["blocks of 8 bits, 64, 5 tokens, mma.sync", "csr bfloat16, panels"]
+    smoke.work(machine, names + others)
+    out = capfd.readouterr().out
+    assert out.count("PASS") == len(names + others), out
+    monkeypatch.setattr(smoke, "gemm_s8", lambda a, b: gemm_s8(a.roll(1, 0), b))
+    honest = DeviceCSR.from_dense
+    monkeypatch.setattr(DeviceCSR, "from_dense", lambda w: honest(w * 1.001))
+    smoke.work(machine, names)
+    out = capfd.readouterr().out
+    assert "PASS\ttopk" in out
+    assert "FAIL\tcsr float32, gathers\tRuntimeError: off by" in out
+    assert "FAIL\tgemm_s8\tRuntimeError: sums: " in out
 
 
 def test_the_whole_flow_as_a_dry_run():
-    command_line = [ROOT / "bench/gpu.sh", "--dry-run"]
-    run = subprocess.run(
-        command_line, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True
-    )
+    environment = {**os.environ, "PYTHON": sys.executable}
+    suites = ",".join(command.ORDER)
+    line = [ROOT / "bench/gpu.sh", "--dry-run", "--only", suites]
+    run = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "cases would be measured; nothing was" in run.stdout
     assert "FAILED" not in run.stderr
-    for part in ("select_threshold: bfloat16", "csr float32", "2:4 linear", "conv 1x1 bsr", "mlp: Llama-8B"):
+    for part in ("select_threshold: bfloat16", "decode stack: 1 blocks", "decode bitmap8", "2:4 linear"):
         assert part in run.stderr
+    line = [sys.executable, "-m", "bench.gpu.smoke", "--dry-run", "--only", "wgmma 256"]
+    run = subprocess.run(line, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert "PASS  blocks of 16 bits, 128, wgmma 256" in run.stdout
+    assert "smoke: 4 of 4 passed" in run.stdout
 
 
 def test_an_unknown_option_of_the_script():
     run = subprocess.run([ROOT / "bench/gpu.sh", "--fast"], capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert "unknown option --fast" in run.stderr
+    for arguments, text in [
+        (["--only", "int8,slow"], "--only: expected names among smoke select .*, got slow"),
+        (["--seconds", "soon"], "--seconds: expected a number, got soon"),
+        (["--results"], "--results: expected a value"),
+    ]:
+        run = subprocess.run([ROOT / "bench/gpu.sh", *arguments], capture_output=True, text=True, check=False)
+        assert run.returncode == 2
+        assert re.search(text, run.stderr)

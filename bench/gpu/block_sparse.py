@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 import pared
-from bench.gpu.measure import Case, Goal, Machine, forced
+from bench.gpu.measure import Case, Goal, Machine, copies_of, forced
 from pared import _cuda
+from pared._cuda_block_sparse import DeviceBlocks
 
 # Block, tokens, share of zeros, goal against cuBLAS.
 DECODE = [(64, 16, 0.8, 3.0), (64, 16, 0.9, 5.0)]
 PREFILL = [(128, 8192, 0.5, 1.2), (128, 8192, 0.8, 3.0), (128, 8192, 0.9, 5.5)]
 
 
-def cases(machine: Machine) -> Iterator[Case]:
+def cases(machine: Machine) -> Iterator[Callable[[], Case]]:
     outputs, inputs = (256, 128) if machine.dry else (8192, 8192)
     for block, tokens, zeros, goal in DECODE + PREFILL:
-        yield linear(machine, outputs, inputs, block, min(tokens, 40) if machine.dry else tokens, zeros, goal)
+        yield partial(
+            linear, machine, outputs, inputs, block, min(tokens, 40) if machine.dry else tokens, zeros, goal
+        )
 
 
 def linear(
@@ -29,13 +33,12 @@ def linear(
     generator = torch.Generator(machine.device).manual_seed(0)
     kind = {"generator": generator, "device": machine.device}
     x = torch.randn(tokens, inputs, **kind).bfloat16()
-    ws = []
-    for _ in range(copies):
-        keep = torch.rand(outputs // block, inputs // block, **kind) >= zeros
-        keep[0, 0] = True
-        mask = keep.repeat_interleave(block, 0).repeat_interleave(block, 1)
-        ws.append(torch.randn(outputs, inputs, **kind).bfloat16() * mask)
-    quick: list[Any] = [pared.ops.BSR.from_dense(w.cpu(), block=(block, block)) for w in ws]
+    keep = torch.rand(outputs // block, inputs // block, **kind) >= zeros
+    keep[0, 0] = True
+    mask = keep.repeat_interleave(block, 0).repeat_interleave(block, 1)
+    w = torch.randn(outputs, inputs, **kind).bfloat16() * mask
+    quick = copies_of(DeviceBlocks.from_dense(w, (block, block)), copies)
+    ws = [w, *(w.clone() for _ in range(copies - 1))]
     calls: dict[str, Any] = {
         "pared": lambda i: pared.ops.linear(x, quick[i]),
         "cuBLAS bf16": lambda i: torch.nn.functional.linear(x, ws[i]),
@@ -43,9 +46,8 @@ def linear(
     goals = [Goal(["cuBLAS bf16"], goal)]
     eager = []
     if not machine.dry:
-        quick = [w.to(machine.device, None, (block, block)) for w in quick]
-        bsr = [w.to_sparse_bsr((block, block)) for w in ws]
-        calls["torch BSR"] = lambda i: torch.nn.functional.linear(x, bsr[i])
+        theirs = [v.to_sparse_bsr((block, block)) for v in ws]
+        calls["torch BSR"] = lambda i: torch.nn.functional.linear(x, theirs[i])
         kernels = _cuda.kernels(0)
         if tokens > 16 and kernels.block_sparse_wgmma(0):
             for rows, name in [(0, "mma.sync"), (128, "wgmma 128"), (256, "wgmma 256")]:

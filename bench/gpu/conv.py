@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,10 +18,10 @@ IMAGES = 64
 KINDS = [("int8", 0.0, 1), ("bsr", 0.8, 64), ("csr", 0.95, 1)]
 
 
-def cases(machine: Machine) -> Iterator[Case]:
+def cases(machine: Machine) -> Iterator[Callable[[], Case]]:
     for layer in [(64, 128, 4, 2)] if machine.dry else LAYERS:
         for kind in KINDS:
-            yield convolution(machine, *layer, *kind)
+            yield partial(convolution, machine, *layer, *kind)
 
 
 def convolution(
@@ -41,10 +42,8 @@ def convolution(
         keep[0, 0] = True
         keep = keep.repeat_interleave(block, 0).repeat_interleave(block, 1)[:filters, :channels]
         plain.weight.mul_(keep[:, :, None, None])
-    quick = pared.nn.Conv2d.from_module(plain, format=format)
-    if not machine.dry:
-        quick, plain = quick.to(machine.device), plain.to(machine.device)
-    plain = plain.to(memory_format=torch.channels_last)
+    quick = machine.place(pared.nn.Conv2d.from_module(plain, format=format))
+    plain = plain.to(machine.device, memory_format=torch.channels_last)
     copies = machine.copies(2 * images * channels * side * side)
     xs = [
         torch.randn(images, channels, side, side, device=machine.device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from bench.gpu.measure import Case, Goal, Machine
 FLOOR = Goal(["read (sum)", "read (max)"], 1 / 1.2)
 
 
-def weights(machine: Machine, n: int, dtype: torch.dtype, copies: int, pruned: float) -> list[torch.Tensor]:
+def weights(machine: Machine, n: int, dtype: torch.dtype, pruned: float) -> list[torch.Tensor]:
     out = []
-    for i in range(copies):
+    for i in range(machine.copies(n * dtype.itemsize)):
         generator = torch.Generator(machine.device).manual_seed(i)
         w = torch.randn(n, generator=generator, device=machine.device).to(dtype)
         if pruned:
@@ -25,13 +26,11 @@ def weights(machine: Machine, n: int, dtype: torch.dtype, copies: int, pruned: f
     return out
 
 
-def cases(machine: Machine) -> Iterator[Case]:
+def cases(machine: Machine) -> Iterator[Callable[[], Case]]:
     n = 1 << (12 if machine.dry else 27)
     for dtype, pruned in ((torch.float32, 0.0), (torch.bfloat16, 0.0), (torch.float32, 0.5)):
-        nbytes = n * dtype.itemsize
-        copies = machine.copies(nbytes)
-        yield threshold(machine, weights(machine, n, dtype, copies, pruned), pruned, compared=not pruned)
-        yield mask(weights(machine, n, dtype, copies, pruned), pruned)
+        yield partial(threshold, machine, n, dtype, pruned)
+        yield partial(mask, machine, n, dtype, pruned)
 
 
 def label(w: torch.Tensor, pruned: float, k: int) -> str:
@@ -39,9 +38,9 @@ def label(w: torch.Tensor, pruned: float, k: int) -> str:
     return f"{str(w.dtype).removeprefix('torch.')}, n = {w.numel()}, k = {k}{zeros}"
 
 
-def threshold(machine: Machine, ws: list[torch.Tensor], pruned: float, compared: bool) -> Case:
+def threshold(machine: Machine, n: int, dtype: torch.dtype, pruned: float) -> Case:
+    ws = weights(machine, n, dtype, pruned)
     w = ws[0]
-    n = w.numel()
     k = n // 4 if pruned else n // 2
     # One read at the speed of memory: torch's reductions of 32-bit words, the better of two.
     words = [w.view(torch.float32) for w in ws]
@@ -59,7 +58,7 @@ def threshold(machine: Machine, ws: list[torch.Tensor], pruned: float, compared:
         "read (max)": lambda i: torch.amax(words[i], dim=0, out=out),
     }
     goals = [FLOOR]
-    if compared:
+    if not pruned:
         calls |= {
             "torch.topk": lambda i: torch.topk(ws[i].abs(), k, sorted=False),
             "torch.sort": lambda i: torch.sort(ws[i].abs()),
@@ -78,9 +77,9 @@ def threshold(machine: Machine, ws: list[torch.Tensor], pruned: float, compared:
     )
 
 
-def mask(ws: list[torch.Tensor], pruned: float) -> Case:
+def mask(machine: Machine, n: int, dtype: torch.dtype, pruned: float) -> Case:
+    ws = weights(machine, n, dtype, pruned)
     w = ws[0]
-    n = w.numel()
     k = n // 4 if pruned else n // 2
     masks = [torch.empty(w.shape, dtype=torch.bool, device=w.device) for w in ws]
 

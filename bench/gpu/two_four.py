@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from pared._cuda_two_four import choose
 SHAPES = [(8192, 8192, 2048), (8192, 8192, 8192), (14336, 4096, 4096), (4096, 14336, 4096), (4096, 4096, 16)]
 
 
-def cases(machine: Machine) -> Iterator[Case]:
+def cases(machine: Machine) -> Iterator[Callable[[], Case]]:
     for outputs, inputs, tokens in [(32, 64, 8)] if machine.dry else SHAPES:
-        yield linear(machine, outputs, inputs, tokens)
+        yield partial(linear, machine, outputs, inputs, tokens)
 
 
 def two_four(outputs: int, inputs: int, kind: dict[str, Any]) -> torch.Tensor:

@@ -7,6 +7,7 @@ where a model's weights do, so that each is read from memory, as in the model. T
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -18,6 +19,7 @@ __all__ = ["Clock", "EventClock", "copies_beyond", "sample_rounds"]
 
 # Of the L2: a line of the oldest copy is then gone under any replacement.
 L2_FACTOR = 3.0
+LEAST_ROUNDS = 3
 
 
 class Clock(Protocol):
@@ -74,12 +76,17 @@ def copies_beyond(l2: int, nbytes: int) -> int:
     return max(2, math.ceil(L2_FACTOR * l2 / max(1, nbytes)))
 
 
-def sample_rounds(samplers: Mapping[str, Callable[[], float]], rounds: int, seed: int = 0) -> Timings:
-    """Each sampler once a round, in an order drawn anew."""
+def sample_rounds(
+    samplers: Mapping[str, Callable[[], float]], rounds: int, seed: int = 0, seconds: float = math.inf
+) -> Timings:
+    """Each sampler once a round, in an order drawn anew; after three rounds none begins beyond `seconds`."""
     names = list(samplers)
     random = np.random.default_rng(seed)
     samples: dict[str, list[float]] = {n: [] for n in names}
-    for _ in range(rounds):
+    end = time.monotonic() + seconds
+    for number in range(rounds):
+        if number >= LEAST_ROUNDS and time.monotonic() > end:
+            break
         for i in random.permutation(len(names)):
             samples[names[i]].append(samplers[names[i]]())
     # A tick of nothing would make a ratio of nothing.

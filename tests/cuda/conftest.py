@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
-import subprocess
 import sys
-import sysconfig
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,41 +16,41 @@ import torch
 
 from pared import _cuda
 
-ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from bench.gpu.emulated import load
+
 NO_GPU = "needs an NVIDIA GPU, with CUDA builds of torch and pared"
 
 
-def build_emulated() -> ModuleType:
-    """The module `_cuda_emulated`, built where it is out of date; PARED_EMULATED: in another build folder."""
-    folder = Path(os.environ.get("PARED_EMULATED", ROOT / "build" / "emulated"))
-    if not (folder / "CMakeCache.txt").exists():
-        cmake = shutil.which("cmake")
-        if cmake is None:
-            assert "CI" not in os.environ, "no cmake here: the CUDA kernels would go untested"
-            pytest.skip("no cmake here to build the emulated CUDA kernels")
-        command = [
-            cmake,
-            "-S",
-            ROOT / "csrc/cuda/emulate",
-            "-B",
-            folder,
-            f"-DPython_EXECUTABLE={sys.executable}",
-        ]
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        subprocess.run([*command, *generator, "-DPARED_WERROR=ON"], check=True)
-    subprocess.run(["cmake", "--build", folder], check=True)
-    path = folder / f"_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# PARED_TEST_GPU=1: what runs on a GPU and nothing else of this folder; without one, errors instead of skips.
+ONLY_GPU = os.environ.get("PARED_TEST_GPU") == "1"
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not ONLY_GPU:
+        return
+    elsewhere = [i for i in items if HERE in i.path.parents and _runs_elsewhere(i)]
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = [i for i in items if i not in elsewhere]
+
+
+def _runs_elsewhere(item: pytest.Item) -> bool:
+    """Whether a test runs in the emulator, or needs neither it nor a GPU."""
+    names: list[str] = getattr(item, "fixturenames", [])
+    parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+    if "backend" in parameters:
+        return bool(parameters["backend"] != "cuda")
+    return "emulated" in names or "gpu" not in item.name
 
 
 @pytest.fixture(scope="session")
 def emulated() -> ModuleType:
-    return build_emulated()
+    try:
+        return load()
+    except FileNotFoundError as e:
+        assert "CI" not in os.environ, "the CUDA kernels would go untested"
+        pytest.skip(str(e))
 
 
 @dataclass(frozen=True)
@@ -80,6 +76,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         try:
             module = _cuda.kernels(0)
         except RuntimeError:
+            if ONLY_GPU:
+                raise
             pytest.skip(NO_GPU)
         if not torch.cuda.is_available():
             pytest.skip(NO_GPU)
