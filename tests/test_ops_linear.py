@@ -262,6 +262,24 @@ def test_bad_input(rng):
             ops.linear(*arguments)
 
 
+class OwnTensor(torch.Tensor):
+    """A subclass is asked for its attributes; a plain tensor is read through DLPack in C."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_tensors_and_subclasses_are_read_alike(rng, dtype):
+    w = CSR.from_dense(random_weight(rng, 5, 7, 0.5))
+    x = torch.as_tensor(rng.standard_normal((6, 4, 21)), dtype=dtype)
+    for view in (x[..., :7], x[1:, :, 7:14], x[:, ::2, 14:], x[0, :, 3:10], x[3, 2, 5:12], x[:0, :, :7]):
+        expected = torch.as_tensor(ops.linear(view.contiguous(), w))
+        for tensor in (view, torch.nn.Parameter(view, requires_grad=False), view.as_subclass(OwnTensor)):
+            assert torch.equal(ops.linear(tensor, w).as_subclass(torch.Tensor), expected), type(tensor)
+    for other in (torch.uint16, torch.float8_e4m3fn, torch.complex64):
+        for tensor in (x.to(other), x.to(other).as_subclass(OwnTensor)):
+            with pytest.raises(TypeError, match=f"x: unsupported dtype {other}"):
+                ops.linear(tensor, w)
+
+
 def test_a_pending_negation_is_refused():
     """The imaginary part of a conjugate: its memory holds the values with the other sign."""
     z = torch.randn(4, 8, dtype=torch.complex64).conj()

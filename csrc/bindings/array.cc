@@ -2,6 +2,10 @@
 
 #include <pybind11/numpy.h>
 
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
 #include "core/check.h"
 
 namespace pared {
@@ -33,31 +37,66 @@ py::object call(py::handle o, const py::object& name) {
   return py::reinterpret_steal<py::object>(v);
 }
 
-// torch's dtypes are singletons: looked up once, compared by identity.
-struct TorchTypes {
-  py::object tensor, strided;
-  std::pair<py::object, DType> dtypes[10];
+// What DLPack's exchange interface (dlpack.h, version 1) says of a tensor without taking hold of it. One call
+// in C instead of six attributes in Python, each of which comes from memory once a model has run in between.
+struct DlTensor {
+  void* data;
+  int32_t device_type, device_id, ndim;
+  uint8_t kind, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
 };
+struct DlExchange {
+  static constexpr const char *kAttribute = "__dlpack_c_exchange_api__", *kCapsule = "dlpack_exchange_api";
+  static constexpr uint32_t kMajor = 1;
+  static constexpr int32_t kCpu = 1;
+  uint32_t major, minor;
+  const void *previous, *allocate, *managed_from_object, *managed_to_object;
+  int (*tensor_from_object)(void* object, DlTensor* out);
+};
+
+// The dtypes that any operation takes: torch's name, DLPack's kind (0 signed, 1 unsigned, 2 float, 4 bfloat,
+// 6 bool) and bits.
+struct TypeRow {
+  const char* name;
+  DType value;
+  int dlpack_kind, bits;
+};
+constexpr TypeRow kTypes[] = {
+    {"float32", DType::f32, 2, 32}, {"bfloat16", DType::bf16, 4, 16}, {"float16", DType::f16, 2, 16},
+    {"uint8", DType::u8, 1, 8},     {"bool", DType::boolean, 6, 8},   {"int64", DType::i64, 0, 64},
+    {"int32", DType::i32, 0, 32},   {"int8", DType::i8, 0, 8},        {"float64", DType::f64, 2, 64},
+    {"int16", DType::i16, 0, 16},
+};
+
+struct TorchTypes {
+  py::object tensor, parameter, strided;
+  const DlExchange* exchange;  // null before torch 2.10
+  // torch's dtypes are singletons: looked up once, compared by identity.
+  std::pair<py::object, DType> dtypes[std::size(kTypes)];
+};
+
+const DlExchange* find_exchange(const py::object& tensor_type) {
+  if (!py::hasattr(tensor_type, DlExchange::kAttribute)) return nullptr;
+  const py::object capsule = tensor_type.attr(DlExchange::kAttribute);
+  if (!PyCapsule_IsValid(capsule.ptr(), DlExchange::kCapsule)) return nullptr;
+  const auto* e = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), DlExchange::kCapsule));
+  return e->major == DlExchange::kMajor && e->tensor_from_object ? e : nullptr;
+}
+
 const TorchTypes* torch_types() {
   static const TorchTypes* types = nullptr;
   if (types) return types;  // guarded by the GIL; on free-threaded builds two threads store equal tables
   PyObject* modules = PyImport_GetModuleDict();
   PyObject* torch = PyDict_GetItemString(modules, "torch");
-  if (!torch || !PyObject_HasAttrString(torch, "Tensor") || !PyObject_HasAttrString(torch, "strided"))
+  if (!torch || !PyObject_HasAttrString(torch, "Tensor") || !PyObject_HasAttrString(torch, "strided") ||
+      !PyObject_HasAttrString(torch, "nn") || !py::hasattr(py::getattr(py::handle(torch), "nn"), "Parameter"))
     return nullptr;  // not imported, or still importing
   auto get = [&](const char* n) { return py::getattr(py::handle(torch), n); };
-  auto* t = new TorchTypes{get("Tensor"),
-                           get("strided"),
-                           {{get("float32"), DType::f32},
-                            {get("bfloat16"), DType::bf16},
-                            {get("float16"), DType::f16},
-                            {get("uint8"), DType::u8},
-                            {get("bool"), DType::boolean},
-                            {get("int64"), DType::i64},
-                            {get("int32"), DType::i32},
-                            {get("int8"), DType::i8},
-                            {get("float64"), DType::f64},
-                            {get("int16"), DType::i16}}};
+  auto* t = new TorchTypes{
+      get("Tensor"), get("nn").attr("Parameter"), get("strided"), find_exchange(get("Tensor")), {}};
+  for (size_t i = 0; i < std::size(kTypes); ++i) t->dtypes[i] = {get(kTypes[i].name), kTypes[i].value};
   types = t;
   return types;
 }
@@ -72,9 +111,44 @@ void check_dims(Py_ssize_t n, const char* name) {
   PARED_CHECK(n <= Array::kMaxDims, name, ": expected at most ", Array::kMaxDims, " dimensions, got ", n);
 }
 
+// Fills `a` where the exchange interface can; otherwise the attributes say what is wrong, or that nothing is.
+// Not of subclasses: what those say of themselves counts.
+bool exchange_torch(py::handle o, const TorchTypes& torch, Array& a) {
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(o.ptr()));
+  if (!torch.exchange || (type != torch.tensor.ptr() && type != torch.parameter.ptr())) return false;
+  DlTensor t;
+  if (torch.exchange->tensor_from_object(o.ptr(), &t) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const auto* row = std::find_if(std::begin(kTypes), std::end(kTypes), [&](const TypeRow& r) {
+    return r.dlpack_kind == t.kind && r.bits == t.bits;
+  });
+  if (row == std::end(kTypes) || t.lanes != 1 || t.device_type != DlExchange::kCpu ||
+      t.ndim > Array::kMaxDims || !t.strides)
+    return false;
+  a.dtype = row->value;
+  a.ndim = t.ndim;
+  std::copy_n(t.shape, t.ndim, a.shape);
+  std::copy_n(t.strides, t.ndim, a.strides);
+  a.data = static_cast<char*>(t.data) + t.byte_offset;
+  return true;
+}
+
+void refuse_negation(py::handle o, const char* name) {
+  // The imaginary part of a conjugate: its memory has the other sign.
+  if (call(o, names().is_neg).is(py::handle(Py_True)))
+    throw ValueError(
+        str(name, ": expected values, got a view whose negation is pending; call .resolve_neg()"));
+}
+
 Array parse_torch(py::handle o, const char* name, const TorchTypes& torch) {
   Array a;
   a.name = name;
+  if (exchange_torch(o, torch, a)) {
+    refuse_negation(o, name);
+    return a;
+  }
   if (!attr(o, names().layout).is(torch.strided))
     throw TypeError(str(name, ": expected a strided (dense) tensor, got layout ",
                         std::string(py::str(attr(o, names().layout)))));
@@ -98,10 +172,7 @@ Array parse_torch(py::handle o, const char* name, const TorchTypes& torch) {
     a.shape[i] = as_int(PyTuple_GET_ITEM(shape.ptr(), i));
     a.strides[i] = as_int(PyTuple_GET_ITEM(stride.ptr(), i));
   }
-  // The imaginary part of a conjugate: its memory has the other sign.
-  if (call(o, names().is_neg).is(py::handle(Py_True)))
-    throw ValueError(
-        str(name, ": expected values, got a view whose negation is pending; call .resolve_neg()"));
+  refuse_negation(o, name);
   a.data = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(call(o, names().data_ptr).ptr()));
   if (PyErr_Occurred()) throw py::error_already_set();
   return a;
@@ -172,25 +243,23 @@ Array parse_array(py::handle object, const char* name) {
                       std::string(py::str(py::type::handle_of(object).attr("__name__")))));
 }
 
+// Texts are built when they are needed: a stream each would take half of what a small call costs.
 void require_dtype(const Array& a, std::initializer_list<DType> allowed) {
+  if (std::find(allowed.begin(), allowed.end(), a.dtype) != allowed.end()) return;
   std::string list;
-  for (DType t : allowed) {
-    if (a.dtype == t) return;
-    list += str(list.empty() ? "" : " or ", dtype_name(t));
-  }
+  for (DType t : allowed) list += str(list.empty() ? "" : " or ", dtype_name(t));
   throw TypeError(str(a.name, ": expected dtype ", list, ", got ", dtype_name(a.dtype)));
 }
 
 void require_shape(const Array& a, std::initializer_list<int64_t> expected) {
-  bool ok = a.ndim == static_cast<int>(expected.size());
-  int i = 0;
-  std::string text = "[";
-  for (int64_t want : expected) {
-    ok = ok && (want < 0 || a.shape[i] == want);
-    text += str(i ? ", " : "", want < 0 ? std::string("any") : std::to_string(want));
-    ++i;
-  }
-  PARED_CHECK(ok, a.name, ": expected shape ", text, "], got ", a.shape_text());
+  const auto fits = [](int64_t want, int64_t size) { return want < 0 || want == size; };
+  if (a.ndim == static_cast<int>(expected.size()) &&
+      std::equal(expected.begin(), expected.end(), a.shape, fits))
+    return;
+  std::string text;
+  for (int64_t want : expected)
+    text += str(text.empty() ? "" : ", ", want < 0 ? std::string("any") : std::to_string(want));
+  throw ValueError(str(a.name, ": expected shape [", text, "], got ", a.shape_text()));
 }
 
 void require_contiguous(const Array& a) {
