@@ -113,10 +113,10 @@ def test_every_format_estimates_itself() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "error", "text"),
     [
-        ({"tokens": -1}, ValueError, "tokens: expected at least 0, got -1"),
+        ({"tokens": -1}, ValueError, "tokens: expected an integer of at least 0, got -1"),
         ({"tokens": 1.5}, TypeError, "tokens: expected an integer, got float"),
         ({"tokens": True}, TypeError, "tokens: expected an integer, got bool"),
-        ({"tokens": 1, "threads": 0}, ValueError, "threads: expected at least 1, got 0"),
+        ({"tokens": 1, "threads": 0}, ValueError, "threads: expected an integer of at least 1, got 0"),
     ],
 )
 def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], text: str) -> None:

@@ -117,7 +117,7 @@ def test_errors(rng):
         ops.BSRInt8.from_dense(np.zeros((1, 65794), np.float32))
     with pytest.raises(TypeError, match="weight: expected a numpy array or a torch tensor"):
         ops.BSRInt8.from_dense([[1.0]])
-    with pytest.raises(TypeError, match="weight: expected dtype int8"):
+    with pytest.raises(TypeError, match="q: expected dtype int8"):
         ops.BSRInt8.from_quantized(w, np.ones(4, np.float32))
     with pytest.raises(TypeError, match="weight: expected dtype"):
         ops.BSRInt8.from_dense(w.astype(np.int8))

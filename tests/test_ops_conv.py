@@ -181,7 +181,7 @@ X = np.zeros((1, 3, 8, 8), dtype=np.float32)
             "x: expected contiguous planes or channels-last",
         ),
         (lambda: conv2d(X[..., ::2], W), ValueError, "x: expected contiguous planes or channels-last"),
-        (lambda: conv2d(X, W, padding=-1), ValueError, "padding: expected non-negative values, got -1"),
+        (lambda: conv2d(X, W, padding=-1), ValueError, "padding: expected an integer of at least 0, got -1"),
         (
             lambda: conv2d(X, W, padding="full"),
             ValueError,
@@ -193,10 +193,14 @@ X = np.zeros((1, 3, 8, 8), dtype=np.float32)
             ValueError,
             "padding: expected stride 1 with 'same'",
         ),
-        (lambda: conv2d(X, W, stride=0), ValueError, r"stride: expected positive values, got \(0, 0\)"),
+        (lambda: conv2d(X, W, stride=0), ValueError, r"stride: expected an integer of at least 1, got 0"),
         (lambda: conv2d(X, W, stride=(1, 2, 3)), TypeError, "stride: expected an int or a pair"),
         (lambda: conv2d(X, W, stride=True), TypeError, "stride: expected an int or a pair"),
-        (lambda: conv2d(X, W, dilation=-2), ValueError, "dilation: expected positive values"),
+        (
+            lambda: conv2d(X, W, dilation=-2),
+            ValueError,
+            "dilation: expected an integer of at least 1, got -2",
+        ),
         (
             lambda: conv2d(X, W, dilation=4),
             ValueError,

@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 
 #include <algorithm>
+#include <atomic>
 #include <iterator>
 #include <utility>
 
@@ -86,8 +87,8 @@ const DlExchange* find_exchange(const py::object& tensor_type) {
 }
 
 const TorchTypes* torch_types() {
-  static const TorchTypes* types = nullptr;
-  if (types) return types;  // guarded by the GIL; on free-threaded builds two threads store equal tables
+  static std::atomic<const TorchTypes*> known{nullptr};  // without the GIL two threads may store equal tables
+  if (const TorchTypes* types = known.load(std::memory_order_acquire)) return types;
   PyObject* modules = PyImport_GetModuleDict();
   PyObject* torch = PyDict_GetItemString(modules, "torch");
   if (!torch || !PyObject_HasAttrString(torch, "Tensor") || !PyObject_HasAttrString(torch, "strided") ||
@@ -97,8 +98,22 @@ const TorchTypes* torch_types() {
   auto* t = new TorchTypes{
       get("Tensor"), get("nn").attr("Parameter"), get("strided"), find_exchange(get("Tensor")), {}};
   for (size_t i = 0; i < std::size(kTypes); ++i) t->dtypes[i] = {get(kTypes[i].name), kTypes[i].value};
-  types = t;
-  return types;
+  known.store(t, std::memory_order_release);
+  return t;
+}
+
+std::string type_name(py::handle o) { return py::str(py::type::handle_of(o).attr("__name__")); }
+
+[[noreturn]] void refuse_dtype(const char* name, py::handle dtype) {
+  throw TypeError(str(name, ": expected a dtype of float16 to float64, bfloat16, int8 to int64, uint8 or ",
+                      "bool in the machine's byte order, got ", std::string(py::str(dtype))));
+}
+
+// numpy's exact type is everybody's; of its subclasses one has elements that do not count.
+bool is_masked(py::handle o) {
+  if (Py_TYPE(o.ptr()) == py::detail::npy_api::get().PyArray_Type_) return false;
+  PyObject* ma = PyDict_GetItemString(PyImport_GetModuleDict(), "numpy.ma");
+  return ma && py::isinstance(o, py::getattr(ma, "MaskedArray"));
 }
 
 int64_t as_int(PyObject* o) {
@@ -132,7 +147,7 @@ bool exchange_torch(py::handle o, const TorchTypes& torch, Array& a) {
   std::copy_n(t.shape, t.ndim, a.shape);
   std::copy_n(t.strides, t.ndim, a.strides);
   a.data = static_cast<char*>(t.data) + t.byte_offset;
-  return true;
+  return t.data || a.size() == 0;
 }
 
 void refuse_negation(py::handle o, const char* name) {
@@ -163,7 +178,7 @@ Array parse_torch(py::handle o, const char* name, const TorchTypes& torch) {
       known = true;
       break;
     }
-  if (!known) throw TypeError(str(name, ": unsupported dtype ", std::string(py::str(dtype))));
+  if (!known) refuse_dtype(name, dtype);
   const py::object shape = attr(o, names().shape), stride = call(o, names().stride);
   const Py_ssize_t n = PyTuple_GET_SIZE(shape.ptr());
   check_dims(n, name);
@@ -173,12 +188,21 @@ Array parse_torch(py::handle o, const char* name, const TorchTypes& torch) {
     a.strides[i] = as_int(PyTuple_GET_ITEM(stride.ptr(), i));
   }
   refuse_negation(o, name);
-  a.data = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(call(o, names().data_ptr).ptr()));
-  if (PyErr_Occurred()) throw py::error_already_set();
+  // Tensors inside torch.func have no pointer and say so; subclasses that wrap other tensors, and those whose
+  // storage was freed, have 0.
+  PyObject* pointer = PyObject_CallMethodNoArgs(o.ptr(), names().data_ptr.ptr());
+  a.data = pointer ? PyLong_AsVoidPtr(pointer) : nullptr;
+  Py_XDECREF(pointer);
+  PyErr_Clear();
+  if (!a.data && a.size() > 0)
+    throw TypeError(
+        str(name, ": expected a tensor with memory of its own, got a ", type_name(o), " without"));
   return a;
 }
 
 Array parse_numpy(py::handle o, const char* name) {
+  if (is_masked(o))
+    throw TypeError(str(name, ": expected an array without a mask, got a MaskedArray; call .filled()"));
   const auto array = py::reinterpret_borrow<py::array>(o);
   Array a;
   a.name = name;
@@ -196,7 +220,7 @@ Array parse_numpy(py::handle o, const char* name) {
   else if (kind == 'i' && size == 8) a.dtype = DType::i64;
   else if (kind == 'b') a.dtype = DType::boolean;
   else known = false;
-  if (!known) throw TypeError(str(name, ": unsupported dtype ", std::string(py::str(py::object(dtype)))));
+  if (!known) refuse_dtype(name, dtype);
   check_dims(array.ndim(), name);
   a.ndim = static_cast<int>(array.ndim());
   for (int i = 0; i < a.ndim; ++i) {
@@ -239,8 +263,7 @@ Array parse_array(py::handle object, const char* name) {
   if (torch && PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(torch->tensor.ptr())))
     return parse_torch(object, name, *torch);
   if (py::isinstance<py::array>(object)) return parse_numpy(object, name);
-  throw TypeError(str(name, ": expected a numpy array or a torch tensor, got ",
-                      std::string(py::str(py::type::handle_of(object).attr("__name__")))));
+  throw TypeError(str(name, ": expected a numpy array or a torch tensor, got ", type_name(object)));
 }
 
 // Texts are built when they are needed: a stream each would take half of what a small call costs.

@@ -22,7 +22,7 @@ void register_bsr8(py::module_& m) {
       "bsr8_pack",
       [](py::handle weight, py::handle scales, int64_t groups, int entry_rows, const std::string& dtype,
          py::handle activations) {
-        const Array a = parse_array(weight, "weight");
+        const Array a = parse_array(weight, scales.is_none() ? "weight" : "q");
         const float* given = nullptr;
         if (scales.is_none()) {
           require_dtype(a, kFloatTypes);

@@ -193,7 +193,7 @@ def test_formats_without_a_kernel_stay_where_they_are():
     for module, text in [
         (
             layer("dense"),
-            r"Linear has no dense kernel for cuda \(device: Dense weights have kernels for the CPU only",
+            r"Linear has no dense kernel for cuda \(device: expected cpu for Dense weights",
         ),
         (bitmap, r"Linear has no bitmap kernel for cuda \(dtype: expected a linear weight in float16 or"),
         (Conv2d.from_module(nn.Conv2d(3, 4, 3)), "Conv2d has no csr kernel for cuda"),

@@ -119,7 +119,7 @@ class PackedModule(nn.Module):
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None, activation: str | None) -> None:
         super().__init__()
-        if activation is not None and activation not in ACTIVATIONS:
+        if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
             raise ValueError(
                 f"activation: expected one of {', '.join(ACTIVATIONS)} or None, got {activation!r}"
             )
@@ -135,6 +135,11 @@ class PackedModule(nn.Module):
         self.register_buffer("packed", aligned(packed))
         if bias is not None:
             rows = weight.shape[0]
+            if not isinstance(bias, Tensor):
+                raise TypeError(f"bias: expected a torch tensor or None, got {type(bias).__name__}")
+            if not bias.is_floating_point() or bias.layout is not torch.strided or bias.is_meta:
+                got = f"{bias.dtype} in layout {bias.layout} on {bias.device}"
+                raise TypeError(f"bias: expected a dense floating-point tensor, got {got}")
             if tuple(bias.shape) != (rows,):
                 raise ValueError(f"bias: expected shape [{rows}], got {list(bias.shape)}")
             bias = bias.detach().to(dtype=torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -345,6 +350,7 @@ def quantized_parts(
     name = type(module).__name__
     if not isinstance(module, nn.Module) or not hasattr(module, "weight"):
         raise TypeError(f"module: expected a quantized {kind}, got {name}")
+    check_activations(activation_scale, activation_zero, activation_dtype)
     try:
         weight = Int8.from_torch(
             module,
@@ -375,7 +381,7 @@ def pack(format: str, weight: Tensor, groups: int = 1, record: Any = None) -> Pa
     `record` is what `pared.quantize` left on the layer, or None: a quantized format takes its integers and
     scales over where the weight still lies on their grid.
     """
-    if format not in FORMATS:
+    if not isinstance(format, str) or format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     cls = FORMATS[format].weight
     if record is not None and issubclass(cls, IntegerWeight):

@@ -14,10 +14,11 @@ from pared._cuda_conv import check_geometry, pointwise
 from pared._cuda_conv import conv2d as device_conv2d
 from pared.nn._base import PackedModule, pack, quantized_parts
 from pared.nn._fold import can_fold, fold, unfold_weight
+from pared.ops._arrays import word
 from pared.ops._device import DeviceWeight
 from pared.ops._formats import FORMATS
 from pared.ops._library import conv2d_op, empty_images, grad_error, images
-from pared.ops.conv import IntPair, _pair, resolve_padding
+from pared.ops.conv import IntPair, int_pair, resolve_padding
 from pared.ops.packed import PackedWeight
 
 _KERNELS = {f.name: f.conv2d for f in FORMATS.values() if f.conv2d is not None}
@@ -70,13 +71,13 @@ class Conv2d(PackedModule):
             raise ValueError(
                 f"weight: expected a weight [out, in/groups, kh, kw], got shape {list(weight.shape)}"
             )
-        if padding_mode not in _MODES:
+        if word(padding_mode, "padding_mode") not in _MODES:
             raise ValueError(f"padding_mode: expected one of {', '.join(_MODES)}, got {padding_mode!r}")
         self.groups = weight.groups
         self.out_channels, self.in_channels = weight.shape[0], weight.shape[1] * self.groups
         self.kernel_size = (weight.shape[2], weight.shape[3])
-        self.stride, self.dilation = _pair(stride, "stride"), _pair(dilation, "dilation")
-        self.padding = padding if isinstance(padding, str) else _pair(padding, "padding")
+        self.stride, self.dilation = int_pair(stride, "stride"), int_pair(dilation, "dilation")
+        self.padding = padding if isinstance(padding, str) else int_pair(padding, "padding", 0)
         self.padding_mode = padding_mode
         self._pads = resolve_padding(padding, self.kernel_size, self.stride, self.dilation)
 
@@ -98,14 +99,15 @@ class Conv2d(PackedModule):
         if norm is not None:
             if not can_fold(module, norm):
                 raise ValueError(
-                    "norm: expected a float32 nn.BatchNorm2d with statistics for the channels of module"
+                    "norm: expected a float32 nn.BatchNorm2d with statistics for the channels of module, "
+                    f"got {type(norm).__name__}"
                 )
             dense, bias, undo = fold(module, norm)
             weight = None
             if FORMATS[format].precision != "float32":  # the weight's own bits are gone
                 undo["fold_delta"] = torch.empty(0, dtype=torch.int8)
         new = cls(
-            weight or pack(format, dense, module.groups),
+            pack(format, dense, module.groups) if weight is None else weight,
             bias,
             module.stride,
             module.padding,

@@ -74,7 +74,7 @@ class Linear(PackedModule):
             raise ValueError("norm: expected None for a linear layer, got a batch normalisation")
         if not isinstance(module, nn.Linear):
             raise TypeError(f"module: expected nn.Linear, got {type(module).__name__}")
-        new = cls(weight or pack(format, module.weight), module.bias, activation)
+        new = cls(pack(format, module.weight) if weight is None else weight, module.bias, activation)
         new._requires_grad = (module.weight.requires_grad, getattr(module.bias, "requires_grad", True))
         return new
 

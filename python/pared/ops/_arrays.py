@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -23,6 +24,53 @@ def require_array(x: object, name: str) -> None:
     """Raise ``TypeError`` unless `x` is a numpy array or a torch tensor."""
     if not (isinstance(x, np.ndarray) or is_torch(x)):
         raise TypeError(f"{name}: expected a numpy array or a torch tensor, got {type(x).__name__}")
+
+
+def integer(x: object, name: str, least: int = -(2**63), most: int = 2**63 - 1) -> int:
+    """`x` as an int, for what the extension takes as one. Raises ``TypeError`` or ``ValueError``."""
+    try:
+        if isinstance(x, bool):
+            raise TypeError
+        value = operator.index(x)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {type(x).__name__}") from None
+    if not least <= value <= most:
+        wanted = f"at least {least}" if value < least else f"at most {most}"
+        raise ValueError(f"{name}: expected an integer of {wanted}, got {value}")
+    return value
+
+
+def number(x: object, name: str) -> float:
+    """`x` as a float. Raises ``TypeError`` unless it is a real number."""
+    try:
+        if isinstance(x, (bool, str, bytes)):
+            raise TypeError
+        return float(x)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}") from None
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number that a float holds, got {x!r:.20}...") from None
+
+
+def word(x: object, name: str) -> str:
+    """`x` if it is a string, whose value the extension checks. Raises ``TypeError``."""
+    if not isinstance(x, str):
+        raise TypeError(f"{name}: expected a string, got {type(x).__name__}")
+    return x if x.isascii() else ascii(x)
+
+
+def activation_name(x: object) -> str:
+    """An activation as the extension takes it: None is ``""``."""
+    return "" if x is None else word(x, "activation")
+
+
+def dtype_of_kind(x: Any, name: str) -> Any:
+    """The dtype of that name in `x`'s library."""
+    if is_torch(x):
+        import torch
+
+        return getattr(torch, name)
+    return np.dtype(name)
 
 
 def empty_like_kind(x: Any, shape: tuple[int, ...], dtype: Any = None) -> Array:

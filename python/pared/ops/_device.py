@@ -15,6 +15,21 @@ if TYPE_CHECKING:
 _MODULE = "pared._cuda_"
 
 
+def device_of(device: Any) -> torch.device:
+    """`device` as torch has it. Raises ``TypeError`` or ``ValueError`` for what is none or cannot be used."""
+    import torch
+
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"device: expected a string or a torch.device, got {type(device).__name__}")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device: expected a device such as 'cuda' or 'cuda:1', got {device!r}") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: expected one that torch can use, got {found}, and it has no CUDA device")
+    return found
+
+
 class DeviceWeight:
     """A packed weight in a device's memory, as `PackedWeight.to` gives it; `pared.ops.linear` takes it.
 

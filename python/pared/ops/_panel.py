@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pared import _core
 from pared._types import Array
-from pared.ops._arrays import is_torch, require_array
+from pared.ops._arrays import integer, is_torch, require_array
 from pared.ops.packed import PackedWeight
 
 P = TypeVar("P", bound="PanelWeight")
@@ -30,7 +30,7 @@ class PanelWeight(PackedWeight):
     def _pack_dense(cls: type[P], weight: Array, groups: int, entry_rows: int) -> P:
         require_array(weight, "weight")
         dense = weight.detach() if is_torch(weight) else weight
-        return cls(_core.csr_pack_dense(dense, groups, cls.kind, entry_rows))
+        return cls(_core.csr_pack_dense(dense, integer(groups, "groups"), cls.kind, entry_rows))
 
     def to_csr_arrays(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
         """``(row pointers, columns, values)`` of the matrix ``[out, in]``; for a convolution

@@ -7,7 +7,7 @@ from typing import Any
 
 from pared import _core
 from pared._types import Array
-from pared.ops._arrays import empty_like_kind, is_torch, refuse_grad, require_array
+from pared.ops._arrays import dtype_of_kind, empty_like_kind, is_torch, number, refuse_grad, require_array
 
 
 def attention(
@@ -48,8 +48,10 @@ def attention(
             raise ValueError(
                 f"{name}: expected shape [batch, heads, positions, features], got {list(x.shape)}"
             )
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal: expected True or False, got {type(is_causal).__name__}")
     batch, heads, queries, features = q.shape
-    out: Any = empty_like_kind(q, (batch, queries, heads, v.shape[3]))
+    out: Any = empty_like_kind(q, (batch, queries, heads, v.shape[3]), dtype_of_kind(q, "float32"))
     y = out.transpose(1, 2) if is_torch(out) else out.transpose(0, 2, 1, 3)
     if mask is not None:
         require_array(mask, "mask")
@@ -57,7 +59,7 @@ def attention(
         mask = _broadcast(mask, (batch, heads, queries, k.shape[2]))
     if scale is None:
         scale = 1.0 if features == 0 else 1.0 / math.sqrt(features)
-    _core.attention(q, k, v, mask, y, float(scale), bool(is_causal))
+    _core.attention(q, k, v, mask, y, number(scale, "scale"), is_causal)
     return y
 
 
@@ -67,7 +69,7 @@ def _broadcast(mask: Any, shape: tuple[int, ...]) -> Any:
             return mask.expand(shape)
         import numpy as np
 
-        return np.broadcast_to(mask, shape)
+        return np.broadcast_to(mask, shape, subok=True)  # a mask on the mask is refused, not dropped
     except (RuntimeError, ValueError):
         raise ValueError(
             f"mask: expected a shape that broadcasts to {list(shape)}, got {list(mask.shape)}"

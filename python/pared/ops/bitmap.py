@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from pared import _core
 from pared._types import Array
-from pared.ops._arrays import is_torch, require_array
-from pared.ops._device import DeviceWeight
+from pared.ops._arrays import integer, is_torch, require_array
+from pared.ops._device import DeviceWeight, device_of
 from pared.ops._estimate import Facts, Work
 from pared.ops.packed import PackedWeight
 
@@ -39,7 +39,7 @@ class Bitmap(PackedWeight):
         TypeError, ValueError : another shape or dtype; NaN or infinity in the weight.
         """
         require_array(weight, "weight")
-        if groups != 1:
+        if integer(groups, "groups") != 1:
             raise ValueError(f"groups: expected 1 for a linear weight, got {groups}")
         return cls(_core.bitmap_pack_dense(weight.detach() if is_torch(weight) else weight))
 
@@ -71,7 +71,7 @@ class Bitmap(PackedWeight):
 
         from pared._cuda_decode import DecodeWeight
 
-        given = self._device_dtype(dtype)
+        given, device = self._device_dtype(dtype), device_of(device)
         return DecodeWeight.from_dense(torch.as_tensor(self.to_dense()).to(device, given))
 
 
@@ -90,7 +90,7 @@ class BitmapCSR(PackedWeight):
     def from_dense(cls, weight: Array, *, groups: int = 1) -> BitmapCSR:
         """Pack a dense linear weight; as `Bitmap.from_dense`."""
         require_array(weight, "weight")
-        if groups != 1:
+        if integer(groups, "groups") != 1:
             raise ValueError(f"groups: expected 1 for a linear weight, got {groups}")
         return cls(_core.pair_pack_dense(weight.detach() if is_torch(weight) else weight))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from pared._types import Array
-from pared.ops._device import DeviceWeight
+from pared.ops._device import DeviceWeight, device_of
 from pared.ops._panel import PanelWeight
 
 # Rows that the quad kernel takes together (kQuadRows in csrc/formats/csr.h).
@@ -14,7 +14,7 @@ _QUAD = 4
 
 def check_block(block: Any) -> None:
     """Raise ``ValueError`` unless `block` is two positive integers."""
-    ok = isinstance(block, tuple) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
+    ok = isinstance(block, tuple) and len(block) == 2 and all(type(b) is int and 0 < b < 2**31 for b in block)
     if not ok:
         raise ValueError(f"block: expected two positive integers (rows, columns), got {block!r}")
 
@@ -82,7 +82,7 @@ class BSR(PanelWeight):
         """
         import torch
 
-        m = self.to_scipy(block)
+        m = self.to_scipy(self._dividing(block))
         starts, columns, values = (torch.from_numpy(a.copy()) for a in (m.indptr, m.indices, m.data))
         return torch.sparse_bsr_tensor(starts, columns, values, m.shape, check_invariants=True)
 
@@ -99,7 +99,7 @@ class BSR(PanelWeight):
 
         from pared._cuda_block_sparse import DeviceBlocks
 
-        given = self._device_dtype(dtype)
+        given, device = self._device_dtype(dtype), device_of(device)
         dense = torch.as_tensor(self.to_dense()).to(device, given)
         return DeviceBlocks.from_dense(dense, block) if block else DeviceBlocks.found_in(dense)
 

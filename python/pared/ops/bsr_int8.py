@@ -9,10 +9,16 @@ from numpy.typing import NDArray
 
 from pared import _core
 from pared._types import Array
-from pared.ops._arrays import is_torch, require_array
-from pared.ops._device import DeviceWeight
+from pared.ops._arrays import integer, is_torch, require_array, word
+from pared.ops._device import DeviceWeight, device_of
 from pared.ops.bsr import check_block
-from pared.ops.int8 import Activations, QuantizedWeight, check_activations, output_scales
+from pared.ops.int8 import (
+    Activations,
+    QuantizedWeight,
+    check_activations,
+    check_quantized,
+    output_scales,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -75,7 +81,11 @@ class BSRInt8(QuantizedWeight):
         require_array(weight, "weight")
         dense = weight.detach() if is_torch(weight) else weight
         activations = check_activations(activation_scale, activation_zero, activation_dtype)
-        return cls(_core.bsr8_pack(dense, None, groups, _entry_rows(block), activations=activations))
+        return cls(
+            _core.bsr8_pack(
+                dense, None, integer(groups, "groups"), _entry_rows(block), activations=activations
+            )
+        )
 
     @classmethod
     def from_quantized(
@@ -96,10 +106,14 @@ class BSRInt8(QuantizedWeight):
         ``ValueError`` or ``TypeError`` for other dtypes and shapes, and for scales that are negative or not
         finite.
         """
-        require_array(q, "q")
+        check_quantized(q)
         activations = check_activations(activation_scale, activation_zero, activation_dtype)
         rows = output_scales(scales, q.shape[0])
-        return cls(_core.bsr8_pack(q, rows, groups, _entry_rows(block), dtype, activations))
+        return cls(
+            _core.bsr8_pack(
+                q, rows, integer(groups, "groups"), _entry_rows(block), word(dtype, "dtype"), activations
+            )
+        )
 
     @classmethod
     def from_parts(
@@ -121,6 +135,7 @@ class BSRInt8(QuantizedWeight):
             raise ValueError(
                 f"device: expected a linear weight that quantizes its input by token for {device}, got {what}"
             )
+        device = device_of(device)
         q, scales = (torch.from_numpy(a).to(device) for a in self.to_quantized())
         return DeviceBlocks.found_in(q, scales)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from pared._types import Array
-from pared.ops._arrays import empty_like_kind, refuse_grad, require_array
+from pared.ops._arrays import activation_name, empty_like_kind, refuse_grad, require_array
 from pared.ops._formats import FORMATS
 from pared.ops.packed import PackedWeight
 
@@ -14,6 +15,15 @@ def chain_of(weights: Sequence[PackedWeight]) -> Callable[..., None] | None:
     """What computes linear layers with these weights in one call; None where nothing does."""
     kernels = {FORMATS[w.kind].chain if len(w.shape) == 2 else None for w in weights}
     return kernels.pop() if len(kernels) == 1 else None
+
+
+def _listed(x: Any, name: str, n: int | None = None) -> list[Any]:
+    """A list or tuple as a list, of n entries if given. Raises ``TypeError`` or ``ValueError``."""
+    if not isinstance(x, list | tuple):
+        raise TypeError(f"{name}: expected a list or a tuple, got {type(x).__name__}")
+    if n is not None and len(x) != n:
+        raise ValueError(f"{name}: expected {n} entries, one for each weight, got {len(x)}")
+    return list(x)
 
 
 def linear_chain(
@@ -49,17 +59,19 @@ def linear_chain(
     RuntimeError : grad mode is on and `x` or a bias asks for a gradient; pared's operations have none.
     """
     require_array(x, "x")
-    weights = list(weights)
+    weights = _listed(weights, "weights")
     for i, w in enumerate(weights):
         if not isinstance(w, PackedWeight) or chain_of([w]) is None:
             known = ", ".join(f.weight.__name__ for f in FORMATS.values() if f.chain is not None)
             got = f" of shape {list(w.shape)}" if isinstance(w, PackedWeight) else ""
             raise TypeError(f"weights: expected linear weights ({known}), got {type(w).__name__}{got} at {i}")
     n = len(weights)
-    bias = [None] * n if biases is None else list(biases)
-    activation = [""] * n if activations is None else [a or "" for a in activations]
     if n < 2:
         raise ValueError(f"weights: expected two or more, got {n}")
+    bias = [None] * n if biases is None else _listed(biases, "biases", n)
+    activation = [""] * n
+    if activations is not None:
+        activation = [activation_name(a) for a in _listed(activations, "activations", n)]
     chain = chain_of(weights)
     if chain is None:
         got = ", ".join(type(w).__name__ for w in weights)

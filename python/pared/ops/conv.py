@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 
 from pared import _core
 from pared._types import Array
-from pared.ops._arrays import is_torch, refuse_grad, require_array
+from pared.ops._arrays import activation_name, integer, is_torch, refuse_grad, require_array
 from pared.ops._formats import FORMATS
 from pared.ops.packed import PackedWeight
 
 IntPair = int | Sequence[int]
 
 
-def _pair(value: Any, name: str) -> tuple[int, int]:
-    """An int, or a pair of ints, as a pair (height, width)."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value, value
-    if isinstance(value, Sequence) and len(value) == 2 and all(type(v) is int for v in value):
-        return value[0], value[1]
+def int_pair(value: Any, name: str, least: int = 1) -> tuple[int, int]:
+    """An int, or a pair of ints, as a pair (height, width). Raises ``TypeError`` or ``ValueError``."""
+    pair = (value, value) if isinstance(value, int) else value
+    if isinstance(pair, Sequence) and len(pair) == 2 and all(type(v) is int for v in pair):
+        height, width = (integer(v, name, least, 2**31 - 1) for v in pair)
+        return height, width
     raise TypeError(f"{name}: expected an int or a pair of ints (height, width), got {value!r}")
 
 
@@ -43,7 +43,7 @@ def resolve_padding(
             raise ValueError(f"padding: expected stride 1 with 'same', got stride {stride}")
         total_h, total_w = dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1)
         return total_h // 2, total_h - total_h // 2, total_w // 2, total_w - total_w // 2
-    ph, pw = _pair(padding, "padding")
+    ph, pw = int_pair(padding, "padding", 0)
     return ph, ph, pw, pw
 
 
@@ -59,7 +59,7 @@ class _Frame(NamedTuple):
 def _frame(
     size: tuple[int, int], kernel: tuple[int, int], stride: Any, padding: Any, dilation: Any
 ) -> _Frame:
-    strides, dilations = _pair(stride, "stride"), _pair(dilation, "dilation")
+    strides, dilations = int_pair(stride, "stride"), int_pair(dilation, "dilation")
     pads = resolve_padding(padding, kernel, strides, dilations)
     return _Frame(
         strides, pads, dilations, _core.conv2d_output_size(*size, *kernel, strides, pads, dilations)
@@ -135,7 +135,7 @@ def conv2d(
         raise ValueError(
             f"w: expected a weight [out, in/groups, kh, kw], got shape {list(shape)}; use linear"
         )
-    if groups != w.groups:
+    if integer(groups, "groups") != w.groups:
         raise ValueError(f"groups: expected {w.groups}, as the weight was packed with, got {groups}")
     if x.ndim not in (3, 4):
         raise ValueError(f"x: expected [N, C, H, W] or [C, H, W], got shape {list(x.shape)}")
@@ -147,6 +147,6 @@ def conv2d(
     frame = _known_frame if type(stride) is type(padding) is type(dilation) is int else _frame
     f = frame((height, width), shape[2:], stride, padding, dilation)
     out: Any = _empty_images(images, (n, shape[0], *f.out))
-    kernel(images, w.packed, bias, out, f.stride, f.padding, f.dilation, activation or "")
+    kernel(images, w.packed, bias, out, f.stride, f.padding, f.dilation, activation_name(activation))
     result: Array = out if x.ndim == 4 else out[0]
     return result

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pared import _core
-from pared.ops._device import DeviceWeight
+from pared.ops._device import DeviceWeight, device_of
 from pared.ops._panel import PanelWeight
 
 
@@ -24,6 +24,8 @@ class CSR(PanelWeight):
     @classmethod
     def from_scipy(cls, matrix: Any) -> CSR:
         """Pack a two-dimensional scipy sparse matrix or array (any format; duplicates are summed)."""
+        if not hasattr(matrix, "tocsr") or len(matrix.shape) != 2:
+            raise TypeError(f"matrix: expected a two-dimensional scipy matrix, got {type(matrix).__name__}")
         m = matrix.tocsr()
         if m is matrix and not m.has_canonical_format:
             m = m.copy()
@@ -59,11 +61,13 @@ class CSR(PanelWeight):
         from pared._cuda_sparse import DeviceCSR
 
         given = getattr(torch, self.dtype) if dtype is None else dtype
-        if len(self.shape) != 2 or given not in (torch.float32, torch.float16, torch.bfloat16):
+        known = isinstance(given, torch.dtype) and given in (torch.float32, torch.float16, torch.bfloat16)
+        if len(self.shape) != 2 or not known:
             got = f"shape {list(self.shape)}" if len(self.shape) != 2 else given
             raise ValueError(
                 f"dtype: expected a linear weight in float32, float16 or bfloat16 for CUDA, got {got}"
             )
+        device = device_of(device)
         starts, columns, numbers = self.to_csr_arrays()
         rows = torch.from_numpy(np.repeat(np.arange(self.shape[0]), np.diff(starts))).to(device)
         values = torch.from_numpy(numbers).to(device).to(given)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pared import _core
 from pared._types import Array
-from pared.ops._arrays import is_torch, require_array
+from pared.ops._arrays import integer, is_torch, require_array, word
 from pared.ops.int8 import Activations, IntegerWeight
 
 # Numbers of inputs that may share a scale (csrc/formats/int4.h).
@@ -22,6 +22,10 @@ def int4_group(bits: int, symmetric: bool, group: int | None, activation_scale: 
         return None
     group = GROUPS[-1] if group is None else group
     return group if group in GROUPS else None
+
+
+def _group(group: Any) -> int:
+    return integer(group, "group", 0, 2**31 - 1)
 
 
 class Int4(IntegerWeight):
@@ -54,10 +58,10 @@ class Int4(IntegerWeight):
         TypeError, ValueError : naming the argument; NaN or infinity in the weight.
         """
         require_array(weight, "weight")
-        if groups != 1:
+        if integer(groups, "groups") != 1:
             raise ValueError(f"groups: expected 1 for an int4 weight, got {groups!r}")
         dense = weight.detach() if is_torch(weight) else weight
-        return cls(_core.int4_pack_dense(dense, group))
+        return cls(_core.int4_pack_dense(dense, _group(group)))
 
     @classmethod
     def from_quantized(cls, q: Array, scales: Array, *, group: int, dtype: str = "float32") -> Int4:
@@ -76,7 +80,7 @@ class Int4(IntegerWeight):
         """
         require_array(q, "q")
         require_array(scales, "scales")
-        return cls(_core.int4_pack_quantized(q, scales, group, dtype))
+        return cls(_core.int4_pack_quantized(q, scales, _group(group), word(dtype, "dtype")))
 
     @property
     def group(self) -> int:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from pared import _core
 from pared._types import Array
-from pared.ops._arrays import empty_like_kind, is_torch, require_array
-from pared.ops._device import DeviceWeight
+from pared.ops._arrays import dtype_of_kind, empty_like_kind, integer, is_torch, number, require_array, word
+from pared.ops._device import DeviceWeight, device_of
 from pared.ops.packed import PackedWeight
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ Activations = tuple[float, int, int, int]
 
 def check_activations(scale: float | None, zero: int, dtype: str) -> Activations | None:
     """Static activation parameters as the kernels take them; None where activations are dynamic."""
-    if dtype not in ("int8", "uint8"):
+    if word(dtype, "activation_dtype") not in ("int8", "uint8"):
         raise ValueError(f"activation_dtype: expected 'int8' or 'uint8', got {dtype!r}")
     offset = 128 if dtype == "int8" else 0
     if not isinstance(zero, int) or isinstance(zero, bool) or not -offset <= zero <= 255 - offset:
@@ -34,15 +34,34 @@ def check_activations(scale: float | None, zero: int, dtype: str) -> Activations
         if zero != 0:
             raise ValueError("activation_zero: expected 0 without an activation_scale: dynamic is symmetric")
         return None
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+    factor = number(scale, "activation_scale")
+    if not 0 < factor < math.inf:
         raise ValueError(f"activation_scale: expected a positive number or None, got {scale!r}")
-    return float(scale), zero + offset, 0, 255
+    return factor, zero + offset, 0, 255
 
 
-def output_scales(scales: Any, rows: int) -> NDArray[np.float32]:
-    """One scale an output, of a vector or of a number for all."""
-    s = np.asarray(scales.detach().cpu().numpy() if is_torch(scales) else scales, dtype=np.float32)
-    return np.full(rows, s, np.float32) if s.ndim == 0 else np.ascontiguousarray(s)
+def output_scales(scales: Any, rows: int) -> Array:
+    """One scale an output, of a vector or of a number for all. Raises ``TypeError``."""
+    if isinstance(scales, (int, float)) or getattr(scales, "ndim", 1) == 0:
+        return np.full(rows, number(scales, "scales"), np.float32)
+    if isinstance(scales, list | tuple):
+        scales = np.array([number(s, "scales") for s in scales])
+    require_array(scales, "scales")
+    real = scales.is_floating_point() if is_torch(scales) else scales.dtype.kind == "f"
+    if not real or isinstance(scales, np.ma.MaskedArray):
+        got = f"{type(scales).__name__} of {scales.dtype}"
+        raise TypeError(f"scales: expected a number or an array of floating-point numbers, got {got}")
+    if is_torch(scales):
+        s = scales.detach().float()
+        return s.cpu() if s.is_cuda else s
+    return np.ascontiguousarray(scales, dtype=np.float32)
+
+
+def check_quantized(q: Any) -> None:
+    """Raise unless `q` is an array of a weight's shape."""
+    require_array(q, "q")
+    if q.ndim not in (2, 4):
+        raise ValueError(f"q: expected [out, in] or [out, in/groups, kh, kw], got shape {list(q.shape)}")
 
 
 class IntegerWeight(PackedWeight):
@@ -153,11 +172,11 @@ class QuantizedWeight(IntegerWeight):
         ------
         TypeError, ValueError : naming the argument, what was expected and what came.
         """
-        require_array(q, "q")
+        check_quantized(q)
         _check_groups(groups, q.ndim)
         s = output_scales(scales, q.shape[0])
         activations = check_activations(activation_scale, activation_zero, activation_dtype)
-        return cls(_core.int8_pack_quantized(q, s, dtype, activations, cls._masked, groups))
+        return cls(_core.int8_pack_quantized(q, s, word(dtype, "dtype"), activations, cls._masked, groups))
 
     @classmethod
     def from_torch(
@@ -265,7 +284,7 @@ class Int8(QuantizedWeight):
             raise ValueError(
                 f"device: expected a linear weight for {device}, got one of shape {list(self.shape)}"
             )
-        return DeviceInt8.from_int8(self, device)
+        return DeviceInt8.from_int8(self, device_of(device))
 
 
 class Int8WeightOnly(Int8):
@@ -311,12 +330,13 @@ def _few_tokens(
         raise ValueError(
             f"device: {type(w).__name__} on CUDA does not quantize its input, got static activations"
         )
+    device = device_of(device)
     q, scales = (torch.from_numpy(a).to(device) for a in w.to_quantized())
     return DecodeWeight.from_quantized(q, scales, given, format)
 
 
 def _check_groups(groups: Any, ndim: int) -> None:
-    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1 or (ndim == 2 and groups != 1):
+    if integer(groups, "groups") < 1 or (ndim == 2 and groups != 1):
         raise ValueError(f"groups: expected 1, or a convolution's groups, got {groups!r}")
 
 
@@ -377,16 +397,10 @@ def gemm_s8(a: Array, b: Array) -> Array:
     for x, name in ((a, "a"), (b, "b")):
         if x.ndim != 2:
             raise ValueError(f"{name}: expected two dimensions, got shape {list(x.shape)}")
-    if is_torch(a):
-        import torch
+    if is_torch(a) and a.is_cuda and is_torch(b):
+        from pared import _cuda_int8
 
-        if a.is_cuda and is_torch(b):
-            from pared import _cuda_int8
-
-            return _cuda_int8.gemm_s8(a, b)
-        dtype: Any = torch.int32
-    else:
-        dtype = np.int32
-    out = empty_like_kind(a, (a.shape[0], b.shape[0]), dtype)
+        return _cuda_int8.gemm_s8(a, b)
+    out = empty_like_kind(a, (a.shape[0], b.shape[0]), dtype_of_kind(a, "int32"))
     _core.gemm_s8(a, b, out)
     return out

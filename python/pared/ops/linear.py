@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pared._types import Array
-from pared.ops._arrays import empty_like_kind, refuse_grad, require_array
+from pared.ops._arrays import activation_name, empty_like_kind, refuse_grad, require_array
 from pared.ops._device import DeviceWeight
 from pared.ops._formats import FORMATS
 from pared.ops.packed import PackedWeight
@@ -46,5 +46,5 @@ def linear(
     refuse_grad(x, "x")
     refuse_grad(bias, "bias")
     out = empty_like_kind(x, (*x.shape[:-1], w.shape[0]))
-    kernel(x, w.packed, bias, out, activation or "")
+    kernel(x, w.packed, bias, out, activation_name(activation))
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pared import _core
 from pared._types import Array
-from pared.ops._arrays import empty_like_kind, refuse_grad, require_array
+from pared.ops._arrays import empty_like_kind, number, refuse_grad, require_array
 
 
 def layer_norm(
@@ -41,5 +41,5 @@ def layer_norm(
     for name, a in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
         refuse_grad(a, name)
     out = empty_like_kind(x, tuple(x.shape))
-    _core.layer_norm(x, residual, weight, bias, out, float(eps))
+    _core.layer_norm(x, residual, weight, bias, out, number(eps, "eps"))
     return out

@@ -9,7 +9,7 @@ import numpy as np
 
 from pared import _core
 from pared._types import Array
-from pared.ops._arrays import is_torch
+from pared.ops._arrays import integer, is_torch
 from pared.ops._device import DeviceWeight
 from pared.ops._estimate import Work, estimate
 
@@ -115,11 +115,7 @@ class PackedWeight:
         TypeError, ValueError : not an integer; fewer than 0 tokens or 1 thread.
         """
         threads = _core.num_threads() if threads is None else threads
-        for name, value, least in (("tokens", tokens, 0), ("threads", threads, 1)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        tokens, threads = integer(tokens, "tokens", 0), integer(threads, "threads", 1)
         kind, work = self._work(tokens)
         return estimate(kind, work, tokens, threads)
 
@@ -169,8 +165,8 @@ class PackedWeight:
         ValueError : a format, or a dtype, without kernels for the device.
         """
         raise ValueError(
-            f"device: {type(self).__name__} weights have kernels for the CPU only; Int8, Int8WeightOnly, "
-            f"Bitmap, Bitmap8, BSR, BSRInt8 and CSR have some for CUDA, got {device}"
+            f"device: expected cpu for {type(self).__name__} weights; Int8, Int8WeightOnly, Bitmap, Bitmap8, "
+            f"BSR, BSRInt8 and CSR have kernels for CUDA, got {device}"
         )
 
     def _device_dtype(self, dtype: Any) -> Any:
@@ -178,7 +174,8 @@ class PackedWeight:
         import torch
 
         given = getattr(torch, self.dtype) if dtype is None else dtype
-        if len(self.shape) != 2 or given not in (torch.float16, torch.bfloat16):
+        known = isinstance(given, torch.dtype) and given in (torch.float16, torch.bfloat16)
+        if len(self.shape) != 2 or not known:
             got = f"shape {list(self.shape)}" if len(self.shape) != 2 else given
             raise ValueError(f"dtype: expected a linear weight in float16 or bfloat16 for CUDA, got {got}")
         return given

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
-import numpy as np
-
 from pared import _core, _cuda
 from pared._types import Array
-from pared.ops._arrays import empty_like_kind, is_torch, refuse_grad, require_array
+from pared.ops._arrays import (
+    dtype_of_kind,
+    empty_like_kind,
+    integer,
+    refuse_grad,
+    require_array,
+    word,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -80,12 +84,13 @@ def select_threshold(
     and Rivest, "Expected time bounds for selection" (CACM 18, 1975).
     """
     tensors, many = _tensors(scores, "scores")
+    key, nan = word(key, "key"), word(nan, "nan")
     if _on_device(tensors):
         from pared import _cuda_selection
 
         factors = _factors(other, col_scale, many)
-        return Threshold(*_cuda_selection.threshold(tensors, _int(k, "k"), key, *factors, nan, many))
-    d = _core.select_threshold(tensors, _int(k, "k"), key, *_factors(other, col_scale, many), nan, many)
+        return Threshold(*_cuda_selection.threshold(tensors, integer(k, "k"), key, *factors, nan, many))
+    d = _core.select_threshold(tensors, integer(k, "k"), key, *_factors(other, col_scale, many), nan, many)
     return Threshold(d["value"], d["above"], d["ties"])
 
 
@@ -146,17 +151,18 @@ def topk_mask(
     TypeError, ValueError : as `select_threshold`.
     """
     tensors, many = _tensors(scores, "scores")
-    if dim not in (None, 1):
+    key, nan = word(key, "key"), word(nan, "nan")
+    if not (dim is None or (isinstance(dim, int) and not isinstance(dim, bool) and dim == 1)):
         raise ValueError(f"dim: expected None or 1, got {dim!r}")
     masks = _masks(tensors, out, many)
     if _on_device(tensors):
         from pared import _cuda_selection
 
         fill = _cuda_selection.mask if dim is None else _cuda_selection.mask_rows
-        fill(tensors, _int(k, "k"), key, *_factors(other, col_scale, many), nan, many, masks)
+        fill(tensors, integer(k, "k"), key, *_factors(other, col_scale, many), nan, many, masks)
         return masks if many else masks[0]
     run = _core.topk_mask if dim is None else _core.topk_mask_rows
-    run(tensors, _int(k, "k"), key, *_factors(other, col_scale, many), nan, many, masks, out is None)
+    run(tensors, integer(k, "k"), key, *_factors(other, col_scale, many), nan, many, masks, out is None)
     return masks if many else masks[0]
 
 
@@ -182,7 +188,8 @@ def topk(
     """
     require_array(x, "x")
     refuse_grad(x, "x")
-    count = _int(k, "k")
+    count = integer(k, "k")
+    key, nan = word(key, "key"), word(nan, "nan")
     if x.ndim != 1:
         raise ValueError(f"x: expected one dimension, got shape {list(x.shape)}")
     if not 0 <= count <= x.shape[0]:
@@ -194,7 +201,7 @@ def topk(
             cast("torch.Tensor", x), count, key, cast("torch.Tensor | None", other), nan
         )
     values = empty_like_kind(x, (count,))
-    indices = empty_like_kind(x, (count,), _int64_of(x))
+    indices = empty_like_kind(x, (count,), dtype_of_kind(x, "int64"))
     _core.topk(x, count, key, None if other is None else [other], nan, values, indices)
     return values, indices
 
@@ -261,11 +268,12 @@ def block_mask(
     TypeError, ValueError : as `select_threshold`.
     """
     tensors, many = _tensors(x, "x")
+    key, nan = word(key, "key"), word(nan, "nan")
     if not isinstance(block, tuple | list) or len(block) != 2:
         raise ValueError(f"block: expected (rows, columns), got {block!r}")
-    r, c = _int(block[0], "block"), _int(block[1], "block")
+    r, c = integer(block[0], "block"), integer(block[1], "block")
     masks = _masks(tensors, out, many)
-    k, factors = _int(k, "k"), _factors(other, col_scale, many)
+    k, factors = integer(k, "k"), _factors(other, col_scale, many)
     if _on_device(tensors):
         from pared import _cuda_selection
 
@@ -332,8 +340,9 @@ def nm_mask(
     TypeError, ValueError : as `select_threshold`.
     """
     tensors, many = _tensors(x, "x")
+    key, nan = word(key, "key"), word(nan, "nan")
     masks = _masks(tensors, out, many)
-    n, m, factors = _int(n, "n"), _int(m, "m"), _factors(other, col_scale, many)
+    n, m, factors = integer(n, "n"), integer(m, "m"), _factors(other, col_scale, many)
     if _on_device(tensors):
         from pared import _cuda_selection
 
@@ -379,29 +388,4 @@ def _masks(tensors: list[Any], out: Any, many: bool) -> list[Array]:
         if sequence != many:
             raise TypeError(f"out: expected {'a sequence' if many else 'one mask'} as with the input")
         return masks
-    return [empty_like_kind(t, tuple(t.shape), _bool_of(t)) for t in tensors]
-
-
-def _bool_of(x: Any) -> Any:
-    if is_torch(x):
-        import torch
-
-        return torch.bool
-    return np.bool_
-
-
-def _int64_of(x: Any) -> Any:
-    if is_torch(x):
-        import torch
-
-        return torch.int64
-    return np.int64
-
-
-def _int(x: Any, name: str) -> int:
-    if isinstance(x, bool):
-        raise TypeError(f"{name}: expected an integer, got bool")
-    try:
-        return operator.index(x)
-    except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {type(x).__name__}") from None
+    return [empty_like_kind(t, tuple(t.shape), dtype_of_kind(t, "bool")) for t in tensors]
