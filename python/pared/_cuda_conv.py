@@ -48,16 +48,28 @@ def conv2d(
 
     Parameters
     ----------
-    x : [N, C, H, W]; channels-last images are read where they are, unless the stride leaves pixels out.
-        Planes are turned to channels-last before, and the result back.
+    x : [N, C, H, W] on the weight's device; channels-last images are read where they are, unless the stride
+        leaves pixels out. Planes are turned to channels-last before, and the result back.
     w : [out, C] on `x`'s device.
 
     Returns
     -------
     [N, out, Ho, Wo], in `x`'s dtype and layout.
+
+    Notes
+    -----
+    8-bit weights quantize each pixel's channels with a scale of their own, where the CPU's `Int8` convolution
+    has one for an image: outputs of the two differ within the rounding to 8 bits, and a device's are the
+    closer ones.
+
+    Raises
+    ------
+    ValueError : an image on another device.
     """
     import torch
 
+    if x.device != w.device:
+        raise ValueError(f"x: expected a tensor on {w.device}, got one on {x.device}")
     last = x.is_contiguous(memory_format=torch.channels_last)
     if stride != (1, 1):
         x = x[:, :, :: stride[0], :: stride[1]]

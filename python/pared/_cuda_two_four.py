@@ -1,10 +1,9 @@
-"""2:4 weights on CUDA devices: the sparse tensor cores through torch's cuSPARSELt, where they are faster."""
+"""2:4 weights on CUDA devices: the sparse tensor cores, through torch's cuSPARSELt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pared._cuda_decode import _activate
 from pared._cuda_int8 import checked_rows
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
 
 ALIGN = 16  # both sizes of a weight are multiples of this
 TOKENS = 8  # and the tokens of this; they are padded
-# How much faster than the dense product it has to be to be taken: below, noise decides.
-MIN_SPEEDUP = 1.02
 
 
 def follows_two_four(weight: torch.Tensor) -> bool:
@@ -127,64 +124,3 @@ class DeviceTwoFour(DeviceWeight):
             alg_id=self.algorithm,
         )
         return _activate(y[:tokens].reshape(*x.shape[:-1], outputs), activation)
-
-
-# Seconds of each of some calls, measured so that they can be compared.
-Clock = Callable[[dict[str, Callable[[], object]]], dict[str, float]]
-
-
-def choose(weight: torch.Tensor, tokens: int, clock: Clock | None = None) -> tuple[DeviceTwoFour | None, str]:
-    """The compressed weight where it is measured to be faster than the dense product, and what decided.
-
-    Parameters
-    ----------
-    weight : [out, in], on a CUDA device.
-    tokens : rows of the input to measure with.
-    clock : how calls are timed; None for graph replays between CUDA events, in interleaved rounds.
-    """
-    import torch
-
-    reason = unavailable(weight)
-    if reason is not None:
-        return None, f"2:4: {reason}"
-    sparse = DeviceTwoFour.from_dense(weight).tuned(tokens)
-    x = torch.randn(tokens, weight.shape[1], device=weight.device).to(weight.dtype)
-    calls: dict[str, Callable[[], object]] = {
-        "dense": lambda: torch.nn.functional.linear(x, weight),
-        "2:4": lambda: sparse.linear(x),
-    }
-    seconds = (clock or _clock)(calls)
-    ratio = seconds["dense"] / seconds["2:4"]
-    text = f"2:4 with {tokens} tokens: {ratio:.2f} times as fast as dense"
-    return (sparse, text) if ratio >= MIN_SPEEDUP else (None, f"{text}, expected {MIN_SPEEDUP}")
-
-
-def _clock(calls: dict[str, Callable[[], object]], rounds: int = 9, repeats: int = 10) -> dict[str, float]:
-    """Median seconds over rounds in which each call's graph is replayed."""
-    import statistics
-
-    import torch
-
-    cuda: Any = torch.cuda
-    graphs: dict[str, Any] = {}
-    for name, call in calls.items():
-        side = cuda.Stream()
-        side.wait_stream(cuda.current_stream())
-        with cuda.stream(side):
-            call()
-        cuda.current_stream().wait_stream(side)
-        graphs[name] = cuda.CUDAGraph()
-        with cuda.graph(graphs[name]):
-            for _ in range(repeats):
-                call()
-        graphs[name].replay()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples[name].append(begin.elapsed_time(end) * 1e-3 / repeats)
-    return {name: statistics.median(s) for name, s in samples.items()}

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pared import _core, _cuda
+from pared._cuda_conv import check_geometry
+from pared._cuda_two_four import unavailable
 from pared._select import Shortlist, shortlist
 from pared._surgery import copy_model
 from pared._timing import Timings, interleave
@@ -82,7 +84,7 @@ class Target:
         }
 
     def shortlist(
-        self, names: Sequence[str], weight: Tensor, facts: Facts, calls: Mapping[int, int]
+        self, names: Sequence[str], layer: nn.Module, facts: Facts, calls: Mapping[int, int]
     ) -> Shortlist:
         """Of the formats that suit a layer, those to time."""
         return shortlist(names, facts, calls, torch.get_num_threads())
@@ -93,8 +95,9 @@ class Target:
         """Whether a format is worth trying for a layer."""
         return FORMATS[name].worth_trying(density, quads, calls)
 
-    def place(self, module: PackedModule) -> None:
-        """Put a packed layer where it runs. Raises ``ValueError`` where it cannot."""
+    def place(self, module: PackedModule, calls: Mapping[int, int]) -> None:
+        """Put a packed layer where it runs, for calls of so many tokens. Raises ``ValueError`` where it
+        cannot."""
 
     def time(self, calls: Mapping[str, Callable[[], object]], **bounds: Any) -> Timings:
         """Time calls on the host's clock; see `pared._timing.interleave`."""
@@ -151,28 +154,42 @@ class Cuda(Target):
             return density <= 0.4
         if name == "bsr8":
             return density <= 0.85
+        if name == "2:4":
+            return dtype in _16_BITS and density <= 0.5
         few = min(calls, default=0) <= _CROSSOVER[-1]
         return dtype in _16_BITS and (name == "int8wo" or density <= 0.85) and (name == "bsr" or few)
 
     def shortlist(
-        self, names: Sequence[str], weight: Tensor, facts: Facts, calls: Mapping[int, int]
+        self, names: Sequence[str], layer: nn.Module, facts: Facts, calls: Mapping[int, int]
     ) -> Shortlist:
-        """All of them, but blocks where the weight has none: there is no model of times for a GPU."""
+        """All of them, there being no model of times for a GPU, but blocks where the weight has none, 2:4
+        where it does not follow that, and convolutions that are no products of pixels."""
+        weight = cast(Tensor, layer.weight)
+        if isinstance(layer, nn.Conv2d):
+            pads = (0, 0) if isinstance(layer.padding, str) else layer.padding
+            try:
+                check_geometry(tuple(weight.shape), layer.groups, pads)
+            except ValueError as e:
+                return Shortlist({}, [], dict.fromkeys(names, str(e).removeprefix("device: ")))
+            weight = weight.flatten(1)
         size = 16
         used = nn.functional.pad(weight != 0, (0, -weight.shape[1] % size, 0, -weight.shape[0] % size))
         blocks = used.view(used.shape[0] // size, size, -1, size).any(3).any(1)
         share = float(blocks.float().mean()) if blocks.numel() else 1.0
-        timed = [n for n in names if n not in ("bsr", "bsr8") or share <= 0.9]
-        why = f"{100 * share:.0f}% of the blocks of 16x16 have non-zeros"
-        return Shortlist({}, timed, {n: why for n in names if n not in timed})
+        full = f"{100 * share:.0f}% of the blocks of 16x16 have non-zeros" if share > 0.9 else None
+        why = {n: full for n in names if n in ("bsr", "bsr8")}
+        if "2:4" in names:
+            why["2:4"] = unavailable(weight)
+        passed_over = {n: reason for n, reason in why.items() if reason is not None}
+        return Shortlist({}, [n for n in names if n not in passed_over], passed_over)
 
-    def place(self, module: PackedModule) -> None:
-        module._hold(module._device_weight(self.device))
-        weight = module._on_device
+    def place(self, module: PackedModule, calls: Mapping[int, int]) -> None:
+        weight: Any = module._device_weight(self.device)
         if hasattr(weight, "few_tokens"):
-            module._hold(
-                dataclasses.replace(cast(Any, weight), few_tokens=self._crossover(cast(Any, weight)))
-            )
+            weight = dataclasses.replace(weight, few_tokens=self._crossover(weight))
+        elif hasattr(weight, "tuned"):
+            weight = weight.tuned(max(calls, default=1))
+        module._hold(weight)
 
     def _crossover(self, weight: Any) -> int:
         """Up to how many tokens the packed weight is faster than the dense one made of it; the shape of a

@@ -117,6 +117,53 @@ def test_choices(device, seconds, precision, dtype, want):
     fast(x)
 
 
+def images(zeros=0.8, **options):
+    torch.manual_seed(3)
+    conv = nn.Conv2d(32, 48, 1, stride=2, **options)
+    net = nn.Sequential(conv, nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 16, 3)).eval()
+    with torch.no_grad():
+        for layer in (net[0], net[3]):
+            layer.weight[torch.rand(layer.weight.shape) < zeros] = 0
+        net[1].running_mean.normal_()
+        net[1].running_var.uniform_(0.5, 2)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("seconds", "precision", "want"),
+    [(FAST, "float32", "csr"), (FAST, "int8", "int8"), (FAST | {"csr": 1.1, "int8": 1.02}, "int8", KEPT)],
+)
+def test_convolutions_of_pixels_are_candidates(device, seconds, precision, want, tmp_path):
+    device(seconds)
+    net, x = images(), torch.randn(2, 32, 9, 7)
+    fast = pared.accelerate(net, x, precision, cache=False)
+    first, second = pared.report(fast).layers
+    assert first.kernel == want
+    assert second.kernel == KEPT
+    assert "expected a convolution of kernel 1x1, without padding and groups" in second.reason
+    if want == KEPT:
+        assert "less than 1.05x" in first.reason
+        return
+    assert first.norm
+    assert first.activation == "relu"
+    tolerance = 1e-4 if want == "csr" else 0.05
+    assert (fast(x) - net(x)).abs().max() <= tolerance * net(x).abs().max()
+    pared.save(fast, tmp_path / "model.pared")
+    again = pared.load(tmp_path / "model.pared", images())
+    assert again[0]._on_device is None
+    assert (again(x) - net(x)).abs().max() <= tolerance * net(x).abs().max()
+    if want == "csr":
+        assert torch.equal(pared.restore(fast)[0].weight, net[0].weight)
+
+
+@pytest.mark.parametrize("options", [{"padding": 1}, {"groups": 2}])
+def test_other_convolutions_stay(device, options):
+    device(FAST)
+    fast = pared.accelerate(images(**options), torch.randn(2, 32, 9, 7), cache=False)
+    assert kernels(fast) == [KEPT, KEPT]
+    assert "expected a convolution of kernel 1x1" in pared.report(fast).layers[0].reason
+
+
 def test_weights_without_zeros_take_8_bits(device):
     device(FAST)
     net, x = model(torch.float16, zeros=0.0), torch.randn(2, 128).half()
@@ -165,7 +212,7 @@ def test_weights_that_leave_the_cache_are_copied(device):
     assert clock.prepared[-1] == (copies_beyond(1 << 16, small.nbytes), True)
     assert clock.prepared[-1][0] > 8
     packed = Linear.from_module(net[0], format="bitmap")
-    target.place(packed)
+    target.place(packed, {1: 1})
     mine = LayerCall(packed, x, [nn.ReLU()])
     other = mine.copy()
     assert other.nbytes == mine.nbytes == packed._on_device.nbytes
@@ -176,7 +223,7 @@ def test_weights_that_leave_the_cache_are_copied(device):
 def test_out_of_memory_keeps_the_layer(device, monkeypatch):
     device(FAST)
 
-    def place(self, module):
+    def place(self, module, calls):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(FakeCuda, "place", place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import pared
 from pared._cuda_int8 import Place
 from pared.nn import Conv2d
+from pared.ops._library import conv2d_device_op
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def move(module, backend):
     if backend.device.type == "cuda":
         return module.to(backend.device)
     module = copy.deepcopy(module)
-    module._on_device = module._device_weight(backend.device)
+    module._hold(module._device_weight(backend.device))
     return module
 
 
@@ -73,6 +75,53 @@ def test_a_channels_last_image_is_not_copied(backend, place, monkeypatch):
     )
     moved(x)
     assert seen == [x.data_ptr()]
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype"), [("csr", torch.float32), ("int8", torch.float32), ("bsr", torch.half)]
+)
+def test_tracers_see_an_operator(backend, place, format, dtype):
+    moved = move(layer(format, dtype, (2, 1), "relu")[1], backend)
+    x = torch.randn(2, 36, 5, 4).to(dtype).to(backend.device)
+    for image in (x, x.contiguous(memory_format=torch.channels_last), x[0]):
+        want = moved(image)
+        compiled = torch.compile(nn.Sequential(moved), fullgraph=True, backend="aot_eager", dynamic=False)
+        got = compiled(image)
+        assert torch.equal(got, want)
+        assert got.stride() == want.stride()
+    exported = torch.export.export(nn.Sequential(moved), (x,))
+    assert [n.target for n in exported.graph.nodes if n.op == "call_function"] == [conv2d_device_op]
+    assert torch.equal(exported.module()(x), moved(x))
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    assert torch.equal(torch.export.load(file).module()(x), moved(x))
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
+def test_opcheck(backend, place, stride):
+    moved = move(layer("csr", torch.float32, stride)[1], backend)
+    for shape in ((2, 36, 5, 7), (1, 36, 1, 1), (0, 36, 5, 7), (36, 4, 4)):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            if len(shape) == 3 and memory_format is torch.channels_last:
+                continue
+            x = torch.randn(shape).to(backend.device).contiguous(memory_format=memory_format)
+            args = (x, moved._device_tensors, moved.bias, 40, list(stride), moved._device_layout, "gelu")
+            torch.library.opcheck(conv2d_device_op, args)
+
+
+def test_8_bits_have_a_scale_a_pixel(backend, place):
+    """As documented: the CPU has one for an image, so that its dark pixels lose more."""
+    _, module = layer("int8", torch.float32)
+    moved = move(module, backend)
+    x = torch.randn(1, 36, 4, 4)
+    x[..., 0, 0] *= 100
+    dense = torch.as_tensor(module.packed_weight().to_dense())
+    want = nn.functional.conv2d(x.double(), dense.double(), module.bias.double())
+    on_device, on_cpu = (
+        (y.cpu().double() - want).abs()[..., 1:, 1:].max() for y in (moved(x.to(backend.device)), module(x))
+    )
+    assert on_device < 0.1 * on_cpu
 
 
 def test_state_dicts_load_on_the_device(backend, place):

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+import pared
 from pared import _cuda_two_four
-from pared._cuda_two_four import DeviceTwoFour, choose, follows_two_four, unavailable
+from pared._cuda_two_four import DeviceTwoFour, follows_two_four, unavailable
+from pared._target import Cuda
 
 
 def two_four(outputs, inputs, dtype=torch.float16, seed=0):
@@ -108,14 +110,85 @@ def test_views_of_rows(library):
     torch.testing.assert_close(got, nn.functional.linear(x[:, 3:67], dense), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize(("seconds", "taken"), [(0.5, True), (0.99, False), (1.5, False)])
-def test_taken_only_where_it_wins(library, seconds, taken):
-    found, why = choose(two_four(32, 64), 16, lambda calls: {"dense": 1.0, "2:4": seconds})
-    assert (found is not None) == taken
-    assert f"{1 / seconds:.2f} times as fast as dense" in why
-    found, why = choose(torch.ones(32, 64).half(), 16, lambda calls: pytest.fail("nothing to measure"))
-    assert found is None
-    assert "at most two" in why
+class Clock:
+    """Seconds by what a call asks of the library."""
+
+    def __init__(self, asked, seconds):
+        self.asked, self.seconds = asked, seconds
+
+    def prepare(self, call, copies, graph):
+        self.asked.clear()
+        call(0)
+        took = self.seconds if self.asked else 1.0
+        return lambda: took
+
+
+class Device(Cuda):
+    def properties(self):
+        return {"name": "Fake GPU", "capability": [9, 0], "l2": 1 << 16}
+
+
+@pytest.fixture
+def accelerate(library, emulated, monkeypatch):
+    """`pared.accelerate` for a device with the stand-in, where a 2:4 product takes these seconds."""
+    monkeypatch.setattr("pared._cuda._emulated", emulated)
+    monkeypatch.setattr("pared._target.unavailable", _cuda_two_four.unavailable)
+
+    def run(model, x, seconds, **options):
+        target = Device(torch.device("cpu"), 1 << 20, Clock(library, seconds))
+        monkeypatch.setattr("pared._accelerate.target_of", lambda model: target)
+        return pared.accelerate(model, x, formats=["2:4", "csr"], cache=False, **options)
+
+    return run
+
+
+def layers(weight):
+    model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0]), nn.ReLU()).to(weight.dtype)
+    model[0].weight = nn.Parameter(weight)
+    return model
+
+
+@pytest.mark.parametrize(("seconds", "taken"), [(0.5, True), (0.97, False), (0.99, False), (1.5, False)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_taken_only_where_it_is_measured_to_win(accelerate, library, seconds, taken, dtype):
+    model, x = layers(two_four(32, 64, dtype)), torch.randn(16, 64).to(dtype)
+    fast = accelerate(model, x, seconds)
+    row = pared.report(fast).layers[0]
+    assert row.kernel == ("2:4" if taken else "torch")
+    if taken:
+        assert fast[0]._on_device.algorithm == 7, "not tuned for the tokens of the calls"
+        assert f"{1 / seconds:.2f}x faster than dense" in row.reason
+    else:
+        assert f"{1 / seconds:.2f}x, less than 1.05x" in row.reason
+    want = model(x)
+    torch.testing.assert_close(fast(x), want, rtol=4 * torch.finfo(dtype).eps, atol=1e-2)
+
+
+def test_why_it_is_not_even_timed(accelerate):
+    three_of_ten = torch.zeros(32, 60).index_fill(1, torch.arange(0, 60, 10), 1.0)
+    three_of_ten[:, 1::10] = three_of_ten[:, 2::10] = 1
+    row = pared.report(accelerate(layers(three_of_ten.half()), torch.ones(8, 60).half(), 0.1)).layers[0]
+    assert "multiples of 16" in {c.kernel: c.note for c in row.candidates}["2:4"]
+    four = torch.nn.functional.pad(three_of_ten, (0, 4)).half()
+    row = pared.report(accelerate(layers(four), torch.ones(8, 64).half(), 0.1)).layers[0]
+    assert "at most two non-zeros in every four" in {c.kernel: c.note for c in row.candidates}["2:4"]
+    # CSR is not for so many non-zeros: nothing is left.
+    row = pared.report(accelerate(layers(two_four(32, 40)), torch.ones(8, 40).half(), 0.1)).layers[0]
+    assert row.kernel == "torch"
+    assert "no kernel suits this layer (expected sizes that are multiples of 16, got [32, 40])" in row.reason
+
+
+def test_from_the_device_to_a_file_and_to_the_cpu(accelerate, tmp_path):
+    model, x = layers(two_four(32, 64)), torch.randn(16, 64).half()
+    fast = accelerate(model, x, 0.5)
+    pared.save(fast, tmp_path / "model.pared")
+    again = pared.load(tmp_path / "model.pared", model)
+    assert again[0].format == "2:4"
+    assert again[0]._on_device is None
+    torch.testing.assert_close(again(x), model(x), rtol=1e-2, atol=1e-2)
+    assert torch.equal(pared.restore(fast)[0].weight, model[0].weight)
+    with pytest.raises(ValueError, match="dtype: expected a linear weight in float16 or bfloat16"):
+        pared.ops.TwoFour.from_dense(two_four(32, 64).float()).to("cpu")
 
 
 def test_bad_input(library):
@@ -146,4 +219,6 @@ def test_on_a_gpu():
             want = nn.functional.linear(x.double(), dense.double(), bias.double())
             size = nn.functional.linear(x.double().abs(), dense.double().abs(), bias.double().abs())
             assert bool(((got - want).abs() <= 2 * torch.finfo(dtype).eps * size).all())
-        choose(on, 1024)
+        model = layers(on)
+        fast = pared.accelerate(model, torch.randn(1024, 512).to(on), formats=["2:4"], cache=False)
+        assert pared.report(fast).layers[0].speedup >= 0.98 or not isinstance(fast[0], pared.nn.Linear)

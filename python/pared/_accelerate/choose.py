@@ -43,16 +43,17 @@ def decide(
     if reason:
         return c.keep_dense(reason)
     facts = facts_of(cast(Tensor, c.plain.weight), getattr(c.plain, "groups", 1))
-    positions = _positions(c)
-    suitable = _suitable(c, facts, positions, formats, min_speedup)
+    tokens = _positions(c)
+    suitable = _suitable(c, facts, tokens, formats, min_speedup)
     record = quantized_weight(c.module)
     if record is not None and record.bits > 8:  # that 8 are too few has been measured
         suitable = [name for name in suitable if FORMATS[name].precision == "float32"]
     if not suitable:
         return c.keep_dense(f"no kernel is faster with {100 * row.sparsity:.1f}% zeros at these shapes")
-    short = c.target.shortlist(suitable, cast(Tensor, c.plain.weight), facts, positions)
+    short = c.target.shortlist(suitable, c.plain, facts, tokens)
     if not short.timed:
-        return c.keep_dense(f"no kernel suits these zeros ({', '.join(short.passed_over.values())})")
+        reasons = "; ".join(dict.fromkeys(short.passed_over.values()))
+        return c.keep_dense(f"no kernel suits this layer ({reasons})")
     # Fusing saves passes over memory, but torch's own code for an activation may be faster: all are timed.
     plans = {
         _plan_text(c, plan): plan
@@ -137,7 +138,7 @@ class Workshop:
         weight = self._weight(plan.format)
         try:
             module = _convert(c, plan.format, weight, plan.fused)
-            c.target.place(module)
+            c.target.place(module, _positions(c))
         except ValueError:
             return None
         if plan.fused not in self.references:

@@ -29,7 +29,7 @@ class Rule:
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: Rule(
         Linear,
-        ("csr", "bsr", "dense", "bitmap", "bitmap+csr", "int8", "int8wo", "bitmap8", "bsr8", "int4"),
+        ("csr", "2:4", "bsr", "dense", "bitmap", "bitmap+csr", "int8", "int8wo", "bitmap8", "bsr8", "int4"),
     ),
     nn.Conv2d: Rule(Conv2d, ("csr", "bsr", "dense", "int8", "bsr8")),
 }

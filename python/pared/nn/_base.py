@@ -93,10 +93,12 @@ class PackedModule(nn.Module):
 
     Several threads may call one module at once.
 
-    Linear layers with int8, int8wo, bitmap8, bsr8, csr, or 16-bit bsr or bitmap weights move to CUDA devices:
-    a copy of the weight goes there in the layout of the kernels, ``packed`` stays in the CPU's memory, so
-    that the state dict and files are the same. So do convolutions of 1x1 without padding and groups, whose
-    pixels are the tokens of the same product. Other formats and geometries refuse to move.
+    Linear layers with int8, int8wo, bitmap8, bsr8, csr, or 16-bit 2:4, bsr or bitmap weights move to CUDA
+    devices: a copy of the weight goes there in the layout of the kernels, ``packed`` stays in the CPU's
+    memory, so that the state dict and files are the same. So do convolutions of 1x1 without padding and
+    groups, whose pixels are the tokens of the same product; 8 bits have a scale a pixel there and one an
+    image on the CPU, so that their outputs differ within that rounding. Other formats and geometries refuse
+    to move.
 
     Attributes
     ----------

@@ -17,7 +17,7 @@ from pared.nn._fold import can_fold, fold, unfold_weight
 from pared.ops._arrays import word
 from pared.ops._device import DeviceWeight
 from pared.ops._formats import FORMATS
-from pared.ops._library import conv2d_op, empty_images, grad_error, images
+from pared.ops._library import conv2d_device_op, conv2d_op, empty_images, grad_error, images
 from pared.ops.conv import IntPair, int_pair, resolve_padding
 from pared.ops.packed import PackedWeight
 
@@ -107,7 +107,7 @@ class Conv2d(PackedModule):
             if FORMATS[format].precision != "float32":  # the weight's own bits are gone
                 undo["fold_delta"] = torch.empty(0, dtype=torch.int8)
         new = cls(
-            pack(format, dense, module.groups) if weight is None else weight,
+            pack(format, dense if norm is None else dense.cpu(), module.groups) if weight is None else weight,
             bias,
             module.stride,
             module.padding,
@@ -137,7 +137,7 @@ class Conv2d(PackedModule):
         return cls(weight, bias, *geometry, activation)
 
     def to_module(self) -> nn.Conv2d:
-        w, bias = torch.as_tensor(self.packed_weight().to_dense()), self.bias
+        w, bias = torch.as_tensor(self.packed_weight().to_dense()).to(self._device()), self.bias
         if "fold_scale" in self._buffers:
             w = unfold_weight(w, self.fold_scale, self.fold_delta).to(self.weight_dtype)
             bias = self.fold_bias
@@ -186,12 +186,7 @@ class Conv2d(PackedModule):
             x = nn.functional.pad(x, (left, right, top, bottom), mode=self.padding_mode)
             pads = (0, 0, 0, 0)
         if self._on_device is not None:
-            # No operator for tracers there: a break in the graph.
-            run: Any = self._forward_on_device
-            if traced:
-                run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
-            on_device: Tensor = run(x)
-            return on_device
+            return self._traced_on_device(x) if traced else self._forward_on_device(x)
         if traced:
             return self._traced(x, pads)
         single = x.ndim == 3
@@ -215,10 +210,20 @@ class Conv2d(PackedModule):
     def _forward_on_device(self, x: Tensor) -> Tensor:
         weight, bias = self._on_device, self._buffers["bias"]
         assert weight is not None
-        if x.device != weight.device:
-            raise ValueError(f"x: expected a tensor on {weight.device}, got one on {x.device}")
         y = device_conv2d(x if x.ndim == 4 else x[None], weight, bias, self.stride, self.activation)
         return y if x.ndim == 4 else y[0]
+
+    def _traced_on_device(self, x: Any) -> Tensor:
+        y: Tensor = conv2d_device_op(
+            x,
+            self._device_tensors,
+            self.bias,
+            self.out_channels,
+            self.stride,
+            self._device_layout,
+            self._act,
+        )
+        return y
 
     def _traced(self, x: Any, pads: tuple[int, int, int, int]) -> Tensor:
         y: Tensor = conv2d_op(

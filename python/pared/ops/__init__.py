@@ -6,7 +6,7 @@ from pared.ops.bsr import BSR, Dense
 from pared.ops.bsr_int8 import BSRInt8
 from pared.ops.chain import linear_chain
 from pared.ops.conv import conv2d
-from pared.ops.csr import CSR
+from pared.ops.csr import CSR, TwoFour
 from pared.ops.int4 import Int4
 from pared.ops.int8 import Bitmap8, Int8, Int8WeightOnly, gemm_s8
 from pared.ops.linear import linear
@@ -27,6 +27,7 @@ __all__ = [
     "Int8WeightOnly",
     "PackedWeight",
     "Threshold",
+    "TwoFour",
     "attention",
     "block_mask",
     "conv2d",

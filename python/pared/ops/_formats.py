@@ -11,7 +11,7 @@ from pared._types import Array
 from pared.ops.bitmap import Bitmap, BitmapCSR
 from pared.ops.bsr import BSR, Dense
 from pared.ops.bsr_int8 import BSRInt8
-from pared.ops.csr import CSR
+from pared.ops.csr import CSR, TwoFour
 from pared.ops.int4 import Int4
 from pared.ops.int8 import Bitmap8, Int8, Int8WeightOnly
 from pared.ops.packed import PackedWeight
@@ -72,6 +72,18 @@ FORMATS: dict[str, Format] = {
             lambda d, q, n: d <= 0.85,
             chain=_core.linear_chain_csr,
             devices=("cpu", "cuda"),
+        ),
+        # The same bytes, for a device's sparse tensor cores.
+        Format(
+            "2:4",
+            1,
+            TwoFour,
+            _core.linear_csr,
+            None,
+            "float32",
+            lambda d, q, n: d <= 0.5,
+            chain=_core.linear_chain_csr,
+            devices=("cuda",),
         ),
         # Where the four rows of a quad share few non-zeros, a row of its own is the faster way to each.
         Format(

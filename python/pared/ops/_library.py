@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pared import _core
+from pared._cuda_conv import conv2d as pointwise_conv2d
 from pared.ops._device import DeviceWeight
 from pared.ops._formats import Format, format_of
 
@@ -143,6 +144,54 @@ linear_device_op = _define(
     "-> Tensor",
     _linear_device,
     _linear_device_fake,
+    ("CUDA", "CPU"),
+)
+
+
+def _conv2d_device(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    out_channels: int,
+    stride: list[int],
+    layout: str,
+    activation: str,
+) -> Tensor:
+    w = DeviceWeight.from_parts(layout, weight)
+    batch = x if x.ndim == 4 else x[None]
+    y = pointwise_conv2d(batch, w, bias, (stride[0], stride[1]), activation or None)
+    return y if x.ndim == 4 else y[0]
+
+
+def _conv2d_device_fake(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    out_channels: int,
+    stride: list[int],
+    layout: str,
+    activation: str,
+) -> Tensor:
+    if x.ndim not in (3, 4):
+        raise ValueError(f"x: expected [N, C, H, W] or [C, H, W], got shape {list(x.shape)}")
+    batch = x if x.ndim == 4 else x[None]
+    size = [-(-batch.shape[2 + i] // stride[i]) for i in (0, 1)]
+    last = batch.is_contiguous(memory_format=torch.channels_last)
+    out = torch.empty(
+        (batch.shape[0], out_channels, *size),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+    return out if x.ndim == 4 else out[0]
+
+
+# A 1x1 convolution without padding and groups; stride: height, width. Otherwise as linear_device.
+conv2d_device_op = _define(
+    "conv2d_device(Tensor x, Tensor[] weight, Tensor? bias, int out_channels, int[2] stride, str layout, "
+    "str activation) -> Tensor",
+    _conv2d_device,
+    _conv2d_device_fake,
     ("CUDA", "CPU"),
 )
 

@@ -149,16 +149,16 @@ class PackedWeight:
         """A copy in the memory of a CUDA device, for `pared.ops.linear` with inputs there.
 
         `Int8` becomes an 8-bit weight for any number of tokens, `BSR` and `BSRInt8` ones of blocks for tensor
-        cores, `Bitmap`, `Bitmap8` and `Int8WeightOnly` weights that few tokens read once, `CSR` one of
-        unstructured zeros in any float dtype. Nothing is rounded again but a `Bitmap`, `BSR` or `CSR`, to
-        `dtype`.
+        cores, `TwoFour` one for sparse tensor cores, `Bitmap`, `Bitmap8` and `Int8WeightOnly` weights that
+        few tokens read once, `CSR` one of unstructured zeros in any float dtype. Nothing is rounded again but
+        a `Bitmap`, `BSR`, `TwoFour` or `CSR`, to `dtype`.
 
         Parameters
         ----------
         device : ``"cuda"``, ``"cuda:1"`` or a ``torch.device``.
-        dtype : of the activations of `BSR`, `Bitmap`, `Bitmap8` and `Int8WeightOnly`, ``torch.float16`` or
-            ``torch.bfloat16``; of `CSR`, these or ``torch.float32``; None for the weight's own. `Int8` and
-            `BSRInt8` take all float dtypes.
+        dtype : of the activations of `BSR`, `TwoFour`, `Bitmap`, `Bitmap8` and `Int8WeightOnly`,
+            ``torch.float16`` or ``torch.bfloat16``; of `CSR`, these or ``torch.float32``; None for the
+            weight's own. `Int8` and `BSRInt8` take all float dtypes.
 
         Raises
         ------
@@ -166,7 +166,7 @@ class PackedWeight:
         """
         raise ValueError(
             f"device: expected cpu for {type(self).__name__} weights; Int8, Int8WeightOnly, Bitmap, Bitmap8, "
-            f"BSR, BSRInt8 and CSR have kernels for CUDA, got {device}"
+            f"BSR, BSRInt8, TwoFour and CSR have kernels for CUDA, got {device}"
         )
 
     def _device_dtype(self, dtype: Any) -> Any:
