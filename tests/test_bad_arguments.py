@@ -234,6 +234,19 @@ CALLS: dict[str, Call] = {
             "dilation": PAIR,
             "groups": INTEGER,
             "activation": OPTIONAL_WORD,
+            "residual": Array(np.zeros((2, 8, 5, 5), np.float32), optional=True),
+        },
+    ),
+    "ops.max_pool2d": Call(
+        ops.max_pool2d,
+        {"x": IMAGES, "kernel_size": 3},
+        {
+            "x": Array(IMAGES),
+            "kernel_size": PAIR,
+            "stride": PAIR.but("None"),
+            "padding": PAIR,
+            "dilation": PAIR,
+            "ceil_mode": FLAG,
         },
     ),
     "ops.linear_chain": Call(

@@ -179,6 +179,11 @@ def test_conv_opcheck(layout: torch.memory_format) -> None:
     ):
         args = (x, m.packed, m.bias, 8, (3, 3), (2, 1), (1, 1, 0, 2), (1, 2), "silu")
         assert set(opcheck(conv2d_op, args).values()) == {"SUCCESS"}
+        plain = conv2d_op(*args[:-1], "")
+        for residual in (torch.randn_like(plain), torch.randn(plain.shape).to(memory_format=layout)):
+            added = (*args[:-1], "relu", residual)
+            assert set(opcheck(conv2d_op, added).values()) == {"SUCCESS"}
+            assert torch.equal(conv2d_op(*added), torch.relu(plain + residual))
 
 
 def test_layer_norm_opcheck() -> None:

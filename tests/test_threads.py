@@ -56,6 +56,7 @@ WORK: dict[str, Callable[[], list[Callable[[], Any]]]] = {
     "attention": lambda: [
         lambda q=q, c=c: ops.attention(q, q, q, is_causal=c) for q in HEADS for c in (False, True)
     ],
+    "max_pool2d": lambda: [lambda x=x, s=s: ops.max_pool2d(x, 3, s, 1) for x in IMAGES for s in (1, 2)],
     "layer_norm": lambda: [lambda x=x: ops.layer_norm(x, residual=x) for x in INPUTS],
     "topk_mask": lambda: [lambda x=x: ops.topk_mask(x, x.size // 3) for x in KEYS],
     "topk_mask, rows": lambda: [lambda x=x: ops.topk_mask(x, 20, dim=1) for x in INPUTS],

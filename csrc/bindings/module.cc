@@ -31,6 +31,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   pared::register_int8(m);
   pared::register_bsr8(m);
   pared::register_conv(m);
+  pared::register_pool(m);
   pared::register_reference(m);
   pared::register_probe(m);
   pared::register_topk(m);

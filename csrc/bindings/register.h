@@ -17,6 +17,7 @@ void register_int4(py::module_& m);
 void register_int8(py::module_& m);
 void register_bsr8(py::module_& m);
 void register_conv(py::module_& m);
+void register_pool(py::module_& m);
 void register_reference(py::module_& m);
 void register_probe(py::module_& m);
 void register_topk(py::module_& m);

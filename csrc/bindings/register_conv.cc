@@ -73,11 +73,24 @@ ImageLayout layout_of(const Array& x, const Array& y) {
   return ImageLayout::nchw;
 }
 
+// Bytes from `out` to what is added to it before the activation; 0 for None.
+int64_t parse_residual(py::handle residual, const Array& out) {
+  if (residual.is_none()) return 0;
+  const Array a = parse_array(residual, "residual");
+  require_dtype(a, {out.dtype});
+  require_shape(a, {out.shape[0], out.shape[1], out.shape[2], out.shape[3]});
+  for (int i = 0; i < 4; ++i)
+    PARED_CHECK(out.size() == 0 || stride_is(a, i, out.strides[i]),
+                "residual: expected the memory layout of the output, which is that of x");
+  require_disjoint(out, a);
+  return static_cast<const char*>(a.data) - static_cast<const char*>(out.data);
+}
+
 // The arguments of a convolution with the weight `packed`, which has header `h`; checks them against each
 // other. No images where there is nothing to compute. The views borrow.
 ConvArgs parse_conv(py::handle x, const Array& packed, const PackedHeader& h, py::handle bias, py::handle out,
                     const Pair& stride, const Padding& padding, const Pair& dilation,
-                    const std::string& activation) {
+                    const std::string& activation, py::handle residual) {
   const Array ax = parse_array(x, "x"), ay = parse_array(out, "out");
   PARED_CHECK(h.kh > 0, "packed: expected a convolution weight, got a linear one");
   require_dtype(ax, kFloatTypes);
@@ -106,6 +119,7 @@ ConvArgs parse_conv(py::handle x, const Array& packed, const PackedHeader& h, py
   args.activation = parse_activation(activation);
   args.y = ay.data;
   args.bias = parse_bias(bias, h.rows, ay);
+  args.residual = parse_residual(residual, ay);
   if (ay.size() == 0) {
     args.images = 0;
     return args;
@@ -133,42 +147,44 @@ void register_conv(py::module_& m) {
   m.def(
       "conv2d_csr",
       [](py::handle x, py::handle packed, py::handle bias, py::handle out, const Pair& stride,
-         const Padding& padding, const Pair& dilation, const std::string& activation) {
+         const Padding& padding, const Pair& dilation, const std::string& activation, py::handle residual) {
         const Array ap = parse_array(packed, "packed");
         const CsrPacked w = packed_csr(ap);
-        const ConvArgs args = parse_conv(x, ap, *w.header, bias, out, stride, padding, dilation, activation);
+        const ConvArgs args =
+            parse_conv(x, ap, *w.header, bias, out, stride, padding, dilation, activation, residual);
         py::gil_scoped_release unlocked;
         conv2d_csr(args, w);
       },
       py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("stride"), py::arg("padding"),
-      py::arg("dilation"), py::arg("activation") = "");
+      py::arg("dilation"), py::arg("activation") = "", py::arg("residual") = py::none());
 
   m.def(
       "conv2d_bsr8",
       [](py::handle x, py::handle packed, py::handle bias, py::handle out, const Pair& stride,
-         const Padding& padding, const Pair& dilation, const std::string& activation) {
+         const Padding& padding, const Pair& dilation, const std::string& activation, py::handle residual) {
         const Array ap = parse_array(packed, "packed");
         const Bsr8Packed w = view_bsr8(packed_bytes(ap), ap.size());
         const ConvArgs args =
-            parse_conv(x, ap, *w.panel.header, bias, out, stride, padding, dilation, activation);
+            parse_conv(x, ap, *w.panel.header, bias, out, stride, padding, dilation, activation, residual);
         py::gil_scoped_release unlocked;
         conv2d_bsr8(args, w);
       },
       py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("stride"), py::arg("padding"),
-      py::arg("dilation"), py::arg("activation") = "");
+      py::arg("dilation"), py::arg("activation") = "", py::arg("residual") = py::none());
 
   m.def(
       "conv2d_int8",
       [](py::handle x, py::handle packed, py::handle bias, py::handle out, const Pair& stride,
-         const Padding& padding, const Pair& dilation, const std::string& activation) {
+         const Padding& padding, const Pair& dilation, const std::string& activation, py::handle residual) {
         const Array ap = parse_array(packed, "packed");
         const Int8Packed w = view_int8(packed_bytes(ap), ap.size());
-        const ConvArgs args = parse_conv(x, ap, *w.header, bias, out, stride, padding, dilation, activation);
+        const ConvArgs args =
+            parse_conv(x, ap, *w.header, bias, out, stride, padding, dilation, activation, residual);
         py::gil_scoped_release unlocked;
         conv2d_int8(args, w);
       },
       py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("stride"), py::arg("padding"),
-      py::arg("dilation"), py::arg("activation") = "");
+      py::arg("dilation"), py::arg("activation") = "", py::arg("residual") = py::none());
 
   m.def(
       "conv2d_reference",

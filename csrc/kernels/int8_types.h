@@ -113,8 +113,9 @@ struct DequantizeArgs {
   const float* bias;  // [outputs], or null
   Activation activation;
   void* y;
-  int64_t y_stride;  // elements between tokens
-  DType dtype;       // f32, f16 or bf16
+  int64_t y_stride;      // elements between tokens
+  DType dtype;           // f32, f16 or bf16
+  int64_t residual = 0;  // as in PanelStoreArgs
 };
 struct dequantize_store {
   using Fn = void(const DequantizeArgs&);

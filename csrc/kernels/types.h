@@ -108,9 +108,10 @@ struct PanelStoreArgs {
   int32_t positions;
   const float* bias;  // [rows], or null
   Activation activation;
-  void* y;           // first position, first row
-  int64_t y_stride;  // elements between positions
-  DType dtype;       // f32, f16 or bf16: rounded to nearest even
+  void* y;               // first position, first row
+  int64_t y_stride;      // elements between positions
+  DType dtype;           // f32, f16 or bf16: rounded to nearest even
+  int64_t residual = 0;  // bytes from y to what is added before the activation, in y's layout; 0: nothing
 };
 struct panel_store {
   using Fn = void(const PanelStoreArgs&);
@@ -287,13 +288,34 @@ struct ConvStoreArgs {
   int32_t span_count;
   const float* bias;  // [rows], or null
   Activation activation;
-  void* y;             // first row
-  int64_t row_stride;  // elements between output channels
-  DType dtype;         // f32, f16 or bf16: rounded to nearest even
+  void* y;               // first row
+  int64_t row_stride;    // elements between output channels
+  DType dtype;           // f32, f16 or bf16: rounded to nearest even
+  int64_t residual = 0;  // as in PanelStoreArgs
 };
 struct conv_store {
   using Fn = void(const ConvStoreArgs&);
   static constexpr const char* doc = "bias, activation and narrowing into an NCHW output";
+};
+
+inline constexpr int kMaxPoolRows = 8;
+// The largest element of each window of a channel plane; NaN where a window has one. Padding counts as
+// -infinity.
+struct MaxPoolArgs {
+  const void* x;  // [height, width], contiguous
+  DType dtype;    // of x and y: f32, f16, bf16
+  int64_t height, width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+  int64_t out_h, out_w;
+  // Scratch for kMaxPoolRows rows, 64-byte aligned: column 0 of the plane. -infinity in the pad_left elements
+  // before it, and from `width` on to the last column that a window reaches.
+  float* rows;
+  int64_t row_stride;
+  void* y;  // [out_h, out_w], contiguous
+};
+struct max_pool {
+  using Fn = void(const MaxPoolArgs&);
+  static constexpr const char* doc = "largest elements of windows of an image plane";
 };
 
 // Attention, a tile of queries at a time, with queries in lanes: the same panel as everywhere, but times a

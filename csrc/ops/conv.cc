@@ -327,14 +327,15 @@ void conv_nchw(const ConvArgs& a, const CsrPacked& w) {
           m += count;
         }
         store({acc, acc_stride, rows, spans, n, a.bias ? a.bias + row0 : nullptr, a.activation,
-               static_cast<char*>(a.y) + row0 * plane * element, plane, a.dtype});
+               static_cast<char*>(a.y) + row0 * plane * element, plane, a.dtype, a.residual});
       });
 }
 
 // 1x1 on pixels: tokens are pixels. `x` holds the pixels of the output, in order.
 void conv_pixels(const ConvArgs& a, const CsrPacked& w, const void* x, int64_t pixel_stride, int64_t images,
                  void* y) {
-  linear_csr({x, pixel_stride, images * a.out_h * a.out_w, a.dtype, a.bias, a.activation, y, w.header->rows},
+  linear_csr({x, pixel_stride, images * a.out_h * a.out_w, a.dtype, a.bias, a.activation, y, w.header->rows,
+              a.residual},
              w);
 }
 
@@ -416,7 +417,7 @@ void conv_nhwc(const ConvArgs& a, const CsrPacked& w) {
     product_of_images(
         planes, w, [&](const PanelTile& t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
           store({acc, acc_stride, rows, t.positions, a.bias ? a.bias + row0 : nullptr, a.activation,
-                 y_of(n0) + (t.first * h.rows + row0) * element, h.rows, a.dtype});
+                 y_of(n0) + (t.first * h.rows + row0) * element, h.rows, a.dtype, a.residual});
         });
   }
 }

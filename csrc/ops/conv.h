@@ -26,7 +26,8 @@ struct ConvArgs {
   int64_t out_h, out_w;
   const float* bias;  // [filters] or null
   Activation activation;
-  void* y;  // contiguous in the same layout
+  void* y;               // contiguous in the same layout
+  int64_t residual = 0;  // as in PanelStoreArgs
 };
 
 void conv2d_csr(const ConvArgs& args, const CsrPacked& w);

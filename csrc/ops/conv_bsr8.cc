@@ -51,10 +51,10 @@ void conv2d_bsr8(const ConvArgs& a, const Bsr8Packed& w) {
           }
           if (a.layout == ImageLayout::nchw)
             return store_planes({sums, acc_stride, rows, spans, count, bias, a.activation,
-                                 y + row0 * plane * element, plane, a.dtype});
+                                 y + row0 * plane * element, plane, a.dtype, a.residual});
           for (int32_t i = 0; i < count; ++i)
             store_pixels({sums + spans[i].first, acc_stride, rows, spans[i].count, bias, a.activation,
-                          y + (spans[i].offset * h.rows + row0) * element, h.rows, a.dtype});
+                          y + (spans[i].offset * h.rows + row0) * element, h.rows, a.dtype, a.residual});
         });
   }
 }

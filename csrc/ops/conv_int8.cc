@@ -165,11 +165,15 @@ class PixelConvolution {
                          a_.activation,
                          nullptr,
                          0,
-                         DType::f32};
+                         DType::f32,
+                         0};
         if (nchw) {
           d.y = planes + (t->output - first->output) * kWidth;
           d.y_stride = kWidth;
+          // A residual comes before the activation, and is added where planes are stored.
+          if (a_.residual != 0) d.activation = Activation::none;
         } else {
+          d.residual = a_.residual;
           d.y = y + (t->output * h.rows + filter) * element;
           d.y_stride = h.rows;
           d.dtype = a_.dtype;
@@ -180,8 +184,9 @@ class PixelConvolution {
     if (!nchw || first == last) return;
     const int64_t outputs = (last - 1)->output + (last - 1)->count - first->output;
     kernel_for<panel_store>(isa).fn({planes, kWidth, static_cast<int32_t>(outputs), filters, nullptr,
-                                     Activation::none, y + (filter * plane + first->output) * element, plane,
-                                     a_.dtype});
+                                     a_.residual != 0 ? a_.activation : Activation::none,
+                                     y + (filter * plane + first->output) * element, plane, a_.dtype,
+                                     a_.residual});
   }
 
   const ConvArgs& a_;
@@ -267,7 +272,7 @@ class PlaneConvolution {
              (spans[count - 1].offset + spans[count - 1].count - spans[0].offset) * element});
         store({scaled, static_cast<int32_t>(kTile), filters, spans, count,
                a_.bias ? a_.bias + filter : nullptr, a_.activation, y + filter * plane * element, plane,
-               a_.dtype});
+               a_.dtype, a_.residual});
       }
     }
   }

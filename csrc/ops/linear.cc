@@ -19,7 +19,7 @@ void linear_csr(const LinearArgs& args, const CsrPacked& w) {
       [&](const PanelTile& t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
         store({acc, acc_stride, rows, t.positions, args.bias ? args.bias + row0 : nullptr, args.activation,
                static_cast<char*>(args.y) + (t.first * args.y_stride + row0) * element, args.y_stride,
-               args.dtype});
+               args.dtype, args.residual});
       });
 }
 

@@ -19,6 +19,7 @@ struct LinearArgs {
   Activation activation;
   void* y;  // [tokens, rows], unit stride along rows
   int64_t y_stride;
+  int64_t residual = 0;  // as in PanelStoreArgs; of linear_csr
 };
 
 void linear_csr(const LinearArgs& args, const CsrPacked& w);

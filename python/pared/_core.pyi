@@ -132,6 +132,7 @@ def conv2d_csr(
     padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
     activation: str = "",
+    residual: Any = None,
 ) -> None: ...
 def conv2d_bsr8(
     x: Any,
@@ -142,6 +143,7 @@ def conv2d_bsr8(
     padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
     activation: str = "",
+    residual: Any = None,
 ) -> None: ...
 def conv2d_int8(
     x: Any,
@@ -152,6 +154,25 @@ def conv2d_int8(
     padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
     activation: str = "",
+    residual: Any = None,
+) -> None: ...
+def max_pool2d_output_size(
+    height: int,
+    width: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    ceil: bool,
+) -> tuple[int, int]: ...
+def max_pool2d(
+    x: Any,
+    out: Any,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    ceil: bool = False,
 ) -> None: ...
 def conv2d_reference(
     x: Any,

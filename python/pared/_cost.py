@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from pared._inputs import Example, one_pass, run
+from pared._inputs import Example, one_pass, run_hooked
 from pared._timing import interleave
 from pared.nn import Conv2d, PackedModule
 from pared.pruning.calibration import _CONVOLUTIONS
@@ -73,12 +73,7 @@ def weight_uses(model: nn.Module, inputs: Sequence[Example]) -> dict[str, tuple[
 
     owners = {place[0] for place in places}
     handles = [m.register_forward_hook(count, with_kwargs=True) for m in modules.values() if id(m) in owners]
-    try:
-        for example in inputs:
-            run(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_hooked(model, inputs, handles)
     total: dict[str, tuple[float, int]] = {}
     for place, (name, nonzero) in places.items():
         if place in uses:

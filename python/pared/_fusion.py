@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,16 +21,10 @@ from torch.utils.hooks import RemovableHandle
 
 from pared._surgery import module_names, shared_copy
 from pared.nn import Fused
+from pared.nn._base import ACTIVATIONS
 from pared.nn._fold import can_fold
 
 __all__ = ["Fusion", "Step", "activation_of", "find_fusions", "leads_to"]
-
-_REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": nn.functional.relu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-    "silu": nn.functional.silu,
-}
 
 
 def activation_of(module: nn.Module) -> str | None:
@@ -53,7 +47,7 @@ def _by_value(module: nn.Module) -> str | None:
     x = torch.linspace(-12.0, 12.0, 4801)
     with torch.no_grad():
         y = module(x.clone())
-    for name, function in _REFERENCES.items():
+    for name, function in ACTIVATIONS.items():
         # The nearest two, gelu and gelu_tanh, are 5e-4 apart.
         if (
             isinstance(y, Tensor)
@@ -127,6 +121,11 @@ class Fusion:
 _PASSING = (nn.Dropout, nn.Identity, Fused)
 
 
+def is_passing(module: nn.Module) -> bool:
+    """Whether a module in eval mode returns the very tensor that it is given."""
+    return type(module) in _PASSING
+
+
 def find_fusions(model: nn.Module, layers: set[int], norms: bool = True) -> dict[int, Fusion]:
     """id of a layer (one of `layers`) -> what can be fused into it.
 
@@ -159,7 +158,7 @@ def leads_to(model: nn.Module, name: str, successor: str) -> bool:
 
 def _next(modules: dict[str, nn.Module], following: dict[str, str], name: str) -> str | None:
     after = following.get(name)
-    while after is not None and type(modules[after]) in _PASSING:
+    while after is not None and is_passing(modules[after]):
         after = following.get(after)
     return after
 

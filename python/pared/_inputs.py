@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Difference", "Example", "compare", "examples", "run", "tolerance"]
 
@@ -190,6 +191,16 @@ def tolerance(layers: int, depth: int, eps: float) -> float:
 def compare_all(fast: nn.Module, inputs: list[Example], reference: list[Any]) -> Difference:
     differences = [compare(r, run(fast, e)) for r, e in zip(reference, inputs, strict=True)]
     return max(differences, key=lambda d: d.relative)
+
+
+def run_hooked(model: nn.Module, inputs: Sequence[Example], handles: Sequence[RemovableHandle]) -> None:
+    """Run the examples, and remove the hooks then."""
+    try:
+        for example in inputs:
+            run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def one_pass(model: nn.Module, inputs: list[Example]) -> Callable[[], None]:

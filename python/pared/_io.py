@@ -38,9 +38,10 @@ from pared._format import (
 )
 from pared._fusion import activation_of, leads_to
 from pared._report import _ATTRIBUTE, Report
+from pared._residual import residual_block
 from pared._sparsity import bake
 from pared._surgery import adopt_hooks, copy_model, module_names, replace
-from pared.nn import RULES, FoldedBatchNorm2d, Fused, Linear, PackedModule
+from pared.nn import RULES, FoldedBatchNorm2d, Fused, Linear, MaxPool2d, PackedModule, ResidualBlock
 from pared.nn._attention import attend, attending
 from pared.nn._base import ACTIVATIONS
 from pared.nn._fold import can_fold
@@ -152,6 +153,10 @@ def load(path: Path, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> 
         _share(module, name, others)
     for name in about.attention:
         _attend(module, name)
+    for name in about.pools:
+        module = replace(module, [name], _pool(module, name))
+    for name in sorted(about.residuals, key=lambda n: n.count("."), reverse=True):  # inner ones first
+        module = replace(module, [name], _residual(module, name))
     _check_complete(module)
     if about.report is not None:
         setattr(module, _ATTRIBUTE, about.report)
@@ -262,6 +267,31 @@ def _attend(model: torch.nn.Module, name: str) -> None:
         )
 
 
+def _names_of(model: torch.nn.Module, kind: type[torch.nn.Module]) -> list[str]:
+    return [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, kind)]
+
+
+def _pool(model: torch.nn.Module, name: str) -> MaxPool2d:
+    module = dict(model.named_modules(remove_duplicate=False)).get(name)
+    try:
+        return MaxPool2d.from_module(cast(torch.nn.MaxPool2d, module))
+    except (TypeError, ValueError):
+        refuse(
+            f"model: expected nn.MaxPool2d at {shorten(name)}, as in the file, got {type(module).__name__}"
+        )
+
+
+def _residual(model: torch.nn.Module, name: str) -> ResidualBlock:
+    module = dict(model.named_modules(remove_duplicate=False)).get(name)
+    block = None if module is None else residual_block(module)
+    if block is None:
+        refuse(
+            f"model: expected a block whose convolutions add a residual at {shorten(name)}, as in the file, "
+            f"got {type(module).__name__}"
+        )
+    return block
+
+
 def _collect(model: torch.nn.Module, writer: Writer) -> dict[str, Any]:
     """Give the writer every tensor once; returns the metadata that goes with them."""
     for prefix, module in model.named_modules():
@@ -295,6 +325,8 @@ def _collect(model: torch.nn.Module, writer: Writer) -> dict[str, Any]:
         "handed": _collect_together(model, "_handed"),
         "shared": _collect_together(model, "_sharers"),
         "attention": [*attending(model)],
+        "pools": _names_of(model, MaxPool2d),
+        "residuals": _names_of(model, ResidualBlock),
         "ties": ties,
         "report": dataclasses.asdict(report) if report else None,
     }
@@ -400,13 +432,16 @@ class _About:
     handed: dict[str, list[str]]
     shared: dict[str, list[str]]
     attention: list[str]
+    pools: list[str]
+    residuals: list[str]
     ties: dict[str, str]
     report: Report | None
 
     @classmethod
     def parse(cls, reader: Reader) -> _About:
         where = "file: metadata"
-        about_file = {"shared": {}, "attention": [], **expect_object(reader.about, where)}  # later fields
+        later: dict[str, Any] = {"shared": {}, "attention": [], "pools": [], "residuals": []}
+        about_file = {**later, **expect_object(reader.about, where)}
         data = expect_object(about_file, where, [f.name for f in dataclasses.fields(cls)])
         about: _About = _build(cls, data, where)
         for layer in data["layers"].values():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pared._report import _ATTRIBUTE
-from pared.nn import FoldedBatchNorm2d, Fused, PackedModule
+from pared.nn import FoldedBatchNorm2d, Fused, MaxPool2d, PackedModule, ResidualBlock
 from pared.nn._attention import attending, detach
 
 __all__ = ["copy_model", "module_names", "replace", "restore", "shared_copy", "tied_parameters"]
@@ -129,7 +129,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in list(plain.modules()):
         if isinstance(module, Fused):
             new: nn.Module = module.original.eval()
-        elif isinstance(module, FoldedBatchNorm2d):
+        elif isinstance(module, (FoldedBatchNorm2d, MaxPool2d, ResidualBlock)):
             new = module.to_module()
         elif isinstance(module, PackedModule):
             new = module.to_module()

@@ -228,12 +228,12 @@ void split_conv(const ConvSplitArgs& a) {
   }
 }
 
-template <class C, bool F32>
-void store_conv_as(const ConvStoreArgs& a) {
+template <class C>
+void store_conv(const ConvStoreArgs& args) {
   using S = typename C::S;
   using Io = typename C::Io;
   constexpr int W = S::width;
-  const bool bf16 = a.dtype == DType::bf16;
+  const ConvStoreArgs a = args;  // a copy: a store cannot change it
   for (int r = 0; r < a.rows; ++r) {
     const typename S::V bias = S::set1(a.bias ? a.bias[r] : 0.0f);
     for (const ConvSpan* s = a.spans; s != a.spans + a.span_count; ++s) {
@@ -241,25 +241,12 @@ void store_conv_as(const ConvStoreArgs& a) {
       const int64_t to = s->offset + r * a.row_stride;
       int m = 0;
       // Whole vectors without masks: on Zen a masked store costs several plain ones.
-      for (; m + W <= s->count; m += W) {
-        const typename S::V v = activate<S>(S::add(S::loadu(acc + m), bias), a.activation);
-        if constexpr (F32) S::storeu(static_cast<float*>(a.y) + to + m, v);
-        else Io::store_first(static_cast<uint16_t*>(a.y) + to + m, v, W, bf16);
-      }
+      for (; m + W <= s->count; m += W) finish<Io>(S::add(S::loadu(acc + m), bias), a, to + m, W);
       if (m == s->count) continue;
       const int n = s->count - m;
-      typename S::V v = C::load(C::mask((1u << n) - 1u), acc + m);
-      v = activate<S>(S::add(v, bias), a.activation);
-      if constexpr (F32) Io::store_first(static_cast<float*>(a.y) + to + m, v, n);
-      else Io::store_first(static_cast<uint16_t*>(a.y) + to + m, v, n, bf16);
+      finish<Io>(S::add(Io::load_first(acc + m, n), bias), a, to + m, n);
     }
   }
-}
-
-template <class C>
-void store_conv(const ConvStoreArgs& a) {
-  if (a.dtype == DType::f32) store_conv_as<C, true>(a);
-  else store_conv_as<C, false>(a);
 }
 
 }  // namespace

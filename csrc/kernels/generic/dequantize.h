@@ -109,8 +109,27 @@ void dequantize_rows_as(const DequantizeArgs& a) {
   }
 }
 
+// With a residual, which only convolutions have.
+template <class IO>
+void dequantize_and_add(const DequantizeArgs& a) {
+  using S = typename IO::S;
+  using Sums = decltype(sums_of(S{}));
+  constexpr int W = S::width;
+  for (int n = 0; n < a.outputs; n += W) {
+    const int count = a.outputs - n < W ? a.outputs - n : W;
+    const auto b = bias_vector<S>(a, n, count), w = S::load(a.w_scales + n);
+    const auto c = Sums::load(a.compensation + n);
+    for (int m = 0; m < a.tokens; ++m) {
+      const auto sum = Sums::difference(Sums::load(a.acc + m * a.acc_stride + n), c);
+      const auto y = S::add(S::mul(S::mul(sum, S::set1(a.x_scales[m])), w), b);
+      finish<IO>(y, a, m * a.y_stride + n, count);
+    }
+  }
+}
+
 template <class IO>
 void dequantize_rows(const DequantizeArgs& a) {
+  if (a.residual != 0) return dequantize_and_add<IO>(a);
   if (a.dtype == DType::f32) dequantize_rows_as<IO, float>(a);
   else dequantize_rows_as<IO, uint16_t>(a);
 }

@@ -19,6 +19,8 @@ struct ScalarIo {
   static PARED_INLINE S::V widen(const uint16_t* p, bool bf16) {
     return bf16 ? bf16_to_float(*p) : f16_to_float(*p);
   }
+  static PARED_INLINE S::V load_first(const float* p, int n) { return *p; }
+  static PARED_INLINE S::V load_first(const uint16_t* p, int n, bool bf16) { return widen(p, bf16); }
   static PARED_INLINE void store_first(float* p, S::V v, int n) { *p = v; }
   static PARED_INLINE void store_first(uint16_t* p, S::V v, int n, bool bf16) {
     *p = bf16 ? float_to_bf16(v) : float_to_f16(v);
@@ -47,6 +49,18 @@ struct Avx2Io {
   static PARED_INLINE S::V widen(const uint16_t* p, bool bf16) {
     const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return bf16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)) : _mm256_cvtph_ps(h);
+  }
+  // Lanes below n, the others zero.
+  static PARED_INLINE S::V load_first(const float* p, int n) {
+    if (n == 8) return _mm256_loadu_ps(p);
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
+  }
+  static PARED_INLINE S::V load_first(const uint16_t* p, int n, bool bf16) {
+    if (n == 8) return widen(p, bf16);
+    uint16_t lanes[8] = {};
+    for (int i = 0; i < n; ++i) lanes[i] = p[i];
+    return widen(lanes, bf16);
   }
   // Lanes below n; n = 8 stores all.
   static PARED_INLINE void store_first(float* p, S::V v, int n) {
@@ -103,6 +117,11 @@ struct Avx512Io {
     return bf16 ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)) : _mm512_cvtph_ps(h);
   }
   static PARED_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static PARED_INLINE S::V load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static PARED_INLINE S::V load_first(const uint16_t* p, int n, bool bf16) {
+    const __m256i h = _mm256_maskz_loadu_epi16(first(n), p);
+    return bf16 ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)) : _mm512_cvtph_ps(h);
+  }
   // A whole vector is stored without a mask: masked stores cost several operations on AMD's cores.
   static PARED_INLINE void store_first(float* p, S::V v, int n) {
     if (n == 16) return _mm512_storeu_ps(p, v);
@@ -122,6 +141,35 @@ struct Avx512Io {
   }
 };
 #endif
+
+// v, and the first n elements of the residual of `y`, which lies `shift` bytes from it (0: there is none).
+template <class IO>
+PARED_INLINE typename IO::S::V add_residual(typename IO::S::V v, const float* y, int64_t shift, int n) {
+  if (shift == 0) return v;
+  const char* at = reinterpret_cast<const char*>(y) + shift;
+  return IO::S::add(v, IO::load_first(reinterpret_cast<const float*>(at), n));
+}
+template <class IO>
+PARED_INLINE typename IO::S::V add_residual(typename IO::S::V v, const uint16_t* y, int64_t shift, int n,
+                                            bool bf16) {
+  if (shift == 0) return v;
+  const char* at = reinterpret_cast<const char*>(y) + shift;
+  return IO::S::add(v, IO::load_first(reinterpret_cast<const uint16_t*>(at), n, bf16));
+}
+
+// Adds the residual, activates and narrows n outputs to element `at` of y.
+template <class IO, class Args>
+PARED_INLINE void finish(typename IO::S::V v, const Args& a, int64_t at, int n) {
+  if (a.dtype == DType::f32) {
+    float* y = static_cast<float*>(a.y) + at;
+    IO::store_first(y, activate<typename IO::S>(add_residual<IO>(v, y, a.residual, n), a.activation), n);
+  } else {
+    const bool bf16 = a.dtype == DType::bf16;
+    uint16_t* y = static_cast<uint16_t*>(a.y) + at;
+    v = activate<typename IO::S>(add_residual<IO>(v, y, a.residual, n, bf16), a.activation);
+    IO::store_first(y, v, n, bf16);
+  }
+}
 
 // Deepest K block of any tiling, rounded up to a whole vector.
 constexpr int kMaxUnits = 256;
@@ -197,15 +245,7 @@ void store_panel(const PanelStoreArgs& a) {
       typename S::V y[4];
       IO::columns(acc + m, a.acc_stride, y);
       const int n = a.positions - m < 4 ? a.positions - m : 4;
-      for (int c = 0; c < n; ++c) {
-        const typename S::V v = activate<S>(S::add(y[c], b), a.activation);
-        const int64_t at = (m + c) * a.y_stride + r;
-        if (a.dtype == DType::f32) {
-          IO::store_first(static_cast<float*>(a.y) + at, v, rows);
-        } else {
-          IO::store_first(static_cast<uint16_t*>(a.y) + at, v, rows, a.dtype == DType::bf16);
-        }
-      }
+      for (int c = 0; c < n; ++c) finish<IO>(S::add(y[c], b), a, (m + c) * a.y_stride + r, rows);
     }
   }
 }

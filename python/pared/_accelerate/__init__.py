@@ -20,6 +20,8 @@ from pared._accelerate.bounds import four_of
 from pared._accelerate.choose import decide, hopeless
 from pared._accelerate.layers import find_candidates, record_calls, without_kernel
 from pared._accelerate.model import BUDGET, as_linears, note_times, open_model, race, runs_kernels, settle
+from pared._accelerate.pools import pool_all
+from pared._accelerate.residuals import add_residuals
 from pared._accelerate.together import hand_over, share
 from pared._choices import Choices
 from pared._inputs import Example, examples, forked_random, run
@@ -146,7 +148,10 @@ def accelerate(
         if fuse and target.kind == "cpu":
             hand_over(fast, inputs, reference, candidates, report, timed)
             share(fast, inputs, reference, candidates, report, timed)
-            if attend_all(fast, inputs, reference, candidates, report, min_speedup, timed):
+            attends = attend_all(fast, inputs, reference, candidates, report, min_speedup, timed)
+            fast, pools = pool_all(fast, inputs, report, min_speedup, timed)
+            fast, adds = add_residuals(fast, inputs, reference, candidates, report, timed)
+            if attends or pools or adds:
                 note_times(timing.time_models(dense, fast, inputs, report, target), report)
         timed.save()
         report.layers = [c.row for c in candidates]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pared._fusion import find_fusions
-from pared._inputs import Example, run
+from pared._inputs import Example, run_hooked
 from pared._report import KEPT, LayerReport
 from pared._sparsity import base_type, effective_weight
 from pared._surgery import adopt_hooks, module_names
@@ -237,12 +238,7 @@ def record_calls(model: nn.Module, inputs: list[Example], candidates: list[Candi
     handles = [c.module.register_forward_pre_hook(watch(c), with_kwargs=True) for c in candidates]
     for fusion in fusions.values():
         handles += fusion.watch()
-    try:
-        for example in inputs:
-            run(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_hooked(model, inputs, handles)
     for c in candidates:
         proposed = fusions.get(id(c.module))
         if proposed is not None and proposed.settle():
@@ -253,6 +249,27 @@ def record_calls(model: nn.Module, inputs: list[Example], candidates: list[Candi
             c.successor = proposed.successor.name if proposed.successor else None
         c.row.calls = sum(c.calls.values())
         c.row.inputs = [list(s.shape) for s in c.calls]
+
+
+def watched_calls(
+    model: nn.Module, inputs: list[Example], modules: Sequence[nn.Module]
+) -> dict[int, Counter[Signature]]:
+    """id of a module -> what it is called with while the examples run, and how often; none for a module that
+    is called with anything but one tensor of the CPU's."""
+    calls: dict[int, Counter[Signature]] = {}
+    others: set[int] = set()
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if isinstance(x, Tensor) and x.layout == torch.strided and x.dtype in DTYPES:
+            signature = Signature(tuple(x.shape), tuple(x.stride()), x.dtype, x.device)
+            calls.setdefault(id(module), Counter())[signature] += 1
+        else:
+            others.add(id(module))
+
+    handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in modules]
+    run_hooked(model, inputs, handles)
+    return {module: seen for module, seen in calls.items() if module not in others}
 
 
 def like(s: Signature) -> Tensor:

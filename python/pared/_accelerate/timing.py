@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from pared._choices import Choices, Timed
 from pared._inputs import Example, one_pass
 from pared._report import Report
 from pared._target import LayerCall, Target
-from pared.nn import Linear
+from pared.nn import Linear, MaxPool2d
 from pared.nn._attention import pared_attention, torch_attention
 from pared.ops.chain import linear_chain
 
@@ -86,7 +86,17 @@ def time_sharing(layers: list[Linear], calls: dict[Signature, int]) -> float:
 def _gain(
     calls: dict[Signature, int], apart: Callable[[Tensor], object], together: Callable[[Tensor], object]
 ) -> float:
-    """How many times faster one way is than the other, over all the calls, in the same rounds."""
+    """How many times faster one way is than the other, over all the calls."""
+    first, second = _both_ways(calls, apart, together)
+    return first / second
+
+
+def _both_ways(
+    calls: Mapping[Signature, int],
+    apart: Callable[[Tensor], object],
+    together: Callable[[Tensor], object],
+) -> tuple[float, float]:
+    """Seconds of all the calls in one way and in the other, in the same rounds."""
     work: dict[str, Callable[[], object]] = {}
     for i, s in enumerate(calls):
         x = timing_input(s)
@@ -95,7 +105,7 @@ def _gain(
     first, second = (
         sum(n * t.median(f"{way} {i}") for i, n in enumerate(calls.values())) for way in ("apart", "together")
     )
-    return first / second
+    return first, second
 
 
 def time_attention(
@@ -118,6 +128,29 @@ def time_attention(
             precision=0.02,
         )
         known = Timed("attention", t.median("dense"), {"pared": (t.median("pared"), 1.0)})
+        timed.put(key, known)
+    return known.before, known.variants["pared"][0]
+
+
+def time_pool(
+    module: nn.MaxPool2d, new: MaxPool2d, calls: Mapping[Signature, int], timed: Choices
+) -> tuple[float, float]:
+    """Seconds of all the calls of a max pooling: torch's and pared's."""
+    key = timed.key(
+        pool=module.extra_repr(),
+        calls=sorted([[*s.shape], [*s.stride], str(s.dtype), n] for s, n in calls.items()),
+    )
+    return time_block(module, new, calls, key, timed)
+
+
+def time_block(
+    plain: nn.Module, new: nn.Module, calls: Mapping[Signature, int], key: str | None, timed: Choices
+) -> tuple[float, float]:
+    """Seconds of all the calls of a module and of what may take its place, in the same rounds."""
+    known = timed.get(key)
+    if known is None:
+        theirs, mine = _both_ways(calls, plain, new)
+        known = Timed(type(plain).__name__, theirs, {"pared": (mine, 1.0)})
         timed.put(key, known)
     return known.before, known.variants["pared"][0]
 

@@ -17,7 +17,7 @@ from pared.nn import Linear
 from pared.ops.chain import chain_of
 
 # Layers are computed together when that is so many times faster.
-_TOGETHER = 1.02
+TOGETHER = 1.02
 
 
 def hand_over(
@@ -51,7 +51,7 @@ def hand_over(
             known = Timed(c.name, max(gain, 1e-9))
             timed.put(key, known)
         gain = known.before
-        if gain < _TOGETHER:
+        if gain < TOGETHER:
             continue
         layers[0].hand_to(*layers[1:])
         heads.append(layers[0])
@@ -111,7 +111,7 @@ def share(
         if known is None:
             known = Timed(first.name, max(timing.time_sharing(layers, first.calls), 1e-9))
             timed.put(key, known)
-        if known.before < _TOGETHER:
+        if known.before < TOGETHER:
             continue
         layers[0].share_with(*layers[1:])
         heads.append(layers[0])

@@ -15,6 +15,8 @@ from pared.nn._fold import FoldedBatchNorm2d
 from pared.nn._fused import Fused
 from pared.nn.conv import Conv2d
 from pared.nn.linear import Linear
+from pared.nn.pool import MaxPool2d
+from pared.nn.residual import ResidualBlock
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ __all__ = [
     "FoldedBatchNorm2d",
     "Fused",
     "Linear",
+    "MaxPool2d",
     "PackedModule",
+    "ResidualBlock",
     "Rule",
 ]

@@ -18,7 +18,13 @@ from pared.ops.int4 import Int4, int4_group
 from pared.ops.int8 import Int8, IntegerWeight, QuantizedWeight, check_activations
 from pared.ops.packed import PackedWeight
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+# What the kernels' epilogues compute, as torch does.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": nn.functional.relu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "silu": nn.functional.silu,
+}
 
 
 class DenseWeightError(AttributeError, RuntimeError):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
+
+from pared.nn._fused import adopt
 
 __all__ = ["FoldedBatchNorm2d", "can_fold", "fold", "unfold_weight"]
 
@@ -29,7 +30,7 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
     def from_module(cls, module: nn.BatchNorm2d, layer: nn.Module) -> Self:
         """Of the same tensors as `module`."""
         new = cls.__new__(cls)
-        _adopt(new, module)
+        adopt(new, module)
         # Past nn.Module's own registration: it is no child.
         object.__setattr__(new, "layer", layer)
         return new
@@ -37,7 +38,7 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
     def to_module(self) -> nn.BatchNorm2d:
         """The plain module again, of the same tensors."""
         new = nn.BatchNorm2d.__new__(nn.BatchNorm2d)
-        _adopt(new, self)
+        adopt(new, self)
         vars(new).pop("layer")
         return new.eval()
 
@@ -50,10 +51,6 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, folded into the layer before"  # type: ignore[no-untyped-call]
-
-
-def _adopt(new: nn.Module, old: nn.Module) -> None:
-    vars(new).update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(old).items()})
 
 
 def can_fold(layer: nn.Module, norm: nn.Module) -> bool:

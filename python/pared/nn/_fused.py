@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import nn
 
 
@@ -24,3 +26,8 @@ class Fused(nn.Identity):
 
     def extra_repr(self) -> str:
         return f"{type(self.original).__name__}, fused into the layer before"
+
+
+def adopt(new: nn.Module, old: nn.Module) -> None:
+    """Give `new` all that `old` has: parameters, submodules, hooks, attributes."""
+    vars(new).update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(old).items()})

@@ -12,7 +12,7 @@ from typing_extensions import Self
 from pared import _core
 from pared._cuda_conv import check_geometry, pointwise
 from pared._cuda_conv import conv2d as device_conv2d
-from pared.nn._base import PackedModule, pack, quantized_parts
+from pared.nn._base import ACTIVATIONS, PackedModule, pack, quantized_parts
 from pared.nn._fold import can_fold, fold, unfold_weight
 from pared.ops._arrays import word
 from pared.ops._device import DeviceWeight
@@ -27,6 +27,26 @@ _strided = torch.strided
 _grad_enabled = torch.is_grad_enabled
 _mode_depth = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._is_tracing
+
+
+def _adds(out: Tensor, residual: Tensor) -> bool:
+    """Whether the kernel adds `residual` to `out`."""
+    return (
+        type(residual) is Tensor
+        and residual.shape == out.shape
+        and residual.stride() == out.stride()
+        and residual.dtype == out.dtype
+        and residual.device == out.device
+        and not (residual.requires_grad and _grad_enabled())
+    )
+
+
+def _finished(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """What a kernel did not do: `y` is complete where there is no residual."""
+    if residual is None:
+        return y
+    y = y + residual
+    return ACTIVATIONS[activation](y) if activation else y
 
 
 class Conv2d(PackedModule):
@@ -167,6 +187,11 @@ class Conv2d(PackedModule):
         RuntimeError : grad mode is on and the input, or the bias, requires a gradient.
         TypeError, ValueError : dtype, device or shape of the input.
         """
+        return self._compute(input, None, self._act)
+
+    def _compute(self, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        """``activation(conv2d(input, W) + bias + residual)``, in one pass where the residual has the shape,
+        dtype and memory layout of the output; "" is no activation."""
         x = input
         # A tracer has to see an operator; the dispatcher costs eager calls 6 us.
         traced = is_compiling() or type(x) is not Tensor or _mode_depth() > 0 or _tracing()
@@ -186,9 +211,11 @@ class Conv2d(PackedModule):
             x = nn.functional.pad(x, (left, right, top, bottom), mode=self.padding_mode)
             pads = (0, 0, 0, 0)
         if self._on_device is not None:
-            return self._traced_on_device(x) if traced else self._forward_on_device(x)
+            run = self._traced_on_device if traced else self._forward_on_device
+            return _finished(run(x, activation if residual is None else ""), residual, activation)
         if traced:
-            return self._traced(x, pads)
+            y = self._traced(x, pads, activation if residual is None else "")
+            return _finished(y, residual, activation)
         single = x.ndim == 3
         if single:
             x = x[None]
@@ -198,22 +225,25 @@ class Conv2d(PackedModule):
         out_h, out_w = _core.conv2d_output_size(height, width, kh, kw, self.stride, pads, self.dilation)
         out = empty_images(x, (n, self.out_channels, out_h, out_w))
         buffers = self._buffers
+        added = residual if residual is not None and _adds(out, residual) else None
+        act = activation if added is residual else ""
         _KERNELS[self.format](
-            x, buffers["packed"], buffers["bias"], out, self.stride, pads, self.dilation, self._act
+            x, buffers["packed"], buffers["bias"], out, self.stride, pads, self.dilation, act, added
         )
-        return out[0] if single else out
+        y = out[0] if single else out
+        return y if added is residual else _finished(y, residual, activation)
 
     def _device_weight(self, device: torch.device) -> DeviceWeight:
         check_geometry(self.weight_shape, self.groups, self._pads)
         return pointwise(self.packed_weight()).to(device)
 
-    def _forward_on_device(self, x: Tensor) -> Tensor:
+    def _forward_on_device(self, x: Tensor, activation: str) -> Tensor:
         weight, bias = self._on_device, self._buffers["bias"]
         assert weight is not None
-        y = device_conv2d(x if x.ndim == 4 else x[None], weight, bias, self.stride, self.activation)
+        y = device_conv2d(x if x.ndim == 4 else x[None], weight, bias, self.stride, activation or None)
         return y if x.ndim == 4 else y[0]
 
-    def _traced_on_device(self, x: Any) -> Tensor:
+    def _traced_on_device(self, x: Any, activation: str) -> Tensor:
         y: Tensor = conv2d_device_op(
             x,
             self._device_tensors,
@@ -221,11 +251,11 @@ class Conv2d(PackedModule):
             self.out_channels,
             self.stride,
             self._device_layout,
-            self._act,
+            activation,
         )
         return y
 
-    def _traced(self, x: Any, pads: tuple[int, int, int, int]) -> Tensor:
+    def _traced(self, x: Any, pads: tuple[int, int, int, int], activation: str) -> Tensor:
         y: Tensor = conv2d_op(
             x,
             self.packed,
@@ -235,7 +265,7 @@ class Conv2d(PackedModule):
             self.stride,
             pads,
             self.dilation,
-            self._act,
+            activation,
         )
         return y
 

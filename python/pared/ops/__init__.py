@@ -12,6 +12,7 @@ from pared.ops.int8 import Bitmap8, Int8, Int8WeightOnly, gemm_s8
 from pared.ops.linear import linear
 from pared.ops.normalization import layer_norm
 from pared.ops.packed import PackedWeight
+from pared.ops.pool import max_pool2d
 from pared.ops.selection import Threshold, block_mask, nm_mask, select_threshold, topk, topk_mask
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_chain",
+    "max_pool2d",
     "nm_mask",
     "select_threshold",
     "topk",

@@ -27,7 +27,7 @@ class Format:
     kind : ``PackedKind`` in the buffer's header (csrc/formats/packed.h).
     weight : the class with ``from_dense``, ``to_dense``, ``packed``, ``sparsity``.
     linear : ``(x, packed, bias, out, activation)``, or None where the format has no such kernel.
-    conv2d : ``(x, packed, bias, out, stride, padding, dilation, activation)``, or None.
+    conv2d : ``(x, packed, bias, out, stride, padding, dilation, activation, residual)``, or None.
     chain : several linear products in one call, ``(x, packed of each, bias of each, out, activation of
         each)``, or None; formats with the same one go together.
     precision : ``"float32"``: the products are float32's own, so that the error bound of float32 holds.

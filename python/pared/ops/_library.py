@@ -227,15 +227,18 @@ def _conv2d(
     padding: list[int],
     dilation: list[int],
     activation: str,
+    residual: Tensor | None = None,
 ) -> Tensor:
     weight, format = _checked(packed)
     if format.conv2d is None:
         raise ValueError(f"packed: expected a format with a conv2d kernel, got {format.name}")
     batch = x if x.ndim == 4 else x[None]
     out = _conv2d_fake(batch, packed, bias, out_channels, kernel_size, stride, padding, dilation, activation)
-    format.conv2d(
-        images(batch), weight, bias, out, tuple(stride), tuple(padding), tuple(dilation), activation
-    )
+    added = residual if residual is None or residual.ndim == 4 else residual[None]
+    if added is not None and added.shape == out.shape and added.stride() != out.stride():
+        added = torch.empty_like(out).copy_(added)
+    window = (tuple(stride), tuple(padding), tuple(dilation))
+    format.conv2d(images(batch), weight, bias, out, *window, activation, added)
     return out if x.ndim == 4 else out[0]
 
 
@@ -249,6 +252,7 @@ def _conv2d_fake(
     padding: list[int],
     dilation: list[int],
     activation: str,
+    residual: Tensor | None = None,
 ) -> Tensor:
     if x.ndim not in (3, 4):
         raise ValueError(f"x: expected [N, C, H, W] or [C, H, W], got shape {list(x.shape)}")
@@ -266,7 +270,7 @@ def _conv2d_fake(
 # stride, dilation: height, width; padding: top, bottom, left, right.
 conv2d_op = _define(
     "conv2d(Tensor x, Tensor packed, Tensor? bias, int out_channels, int[2] kernel_size, int[2] stride, "
-    "int[4] padding, int[2] dilation, str activation) -> Tensor",
+    "int[4] padding, int[2] dilation, str activation, Tensor? residual=None) -> Tensor",
     _conv2d,
     _conv2d_fake,
 )

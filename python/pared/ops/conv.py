@@ -99,8 +99,9 @@ def conv2d(
     dilation: IntPair = 1,
     groups: int = 1,
     activation: str | None = None,
+    residual: Array | None = None,
 ) -> Array:
-    """``activation(conv2d(x, w) + bias)`` with a packed weight.
+    """``activation(conv2d(x, w) + bias + residual)`` with a packed weight.
 
     Parameters
     ----------
@@ -112,6 +113,8 @@ def conv2d(
     padding : int or pair (height, width) of zeros on each side, "valid", or "same" (stride 1).
     groups : as the weight was packed with.
     activation : None, "relu", "gelu" (erf), "gelu_tanh" or "silu".
+    residual : what is added before the activation, in the same pass over memory; of the output's shape,
+        dtype and memory layout; or None.
 
     Returns
     -------
@@ -121,7 +124,8 @@ def conv2d(
     Raises
     ------
     TypeError, ValueError : naming the argument, what was expected and what came.
-    RuntimeError : grad mode is on and `x` or `bias` asks for a gradient; pared's operations have none.
+    RuntimeError : grad mode is on and `x`, `bias` or `residual` asks for a gradient; pared's operations have
+        none.
     """
     require_array(x, "x")
     if not isinstance(w, PackedWeight):
@@ -141,12 +145,20 @@ def conv2d(
         raise ValueError(f"x: expected [N, C, H, W] or [C, H, W], got shape {list(x.shape)}")
     refuse_grad(x, "x")
     refuse_grad(bias, "bias")
+    refuse_grad(residual, "residual")
     images: Any = x if x.ndim == 4 else x[None]
     n, _, height, width = images.shape
     # Of ints alone: True is no stride, but equal to one.
     frame = _known_frame if type(stride) is type(padding) is type(dilation) is int else _frame
     f = frame((height, width), shape[2:], stride, padding, dilation)
     out: Any = _empty_images(images, (n, shape[0], *f.out))
-    kernel(images, w.packed, bias, out, f.stride, f.padding, f.dilation, activation_name(activation))
+    added: Any = residual
+    if residual is not None and x.ndim == 3:
+        require_array(residual, "residual")
+        if residual.ndim != 3:
+            raise ValueError(f"residual: expected shape {list(out.shape[1:])}, got {list(residual.shape)}")
+        added = residual[None]
+    act = activation_name(activation)
+    kernel(images, w.packed, bias, out, f.stride, f.padding, f.dilation, act, added)
     result: Array = out if x.ndim == 4 else out[0]
     return result

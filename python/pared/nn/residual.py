@@ -1,0 +1,120 @@
+"""Blocks whose residual additions are part of a convolution's kernel."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from typing_extensions import Self
+
+from pared.nn._base import ACTIVATIONS
+from pared.nn._fused import adopt
+
+Path = tuple[str, ...]
+_mode_depth = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._is_tracing
+
+
+@dataclass(frozen=True)
+class Call:
+    """A step of a block: a submodule is called with an earlier value.
+
+    Attributes
+    ----------
+    module : path to the submodule; None: nothing is called.
+    value : number of the value that it takes; 0 is the block's input, n what step n - 1 gives.
+    residual : number of the value that is added to what the submodule, then a `Conv2d`, gives; or None.
+    activation : what follows, of a `Conv2d` or without a submodule; or None.
+    """
+
+    module: Path | None
+    value: int
+    residual: int | None = None
+    activation: str | None = None
+
+
+class ResidualBlock(nn.Module):
+    """A block in whose convolutions a residual is added, and the activations behind them are computed.
+
+    It has the submodules of the module that was there, under their names. Called in another way than with one
+    tensor, in training, traced, or where a submodule has hooks, it computes what that module does.
+
+    Attributes
+    ----------
+    original : the class of the module that was there; `pared.restore` puts it back.
+    steps : what is called instead of that class's ``forward``, in this order. The last one's value is the
+        block's output.
+    watched : paths to all submodules that those steps stand for.
+    """
+
+    original: type[nn.Module]
+    steps: Sequence[Call]
+    watched: Sequence[Path]
+
+    @classmethod
+    def from_module(cls, module: nn.Module, steps: Sequence[Call], watched: Sequence[Path]) -> Self:
+        """Of the same submodules as `module`."""
+        new = cls.__new__(cls)
+        adopt(new, module)
+        new.original, new.steps, new.watched = type(module), tuple(steps), tuple(watched)
+        return new
+
+    def to_module(self) -> nn.Module:
+        """The module that was there, of the same submodules."""
+        new = self.original.__new__(self.original)
+        adopt(new, self)
+        for name in ("original", "steps", "watched"):
+            vars(new).pop(name)
+        return new
+
+    def __getattr__(self, name: str) -> Any:
+        # What the model's code may ask of the module that was there: its methods and properties.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = vars(self).get("original")  # not there yet while it is unpickled
+            found = inspect.getattr_static(original, name, None)
+            if original is None or found is None:
+                raise
+            bind = getattr(type(found), "__get__", None)
+            return bind(found, self, original) if bind else found
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module that was there."""
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if type(x) is not Tensor or self.training or is_compiling() or _mode_depth() or _tracing():
+            return self.original.forward(self, *args, **kwargs)
+        for path in self.watched:
+            m = _at(self, path)
+            if m._forward_hooks or m._forward_pre_hooks:
+                return self.original.forward(self, x)
+        values = [x]
+        for step in self.steps:
+            y = values[step.value]
+            residual = None if step.residual is None else values[step.residual]
+            module: Any = None if step.module is None else _at(self, step.module)
+            if module is None:
+                y = y if residual is None else y + residual
+                y = ACTIVATIONS[step.activation](y) if step.activation else y
+            elif residual is None and step.activation is None:
+                y = module(y)
+            else:
+                y = module._compute(y, residual, step.activation or "")
+            values.append(y)
+        return values[-1]
+
+    def extra_repr(self) -> str:
+        count = sum(s.residual is not None for s in self.steps)
+        return f"{self.original.__name__}, {count} addition(s) computed by convolutions"
+
+
+def _at(module: nn.Module, path: Path) -> nn.Module:
+    found: Any = module
+    for name in path:
+        found = found._modules[name]
+    return found  # type: ignore[no-any-return]
