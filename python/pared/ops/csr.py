@@ -100,5 +100,5 @@ class TwoFour(CSR):
 
         from pared._cuda_two_four import DeviceTwoFour
 
-        given = self._device_dtype(dtype)
+        given, device = self._device_dtype(dtype), device_of(device)
         return DeviceTwoFour.from_dense(torch.as_tensor(self.to_dense()).to(device, given))
