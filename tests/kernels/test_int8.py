@@ -107,6 +107,17 @@ def test_static_activations_saturate(isa):
     check_int8(ops.linear(x, packed), (want / np.float32(0.5) * 127) * np.float32(0.5) * scale)
 
 
+@pytest.mark.parametrize("activations", [(0.021, 100, 60, 190), (0.021, 128, 1, 255), (0.021, 7, 7, 7)])
+def test_bytes_stay_inside_a_narrow_range(isa, rng, activations):
+    """As a file may hold it; the package itself writes 0 to 255."""
+    for k in (5, 63, 64, 65, 200):
+        w = rng.standard_normal((19, k)).astype(np.float32)
+        x = (rng.standard_normal((7, k)) * 3).astype(np.float32)
+        y = np.empty((7, 19), np.float32)
+        _core.linear_int8(x, _core.int8_pack_dense(w, activations), None, y, "")
+        check_int8(y, linear_int8(x, *quantize_weight(w), None, activations))
+
+
 def test_rounding_is_to_the_nearest_even(isa):
     """127 / max is 2 exactly, so that halves are halves."""
     x = np.array([[63.5, 0.25, 0.75, 1.25, -0.25, -0.75, -1.25, 0.2500001]], np.float32)
