@@ -92,8 +92,9 @@ def accelerate(
         4x4) and, for layers that `pared.quantize` has put on a grid of 4 bits, ``"int4"``; None: all that
         suit a layer's zeros and calls.
     fuse : fuse activations, fold batch normalisation into convolutions, let linear layers that follow
-        each other keep the kernels' own layout between them, and compute attention modules of transformers
-        (``attn_implementation="sdpa"``) with `pared.ops.attention`.
+        each other keep the kernels' own layout between them, let convolutions add the residual behind them,
+        and compute attention modules of transformers (``attn_implementation="sdpa"``) with
+        `pared.ops.attention` and ``nn.MaxPool2d`` with `pared.ops.max_pool2d`.
     progress : show a progress bar; None: when the work takes more than two seconds and stderr is a terminal.
 
     Returns
