@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -99,3 +100,56 @@ def test_every_method_has_a_page_with_what_a_reader_needs() -> None:
             assert BLOCK.search(text)
     methods = [p for p in PAGES.glob("*.md") if "**When.**" in p.read_text()]
     assert len(methods) >= 45
+
+
+SOURCES = (".py", ".pyi", ".cc", ".h", ".cu", ".cuh", ".def", ".cmake", ".sh")
+FOLDERS = ("csrc", "python", "tests", "bench", "tools", "examples", "docs")
+# Fields of formats of others, and what a page writes itself.
+FOREIGN = ("dlpack.h", "cuda_runtime.h")
+
+
+def files() -> list[str]:
+    found = [p.relative_to(ROOT).as_posix() for f in FOLDERS for p in (ROOT / f).rglob("*") if p.is_file()]
+    return [*found, *(p.name for p in ROOT.iterdir() if p.is_file())]
+
+
+def stale_names(text: str) -> list[str]:
+    """Source files and pared's own names in code spans, and files in plain blocks, that are not there."""
+    known = files()
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    found = []
+    for path in re.findall(r"(?<![\w<./-])[\w./-]+", " ".join([*spans, *blocks])):
+        name = path.removeprefix("../")
+        there = any(f == name or f.endswith("/" + name) for f in known)
+        if name.endswith(SOURCES) and name not in (*SOURCES, *FOREIGN) and not there:
+            found.append(path)
+    for dotted in re.findall(r"(?<![\w./-])pared(?:\.\w+)+", " ".join(spans)):
+        if not dotted.endswith(SOURCES) and not resolves(dotted):
+            found.append(dotted)
+    return found
+
+
+def resolves(dotted: str) -> bool:
+    """Whether a dotted name leads to a module, or to something in one."""
+    first, *rest = dotted.split(".")
+    thing: Any = importlib.import_module(first)
+    for i, name in enumerate(rest):
+        if not hasattr(thing, name):
+            try:
+                importlib.import_module(".".join([first, *rest[: i + 1]]))
+            except ImportError:
+                return False
+        thing = getattr(thing, name)
+    return True
+
+
+@pytest.mark.parametrize("page", WITH_LINKS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_names_that_a_page_speaks_of_are_there(page: Path) -> None:
+    assert stale_names(page.read_text()) == []
+
+
+def test_a_stale_name_is_noticed() -> None:
+    text = "`csrc/core/isa.h` `core/isa.cc` `core/gone.cc` `pared.ops.linear(x)` `pared.gone` `bench.x`\n"
+    text += "```\n  setup.py  what builds it\n  _io.py\n```\n"
+    assert stale_names(text) == ["core/gone.cc", "setup.py", "pared.gone"]
