@@ -3,6 +3,7 @@
 #
 #   make demo      the whole way on real models: prune, fine-tune, accelerate, compare
 #   make test      the test suite, against the installed package
+#   make test-huge tests on more than 2**31 elements: 9 GB of memory
 #   make bench     the benchmarks
 #   make lint      ruff, clang-format, mypy --strict;  make format: apply the first two
 #   make sanitize  the kernel tests under the address and undefined-behaviour sanitizers
@@ -32,13 +33,16 @@ SOURCES := CMakeLists.txt pyproject.toml constraints.txt README.md LICENSE $(she
   -o -name '*.cuh' -o -name '*.py' -o -name '*.pyi' -o -name py.typed \) -print)
 CXX_SOURCES = $(shell find csrc tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint format dev sanitize sanitize-cuda emulated cuda cuda-all clean
+.PHONY: demo test test-huge bench lint format dev sanitize sanitize-cuda emulated cuda cuda-all clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/pared demo $(ARGS)
 
 test: $(VENV)/installed-test emulated
 	$(BIN)/python -m pytest $(ARGS)
+
+test-huge: $(VENV)/installed-test
+	PARED_TEST_HUGE=1 $(BIN)/python -m pytest tests/test_huge.py $(ARGS)
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m pytest bench $(ARGS)
