@@ -17,9 +17,7 @@ PanelTiles cut_panel_tiles(const PackedHeader& w, int64_t positions, int64_t ima
         {image * positions + first, static_cast<int32_t>(end - first), static_cast<int32_t>(v1 - v0)});
     widest = std::max(widest, static_cast<int32_t>(v1 - v0) * kPanelGroup);
   }
-  if (w.entry_rows == 1)
-    for (int32_t half = w.tile / 2; widest <= half && half % kPanelGroup == 0; half /= 2)
-      out.unit_stride = half;
+  if (w.entry_rows == 1) out.unit_stride = widest;
   return out;
 }
 
