@@ -388,12 +388,6 @@ def sign(header: bytes) -> bytes:
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def check_name(name: str) -> None:
-    """Raise ``ValueError`` for a tensor name that the format cannot hold: an empty component marks a part."""
-    if name == "__metadata__" or "" in name.split("."):
-        raise ValueError(f"model: expected tensor names without empty components, got {name!r}")
-
-
 class Writer:
     """Collects tensors, encoded, and writes the container.
 
