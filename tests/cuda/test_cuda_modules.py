@@ -179,6 +179,75 @@ def test_the_state_dict_is_that_of_the_cpu_and_loads(backend, place):
     assert torch.equal(again(x), other(x))
 
 
+class Twins(nn.Module):
+    """Two layers of one input, and one behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(70, 33), nn.Linear(70, 33), nn.Linear(33, 20)
+
+    def forward(self, x):
+        return self.c(self.a(x) + self.b(x))
+
+
+@pytest.mark.parametrize(("format", "precision"), [("int8", "int8"), ("csr", "float32"), ("bsr8", "int8")])
+def test_from_a_cpu_file_to_the_device_and_back(backend, place, tmp_path, format, precision):
+    torch.manual_seed(7)
+    plain, x = Twins().eval(), torch.randn(5, 70)
+    with torch.no_grad():
+        for layer in plain.children():
+            layer.weight[torch.rand(layer.weight.shape) < 0.7] = 0
+    on_cpu = pared.accelerate(plain, x, precision, formats=[format], min_speedup=0.0, cache=False)
+    pared.save(on_cpu, tmp_path / "model.pared")
+    want = on_cpu(x)
+    for source in (pared.load(tmp_path / "model.pared", Twins()), copy.deepcopy(on_cpu)):
+        moved = place_model(source, backend)
+        assert all(m._on_device is not None for m in layers_of(moved))
+        got = moved(x.to(backend.device)).cpu()
+        if format == "int8":
+            assert torch.equal(got, want)
+        else:  # other orders of the sums; other roundings behind the integers of blocks
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        pared.save(moved, tmp_path / "again.pared")
+        again = pared.load(tmp_path / "again.pared", Twins())
+        assert torch.equal(again(x), want)
+        assert torch.equal(moved.to("cpu")(x), want)
+        assert not any(m._on_device is not None for m in layers_of(moved))
+
+
+def layers_of(model):
+    return [m for m in model.modules() if isinstance(m, Linear)]
+
+
+def place_model(model, backend):
+    if backend.device.type == "cuda":
+        return model.to(backend.device)
+    for m in layers_of(model):
+        move(m, backend)
+    return model
+
+
+@pytest.mark.parametrize("link", ["hand_to", "share_with"])
+def test_linked_layers_move(backend, place, link):
+    """What runs in one call on the CPU is a call a layer on a device."""
+    torch.manual_seed(7)
+    format = "int8" if link == "hand_to" else "bsr8"
+    first = Linear.from_module(nn.Linear(70, 40), format=format)
+    second = Linear.from_module(nn.Linear(40 if link == "hand_to" else 70, 33), format=format)
+    getattr(first, link)(second)
+    x = torch.randn(4, 70)
+
+    def run(x):
+        y = first(x)
+        return [second(y)] if link == "hand_to" else [y, second(x)]
+
+    want = run(x)
+    move(first, backend)
+    move(second, backend)
+    for got, expected in zip(run(x.to(backend.device)), want, strict=True):
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_are_refused(backend, place):
     moved = move(layer("int8"), backend)
     x = torch.randn(3, 70, device=backend.device)
