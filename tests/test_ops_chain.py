@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from linear_check import ACTIVATIONS, expected, to_float64
 
 from pared import ops
-from pared.ops import BSR, CSR, Bitmap8, BSRInt8, Dense, Int8
+from pared.ops import BSR, CSR, Bitmap8, BSRInt8, Dense, Int4, Int8
 
 WIDTHS = [(1, 1, 1), (16, 17, 3), (33, 128, 40), (70, 300, 129), (256, 96, 256)]
 
@@ -143,6 +143,7 @@ EIGHT_BITS = {
     "static": lambda w: Int8.from_dense(
         w, activation_scale=0.03, activation_zero=100, activation_dtype="uint8"
     ),
+    "int4": lambda w: Int4.from_dense(w, group=32),
 }
 
 
@@ -169,9 +170,7 @@ def test_8_bits_are_those_of_one_layer_after_the_other(isa, rng, kind, threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_8_bits_of_every_dtype_in_mixed_formats(isa, rng, dtype):
     ws = [weight(rng, 200, 60, 0.6), weight(rng, 90, 200, 0.6), weight(rng, 33, 90, 0.6)]
-    packed = [
-        p(w) for p, w in zip((Int8.from_dense, BSRInt8.from_dense, Bitmap8.from_dense), ws, strict=True)
-    ]
+    packed = [p(w) for p, w in zip((Int8.from_dense, Int4.from_dense, Bitmap8.from_dense), ws, strict=True)]
     x = torch.from_numpy(rng.standard_normal((2, 130, 60)).astype(np.float32)).to(dtype)
     names = ["relu", "gelu_tanh", None]
     y = ops.linear_chain(x, packed, None, names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,31 @@ from pared import _accelerate as acc
 from pared import _core
 from pared._choices import Timed
 from pared.nn import Linear
-from pared.ops import BSRInt8
+from pared.ops import BSR, CSR, Bitmap8, BSRInt8, Dense, Int8, PackedWeight
+
+STATIC = {"activation_scale": 0.03, "activation_zero": 120}
+# name: how a weight is packed, and the formats that share an input
+FORMATS: dict[str, Callable[[Tensor], PackedWeight]] = {
+    "bsr8": lambda w: BSRInt8.from_dense(w, block=(1, 4)),
+    "csr": CSR.from_dense,
+    "bsr": lambda w: BSR.from_dense(w, block=(4, 1)),
+    "dense": Dense.from_dense,
+    "int8": Int8.from_dense,
+    "bitmap8": Bitmap8.from_dense,
+}
+EVERY = pytest.mark.parametrize("format", FORMATS)
 
 
-def projections(sizes: tuple[int, ...] = (48, 48, 80), seed: int = 0) -> list[Linear]:
+def projections(
+    sizes: tuple[int, ...] = (48, 48, 80), seed: int = 0, format: str = "bsr8", inputs: int = 64
+) -> list[Linear]:
     generator = torch.Generator().manual_seed(seed)
     layers = []
     for i, n in enumerate(sizes):
-        w = torch.randn(n, 64, generator=generator)
-        w *= (torch.rand(n, 16, generator=generator) < 0.4).repeat_interleave(4, 1)
+        w = torch.randn(n, inputs, generator=generator)
+        w *= (torch.rand(n, inputs // 4, generator=generator) < 0.4).repeat_interleave(4, 1)
         bias = torch.randn(n, generator=generator) if i != 1 else None
-        weight = BSRInt8.from_dense(w, block=(1, 4))
+        weight = FORMATS[format](w)
         layers.append(Linear(weight, bias, [None, "relu", "gelu"][i % 3]))
     return layers
 
@@ -35,22 +50,34 @@ def projections(sizes: tuple[int, ...] = (48, 48, 80), seed: int = 0) -> list[Li
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers each call of the shared kernel computed."""
     seen: list[int] = []
-    real = _core.linear_shared_bsr8
+    real = _core.linear_shared
 
     def count(x: Any, packed: Any, *rest: Any) -> None:
         seen.append(len(packed))
         real(x, packed, *rest)
 
-    monkeypatch.setattr(_core, "linear_shared_bsr8", count)
+    monkeypatch.setattr(_core, "linear_shared", count)
     return seen
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("tokens", [1, 16, 65, 128, 300])
-def test_the_same_bits_as_separate_calls(isa: str, tokens: int, threads: int) -> None:
-    layers, apart = projections((16, 31, 200)), projections((16, 31, 200))
+@EVERY
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "inputs"),
+    [
+        (1, (16, 31, 200), 64),
+        (16, (1, 100, 0, 7), 64),
+        (65, (16, 31, 200), 68),
+        (300, (200, 16, 31), 128),
+        (129, (17, 70), 2048),  # a panel too large to be packed whole
+    ],
+)
+def test_the_same_bits_as_separate_calls(
+    isa: str, format: str, tokens: int, sizes: tuple[int, ...], inputs: int, threads: int
+) -> None:
+    layers, apart = (projections(sizes, format=format, inputs=inputs) for _ in range(2))
     layers[0].share_with(*layers[1:])
-    x = torch.randn(tokens, 64)
+    x = torch.randn(tokens, inputs)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -60,8 +87,9 @@ def test_the_same_bits_as_separate_calls(isa: str, tokens: int, threads: int) ->
         torch.set_num_threads(before)
 
 
-def test_one_call_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = projections()
+@EVERY
+def test_one_call_serves_all(monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    layers = projections(format=format)
     layers[0].share_with(*layers[1:])
     seen = calls(monkeypatch)
     x = torch.randn(2, 5, 64)
@@ -141,8 +169,10 @@ def test_copies_and_pickles_refer_to_each_other() -> None:
 def test_what_cannot_share_is_refused() -> None:
     a, b, c = projections()
     csr = Linear(pared.ops.CSR.from_dense(torch.eye(64)))
-    with pytest.raises(TypeError, match="others: expected Linear layers of format bsr8"):
+    with pytest.raises(ValueError, match="others: expected layers of the same inputs"):
         a.share_with(csr)
+    with pytest.raises(TypeError, match="others: expected Linear layers, got ReLU"):
+        a.share_with(nn.ReLU())
     narrow = Linear(BSRInt8.from_dense(torch.ones(16, 32), block=(1, 4)))
     with pytest.raises(ValueError, match="others: expected layers of the same inputs"):
         a.share_with(narrow)
@@ -155,13 +185,33 @@ def test_bad_arguments_of_the_kernel() -> None:
     a, b, _ = projections()
     x, out = torch.randn(3, 64), torch.empty(3, 48)
     with pytest.raises(ValueError, match="packed: expected a weight or more"):
-        _core.linear_shared_bsr8(x, [], [], [], [])
+        _core.linear_shared(x, [], [], [], [])
     with pytest.raises(ValueError, match="packed: expected"):
-        _core.linear_shared_bsr8(x, [a.packed, b.packed], [None], [out, out], ["", ""])
+        _core.linear_shared(x, [a.packed, b.packed], [None], [out, out], ["", ""])
     with pytest.raises(ValueError, match="out"):
-        _core.linear_shared_bsr8(x, [a.packed, b.packed], [None, None], [out, out], ["", ""])
+        _core.linear_shared(x, [a.packed, b.packed], [None, None], [out, out], ["", ""])
     with pytest.raises(ValueError, match="x: expected"):
-        _core.linear_shared_bsr8(x[:, :32], [a.packed], [None], [out], [""])
+        _core.linear_shared(x[:, :32], [a.packed], [None], [out], [""])
+
+
+def test_what_shares_an_input() -> None:
+    """Formats that are packed alike, with equal inputs and ranges."""
+    w = projections((48,))[0].packed_weight().to_dense()
+    packed = {name: torch.as_tensor(pack(w).packed) for name, pack in FORMATS.items()}
+    panels = {"csr", "bsr", "dense"}
+    for a in packed:
+        assert _core.shares_inputs(packed[a], packed[a])
+        for b in packed:
+            if a != b and not {a, b} <= panels:
+                assert not _core.shares_inputs(packed[a], packed[b])
+    for kind in (Int8, Bitmap8, BSRInt8):
+        fixed = kind.from_dense(w, **STATIC)
+        assert _core.shares_inputs(fixed.packed, kind.from_dense(w[:16], **STATIC).packed)
+        assert not _core.shares_inputs(fixed.packed, kind.from_dense(w).packed)
+    four = pared.ops.Int4.from_dense(w, group=32)
+    assert not _core.shares_inputs(four.packed, four.packed)
+    with pytest.raises(ValueError, match="packed: expected weights of a format that shares inputs"):
+        _core.linear_shared(torch.ones(2, 64), [four.packed], [None], [torch.ones(2, 48)], [""])
 
 
 class Attention(nn.Module):
@@ -188,15 +238,16 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acc.timing, "time_models", lambda *models: Timed("model", 1.0, times))
 
 
-def convert(model: nn.Module, x: Any) -> nn.Module:
+def convert(model: nn.Module, x: Any, format: str = "bsr8") -> nn.Module:
     return pared.accelerate(
-        model, x, precision="int8", min_speedup=0, max_error=1.0, formats=["bsr8"], progress=False
+        model, x, precision="int8", min_speedup=0, max_error=1.0, formats=[format], progress=False
     )
 
 
-def test_accelerate_finds_projections_of_one_input(shares: None) -> None:
+@pytest.mark.parametrize("format", ["bsr8", "csr", "int8"])
+def test_accelerate_finds_projections_of_one_input(shares: None, format: str) -> None:
     model, x = Attention().eval(), torch.randn(2, 9, 64)
-    fast: Any = convert(model, x)
+    fast: Any = convert(model, x, format)
     assert fast.q._sharers == (fast.k, fast.v)
     assert fast.o._shares_of is None
     rows = {r.name: r.reason for r in pared.report(fast).layers}

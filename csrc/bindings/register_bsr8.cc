@@ -1,6 +1,5 @@
 // int8 weights with zeros in blocks: pack, the quantised values, and the operations on them.
 #include <pybind11/numpy.h>
-#include <pybind11/stl.h>
 
 #include "bindings/array.h"
 #include "bindings/register.h"
@@ -82,42 +81,6 @@ void register_bsr8(py::module_& m) {
         linear_bsr8(args, w);
       },
       py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation") = "");
-
-  m.def(
-      "bsr8_shares",
-      [](py::handle a, py::handle b) {
-        return share_inputs(packed_bsr8(parse_array(a, "a")), packed_bsr8(parse_array(b, "b")));
-      },
-      py::arg("a"), py::arg("b"));
-
-  m.def(
-      "linear_shared_bsr8",
-      [](py::handle x, const std::vector<py::object>& packed, const std::vector<py::object>& bias,
-         const std::vector<py::object>& out, const std::vector<std::string>& activation) {
-        const size_t n = packed.size();
-        PARED_CHECK(n >= 1, "packed: expected a weight or more, got none");
-        PARED_CHECK(bias.size() == n && out.size() == n && activation.size() == n, "packed: expected ",
-                    bias.size(), " weights, as many as biases, outputs and activations, got ", n);
-        LinearArgs args{};
-        std::vector<SharedOutput> outputs;
-        std::vector<Array> written;
-        for (size_t i = 0; i < n; ++i) {
-          const Array ap = parse_array(packed[i], "packed");
-          const Bsr8Packed w = packed_bsr8(ap);
-          PARED_CHECK(w.panel.header->kh == 0, "packed: expected linear weights, got a convolution's at ", i);
-          if (i > 0)
-            PARED_CHECK(share_inputs(outputs[0].w, w),
-                        "packed: expected weights of equal inputs, tiles and activations, got another at ",
-                        i);
-          args = parse_linear(x, ap, *w.panel.header, bias[i], out[i], activation[i]);
-          outputs.push_back({w, args.bias, args.activation, args.y, args.y_stride});
-          written.push_back(parse_array(out[i], "out"));
-          for (size_t j = 0; j < i; ++j) require_disjoint(written[i], written[j]);
-        }
-        py::gil_scoped_release unlocked;
-        linear_bsr8_shared(args.x, args.x_stride, args.tokens, args.dtype, outputs);
-      },
-      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation"));
 }
 
 }  // namespace pared

@@ -1,4 +1,4 @@
-// Linear operations one after the other in one call.
+// Several linear operations in one call: one after the other, or beside each other on the same input.
 #include <pybind11/stl.h>
 
 #include "bindings/array.h"
@@ -8,9 +8,11 @@
 #include "formats/bitmap8.h"
 #include "formats/bsr8.h"
 #include "formats/formats.h"
+#include "formats/int4.h"
 #include "formats/int8.h"
 #include "ops/bitmap8.h"
 #include "ops/linear_chain.h"
+#include "ops/linear_int4.h"
 #include "ops/linear_int8.h"
 
 namespace pared {
@@ -44,6 +46,38 @@ ChainArgs parse_chain(py::handle x, const Objects& packed, const Objects& bias, 
   const RowsPair r = parse_rows(ax, ay, cols, rows);
   return {ax.data, r.x.stride, r.x.rows, ax.dtype, ay.data, r.y.stride};
 }
+
+// Calls f(view) where several weights of `kind` can share an input; view(array) reads one. False elsewhere.
+template <class F>
+bool with_shared_view(PackedKind kind, const F& f) {
+  switch (kind) {
+    case PackedKind::csr:
+    case PackedKind::bsr:
+    case PackedKind::dense: f([](const Array& a) { return packed_csr(a); }); return true;
+    case PackedKind::int8:
+      f([](const Array& a) { return view_int8(packed_bytes(a), a.size()); });
+      return true;
+    case PackedKind::bitmap8:
+      f([](const Array& a) { return view_bitmap8(packed_bytes(a), a.size()); });
+      return true;
+    case PackedKind::bsr8:
+      f([](const Array& a) { return view_bsr8(packed_bytes(a), a.size()); });
+      return true;
+    default: return false;
+  }
+}
+
+// Kinds that are read alike, by the first of them.
+PackedKind shared_kind(const Array& a) {
+  const PackedKind kind = checked_header(packed_bytes(a), a.size()).kind;
+  return kind == PackedKind::bsr || kind == PackedKind::dense ? PackedKind::csr : kind;
+}
+
+template <class Packed>
+const PackedHeader& header_of(const Packed& w) {
+  return *w.header;
+}
+const PackedHeader& header_of(const Bsr8Packed& w) { return *w.panel.header; }
 
 }  // namespace
 
@@ -90,6 +124,10 @@ void register_chain(py::module_& m) {
                 const Bitmap8Packed w = view_bitmap8(data, a.size());
                 return *add(*w.header, [w](const LinearArgs& l) { linear_bitmap8(l, w); });
               }
+              if (kind == PackedKind::int4) {
+                const Int4Packed w = view_int4(data, a.size());
+                return *add(*w.header, [w](const LinearArgs& l) { linear_int4(l, w); });
+              }
               const Int8Packed w = view_int8(data, a.size());
               return *add(*w.header, [w](const LinearArgs& l) { linear_int8(l, w); });
             },
@@ -99,6 +137,55 @@ void register_chain(py::module_& m) {
             });
         py::gil_scoped_release unlocked;
         linear_chain_rows(args, stages);
+      },
+      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation"));
+
+  m.def(
+      "shares_inputs",
+      [](py::handle a, py::handle b) {
+        const Array first = parse_array(a, "a"), second = parse_array(b, "b");
+        const PackedKind kind = shared_kind(first);
+        bool shares = false;
+        if (kind == shared_kind(second))
+          with_shared_view(kind, [&](const auto& view) {
+            const auto v = view(first), w = view(second);
+            shares = header_of(v).kh == 0 && header_of(w).kh == 0 && share_inputs(v, w);
+          });
+        return shares;
+      },
+      py::arg("a"), py::arg("b"));
+
+  m.def(
+      "linear_shared",
+      [](py::handle x, const Objects& packed, const Objects& bias, const Objects& out,
+         const std::vector<std::string>& activation) {
+        const size_t n = packed.size();
+        PARED_CHECK(n >= 1, "packed: expected a weight or more, got none");
+        PARED_CHECK(bias.size() == n && out.size() == n && activation.size() == n, "packed: expected ",
+                    bias.size(), " weights, as many as biases, outputs and activations, got ", n);
+        const PackedKind kind = shared_kind(parse_array(packed[0], "packed"));
+        const bool known = with_shared_view(kind, [&](const auto& view) {
+          std::vector<SharedOutput<decltype(view(std::declval<const Array&>()))>> outputs;
+          LinearArgs args{};
+          std::vector<Array> written;
+          for (size_t i = 0; i < n; ++i) {
+            const Array ap = parse_array(packed[i], "packed");
+            const auto w = view(ap);
+            PARED_CHECK(header_of(w).kh == 0, "packed: expected linear weights, got a convolution's at ", i);
+            if (i > 0)
+              PARED_CHECK(share_inputs(outputs[0].w, w),
+                          "packed: expected weights of equal inputs, tiles and activations, got another at ",
+                          i);
+            args = parse_linear(x, ap, header_of(w), bias[i], out[i], activation[i]);
+            outputs.push_back({w, args.bias, args.activation, args.y, args.y_stride});
+            written.push_back(parse_array(out[i], "out"));
+            for (size_t j = 0; j < i; ++j) require_disjoint(written[i], written[j]);
+          }
+          py::gil_scoped_release unlocked;
+          linear_shared({args.x, args.x_stride, args.tokens, args.dtype}, outputs);
+        });
+        PARED_CHECK(known, "packed: expected weights of a format that shares inputs, got kind ",
+                    static_cast<int>(kind));
       },
       py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation"));
 }

@@ -83,6 +83,10 @@ Int8Words int8_words(const PackedHeader& h) {
   return {static_cast<int64_t>(h.kh) * h.kw, h.channels, h.groups};
 }
 
+bool operator==(const ActivationRange& a, const ActivationRange& b) {
+  return a.scale == b.scale && a.zero == b.zero && a.low == b.low && a.high == b.high;
+}
+
 void check_activations(const ActivationRange& a, const char* of) {
   if (a.scale == 0.0f) {
     PARED_CHECK(a.zero == 128 && a.low == 1 && a.high == 255, of,

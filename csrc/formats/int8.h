@@ -30,6 +30,7 @@ struct ActivationRange {
 };
 
 // Throws ValueError unless the invariants above hold.
+bool operator==(const ActivationRange& a, const ActivationRange& b);
 void check_activations(const ActivationRange& activations, const char* of = "");
 
 // How a row's elements, in the order of the user's weight, lie in units of four: a convolution's tap by tap,

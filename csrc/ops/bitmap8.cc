@@ -39,8 +39,8 @@ bool expands_in_registers(Isa isa) { return isa == Isa::scalar || isa >= Isa::av
 
 class Product {
  public:
-  Product(const LinearArgs& args, const Bitmap8Packed& w, Isa isa, bool in_registers)
-      : args_(args), w_(w), s_(w.shape()), store_(kernel_for<dequantize_store>(isa).fn) {
+  Product(DType dtype, const SharedOutput<Bitmap8Packed>& out, Isa isa, bool in_registers)
+      : dtype_(dtype), out_(out), w_(out.w), s_(w_.shape()), store_(kernel_for<dequantize_store>(isa).fn) {
     if (in_registers) {
       few_ = kernel_for<bitmap_u8s8>(isa).fn;
     } else {
@@ -50,6 +50,8 @@ class Product {
       gemm_ = kernel_for<gemm_u8s8>(isa).fn;
     }
   }
+
+  int64_t groups() const { return s_.groups(); }
 
   void run(const Tokens& t, int64_t g0, int64_t g1) const {
     if (few_) few(t, g0, g1);
@@ -132,12 +134,13 @@ class Product {
     store_({acc, acc_stride, w_.compensation + n, t.scales + token, w_.scales + n,
             static_cast<int32_t>(count),
             static_cast<int32_t>(std::min<int64_t>(panels * kInt8Panel, s_.rows - n)),
-            args_.bias ? args_.bias + n : nullptr, args_.activation,
-            static_cast<char*>(args_.y) + ((t.first + token) * args_.y_stride + n) * dtype_size(args_.dtype),
-            args_.y_stride, args_.dtype});
+            out_.bias ? out_.bias + n : nullptr, out_.activation,
+            static_cast<char*>(out_.y) + ((t.first + token) * out_.y_stride + n) * dtype_size(dtype_),
+            out_.y_stride, dtype_});
   }
 
-  const LinearArgs& args_;
+  const DType dtype_;
+  const SharedOutput<Bitmap8Packed>& out_;
   const Bitmap8Packed& w_;
   const BitmapShape s_;
   dequantize_store::Fn* store_;
@@ -150,36 +153,56 @@ class Product {
 }  // namespace
 
 void linear_bitmap8(const LinearArgs& args, const Bitmap8Packed& w) {
-  const BitmapShape s = w.shape();
-  if (args.tokens == 0 || s.rows == 0) return;
+  linear_shared(
+      {args.x, args.x_stride, args.tokens, args.dtype},
+      std::vector<SharedOutput<Bitmap8Packed>>{{w, args.bias, args.activation, args.y, args.y_stride}});
+}
+
+bool share_inputs(const Bitmap8Packed& a, const Bitmap8Packed& b) {
+  return a.header->cols == b.header->cols && *a.activations == *b.activations;
+}
+
+void linear_shared(const SharedInputs& in, const std::vector<SharedOutput<Bitmap8Packed>>& outputs) {
   const Isa isa = active_isa();
   const auto quantize = kernel_for<quantize_u8>(isa).fn;
-  const bool in_registers = args.tokens <= kBitmapMaxTokens && expands_in_registers(isa);
-  const Product product(args, w, isa, in_registers);
+  const bool in_registers = in.tokens <= kBitmapMaxTokens && expands_in_registers(isa);
+  std::vector<Product> products;
+  int64_t groups = 0;
+  for (const auto& o : outputs) {
+    products.emplace_back(in.dtype, o, isa, in_registers);
+    groups += products.back().groups();
+  }
+  if (in.tokens == 0 || groups == 0) return;
+  const BitmapShape s = outputs[0].w.shape();
   const int64_t stride = int8_row_stride(s.vectors() * kInt8Unit);
   const int64_t most =
-      in_registers ? args.tokens : std::clamp<int64_t>(kBlockBytes / stride, kGemmTokens, kMaxBlockTokens);
-  const int64_t blocks = (args.tokens + most - 1) / most;
-  const ActivationRange& range = *w.activations;
-  const int64_t groups = s.groups();
-  const int64_t work = groups * s.vectors() * (4 * blocks + args.tokens) / 5;
+      in_registers ? in.tokens : std::clamp<int64_t>(kBlockBytes / stride, kGemmTokens, kMaxBlockTokens);
+  const int64_t blocks = (in.tokens + most - 1) / most;
+  const ActivationRange& range = *outputs[0].w.activations;
+  const int64_t work = groups * s.vectors() * (4 * blocks + in.tokens) / 5;
   const int64_t parts = std::min(
       {groups, static_cast<int64_t>(num_threads()), std::max<int64_t>(1, work / kMinVectorsPerThread)});
   const int64_t run_groups = parts == 1 ? groups : kRunGroups, runs = (groups + run_groups - 1) / run_groups;
   for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t first = args.tokens * i / blocks, count = args.tokens * (i + 1) / blocks - first;
+    const int64_t first = in.tokens * i / blocks, count = in.tokens * (i + 1) / blocks - first;
     parallel_items(runs, parts, [&](int64_t, Items items) {
       int64_t run = items.next();
       if (run < 0) return;
       thread_local Scratch bytes_memory, scales_memory;
       auto* bytes = bytes_memory.get<uint8_t>(count * stride);
       auto* scales = scales_memory.get<float>(count);
-      quantize({static_cast<const char*>(args.x) + first * args.x_stride * dtype_size(args.dtype),
-                args.x_stride, args.dtype, static_cast<int32_t>(count), static_cast<int32_t>(s.cols),
-                range.scale, range.zero, range.low, range.high, bytes, stride, scales});
+      quantize({static_cast<const char*>(in.x) + first * in.x_stride * dtype_size(in.dtype), in.x_stride,
+                in.dtype, static_cast<int32_t>(count), static_cast<int32_t>(s.cols), range.scale, range.zero,
+                range.low, range.high, bytes, stride, scales});
       do {
-        product.run({bytes, stride, scales, first, count}, run * run_groups,
-                    std::min(groups, (run + 1) * run_groups));
+        // The groups of all weights in one line, of which a run may hold those of several.
+        int64_t before = 0;
+        for (const Product& p : products) {
+          const int64_t g0 = std::max<int64_t>(run * run_groups - before, 0);
+          const int64_t g1 = std::min((run + 1) * run_groups - before, p.groups());
+          before += p.groups();
+          if (g0 < g1) p.run({bytes, stride, scales, first, count}, g0, g1);
+        }
       } while ((run = items.next()) >= 0);
     });
   }

@@ -24,23 +24,35 @@ struct LinearArgs {
 
 void linear_csr(const LinearArgs& args, const CsrPacked& w);
 
+// Inputs that several weights take in one call, as in LinearArgs, and what is each weight's own. What the
+// inputs have to become before they are multiplied, a panel or bytes, is made once for all of the weights;
+// the bits of the outputs are those of a call for each.
+struct SharedInputs {
+  const void* x;
+  int64_t x_stride;
+  int64_t tokens;
+  DType dtype;
+};
+template <class Packed>
+struct SharedOutput {
+  Packed w;
+  const float* bias;
+  Activation activation;
+  void* y;
+  int64_t y_stride;
+  int64_t residual = 0;  // as in PanelStoreArgs; of CSR
+};
+
+// For each kind of weight: whether a call takes both, which are packed alike then, and the call for one or
+// more of them.
+bool share_inputs(const CsrPacked& a, const CsrPacked& b);
+void linear_shared(const SharedInputs& in, const std::vector<SharedOutput<CsrPacked>>& outputs);
+
 // Activations are quantised a token at a time (quantize_u8): y = activation(float(sum of q_x q_w) *
 // (scale_w
 // * scale_x) + bias), the sum exact in int32, so that a result has the same bits on every level.
 void linear_bsr8(const LinearArgs& args, const Bsr8Packed& w);
-
-// The same for several weights that take the same inputs, each to an output of its own: a token is quantised
-// once. The bits are those of a call for each.
-struct SharedOutput {
-  Bsr8Packed w;
-  const float* bias;  // as in LinearArgs
-  Activation activation;
-  void* y;
-  int64_t y_stride;
-};
-// Whether a call takes both: they are packed alike, and quantise alike.
 bool share_inputs(const Bsr8Packed& a, const Bsr8Packed& b);
-void linear_bsr8_shared(const void* x, int64_t x_stride, int64_t tokens, DType dtype,
-                        const std::vector<SharedOutput>& outputs);
+void linear_shared(const SharedInputs& in, const std::vector<SharedOutput<Bsr8Packed>>& outputs);
 
 }  // namespace pared

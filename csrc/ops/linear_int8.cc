@@ -142,38 +142,59 @@ int64_t int8_row_stride(int64_t cols) {
 }
 
 void linear_int8(const LinearArgs& args, const Int8Packed& w) {
-  const int64_t rows = w.header->rows, cols = w.header->cols;
-  if (args.tokens == 0 || rows == 0) return;
+  linear_shared(
+      {args.x, args.x_stride, args.tokens, args.dtype},
+      std::vector<SharedOutput<Int8Packed>>{{w, args.bias, args.activation, args.y, args.y_stride}});
+}
+
+bool share_inputs(const Int8Packed& a, const Int8Packed& b) {
+  return a.header->cols == b.header->cols && *a.activations == *b.activations;
+}
+
+void linear_shared(const SharedInputs& in, const std::vector<SharedOutput<Int8Packed>>& outputs) {
+  int64_t all_panels = 0;
+  for (const auto& o : outputs) all_panels += o.w.panels();
+  if (in.tokens == 0 || all_panels == 0) return;
+  const Int8Packed& first = outputs[0].w;
+  const int64_t cols = first.header->cols, units = first.units(), panel_bytes = first.panel_bytes();
   const Isa isa = active_isa();
   const auto quantize = kernel_for<quantize_u8>(isa).fn;
   const auto table = kernel_for<gemm_u8s8>(isa).fn;
   const auto store = kernel_for<dequantize_store>(isa).fn;
-  const int64_t element = dtype_size(args.dtype), x_stride = int8_row_stride(cols);
+  const int64_t element = dtype_size(in.dtype), x_stride = int8_row_stride(cols);
   const int64_t block = std::clamp<int64_t>(kBlockBytes / x_stride, kGemmTokens, kMaxBlockTokens);
-  const Product product{w.weights, w.panels(), w.units(), w.panel_bytes()};
-  const ActivationRange& range = *w.activations;
-  share(args.tokens, w.panels(), w.units(), block, [&](int64_t m0, int64_t m1, const auto& runs) {
+  const ActivationRange& range = *first.activations;
+  // The panels of all weights in one line, of which a run may hold those of several.
+  share(in.tokens, all_panels, units, block, [&](int64_t m0, int64_t m1, const auto& runs) {
     int64_t p0, p1;
     if (!runs(p0, p1)) return;
     thread_local Scratch bytes_memory, acc_memory, scales_memory;
     auto* bytes = bytes_memory.get<uint8_t>((m1 - m0) * x_stride);
     auto* acc = acc_memory.get<int32_t>((m1 - m0) * kGemmPanels * kInt8Panel);
     auto* scales = scales_memory.get<float>(m1 - m0);
-    quantize({static_cast<const char*>(args.x) + m0 * args.x_stride * element, args.x_stride, args.dtype,
+    quantize({static_cast<const char*>(in.x) + m0 * in.x_stride * element, in.x_stride, in.dtype,
               static_cast<int32_t>(m1 - m0), static_cast<int32_t>(cols), range.scale, range.zero, range.low,
               range.high, bytes, x_stride, scales});
     do {
-      run_product(
-          product, table, bytes, x_stride, m1 - m0, p0, p1, acc,
-          [&](int64_t token, int64_t tokens, int64_t panel, int panels, const int32_t* sums, int64_t stride) {
-            const int64_t n = panel * kInt8Panel;
-            store({sums, stride, w.compensation + n, scales + token, w.scales + n,
-                   static_cast<int32_t>(tokens),
-                   static_cast<int32_t>(std::min<int64_t>(panels * kInt8Panel, rows - n)),
-                   args.bias ? args.bias + n : nullptr, args.activation,
-                   static_cast<char*>(args.y) + ((m0 + token) * args.y_stride + n) * element, args.y_stride,
-                   args.dtype});
-          });
+      int64_t before = 0;
+      for (const auto& o : outputs) {
+        const Int8Packed& w = o.w;
+        const int64_t from = std::max<int64_t>(p0 - before, 0), to = std::min(p1 - before, w.panels());
+        before += w.panels();
+        if (from >= to) continue;
+        run_product({w.weights, w.panels(), units, panel_bytes}, table, bytes, x_stride, m1 - m0, from, to,
+                    acc,
+                    [&](int64_t token, int64_t tokens, int64_t panel, int panels, const int32_t* sums,
+                        int64_t stride) {
+                      const int64_t n = panel * kInt8Panel;
+                      store({sums, stride, w.compensation + n, scales + token, w.scales + n,
+                             static_cast<int32_t>(tokens),
+                             static_cast<int32_t>(std::min<int64_t>(panels * kInt8Panel, w.header->rows - n)),
+                             o.bias ? o.bias + n : nullptr, o.activation,
+                             static_cast<char*>(o.y) + ((m0 + token) * o.y_stride + n) * element, o.y_stride,
+                             in.dtype});
+                    });
+      }
     } while (runs(p0, p1));
   });
 }

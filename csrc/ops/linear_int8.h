@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "formats/int8.h"
 #include "ops/linear.h"
@@ -14,6 +15,8 @@ namespace pared {
 int64_t int8_row_stride(int64_t cols);
 
 void linear_int8(const LinearArgs& args, const Int8Packed& w);
+bool share_inputs(const Int8Packed& a, const Int8Packed& b);
+void linear_shared(const SharedInputs& in, const std::vector<SharedOutput<Int8Packed>>& outputs);
 
 // c[m][n] = sum_k a[m][k] b[n][k], exact for every int8 value, cols <= kGemmMaxCols. Strides in elements.
 inline constexpr int64_t kGemmMaxCols = 131071;  // cols * 128 * 128 < 2^31

@@ -245,13 +245,17 @@ inline PanelKernel<int32_t>* const* word_kernels(const PackedHeader& h) {
                            : kernel_for<quad_panel_s8>(active_isa()).fn;
 }
 
-// The same for float32 weights on the active instruction set, with nothing to do before a tile.
+// The same for float32 weights.
+inline PanelKernel<float>* const* float_kernels(const PackedHeader& h) {
+  return h.entry_rows == 1 ? kernel_for<csr_panel_f32>(active_isa()).fn
+                           : kernel_for<quad_panel_f32>(active_isa()).fn;
+}
+
+// One float32 weight on the active instruction set, with nothing to do before a tile.
 template <class Pack, class Store>
 void csr_panel_product(const PanelPacked<float>& w, const PanelTiles& panels, const Pack& pack,
                        const Store& store) {
-  PanelKernel<float>* const* micro = w.header->entry_rows == 1 ? kernel_for<csr_panel_f32>(active_isa()).fn
-                                                               : kernel_for<quad_panel_f32>(active_isa()).fn;
-  panel_product(w, micro, panels, [](const PanelTile&) {}, pack, store);
+  panel_product(w, float_kernels(*w.header), panels, [](const PanelTile&) {}, pack, store);
 }
 
 }  // namespace pared

@@ -91,21 +91,25 @@ def share(
     report: Report,
     timed: Choices,
 ) -> None:
-    """Quantize an input once for all the layers that take it, where that is measurably faster."""
-    groups: dict[tuple[int, ...], list[Candidate]] = {}
+    """Pack or quantize an input once for all the layers that take it, where that is measurably faster."""
+    groups: dict[tuple[int, ...], list[list[Candidate]]] = {}
     for c in candidates:
         m = c.chosen
         alone = isinstance(m, Linear) and not m._handed and m._fed_by is None and len(c.names) == 1
-        if alone and c.inputs and m is not None and m.format == "bsr8":
-            groups.setdefault(tuple(c.inputs), []).append(c)
+        if not (alone and c.inputs):
+            continue
+        alike = groups.setdefault(tuple(c.inputs), [])
+        for group in alike:
+            if _core.shares_inputs(cast(Linear, group[0].chosen).packed, cast(Linear, m).packed):
+                group.append(c)
+                break
+        else:
+            alike.append([c])
     heads: list[Linear] = []
     rows = {c.name: c.row.reason for c in candidates}
-    for group in groups.values():
+    for group in (g for alike in groups.values() for g in alike if len(g) > 1):
         first = group[0]
         layers = [cast(Linear, c.chosen) for c in group]
-        alike = [_core.bsr8_shares(layers[0].packed, m.packed) for m in layers]
-        if len(group) < 2 or not all(alike):
-            continue
         key = timed.key(shared=_chain_key(layers, first, timed))
         known = timed.get(key)
         if known is None:

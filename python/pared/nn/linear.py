@@ -161,7 +161,10 @@ class Linear(PackedModule):
             f._refer("_fed_by", self)
 
     def share_with(self, *others: Linear) -> None:
-        """Compute these layers as well, from the same input, which is then quantized once.
+        """Compute these layers as well, from the same input, which is then packed or quantized once.
+
+        Formats that do: CSR, BSR and Dense (where their tiles are the same), Int8, Bitmap8, BSRInt8; weights
+        of one format, or of the first three, go together.
 
         For a model in which they are called with the very tensor that this one was called with before, as the
         projections of an attention block are. They take what was computed for them when that tensor comes,
@@ -173,12 +176,12 @@ class Linear(PackedModule):
         TypeError, ValueError : a layer whose weight does not share inputs with this one's.
         """
         for other in others:
-            if not (isinstance(other, Linear) and self.format == other.format == "bsr8"):
-                raise TypeError(f"others: expected Linear layers of format bsr8, like this one, got {other}")
+            if not isinstance(other, Linear):
+                raise TypeError(f"others: expected Linear layers, got {type(other).__name__}")
             alone = other is not self and not (other._sharers or other._handed or other._fed_by)
             if not alone or self._handed or self._fed_by is not None:
                 raise ValueError(f"others: expected layers that go with no others, got {other}")
-            if not _core.bsr8_shares(self.packed, other.packed):
+            if not _core.shares_inputs(self.packed, other.packed):
                 raise ValueError(f"others: expected layers of the same inputs, packed alike, got {other}")
         for other in self._sharers:
             other._refer("_shares_of", None)
@@ -189,7 +192,7 @@ class Linear(PackedModule):
     def _share(self, x: Tensor) -> Tensor:
         layers = (self, *self._sharers)
         outs = [x.new_empty((*x.shape[:-1], m.out_features)) for m in layers]
-        _core.linear_shared_bsr8(
+        _core.linear_shared(
             x,
             [m._buffers["packed"] for m in layers],
             [m._buffers["bias"] for m in layers],

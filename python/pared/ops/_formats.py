@@ -143,7 +143,16 @@ FORMATS: dict[str, Format] = {
             devices=("cuda",),
         ),
         # Only where `pared.quantize` has put the weight on such a grid (`pared.nn.takes_over`).
-        Format("int4", 8, Int4, _core.linear_int4, None, "int4", lambda d, q, n: True),
+        Format(
+            "int4",
+            8,
+            Int4,
+            _core.linear_int4,
+            None,
+            "int4",
+            lambda d, q, n: True,
+            chain=_core.linear_chain_int8,
+        ),
         Format(
             "bitmap8",
             6,

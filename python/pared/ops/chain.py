@@ -38,14 +38,14 @@ def linear_chain(
     (reduction outermost) and in the cache, instead of being transposed into rows of tokens and back. They are
     float32 there, whatever the dtype of `x`.
 
-    With int8 weights, a few tokens at a time go through all layers: each is quantized for the next layer as
-    soon as its last output is there. The result is that of one `linear` after the other, to the bit.
+    With int8 and int4 weights, a few tokens at a time go through all layers: each is quantized for the next
+    layer as soon as its last output is there. The result is that of one `linear` after the other, to the bit.
 
     Parameters
     ----------
     x : [..., in], float32, bfloat16 or float16, last axis contiguous.
-    weights : two or more of CSR, BSR and Dense, or of Int8, Bitmap8 and BSRInt8, [out, in] each; `in` of each
-        is `out` of the one before.
+    weights : two or more of CSR, BSR and Dense, or of Int8, Bitmap8, BSRInt8 and Int4, [out, in] each; `in`
+        of each is `out` of the one before.
     biases : [out] float32 or None for each weight; None: no biases.
     activations : a name as `linear` takes it, or None, for each weight; None: no activations.
 
