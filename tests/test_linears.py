@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _models import fused_is_faster, set_times
-from torch import nn
+from torch import Tensor, nn
 
 import pared
 import pared._accelerate
 from pared.nn import PackedModule
 from pared.pruning import as_linears
 from pared.pruning.linears import Attention, Encoder, close_layers, open_layers
-from pared.quant.weights import quantized
+from pared.quant.weights import put_records, quantized, simulate, take_records
 
 TOLERANCE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -379,3 +380,55 @@ def test_what_cannot_be_replaced(model: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         as_linears(made)
     assert list(made.state_dict()) == before
+
+
+class Cross(nn.Module):
+    """An attention whose keys and values are narrower than its queries: three weights in one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(16, 2, kdim=8, vdim=12, batch_first=True)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y: Tensor = self.attention(q, k, v, need_weights=False)[0]
+        return y
+
+
+def test_separate_projections_keep_their_grids(known_times: None) -> None:
+    model = Cross().eval()
+    inputs = torch.randn(3, 6, 16), torch.randn(3, 9, 8), torch.randn(3, 9, 12)
+    options = {"activations": "static", "bias_correction": True}
+    pared.quantize(model, [inputs, inputs], bits=8, **options)
+    with torch.no_grad():
+        want = model(*inputs)
+    fast: Any = pared.accelerate(
+        model, inputs, precision="int8", formats=["int8"], min_speedup=0, max_error=1.0, progress=False
+    )
+    grids = set()
+    for part in "qkv":
+        record = quantized(model.attention, f"{part}_proj_weight")
+        layer = fast.attention.get_submodule(f"{part}_proj")
+        codes, scale = layer.packed_weight().to_quantized()
+        weight = getattr(model.attention, f"{part}_proj_weight").detach()
+        assert record is not None
+        assert (codes == record.codes(weight).numpy()).all()
+        np.testing.assert_array_equal(scale, record.scale.flatten().numpy())
+        assert layer.packed_weight().activations[0] == np.float32(record.activation_scale)
+        grids.add(record.activation_scale)
+    assert len(grids) == 3
+    # What is simulated is what the kernels compute, and a checkpoint holds all of it.
+    with simulate(model), torch.no_grad():
+        rounded = model(*inputs)
+    assert (rounded - want).abs().max() > 0
+    torch.testing.assert_close(fast(*inputs), rounded, atol=0.05 * float(want.abs().max()), rtol=0)
+    other = Cross()
+    put_records(other, take_records(model))
+    for part in "qkv":
+        name = f"{part}_proj_weight"
+        mine, theirs = quantized(model.attention, name), quantized(other.attention, name)
+        assert mine is not None
+        assert theirs is not None
+        assert torch.equal(mine.scale, theirs.scale)
+        assert mine.activation_scale == theirs.activation_scale
+    assert quantized(model.attention) is None  # which of the three is to be said

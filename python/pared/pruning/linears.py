@@ -273,10 +273,13 @@ def open_layers(
         else:
             if isinstance(old, nn.MultiheadAttention):
                 new: nn.Module = Attention(old)
-                if old._qkv_same_embed_dim:
-                    size = old.embed_dim
-                    for i, part in enumerate(("q_proj", "k_proj", "v_proj")):
-                        pass_on(old, new.get_submodule(part), slice(i * size, (i + 1) * size))
+                size = old.embed_dim
+                for i, part in enumerate(("q_proj", "k_proj", "v_proj")):
+                    projection = new.get_submodule(part)
+                    if old._qkv_same_embed_dim:
+                        pass_on(old, projection, slice(i * size, (i + 1) * size))
+                    else:
+                        pass_on(old, projection, parameter=f"{part}_weight")
                 pass_on(old.out_proj, new.get_submodule("out_proj"))
             else:
                 new = _linear(old)

@@ -35,21 +35,38 @@ __all__ = ["int8_weight", "quantize", "quantized", "simulate"]
 _RECORD = "_pared_quantized"
 # What "auto" chooses from.
 AUTO = (4, 8, 16)
+# Which argument of its layer a weight is multiplied with, where it is not the first one's only weight.
+_ARGUMENTS = {"q_proj_weight": 0, "k_proj_weight": 1, "v_proj_weight": 2}
 # Within so much of the faster one, the narrower width is taken.
 _AS_FAST = 1.02
 
 
-def quantized(module: nn.Module) -> QuantizedWeight | None:
-    """What `pared.quantize` left on a layer; None where it has not been."""
-    record = module.__dict__.get(_RECORD)
-    return record if isinstance(record, QuantizedWeight) else None
+def quantized(module: nn.Module, parameter: str | None = None) -> QuantizedWeight | None:
+    """What `pared.quantize` left on a layer; None where it has not been.
+
+    `parameter`: which of its weights, for a layer with several, as nn.MultiheadAttention with `kdim` is.
+    """
+    records = _records(module)
+    if parameter is not None:
+        return records.get(parameter)
+    return next(iter(records.values())) if len(records) == 1 else None
 
 
-def pass_on(old: nn.Module, new: nn.Module, rows: slice = slice(None)) -> None:
-    """Give a module that takes the place of `old`, or of these rows of its weight, what `quantize` left."""
-    record = quantized(old)
+def _records(module: nn.Module) -> dict[str, QuantizedWeight]:
+    """By the weight's name in the layer."""
+    records: dict[str, QuantizedWeight] = module.__dict__.get(_RECORD, {})
+    return records
+
+
+def _put(module: nn.Module, parameter: str, record: QuantizedWeight) -> None:
+    module.__dict__[_RECORD] = _records(module) | {parameter: record}
+
+
+def pass_on(old: nn.Module, new: nn.Module, rows: slice = slice(None), parameter: str | None = None) -> None:
+    """Give a layer that takes the place of `old`, or of a part of it, what `quantize` left on that part."""
+    record = quantized(old, parameter)
     if record is not None:
-        new.__dict__[_RECORD] = dataclasses.replace(record, scale=record.scale[rows], zero=record.zero[rows])
+        _put(new, "weight", dataclasses.replace(record, scale=record.scale[rows], zero=record.zero[rows]))
 
 
 def _to_item(record: QuantizedWeight) -> Item:
@@ -64,7 +81,11 @@ def _from_item(item: Item) -> QuantizedWeight:
 
 def take_records(model: nn.Module) -> Item:
     """What `quantize` left on the model's layers, by their names, for a checkpoint."""
-    items = {n: _to_item(r) for n, m in model.named_modules() if (r := quantized(m)) is not None}
+    items = {
+        f"{name}:{parameter}": _to_item(record)
+        for name, module in model.named_modules()
+        for parameter, record in _records(module).items()
+    }
     tensors = {f"{name}/{k}": t for name, item in items.items() for k, t in item.tensors.items()}
     return Item({name: item.values for name, item in items.items()}, tensors)
 
@@ -73,7 +94,8 @@ def put_records(model: nn.Module, kept: Item) -> None:
     """Put back what `take_records` gave."""
     for name, values in kept.values.items():
         tensors = {k: kept.tensors[f"{name}/{k}"] for k in ("scale", "zero")}
-        model.get_submodule(name).__dict__[_RECORD] = _from_item(Item(values, tensors))
+        module, _, parameter = name.rpartition(":")
+        _put(model.get_submodule(module), parameter, _from_item(Item(values, tensors)))
 
 
 def int8_weight(layer: nn.Linear) -> Int8:
@@ -246,8 +268,8 @@ def quantize(
     layers = []
     for target in targets:
         record, errors = settled[target.name]
-        for owner, _ in target.places:
-            owner.__dict__[_RECORD] = record
+        for owner, parameter in target.places:
+            _put(owner, parameter, record)
         if target.name in before:
             _correct_bias(target, before[target.name], means[target.name].result())
         layers.append(
@@ -502,6 +524,8 @@ def _correct_bias(target: Target, before: torch.Tensor, means: list[torch.Tensor
     bias = target.module._parameters.get("bias" if target.parameter == "weight" else "in_proj_bias")
     if bias is None or len(target.places) > 1:
         return
+    part = _ARGUMENTS.get(target.parameter)
+    own = bias if part is None else bias.chunk(3)[part]
     matrices = obs.Matrices(target)
     shift = torch.cat(
         [
@@ -512,7 +536,7 @@ def _correct_bias(target: Target, before: torch.Tensor, means: list[torch.Tensor
         ]
     )
     with torch.no_grad():
-        bias.add_(shift.to(bias.device, bias.dtype))
+        own.add_(shift.to(bias.device, bias.dtype))
 
 
 @contextmanager
@@ -525,25 +549,30 @@ def simulate(model: nn.Module) -> Iterator[None]:
     """
     handles = []
 
-    def hook(record: QuantizedWeight) -> Callable[..., Any]:
-        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = args[0]
+    def hook(record: QuantizedWeight, argument: int) -> Callable[..., Any]:
+        def rounded(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
             if record.activation_scale is not None:
                 grid = ActivationGrid(
                     record.activation_scale, record.activation_zero, record.activation_dtype
                 )
-                return (grid.round(x), *args[1:])
+                return grid.round(x)
             over = list(range(1, x.ndim)) if isinstance(module, calibration._CONVOLUTIONS) else [-1]
             scale = x.abs().amax(over, keepdim=True) / 127
             scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-            return ((x / scale).round().clamp(-127, 127) * scale, *args[1:])
+            return (x / scale).round().clamp(-127, 127) * scale
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = rounded(module, args[argument])
+            return (*args[:argument], x, *args[argument + 1 :])
 
         return before
 
     try:
         for module in unwrap(model).modules():
-            if (record := quantized(module)) is not None and record.bits <= 8:
-                handles.append(module.register_forward_pre_hook(hook(record)))
+            for parameter, record in _records(module).items():
+                if record.bits <= 8:
+                    argument = _ARGUMENTS.get(parameter, 0)
+                    handles.append(module.register_forward_pre_hook(hook(record, argument)))
         yield
     finally:
         for handle in handles:

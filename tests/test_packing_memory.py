@@ -1,0 +1,101 @@
+"""Packing a weight takes no more memory than the weight and what it is packed into (Bitmap8: and a quarter
+of the weight)."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pared.ops._formats import FORMATS
+
+# A process of its own, without torch: the kernel counts its resident memory, whoever asked for it.
+PROGRAM = """
+import json, sys
+import numpy as np
+from pared import ops
+
+def status(name):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) << 10 for line in f if line.startswith(name))
+
+rng = np.random.default_rng(0)
+w = np.empty((2048, 4096), np.float32)
+rng.standard_normal(out=w, dtype=np.float32)
+for rows in np.split(w, 512):  # four rows by four inputs are zero or not, which suits blocks too
+    rows *= np.repeat(rng.random(1024) < 0.5, 4)
+packers = {
+    "csr": ops.CSR.from_dense,
+    "bsr": lambda w: ops.BSR.from_dense(w, block=(4, 1)),
+    "bsr, large blocks": lambda w: ops.BSR.from_dense(w, block=(32, 32)),
+    "dense": ops.Dense.from_dense,
+    "bitmap": ops.Bitmap.from_dense,
+    "bitmap+csr": ops.BitmapCSR.from_dense,
+    "int8": ops.Int8.from_dense,
+    "int8wo": ops.Int8WeightOnly.from_dense,
+    "bitmap8": ops.Bitmap8.from_dense,
+    "bsr8": lambda w: ops.BSRInt8.from_dense(w, block=(1, 4)),
+    "bsr8, 4x4": lambda w: ops.BSRInt8.from_dense(w, block=(4, 4)),
+    "int4": lambda w: ops.Int4.from_dense(w, group=64),
+    "a copy first": lambda w: ops.CSR.from_dense(w.copy()),
+}
+found = {}
+for name, pack in packers.items():
+    pack(w[:64])
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # the peak begins anew
+    before = status("VmRSS")
+    packed = pack(w)
+    found[name] = {"peak": status("VmHWM") - before, "packed": packed.nbytes, "dense": w.nbytes}
+    del packed
+json.dump(found, sys.stdout)
+"""
+
+
+@functools.cache
+def measured() -> dict[str, dict[str, int]]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        # Freed blocks go back to the system at once, lest the next packing take one that counts already.
+        env=os.environ | {"PARED_NUM_THREADS": "2", "MALLOC_MMAP_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, int]] = json.loads(done.stdout)
+    return found
+
+
+CLEARS = Path("/proc/self/clear_refs")
+linux = pytest.mark.skipif(not CLEARS.exists(), reason="the system does not tell of a process's peak memory")
+# Rows of tables, allocators, pages of 2 MB that begin anywhere.
+SLACK = 4 << 20
+
+
+# Bitmap8 is packed from the weight in 8 bits, which is a quarter of it.
+BESIDE = {"bitmap8": 0.25}
+
+
+def fits(row: dict[str, int], beside: float = 0.0) -> bool:
+    """The dense weight is there before and counts no more."""
+    return row["peak"] <= row["packed"] + beside * row["dense"] + SLACK
+
+
+@linux
+@pytest.mark.parametrize("name", [*FORMATS, "bsr, large blocks", "bsr8, 4x4"])
+def test_packing_takes_no_more_than_both(name: str) -> None:
+    row = measured()[name]
+    assert fits(row, BESIDE.get(name, 0.0)), row
+    assert row["peak"] > 0.9 * row["packed"]  # the peak was seen
+
+
+@linux
+def test_a_copy_would_be_noticed() -> None:
+    assert not fits(measured()["a copy first"])
