@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import pared
 from pared import _accelerate as acc
+from pared import _core
 from pared.nn import _attention
 from pared.nn._attention import attending
 
@@ -161,6 +162,31 @@ def test_the_configuration_of_the_model_is_in_force(times: None) -> None:
         assert fast(**tokens(), output_attentions=True).attentions[0].shape == (2, 4, 21, 21)
 
 
+@pytest.mark.parametrize("make", [bert, llama])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_models_in_sixteen_bits(
+    times: None, monkeypatch: pytest.MonkeyPatch, make: Any, dtype: torch.dtype
+) -> None:
+    inputs = tokens(padded=True)
+    exact, model = hidden(make(), inputs), make().to(dtype)
+    fast = pared.accelerate(model, inputs)
+    assert len(attending(fast)) == 2
+    seen: list[torch.dtype] = []
+    real = _core.attention
+
+    def note(q: Tensor, *rest: Any) -> None:
+        seen.append(q.dtype)
+        real(q, *rest)
+
+    monkeypatch.setattr(_core, "attention", note)
+    mine = hidden(fast, inputs)
+    assert seen == [dtype] * 2
+    assert mine.dtype == dtype
+    kept = inputs["attention_mask"].bool()
+    error, theirs = ((y.float() - exact)[kept].abs().max() for y in (mine, hidden(model, inputs)))
+    assert error <= 1.5 * theirs + torch.finfo(dtype).eps
+
+
 def test_what_the_kernel_does_not_take_is_torchs(times: None) -> None:
     model, inputs = bert(), tokens()
     fast = pared.accelerate(model, inputs)
@@ -170,8 +196,8 @@ def test_what_the_kernel_does_not_take_is_torchs(times: None) -> None:
     fast(inputs_embeds=embeddings).last_hidden_state.sum().backward()
     assert embeddings.grad is not None
     # Other dtypes.
-    half, dense = copy.deepcopy(fast).bfloat16(), copy.deepcopy(model).bfloat16()
-    assert torch.equal(hidden(half, inputs), hidden(dense, inputs))
+    twice, dense = copy.deepcopy(fast).double(), copy.deepcopy(model).double()
+    assert torch.equal(hidden(twice, inputs), hidden(dense, inputs))
     # Dropout.
     q = torch.randn(1, 4, 8, 16)
     module = next(iter(attending(fast).values()))

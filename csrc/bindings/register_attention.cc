@@ -4,6 +4,7 @@
 
 #include "bindings/array.h"
 #include "bindings/register.h"
+#include "bindings/weights.h"
 #include "core/check.h"
 #include "ops/attention.h"
 
@@ -11,12 +12,12 @@ namespace pared {
 namespace {
 
 Heads heads_of(const Array& a) {
-  require_dtype(a, {DType::f32});
+  require_dtype(a, kFloatTypes);
   PARED_CHECK(a.ndim == 4, a.name, ": expected shape [batch, heads, positions, features], got ",
               a.shape_text());
   PARED_CHECK(a.size() == 0 || a.shape[3] == 1 || a.strides[3] == 1, a.name,
               ": expected a contiguous last axis, got stride ", a.strides[3]);
-  return {static_cast<float*>(a.data), a.strides[0], a.strides[1], a.strides[2]};
+  return {a.data, a.strides[0], a.strides[1], a.strides[2]};
 }
 
 // Whether no two elements share memory: sorted by stride, each axis steps over all the smaller ones.
@@ -44,6 +45,7 @@ void register_attention(py::module_& m) {
                     ay = parse_array(out, "out");
         AttentionArgs args{};
         args.q = heads_of(aq), args.k = heads_of(ak), args.v = heads_of(av), args.y = heads_of(ay);
+        for (const Array* a : {&ak, &av, &ay}) require_dtype(*a, {aq.dtype});
         require_writable(ay);
         const int64_t batch = aq.shape[0], heads = aq.shape[1], queries = aq.shape[2];
         require_shape(ak, {batch, -1, -1, aq.shape[3]});
@@ -59,14 +61,16 @@ void register_attention(py::module_& m) {
         args.shared = groups > 0 ? heads / groups : 1;
         PARED_CHECK(std::isfinite(scale), "scale: expected a finite number, got ", scale);
         args.scale = scale;
+        args.dtype = aq.dtype;
         args.causal = causal;
         if (!mask.is_none()) {
           const Array am = parse_array(mask, "mask");
-          require_dtype(am, {DType::f32, DType::boolean});
+          require_dtype(am, {DType::f32, aq.dtype, DType::boolean});
           require_shape(am, {batch, heads, queries, keys});
           require_disjoint(ay, am);
           if (am.size() > 0) args.mask = am.data;
           args.mask_bytes = am.dtype == DType::boolean;
+          if (!args.mask_bytes) args.mask_dtype = am.dtype;
           std::copy_n(am.strides, 4, args.mask_strides);
         }
         py::gil_scoped_release unlocked;

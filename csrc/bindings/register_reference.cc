@@ -7,6 +7,7 @@
 #include "bindings/array.h"
 #include "bindings/register.h"
 #include "core/check.h"
+#include "ref/attention.h"
 #include "ref/layer_norm.h"
 #include "ref/linear.h"
 #include "ref/random_cases.h"
@@ -27,6 +28,31 @@ const T* input(py::handle object, const char* name, DType dtype, std::initialize
 }  // namespace
 
 void register_reference(py::module_& m) {
+  m.def(
+      "attention_reference",
+      [](py::handle q, py::handle k, py::handle v, py::handle mask, double scale, bool causal) {
+        const Array aq = parse_array(q, "q"), av = parse_array(v, "v");
+        require_shape(aq, {-1, -1, -1});
+        require_shape(av, {aq.shape[0], -1, -1});
+        AttentionReference a{};
+        a.heads = aq.shape[0], a.queries = aq.shape[1], a.features = aq.shape[2];
+        a.keys = av.shape[1], a.out_features = av.shape[2];
+        a.q = input<double>(q, "q", DType::f64, {-1, -1, -1});
+        a.k = input<double>(k, "k", DType::f64, {a.heads, a.keys, a.features});
+        a.v = input<double>(v, "v", DType::f64, {-1, -1, -1});
+        if (!mask.is_none()) a.mask = input<double>(mask, "mask", DType::f64, {a.heads, a.queries, a.keys});
+        a.scale = scale, a.causal = causal;
+        py::array_t<double> y({a.heads, a.queries, a.out_features}),
+            error({a.heads, a.queries, a.out_features});
+        a.y = y.mutable_data(), a.error = error.mutable_data();
+        {
+          py::gil_scoped_release unlocked;
+          attention_reference(a);
+        }
+        return py::make_tuple(y, error);
+      },
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("scale"), py::arg("causal"));
+
   m.def(
       "layer_norm_reference",
       [](py::handle x, py::handle residual, py::handle weight, py::handle bias, double eps) {

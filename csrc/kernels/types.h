@@ -328,7 +328,8 @@ struct RowsPanelArgs {
   int64_t a_stride;    // elements between rows of memory
   bool by_columns;     // a(r, k) is a[k * a_stride + r], not a[r * a_stride + k]
   const float* panel;  // [units][groups * 16], 64-byte aligned
-  const float* scale;  // [groups * 16], or null for 1
+  const float* keep;   // [groups * 16]: acc is multiplied with it and added to; null: acc is overwritten
+  const float* scale;  // [groups * 16]: what the result is multiplied with, or null for 1
   float* acc;          // [rows][groups * 16], 64-byte aligned
   int32_t rows;
   int64_t units;
@@ -340,19 +341,21 @@ struct rows_panel_f32 {
   static constexpr const char* doc = "rows of a plain matrix times a panel, float32";
 };
 
-// Weights of the keys, in place: s[k][m] = exp(s[k][m] + mask[k][m] - largest), where the largest is that of
-// lane m, and inverse[m] the inverse of their sum. A lane with -infinity for all keys gets weights of zero; a
-// NaN makes the inverse NaN.
+// Weights of a block of keys, in place: s[k][m] = exp(s[k][m] + mask[k][m] - largest), where the largest is
+// that of lane m so far. What blocks before it gave has to be multiplied with keep[m] then; inverse[m] is the
+// inverse of the sum of all weights so far. A lane with -infinity for all keys gets weights of zero; a NaN
+// makes the inverse NaN.
 struct SoftmaxArgs {
-  float* s;           // [keys][groups * 16], 64-byte aligned
-  const float* mask;  // the same shape, or null
-  float* inverse;     // [groups * 16], 64-byte aligned
+  float* s;                               // [keys][groups * 16], 64-byte aligned
+  const float* mask;                      // the same shape, or null
+  float *largest, *sum, *keep, *inverse;  // [groups * 16] each, 64-byte aligned
   int64_t keys;
   int32_t groups;
+  bool first;  // largest and sum begin; keep is not written
 };
 struct softmax_columns {
   using Fn = void(const SoftmaxArgs&);
-  static constexpr const char* doc = "softmax over the rows of a panel";
+  static constexpr const char* doc = "softmax over the rows of a panel, block by block";
 };
 
 // y[r] = (s - mean) / sqrt(variance + eps) * weight + bias, with s = x[r] + residual[r] in float32, and the

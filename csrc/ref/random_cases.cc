@@ -9,6 +9,8 @@
 #include "formats/bitmap8.h"
 #include "formats/int4.h"
 #include "formats/pair.h"
+#include "formats/values.h"
+#include "ops/attention.h"
 #include "ops/bitmap.h"
 #include "ops/bitmap8.h"
 #include "ops/conv.h"
@@ -19,6 +21,7 @@
 #include "ops/linear_int4.h"
 #include "ops/linear_int8.h"
 #include "ops/topk.h"
+#include "ref/attention.h"
 
 namespace pared {
 namespace {
@@ -438,6 +441,90 @@ void convolution(Random& r, bool fault, Memory& m, Outcome& out) {
         }
 }
 
+// ---- attention
+
+// Values that every dtype holds exactly, heads side by side in rows; masks of one sort or the other.
+void attend(Random& r, bool fault, Memory& m, Outcome& out) {
+  const DType dtype = r.one_in(4) ? (r.one_in(2) ? DType::f16 : DType::bf16) : DType::f32;
+  const int batch = r.range(1, 2), groups = r.range(1, 2), shared = r.range(1, 2), heads = groups * shared;
+  const int queries = r.size(20, 65), keys = r.size(20, 129), features = r.size(9, 17),
+            values = r.size(9, 17);
+  const bool causal = r.one_in(4);
+  const int kind = r.range(0, 3);  // of mask: none, none, bytes, float32
+  const float scale = static_cast<float>(r.range(-8, 8)) / 16.0f;
+  const auto fill = [&](std::vector<float>& to, int64_t count) {
+    to.resize(count);
+    for (float& v : to) v = static_cast<float>(r.range(-12, 12)) / 4.0f;
+  };
+  fill(m.x, int64_t{batch} * queries * heads * features);
+  fill(m.w, int64_t{batch} * keys * groups * features);
+  fill(m.bias, int64_t{batch} * keys * groups * values);
+  fill(m.scales, kind == 3 ? int64_t{batch} * queries * keys : 0);
+  m.q.resize(kind == 2 ? int64_t{batch} * queries * keys : 0);
+  for (int8_t& seen : m.q) seen = r.one_in(4) ? 0 : 1;
+  m.y.assign(int64_t{batch} * queries * heads * values, -77.0f);
+
+  // In 16 bits: the high halves are bfloat16; float16 goes through the store that rounds.
+  std::vector<uint16_t> halves[4];
+  const auto data = [&](int i, std::vector<float>& from) -> void* {
+    if (dtype == DType::f32) return from.data();
+    halves[i].resize(from.size() + 1);
+    for (size_t j = 0; j < from.size(); ++j)
+      halves[i][j] = dtype == DType::f16 ? float_to_f16(from[j]) : float_to_bf16(from[j]);
+    return halves[i].data();
+  };
+  const auto rows = [](void* p, int64_t positions, int64_t count, int64_t width) {
+    return Heads{p, positions * count * width, width, count * width};
+  };
+  AttentionArgs a{};
+  a.q = rows(data(0, m.x), queries, heads, features), a.k = rows(data(1, m.w), keys, groups, features);
+  a.v = rows(data(2, m.bias), keys, groups, values), a.y = rows(data(3, m.y), queries, heads, values);
+  a.batch = batch, a.heads = heads, a.queries = queries, a.keys = keys, a.features = features;
+  a.out_features = values, a.shared = shared, a.scale = scale, a.causal = causal, a.dtype = dtype;
+  if (kind >= 2 && queries * keys > 0) {
+    a.mask = kind == 2 ? static_cast<const void*>(m.q.data()) : m.scales.data();
+    a.mask_bytes = kind == 2;
+    const int64_t strides[] = {int64_t{queries} * keys, 0, keys, 1};
+    std::copy_n(strides, 4, a.mask_strides);
+  }
+  attention(a);
+  fault_in(r, m.bias, fault);
+
+  // Rows of one head, as doubles; and what is added to its scores.
+  const auto one = [](const std::vector<float>& from, int b, int h, int positions, int count, int width) {
+    std::vector<double> to(static_cast<size_t>(positions) * width + 1);
+    for (int p = 0; p < positions; ++p)
+      for (int d = 0; d < width; ++d)
+        to[p * width + d] = from[((int64_t{b} * positions + p) * count + h) * width + d];
+    return to;
+  };
+  std::vector<double> y(static_cast<size_t>(queries) * values + 1), error(y.size()), mask;
+  for (int b = 0; b < batch; ++b)
+    for (int h = 0; h < heads; ++h) {
+      const auto q = one(m.x, b, h, queries, heads, features),
+                 k = one(m.w, b, h / shared, keys, groups, features),
+                 v = one(m.bias, b, h / shared, keys, groups, values);
+      mask.assign(static_cast<size_t>(queries) * keys + 1, 0.0);
+      for (int64_t i = 0; kind >= 2 && i < int64_t{queries} * keys; ++i) {
+        const int64_t at = b * int64_t{queries} * keys + i;
+        mask[i] = kind == 3 ? m.scales[at] : m.q[at] ? 0.0 : -INFINITY;
+      }
+      attention_reference({q.data(), k.data(), v.data(), mask.data(), scale, causal, 1, queries, keys,
+                           features, values, y.data(), error.data()});
+      for (int p = 0; p < queries; ++p)
+        for (int d = 0; d < values; ++d) {
+          const int64_t at = ((int64_t{b} * queries + p) * heads + h) * values + d;
+          const double got = dtype == DType::f32 ? m.y[at] : value_at(a.y.data, at, dtype);
+          const double want = y[p * values + d];
+          // Half a unit in the last place of the output, of 11 or 8 bits, 2^-25 where float16 has none.
+          const double step = dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
+          const double rounding = dtype == DType::f32 ? 0.0 : step * std::fabs(want) + 0x1p-24;
+          if (!(std::fabs(got - want) <= 1.01 * (error[p * values + d] + rounding)))
+            out.differ(at, got, want);
+        }
+    }
+}
+
 // ---- selection
 
 void selection(Random& r, bool fault, Memory& m, Outcome& out) {
@@ -504,6 +591,7 @@ constexpr Family kFamilies[] = {
     {"conv_csr", convolution<Conv::csr>},
     {"conv_int8", convolution<Conv::int8>},
     {"conv_bsr8", convolution<Conv::bsr8>},
+    {"attention", attend},
     {"selection", selection},
 };
 

@@ -60,7 +60,55 @@ def test_a_mask_that_differs_between_heads_and_sequences(isa, rng):
         check(ops.attention(q, k, v, mask), q, k, v, mask=mask)
 
 
-def test_many_keys_take_narrower_tiles(isa, rng):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kind", [None, "bool", "float32", "own"])
+def test_sixteen_bits(isa, rng, dtype, kind):
+    """Widened while they are read: as the same numbers in float32, but for the rounding of the output."""
+    torch = pytest.importorskip("torch")
+    for queries, keys, features, out in ((1, 1, 1, 1), (17, 130, 33, 5), (70, 16, 64, 64), (5, 300, 16, 48)):
+        q, k, v = (
+            torch.from_numpy(heads(rng, 2, n, positions, width)).to(getattr(torch, dtype))
+            for n, positions, width in ((4, queries, features), (2, keys, features), (2, keys, out))
+        )
+        mask = None
+        if kind == "bool":
+            mask = torch.from_numpy(rng.random((2, 1, queries, keys)) < 0.7)
+        elif kind:
+            mask = torch.from_numpy(rng.standard_normal((2, 1, queries, keys)).astype(np.float32))
+            mask = mask.to(q.dtype) if kind == "own" else mask
+        y = ops.attention(q, k, v, mask)
+        assert y.dtype == q.dtype
+        plain = None if mask is None else mask.numpy() if kind == "bool" else mask.float().numpy()
+        check(y, q.float().numpy(), k.float().numpy(), v.float().numpy(), mask=plain)
+    if dtype == "float16":
+        arrays = [x.numpy() for x in (q, k, v)]
+        assert (ops.attention(*arrays) == ops.attention(q, k, v).numpy()).all()
+
+
+def test_dtypes_do_not_mix(rng):
+    x = np.zeros((1, 2, 5, 4), np.float32)
+    with pytest.raises(TypeError, match="k: expected"):
+        ops.attention(x, x.astype(np.float16), x)
+    half = x.astype(np.float16)
+    with pytest.raises(TypeError, match="mask: expected"):
+        ops.attention(x, x, x, np.zeros((5, 5), np.float16))
+    assert ops.attention(half, half, half, np.zeros((5, 5), np.float32)).dtype == np.float16
+
+
+def test_later_blocks_of_keys_take_over(isa, rng):
+    """Largest scores that grow or shrink from block to block, and blocks of which nothing is seen."""
+    q, k, v = heads(rng, 1, 2, 70, 8), heads(rng, 1, 2, 400, 8), heads(rng, 1, 2, 400, 8)
+    steps = np.linspace(0.1, 20, 400, dtype=np.float32)[:, None]
+    for scaled in (k * steps, k * steps[::-1]):
+        check(ops.attention(q, scaled, v), q, scaled, v)
+    mask = np.ones((70, 400), bool)
+    mask[:30, :260] = False
+    mask[20:50, 130:] = False
+    check(ops.attention(q, k, v, mask), q, k, v, mask=mask)
+    assert (ops.attention(q, k, v, mask)[:, :, 20:30] == 0).all()
+
+
+def test_many_keys(isa, rng):
     q, k, v = heads(rng, 1, 1, 64, 4), heads(rng, 1, 1, 9000, 4), heads(rng, 1, 1, 9000, 4)
     check(ops.attention(q, k, v), q, k, v)
     check(ops.attention(q, k, v, is_causal=True), q, k, v, is_causal=True)

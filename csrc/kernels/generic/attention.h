@@ -40,9 +40,13 @@ PARED_INLINE void rows_panel_tile(const RowsPanelArgs& args, const float* a, flo
     for (int64_t k = 0; k < args.units; ++k) step([&](int r) PARED_INLINE_LAMBDA { return rows[r][k]; });
   }
   for (int v = 0; v < N; ++v) {
-    const auto scale = args.scale ? S::load(args.scale + (FIRST + v) * S::width) : S::set1(1.0f);
-    for (int r = 0; r < ROWS; ++r)
-      S::store(acc + r * kRow + (FIRST + v) * S::width, S::mul(sum[r][v], scale));
+    const int at = (FIRST + v) * S::width;
+    if (args.keep) {
+      const auto keep = S::load(args.keep + at);
+      for (int r = 0; r < ROWS; ++r) sum[r][v] = S::fma(keep, S::load(acc + r * kRow + at), sum[r][v]);
+    }
+    const auto scale = args.scale ? S::load(args.scale + at) : S::set1(1.0f);
+    for (int r = 0; r < ROWS; ++r) S::store(acc + r * kRow + at, S::mul(sum[r][v], scale));
   }
 }
 
@@ -74,12 +78,19 @@ void rows_panel(const RowsPanelArgs& args) {
 template <class S>
 void softmax_lanes(const SoftmaxArgs& args) {
   const int32_t row = args.groups * kPanelGroup;  // elements
+  // exp(x). Below 2^-152 a weight is zero anyway. A NaN passes.
+  const auto exponential = [](typename S::V x) PARED_INLINE_LAMBDA {
+    const auto e = S::max(S::set1(-152.0f), S::mul(x, S::set1(1.44269502f)));
+    const auto power = power_of_two<S>(e, S::zero());
+    return S::scale2(power.m, power.n);
+  };
   for (int32_t m = 0; m < row; m += S::width) {
     float* s = args.s + m;
     const float* mask = args.mask ? args.mask + m : nullptr;
     // The largest of the lane, in four chains. Never -infinity, lest x - largest be NaN for masked keys.
     const auto least = S::set1(-3.402823466e38f);
-    typename S::V most[4] = {least, least, least, least};
+    const auto before = args.first ? least : S::load(args.largest + m);
+    typename S::V most[4] = {before, least, least, least};
     const auto look = [&](int64_t k, int chain) PARED_INLINE_LAMBDA {
       auto x = S::load(s + k * row);
       if (mask) {
@@ -99,13 +110,17 @@ void softmax_lanes(const SoftmaxArgs& args) {
     const auto largest = S::max(S::max(most[0], most[1]), S::max(most[2], most[3]));
     auto sum = S::zero();
     for (k = 0; k < args.keys; ++k) {
-      // Below 2^-152 a weight is zero anyway. A NaN passes.
-      const auto e = S::mul(S::sub(S::load(s + k * row), largest), S::set1(1.44269502f));
-      const auto power = power_of_two<S>(S::max(S::set1(-152.0f), e), S::zero());
-      const auto p = S::scale2(power.m, power.n);
+      const auto p = exponential(S::sub(S::load(s + k * row), largest));
       S::store(s + k * row, p);
       sum = S::add(sum, p);
     }
+    if (!args.first) {
+      const auto keep = exponential(S::sub(before, largest));
+      S::store(args.keep + m, keep);
+      sum = S::fma(keep, S::load(args.sum + m), sum);
+    }
+    S::store(args.largest + m, largest);
+    S::store(args.sum + m, sum);
     // The sum is 1 or more, unless all keys are masked: the weights are 0 then, and so is what they give.
     S::store(args.inverse + m, S::div(S::set1(1.0f), S::max(S::set1(1e-30f), sum)));
   }

@@ -34,6 +34,7 @@ __all__ = [
 
 _NAME = "pared"
 _REPLACED = "sdpa"  # torch's own attention: what the kernel computes the same as
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _mode_depth = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._is_tracing
 
@@ -181,7 +182,8 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> boo
     """Whether the kernel computes what torch does with these."""
     for x in (query, key, value):
         if (
-            x.dtype != torch.float32
+            x.dtype != query.dtype
+            or x.dtype not in _DTYPES
             or x.device.type != "cpu"
             or x.ndim != 4
             or x.stride(3) != 1
@@ -193,7 +195,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> boo
         return False
     return mask is None or (
         mask.ndim == 4
-        and mask.dtype in (torch.bool, torch.float32)
+        and mask.dtype in (torch.bool, torch.float32, query.dtype)
         and mask.shape[3] == key.shape[2]
         and not (mask.requires_grad and torch.is_grad_enabled())
     )

@@ -22,19 +22,19 @@ def attention(
 
     Parameters
     ----------
-    q : [batch, heads, queries, features], float32, last axis contiguous; other strides are free, so that
-        views of [batch, positions, heads * features] are read where they are.
-    k, v : [batch, groups, keys, features], [batch, groups, keys, out], float32, where `groups` divides
-        `heads`: ``heads // groups`` consecutive heads share one of them.
-    mask : broadcast to [batch, heads, queries, keys]; float32 that is added to the scores, or bool that is
-        False for keys that are not seen; or None.
+    q : [batch, heads, queries, features], float32, bfloat16 or float16, last axis contiguous; other strides
+        are free, so that views of [batch, positions, heads * features] are read where they are.
+    k, v : [batch, groups, keys, features], [batch, groups, keys, out], of `q`'s dtype, where `groups`
+        divides `heads`: ``heads // groups`` consecutive heads share one of them.
+    mask : broadcast to [batch, heads, queries, keys]; float32 or of `q`'s dtype, added to the scores; or
+        bool, False for keys that are not seen; or None.
     scale : None is ``features ** -0.5``.
     is_causal : query i sees the keys up to i alone.
 
     Returns
     -------
-    [batch, heads, queries, out], of `q`'s kind, as a view of contiguous [batch, queries, heads, out]. A query
-    that sees no key (False, or -inf, for all of them) gets zeros.
+    [batch, heads, queries, out], of `q`'s kind and dtype, as a view of contiguous [batch, queries, heads,
+    out]; computed in float32. A query that sees no key (False, or -inf, for all of them) gets zeros.
 
     Raises
     ------
