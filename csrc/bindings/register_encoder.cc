@@ -1,23 +1,29 @@
 // What transformer encoders are made of beside linear layers and attention.
+#include <pybind11/stl.h>
+
+#include <algorithm>
 #include <cmath>
+#include <utility>
+#include <vector>
 
 #include "bindings/array.h"
 #include "bindings/register.h"
 #include "bindings/weights.h"
 #include "core/check.h"
+#include "ops/encoder.h"
 #include "ops/layer_norm.h"
 
 namespace pared {
 namespace {
 
-// A float32 vector [cols] that is read beside `out`, or null for None.
-const float* parse_vector(py::handle object, const char* name, int64_t cols, const Array& out) {
+// A float32 vector [cols], or null for None; not of the memory of `out`, where that is given.
+const float* parse_vector(py::handle object, const char* name, int64_t cols, const Array* out = nullptr) {
   if (object.is_none()) return nullptr;
   const Array a = parse_array(object, name);
   require_dtype(a, {DType::f32});
   require_shape(a, {cols});
   require_contiguous(a);
-  require_disjoint(out, a);
+  if (out) require_disjoint(*out, a);
   return static_cast<const float*>(a.data);
 }
 
@@ -26,9 +32,102 @@ float parse_eps(double eps) {
   return static_cast<float>(eps);
 }
 
+// What an encoder layer was built from, by the name of the argument and its place there.
+using Objects = std::vector<py::object>;
+
+// An encoder layer whose weights are parsed once. It keeps the tensors, and looks on each call whether they
+// still have the memory that was parsed.
+class Encoder {
+ public:
+  Encoder(const Objects& packed, const Objects& bias, const std::vector<std::string>& activation,
+          const Objects& norm, const std::vector<double>& eps, int64_t heads, float scale, bool norm_first) {
+    PARED_CHECK(packed.size() == 6 && bias.size() == 6 && activation.size() == 6,
+                "packed: expected six weights (q, k, v, out, up, down), biases and activations, got ",
+                packed.size(), ", ", bias.size(), " and ", activation.size());
+    PARED_CHECK(norm.size() == 4 && eps.size() == 2,
+                "norm: expected a weight and a bias for each of two normalisations, got ", norm.size());
+    EncoderLinear* const linears[] = {&layer_.q, &layer_.k, &layer_.v, &layer_.out, &layer_.up, &layer_.down};
+    for (int i = 0; i < 6; ++i) {
+      const Array a = parse_array(packed[i], "packed");
+      const uint8_t* data = packed_bytes(a);
+      linears[i]->w = packed_linear(data, a.size());
+      if (linears[i]->w.header->kind == PackedKind::bsr8) linears[i]->blocks = view_bsr8(data, a.size());
+      keep(packed[i], data);
+      linears[i]->bias = vector(bias[i], "bias", linears[i]->w.header->rows);
+      linears[i]->activation = parse_activation(activation[i]);
+    }
+    const auto rows = [&](int i) { return static_cast<int64_t>(linears[i]->w.header->rows); };
+    const auto cols = [&](int i) { return static_cast<int64_t>(linears[i]->w.header->cols); };
+    layer_.features = cols(0);
+    const int64_t expected[6][2] = {{rows(0), cols(0)}, {rows(0), cols(0)}, {rows(0), cols(0)},
+                                    {cols(0), rows(0)}, {rows(4), cols(0)}, {cols(0), rows(4)}};
+    for (int i = 0; i < 6; ++i)
+      PARED_CHECK(rows(i) == expected[i][0] && cols(i) == expected[i][1], "packed: expected weight ", i,
+                  " to be [", expected[i][0], ", ", expected[i][1], "], got [", rows(i), ", ", cols(i), "]");
+    PARED_CHECK(heads >= 1 && rows(0) % heads == 0, "heads: expected a positive divisor of ", rows(0),
+                ", got ", heads);
+    PARED_CHECK(std::isfinite(scale), "scale: expected a finite number, got ", scale);
+    layer_.heads = heads, layer_.scale = scale, layer_.norm_first = norm_first;
+    EncoderNorm* const norms[] = {&layer_.first, &layer_.second};
+    for (int i = 0; i < 2; ++i)
+      *norms[i] = {vector(norm[2 * i], "norm", layer_.features),
+                   vector(norm[2 * i + 1], "norm", layer_.features), parse_eps(eps[i])};
+  }
+
+  void run(py::handle x, py::handle mask, py::handle out, bool batch_first, bool causal) const {
+    for (const auto& [object, data] : kept_)
+      PARED_CHECK(parse_array(object, "packed").data == data,
+                  "packed: expected the memory that the layer was built from, got another");
+    const Array ax = parse_array(x, "x"), ay = parse_array(out, "out");
+    require_dtype(ax, {DType::f32});
+    require_dtype(ay, {DType::f32});
+    require_shape(ax, {-1, -1, layer_.features});
+    require_shape(ay, {ax.shape[0], ax.shape[1], layer_.features});
+    require_contiguous(ax);
+    require_contiguous(ay);
+    require_writable(ay);
+    require_disjoint(ay, ax);
+    EncoderArgs a{};
+    a.x = static_cast<const float*>(ax.data), a.y = static_cast<float*>(ay.data);
+    a.batch_first = batch_first, a.causal = causal;
+    a.batch = ax.shape[batch_first ? 0 : 1], a.tokens = ax.shape[batch_first ? 1 : 0];
+    if (!mask.is_none()) {
+      const Array am = parse_array(mask, "mask");
+      require_dtype(am, {DType::f32, DType::boolean});
+      require_shape(am, {a.batch, layer_.heads, a.tokens, a.tokens});
+      require_disjoint(ay, am);
+      if (am.size() > 0) a.mask = am.data;
+      a.mask_bytes = am.dtype == DType::boolean;
+      std::copy_n(am.strides, 4, a.mask_strides);
+    }
+    py::gil_scoped_release unlocked;
+    encoder_layer(layer_, a);
+  }
+
+ private:
+  void keep(const py::object& object, const void* data) { kept_.emplace_back(object, data); }
+  const float* vector(const py::object& object, const char* name, int64_t size) {
+    if (object.is_none()) return nullptr;
+    const float* data = parse_vector(object, name, size);
+    keep(object, data);
+    return data;
+  }
+
+  EncoderLayer layer_;
+  std::vector<std::pair<py::object, const void*>> kept_;
+};
+
 }  // namespace
 
 void register_encoder(py::module_& m) {
+  py::class_<Encoder>(m, "EncoderLayer")
+      .def(py::init<const Objects&, const Objects&, const std::vector<std::string>&, const Objects&,
+                    const std::vector<double>&, int64_t, float, bool>(),
+           py::arg("packed"), py::arg("bias"), py::arg("activation"), py::arg("norm"), py::arg("eps"),
+           py::arg("heads"), py::arg("scale"), py::arg("norm_first"))
+      .def("__call__", &Encoder::run, py::arg("x"), py::arg("mask"), py::arg("out"),
+           py::arg("batch_first") = true, py::arg("causal") = false);
+
   m.def(
       "layer_norm",
       [](py::handle x, py::handle residual, py::handle weight, py::handle bias, py::handle out, double eps) {
@@ -50,8 +149,8 @@ void register_encoder(py::module_& m) {
           args.residual = ar.data;
           args.residual_stride = fold_rows(ar).stride;
         }
-        args.weight = parse_vector(weight, "weight", cols, ay);
-        args.bias = parse_vector(bias, "bias", cols, ay);
+        args.weight = parse_vector(weight, "weight", cols, &ay);
+        args.bias = parse_vector(bias, "bias", cols, &ay);
         args.eps = parse_eps(eps);
         py::gil_scoped_release unlocked;
         normalise(args);

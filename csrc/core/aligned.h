@@ -11,6 +11,12 @@ inline constexpr size_t kCacheLine = 64;
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
+// Elements between rows of `count` elements: an odd number of cache lines, lest the rows of a power of two
+// fall into one set.
+constexpr size_t odd_lines(size_t count, size_t element) {
+  return (round_up(count * element, kCacheLine) / kCacheLine | 1) * kCacheLine / element;
+}
+
 // Grows, never shrinks, contents are not kept. For buffers that a call fills before it reads them.
 class Scratch {
  public:

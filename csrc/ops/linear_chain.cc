@@ -109,16 +109,11 @@ void run_stages(const ChainArgs& a, const std::vector<ChainStage>& stages, int64
 constexpr int64_t kRowBytes = 512 * 1024;
 constexpr int64_t kMinRowTokens = 48, kMaxRowTokens = 192;
 
-// Elements between rows: an odd number of cache lines, lest the rows of a power of two fall into one set.
-int64_t row_stride(int64_t rows, int64_t element) {
-  const auto lines = static_cast<int64_t>(round_up(rows * element, kCacheLine) / kCacheLine);
-  return (lines | 1) * static_cast<int64_t>(kCacheLine) / element;
-}
-
 // Tokens [begin, end) through all stages.
 void run_row_stages(const ChainArgs& a, const std::vector<RowStage>& stages, int64_t widest, int64_t begin,
                     int64_t end) {
-  const int64_t element = dtype_size(a.dtype), tokens = end - begin, stride = row_stride(widest, element);
+  const int64_t element = dtype_size(a.dtype), tokens = end - begin,
+                stride = static_cast<int64_t>(odd_lines(widest, element));
   thread_local Scratch memory;
   char* buffers = memory.get<char>(std::min<size_t>(2, stages.size() - 1) * tokens * stride * element);
   const char* x = static_cast<const char*>(a.x) + begin * a.x_stride * element;
@@ -141,7 +136,8 @@ void linear_chain_rows(const ChainArgs& a, const std::vector<RowStage>& stages) 
   int64_t widest = 0;
   for (size_t i = 0; i + 1 < stages.size(); ++i) widest = std::max(widest, stages[i].rows);
   const int64_t threads = num_threads();
-  const int64_t bytes = row_stride(widest, dtype_size(a.dtype)) * dtype_size(a.dtype);
+  const size_t element = dtype_size(a.dtype);
+  const auto bytes = static_cast<int64_t>(odd_lines(widest, element) * element);
   const int64_t most = std::clamp(kRowBytes / bytes, kMinRowTokens, kMaxRowTokens);
   // As many blocks as a multiple of the threads. With too few tokens for that the stages are shared out one
   // after the other.

@@ -75,6 +75,23 @@ def pair_pack_dense(weight: Any) -> NDArray[np.uint8]: ...
 def pair_few_tokens(packed: Any) -> int: ...
 def linear_pair(x: Any, packed: Any, bias: Any, out: Any, activation: str = "") -> None: ...
 def linear_bitmap(x: Any, packed: Any, bias: Any, out: Any, activation: str = "") -> None: ...
+
+class EncoderLayer:
+    def __init__(
+        self,
+        packed: Sequence[Any],
+        bias: Sequence[Any],
+        activation: Sequence[str],
+        norm: Sequence[Any],
+        eps: Sequence[float],
+        heads: int,
+        scale: float,
+        norm_first: bool,
+    ) -> None: ...
+    def __call__(
+        self, x: Any, mask: Any, out: Any, batch_first: bool = True, causal: bool = False
+    ) -> None: ...
+
 def layer_norm(x: Any, residual: Any, weight: Any, bias: Any, out: Any, eps: float) -> None: ...
 def attention_reference(
     q: Any, k: Any, v: Any, mask: Any, scale: float, causal: bool

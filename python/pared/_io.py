@@ -44,6 +44,7 @@ from pared._surgery import adopt_hooks, copy_model, module_names, replace
 from pared.nn import RULES, FoldedBatchNorm2d, Fused, Linear, MaxPool2d, PackedModule, ResidualBlock
 from pared.nn._attention import attend, attending
 from pared.nn._base import ACTIVATIONS
+from pared.nn._encoder import encoding, fuse_layer
 from pared.nn._fold import can_fold
 from pared.nn._foreign import hides_weights
 from pared.ops._formats import FORMATS
@@ -157,6 +158,8 @@ def load(path: Path, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> 
         module = replace(module, [name], _pool(module, name))
     for name in sorted(about.residuals, key=lambda n: n.count("."), reverse=True):  # inner ones first
         module = replace(module, [name], _residual(module, name))
+    for name in about.encoders:
+        _encode(module, name)
     _check_complete(module)
     if about.report is not None:
         setattr(module, _ATTRIBUTE, about.report)
@@ -292,6 +295,14 @@ def _residual(model: torch.nn.Module, name: str) -> ResidualBlock:
     return block
 
 
+def _encode(model: torch.nn.Module, name: str) -> None:
+    module = dict(model.named_modules()).get(name)
+    if module is None:
+        refuse(f"model: expected a layer at {shorten(name)}, as in the file, got nothing")
+    # Where this version of the model's library builds it otherwise, its own forward computes the same.
+    fuse_layer(module)
+
+
 def _collect(model: torch.nn.Module, writer: Writer) -> dict[str, Any]:
     """Give the writer every tensor once; returns the metadata that goes with them."""
     for prefix, module in model.named_modules():
@@ -327,6 +338,7 @@ def _collect(model: torch.nn.Module, writer: Writer) -> dict[str, Any]:
         "attention": [*attending(model)],
         "pools": _names_of(model, MaxPool2d),
         "residuals": _names_of(model, ResidualBlock),
+        "encoders": [*encoding(model)],
         "ties": ties,
         "report": dataclasses.asdict(report) if report else None,
     }
@@ -434,13 +446,14 @@ class _About:
     attention: list[str]
     pools: list[str]
     residuals: list[str]
+    encoders: list[str]
     ties: dict[str, str]
     report: Report | None
 
     @classmethod
     def parse(cls, reader: Reader) -> _About:
         where = "file: metadata"
-        later: dict[str, Any] = {"shared": {}, "attention": [], "pools": [], "residuals": []}
+        later: dict[str, Any] = {"shared": {}, "attention": [], "encoders": [], "pools": [], "residuals": []}
         about_file = {**later, **expect_object(reader.about, where)}
         data = expect_object(about_file, where, [f.name for f in dataclasses.fields(cls)])
         about: _About = _build(cls, data, where)

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from pared._report import _ATTRIBUTE
 from pared.nn import FoldedBatchNorm2d, Fused, MaxPool2d, PackedModule, ResidualBlock
 from pared.nn._attention import attending, detach
+from pared.nn._encoder import encoding, separate
 
 __all__ = ["copy_model", "module_names", "replace", "restore", "shared_copy", "tied_parameters"]
 
@@ -124,6 +125,8 @@ def restore(model: nn.Module) -> nn.Module:
     weights: dict[int, nn.Parameter] = {}  # packed buffers that several layers share
     biases: dict[int, nn.Parameter] = {}
     names = module_names(plain)
+    for module in encoding(plain).values():
+        separate(module)
     for module in attending(plain).values():
         detach(module)
     for module in list(plain.modules()):

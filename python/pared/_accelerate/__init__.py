@@ -18,6 +18,7 @@ from pared._accelerate import timing
 from pared._accelerate.attention import attend_all
 from pared._accelerate.bounds import four_of
 from pared._accelerate.choose import decide, hopeless
+from pared._accelerate.encoder import encode_all
 from pared._accelerate.layers import find_candidates, record_calls, without_kernel
 from pared._accelerate.model import BUDGET, as_linears, note_times, open_model, race, runs_kernels, settle
 from pared._accelerate.pools import pool_all
@@ -150,9 +151,10 @@ def accelerate(
             hand_over(fast, inputs, reference, candidates, report, timed)
             share(fast, inputs, reference, candidates, report, timed)
             attends = attend_all(fast, inputs, reference, candidates, report, min_speedup, timed)
+            encodes = encode_all(fast, inputs, reference, candidates, report, timed)
             fast, pools = pool_all(fast, inputs, report, min_speedup, timed)
             fast, adds = add_residuals(fast, inputs, reference, candidates, report, timed)
-            if attends or pools or adds:
+            if attends or encodes or pools or adds:
                 note_times(timing.time_models(dense, fast, inputs, report, target), report)
         timed.save()
         report.layers = [c.row for c in candidates]

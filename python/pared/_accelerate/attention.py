@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from pared._accelerate import timing
 from pared._accelerate.layers import Candidate
@@ -16,8 +17,8 @@ from pared.nn._attention import attend, attending, detach, recording
 
 
 @dataclass
-class AttentionCalls:
-    """What an attention module is called with: how often, by everything that the time depends on."""
+class Calls:
+    """What a module is called with: how often, by everything that the time depends on."""
 
     arguments: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -27,7 +28,7 @@ class AttentionCalls:
         self.counts[key] = self.counts.get(key, 0) + 1
         if key not in self.arguments:
             # Strides and what a mask hides are kept, and so is nothing of the model.
-            self.arguments[key] = tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)
+            self.arguments[key] = tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, arguments)
 
 
 def attend_all(
@@ -46,10 +47,10 @@ def attend_all(
     sites = attending(fast)
     if not sites:
         return False
-    calls: dict[int, AttentionCalls] = {}
+    calls: dict[int, Calls] = {}
 
     def note(module: nn.Module, *arguments: Any) -> None:
-        calls.setdefault(id(module), AttentionCalls()).add(*arguments)
+        calls.setdefault(id(module), Calls()).add(*arguments)
 
     with recording(note):
         worst = compare_all(fast, inputs, reference)
@@ -57,7 +58,7 @@ def attend_all(
     kept = 0
     depth = 1
     for module in sites.values():
-        seen = calls.get(id(module), AttentionCalls())
+        seen = calls.get(id(module), Calls())
         times = [timing.time_attention(module, a, key, timed) for key, a in seen.arguments.items()]
         theirs, mine = (
             sum(n * t[i] for n, t in zip(seen.counts.values(), times, strict=True)) for i in (0, 1)

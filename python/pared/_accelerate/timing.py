@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -153,6 +154,34 @@ def time_block(
         known = Timed(type(plain).__name__, theirs, {"pared": (mine, 1.0)})
         timed.put(key, known)
     return known.before, known.variants["pared"][0]
+
+
+def time_encoder(
+    layer: nn.Module, arguments: tuple[Any, ...], described: str, timed: Choices
+) -> tuple[float, float]:
+    """Seconds of one call of a transformer's layer: part by part, and in one call."""
+    parts = [m for m in layer.modules() if isinstance(m, Linear)]
+    key = timed.key(encoder=described, parts=[layer_key(m) for m in parts])
+    known = timed.get(key)
+    if known is None:
+        args, kwargs = arguments
+        plain = type(layer).plain.forward  # type: ignore[attr-defined]
+        t = Target().time(
+            {"dense": lambda: plain(layer, *args, **kwargs), "pared": lambda: layer(*args, **kwargs)},
+            budget=LAYER_SECONDS,
+            min_rounds=5,
+            max_rounds=200,
+            precision=0.02,
+        )
+        known = Timed("encoder", t.median("dense"), {"pared": (t.median("pared"), 1.0)})
+        timed.put(key, known)
+    return known.before, known.variants["pared"][0]
+
+
+def layer_key(m: Linear) -> list[Any]:
+    """What the time of a linear layer depends on beside its calls; counts of non-zeros within two percent."""
+    zeros = round(50 * math.log(max(1, m.packed_weight().nnz)))
+    return [m.format, m.activation, m.in_features, m.out_features, m.bias is not None, zeros]
 
 
 def time_models(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 from torch import nn
@@ -77,8 +76,7 @@ def _successor(c: Candidate, by_name: dict[str, Candidate]) -> Candidate | None:
 def _chain_key(layers: list[Linear], c: Candidate, timed: Choices) -> str:
     """What the gain of a hand-over depends on; the number stands where seconds do."""
     return timed.key(
-        chain=[[m.format, m.activation, m.in_features, m.out_features, m.bias is not None] for m in layers],
-        zeros=[round(50 * math.log(max(1, m.packed_weight().nnz))) for m in layers],
+        chain=[timing.layer_key(m) for m in layers],
         calls=sorted([[*s.shape], [*s.stride], str(s.dtype), n] for s, n in c.calls.items()),
     )
 
