@@ -51,7 +51,10 @@ def attention(
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal: expected True or False, got {type(is_causal).__name__}")
     batch, heads, queries, features = q.shape
-    out: Any = empty_like_kind(q, (batch, queries, heads, v.shape[3]), dtype_of_kind(q, "float32"))
+    name = str(q.dtype).rpartition(".")[2]
+    # Of another dtype, which the extension refuses, an output may not even be made.
+    dtype = dtype_of_kind(q, name if name in ("float16", "bfloat16") else "float32")
+    out: Any = empty_like_kind(q, (batch, queries, heads, v.shape[3]), dtype)
     y = out.transpose(1, 2) if is_torch(out) else out.transpose(0, 2, 1, 3)
     if mask is not None:
         require_array(mask, "mask")
