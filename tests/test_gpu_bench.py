@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from bench.gpu import __main__ as command  # noqa: E402
-from bench.gpu.measure import Case, Goal, Machine, measure, not_capturable, table  # noqa: E402
+from bench.gpu.measure import Case, Goal, Machine, copy_rate, measure, not_capturable, table  # noqa: E402
 from pared import _cuda  # noqa: E402
 from pared._cuda_int8 import gemm_s8  # noqa: E402
 
@@ -42,16 +42,18 @@ def case(**change):
 
 
 SECONDS = {"pared": 1e-4, "fast": 3e-4, "slow": 9e-4}
+COPIED = 8e9  # bytes a second
 
 
 def test_figures_and_goals():
     clock = FakeClock(SECONDS)
-    got = measure(case(nbytes=4e5, operations=2e8, limit_s=5e-5, eager=["slow"]), clock, 5)
+    got = measure(case(nbytes=4e5, operations=2e8, limit_s=5e-5, eager=["slow"]), clock, 5, COPIED)
     assert clock.prepared == [("pared", 3, True), ("fast", 3, True), ("slow", 3, False)]
     assert got["times"]["pared"]["median_s"] == pytest.approx(1e-4)
     assert got["ratios"]["fast"]["value"] == pytest.approx(3.0)
     assert got["ratios"]["slow"]["low"] == pytest.approx(9.0)  # the slow round is slow for all
     assert got["gbytes_s"] == pytest.approx(4.0)
+    assert got["copy_share"] == pytest.approx(0.5)
     assert got["tflops"] == pytest.approx(2.0)
     assert got["limit_share"] == pytest.approx(0.5)
     (goal,) = got["goals"]
@@ -60,7 +62,19 @@ def test_figures_and_goals():
     text = table([got])
     assert "s: c" in text
     assert "100.0" in text
+    assert "50%" in text
     assert "2 x fast / slow: 3.00 yes" in text
+
+
+def test_a_copy_reads_and_writes():
+    class Clock:
+        def prepare(self, call, copies, graph):
+            self.nbytes = call(0).nbytes
+            return lambda: 2e-6
+
+    clock = Clock()
+    rate = copy_rate(Machine("cpu", "dry run", 1 << 20, dry=True), clock, 3)
+    assert rate == pytest.approx(2 * clock.nbytes / 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +82,7 @@ def test_figures_and_goals():
     [(3.0, None, True), (3.5, None, True), (3.6, None, False), (9.0, 8.6e-5, True), (9.0, 8.4e-5, False)],
 )
 def test_a_goal_is_reached_at_85_percent_of_it_or_of_the_limit(ratio, limit, reached):
-    got = measure(case(goals=[Goal(["fast"], ratio)], limit_s=limit), FakeClock(SECONDS), 5)
+    got = measure(case(goals=[Goal(["fast"], ratio)], limit_s=limit), FakeClock(SECONDS), 5, COPIED)
     assert got["goals"][0]["reached"] == reached
     assert ("NO" in table([got])) != reached
 
@@ -76,15 +90,15 @@ def test_a_goal_is_reached_at_85_percent_of_it_or_of_the_limit(ratio, limit, rea
 def test_mistakes_of_a_suite():
     clock = FakeClock(SECONDS)
     with pytest.raises(ValueError, match=r"goals: expected names of calls in c, got \['other'\]"):
-        measure(case(goals=[Goal(["other"], 1.0)]), clock, 3)
+        measure(case(goals=[Goal(["other"], 1.0)]), clock, 3, COPIED)
     with pytest.raises(ValueError, match="calls: expected one named 'mine'"):
-        measure(case(target="mine"), clock, 3)
+        measure(case(target="mine"), clock, 3, COPIED)
 
     def wrong():
         raise RuntimeError("wrong result")
 
     with pytest.raises(RuntimeError, match="wrong result"):
-        measure(case(check=wrong), clock, 3)
+        measure(case(check=wrong), clock, 3, COPIED)
     assert not clock.prepared, "something was timed that is wrong"
 
 
@@ -156,6 +170,7 @@ def run(monkeypatch, tmp_path):
 
     def go(*makers, arguments=(), clock=None):
         monkeypatch.setattr(command, "suites", lambda only: [Suite(*makers)])
+        monkeypatch.setattr(command, "copy_rate", lambda machine, clock, rounds: COPIED)
         monkeypatch.setattr(command, "this_machine", lambda: Machine("cpu", "made up", 1 << 20))
         monkeypatch.setattr(command, "EventClock", lambda: clock or FakeClock(SECONDS))
         path = tmp_path / "deep" / "results.json"
@@ -187,6 +202,7 @@ def test_results_grow_and_are_replaced(run):
     assert code == 0
     assert [line["case"] for line in file["lines"]] == ["a", "b"]
     assert file["failed"] == []
+    assert file["copy_bytes_s"] == COPIED
 
 
 def test_a_file_of_another_machine_is_not_mixed(run, tmp_path):

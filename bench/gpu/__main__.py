@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import bench.gpu
-from bench.gpu.measure import Machine, emulated_machine, measure, table, this_machine
+from bench.gpu.measure import Machine, copy_rate, emulated_machine, measure, table, this_machine
 from pared._timing_cuda import EventClock
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -110,7 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         machine, clock, rounds = this_machine(), EventClock(), options.rounds
         path = options.results or results_path(machine, now)
+    copied = copy_rate(machine, clock, rounds)
     facts = {"machine": machine.facts(), "date": now.isoformat(timespec="seconds"), "rounds": rounds}
+    facts["copy_bytes_s"] = copied
     results, lines, failed, late = Results(path, facts), [], [], []
     lost = None
     for suite in chosen:
@@ -128,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 case = make()
                 label = f"{name}: {case.suite}: {case.name}"
-                lines.append(measure(case, clock, rounds))
+                lines.append(measure(case, clock, rounds, copied))
             except Exception as e:  # a kernel that fails must not cost the figures of the others
                 failed.append(f"{label}: {type(e).__name__}: {e}")
                 results.add("failed", failed[-1])

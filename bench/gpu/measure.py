@@ -23,6 +23,8 @@ from pared.ops._device import DeviceWeight
 
 # A goal counts as reached at this share of its ratio, or of the limit.
 ENOUGH = 0.85
+# What `copy_rate` copies: far more than any L2, and a small part of any device's memory.
+COPY_BYTES = 1 << 29
 # That the rounds of a case may take: a baseline that is a thousand times slower gets fewer of them.
 CASE_S = 4.0
 
@@ -99,7 +101,7 @@ class Case:
     ----------
     calls : name -> function of a copy's number that enqueues one operation. "pared" is the target.
     copies : how many copies of the data the functions know.
-    nbytes : what the operation cannot avoid to move: GB/s.
+    nbytes : what the operation cannot avoid to move: GB/s, and their share of what a copy reaches.
     operations : multiply-adds times two: TFLOP/s.
     limit_s : seconds that the hardware allows.
     check : called before anything is timed; raises if the results are wrong.
@@ -148,8 +150,17 @@ def not_capturable(calls: Mapping[str, Callable[[int], object]], names: Sequence
     return refused
 
 
-def measure(case: Case, clock: Clock, rounds: int, seed: int = 0) -> dict[str, Any]:
-    """One line of the result file: seconds, ratios with their intervals, rates, goals."""
+def copy_rate(machine: Machine, clock: Clock, rounds: int) -> float:
+    """Bytes a second that a copy within the device's memory moves, read and written ones both."""
+    source = torch.ones((1 << 12 if machine.dry else COPY_BYTES) // 4, device=machine.device)
+    target = torch.empty_like(source)
+    copy = {"copy": clock.prepare(lambda i: target.copy_(source), 1, True)}
+    return 2 * source.nbytes / sample_rounds(copy, rounds).median("copy")
+
+
+def measure(case: Case, clock: Clock, rounds: int, copied: float, seed: int = 0) -> dict[str, Any]:
+    """One line of the result file: seconds, ratios with their intervals, rates, goals. `copied`: the
+    machine's `copy_rate`."""
     if case.target not in case.calls:
         raise ValueError(f"calls: expected one named {case.target!r} in {case.name}, got {list(case.calls)}")
     missing = {b for g in case.goals for b in g.baselines} - case.calls.keys()
@@ -165,11 +176,11 @@ def measure(case: Case, clock: Clock, rounds: int, seed: int = 0) -> dict[str, A
             if name == case.target or "CUDA error" in str(e):
                 raise
             without[name] = f"{type(e).__name__}: {e}"
-    out = line(case, sample_rounds(samplers, rounds, seed, CASE_S))
+    out = line(case, sample_rounds(samplers, rounds, seed, CASE_S), copied)
     return {**out, "without": without} if without else out
 
 
-def line(case: Case, timings: Timings) -> dict[str, Any]:
+def line(case: Case, timings: Timings, copied: float) -> dict[str, Any]:
     """The figures of a case from its samples."""
     seconds = timings.median(case.target)
     out: dict[str, Any] = {"suite": case.suite, "case": case.name, "target": case.target, **case.facts}
@@ -181,6 +192,7 @@ def line(case: Case, timings: Timings) -> dict[str, Any]:
             out["ratios"][name] = {"value": r.value, "low": r.low, "high": r.high}
     if case.nbytes:
         out["gbytes_s"] = case.nbytes / seconds * 1e-9
+        out["copy_share"] = case.nbytes / seconds / copied
     if case.operations:
         out["tflops"] = case.operations / seconds * 1e-12
     if case.limit_s is not None:
@@ -199,7 +211,7 @@ def line(case: Case, timings: Timings) -> dict[str, Any]:
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
     """The table that is printed: a line a case, times in microseconds."""
-    rows = [("case", "us", "GB/s", "TFLOP/s", "against (times its time)", "goals")]
+    rows = [("case", "us", "GB/s", "of a copy", "TFLOP/s", "against (times its time)", "goals")]
     verdict = {True: "yes", False: "NO"}
     for r in lines:
         ratios = ", ".join(f"{n} {v['value']:.2f}" for n, v in r["ratios"].items())
@@ -210,6 +222,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
                 f"{r['suite']}: {r['case']}",
                 f"{r['times'][r['target']]['median_s'] * 1e6:.1f}",
                 f"{r['gbytes_s']:.0f}" if "gbytes_s" in r else "",
+                f"{r['copy_share']:.0%}" if "copy_share" in r else "",
                 f"{r['tflops']:.0f}" if "tflops" in r else "",
                 ratios,
                 goals,
