@@ -53,7 +53,6 @@ done
 export PYTHONUNBUFFERED=1
 
 if [ -n "$dry" ]; then
-  export PYTHONPATH=$PWD/python${PYTHONPATH:+:$PYTHONPATH}
   status=0
   suites=$(comm -12 <(names | sort) <(echo "${only:-$(names)}" | tr ', ' '\n' | sort) | grep -vE '^(smoke|tests|.*check)$' | paste -sd,)
   case ",${only:-smoke}," in *,smoke,*) "$python" -m bench.gpu.smoke --dry-run || status=1 ;; esac

@@ -21,9 +21,11 @@ from pared.ops import Int4
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decisions are under test here, not times."""
+    """Decisions are under test here, not times: what goes together in one call would hang on them."""
     monkeypatch.setattr(acc.timing, "LAYER_SECONDS", 0.0)
     monkeypatch.setattr(acc.timing, "MODEL_SECONDS", 0.0)
+    monkeypatch.setattr(acc.timing, "time_hand_over", lambda layers, calls: 0.0)
+    monkeypatch.setattr(acc.timing, "time_sharing", lambda layers, calls: 0.0)
 
 
 def plain_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -276,7 +276,7 @@ def test_tensors_and_subclasses_are_read_alike(rng, dtype):
             assert torch.equal(ops.linear(tensor, w).as_subclass(torch.Tensor), expected), type(tensor)
     for other in (torch.uint16, torch.float8_e4m3fn, torch.complex64):
         for tensor in (x.to(other), x.to(other).as_subclass(OwnTensor)):
-            with pytest.raises(TypeError, match=f"x: unsupported dtype {other}"):
+            with pytest.raises(TypeError, match=f"x: expected .*dtype.*got {other}"):
                 ops.linear(tensor, w)
 
 
