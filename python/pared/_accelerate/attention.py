@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 from pared._accelerate import timing
 from pared._accelerate.layers import Candidate
+from pared._accelerate.together import accepted
 from pared._choices import Choices
 from pared._inputs import Example, compare_all, described, tolerance
 from pared._report import Report
@@ -73,12 +74,13 @@ def attend_all(
         return False
     allowed = max(report.tolerance, tolerance(len(candidates) + kept, depth, worst.eps))
     worst = compare_all(fast, inputs, reference)
-    if worst.relative > allowed:
+
+    def undo() -> None:
         for module in sites.values():
             detach(module)
-        report.notes.append(f"attention stays torch's: outputs would differ by {worst.relative:.1e}")
+
+    if not accepted(worst, allowed, report, undo, "attention stays torch's"):
         return False
-    report.error, report.relative_error, report.tolerance = worst.absolute, worst.relative, allowed
     report.notes.append(
         f"{kept} attention module(s) run pared's kernel, {before / after:.2f}x faster than torch's: "
         f"{before * 1e3:.3g} ms -> {after * 1e3:.3g} ms"

@@ -9,7 +9,7 @@ from torch import nn
 from pared._accelerate import timing
 from pared._accelerate.attention import Calls
 from pared._accelerate.layers import Candidate
-from pared._accelerate.together import TOGETHER
+from pared._accelerate.together import TOGETHER, accepted
 from pared._choices import Choices
 from pared._inputs import Example, compare_all, run, tolerance
 from pared._report import Report
@@ -61,12 +61,13 @@ def encode_all(
     worst = compare_all(fast, inputs, reference)
     depth = max(m.in_features for m in fast.modules() if isinstance(m, Linear))
     allowed = max(report.tolerance, tolerance(len(candidates) + _SUMS * len(kept), depth, worst.eps))
-    if worst.relative > allowed:
+
+    def undo() -> None:
         for module in kept.values():
             separate(module)
-        report.notes.append(f"encoder layers stay apart: outputs would differ by {worst.relative:.1e}")
+
+    if not accepted(worst, allowed, report, undo, "encoder layers stay apart"):
         return False
-    report.error, report.relative_error, report.tolerance = worst.absolute, worst.relative, allowed
     report.notes.append(
         f"{len(kept)} encoder layer(s) run in one call each, {before / after:.2f}x faster than their parts: "
         f"{before * 1e3:.3g} ms -> {after * 1e3:.3g} ms"

@@ -114,21 +114,31 @@ def time_attention(
 ) -> tuple[float, float]:
     """Seconds of one call: of torch's attention as transformers calls it, and of pared's."""
     key = timed.key(attention=described, groups=getattr(module, "num_key_value_groups", 1))
+    q, k, v, mask, scale, causal = arguments
+    options = {"scaling": scale, "is_causal": causal}
+    return _one_call(
+        "attention",
+        lambda: torch_attention(module, q, k, v, mask, **options),
+        lambda: pared_attention(module, q, k, v, mask, **options),
+        key,
+        timed,
+    )
+
+
+def _one_call(
+    name: str, dense: Callable[[], object], pared: Callable[[], object], key: str | None, timed: Choices
+) -> tuple[float, float]:
+    """Seconds of a call of each, in the same rounds."""
     known = timed.get(key)
     if known is None:
-        q, k, v, mask, scale, causal = arguments
-        options = {"scaling": scale, "is_causal": causal}
         t = Target().time(
-            {
-                "dense": lambda: torch_attention(module, q, k, v, mask, **options),
-                "pared": lambda: pared_attention(module, q, k, v, mask, **options),
-            },
+            {"dense": dense, "pared": pared},
             budget=LAYER_SECONDS,
             min_rounds=5,
             max_rounds=200,
             precision=0.02,
         )
-        known = Timed("attention", t.median("dense"), {"pared": (t.median("pared"), 1.0)})
+        known = Timed(name, t.median("dense"), {"pared": (t.median("pared"), 1.0)})
         timed.put(key, known)
     return known.before, known.variants["pared"][0]
 
@@ -162,20 +172,11 @@ def time_encoder(
     """Seconds of one call of a transformer's layer: part by part, and in one call."""
     parts = [m for m in layer.modules() if isinstance(m, Linear)]
     key = timed.key(encoder=described, parts=[layer_key(m) for m in parts])
-    known = timed.get(key)
-    if known is None:
-        args, kwargs = arguments
-        plain = type(layer).plain.forward  # type: ignore[attr-defined]
-        t = Target().time(
-            {"dense": lambda: plain(layer, *args, **kwargs), "pared": lambda: layer(*args, **kwargs)},
-            budget=LAYER_SECONDS,
-            min_rounds=5,
-            max_rounds=200,
-            precision=0.02,
-        )
-        known = Timed("encoder", t.median("dense"), {"pared": (t.median("pared"), 1.0)})
-        timed.put(key, known)
-    return known.before, known.variants["pared"][0]
+    args, kwargs = arguments
+    plain = type(layer).plain.forward  # type: ignore[attr-defined]
+    return _one_call(
+        "encoder", lambda: plain(layer, *args, **kwargs), lambda: layer(*args, **kwargs), key, timed
+    )
 
 
 def layer_key(m: Linear) -> list[Any]:

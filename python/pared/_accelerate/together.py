@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from torch import nn
@@ -10,7 +12,7 @@ from pared import _core
 from pared._accelerate import timing
 from pared._accelerate.layers import Candidate
 from pared._choices import Choices, Timed
-from pared._inputs import Example, compare_all
+from pared._inputs import Difference, Example, compare_all
 from pared._report import Report
 from pared.nn import Linear
 from pared.ops.chain import chain_of
@@ -44,12 +46,7 @@ def hand_over(
         taken.add(c.name)
         layers = [cast(Linear, r.chosen) for r in run]
         key = _chain_key(layers, c, timed)
-        known = timed.get(key)
-        if known is None:
-            gain = timing.time_hand_over(layers, c.calls)
-            known = Timed(c.name, max(gain, 1e-9))
-            timed.put(key, known)
-        gain = known.before
+        gain = _known_gain(c, key, timed, partial(timing.time_hand_over, layers, c.calls))
         if gain < TOGETHER:
             continue
         layers[0].hand_to(*layers[1:])
@@ -64,6 +61,27 @@ def hand_over(
             c.row.reason = rows[c.name]
 
 
+def _known_gain(c: Candidate, key: str | None, timed: Choices, measure: Callable[[], float]) -> float:
+    """How many times faster layers are together, measured unless it is known; the number stands where seconds
+    do."""
+    known = timed.get(key)
+    if known is None:
+        known = Timed(c.name, max(measure(), 1e-9))
+        timed.put(key, known)
+    return known.before
+
+
+def accepted(worst: Difference, allowed: float, report: Report, undo: Callable[[], None], stays: str) -> bool:
+    """Note how far the outputs are now; where that is more than allowed, `undo` what was done, and note what
+    `stays` as it was."""
+    if worst.relative > allowed:
+        undo()
+        report.notes.append(f"{stays}: outputs would differ by {worst.relative:.1e}")
+        return False
+    report.error, report.relative_error, report.tolerance = worst.absolute, worst.relative, allowed
+    return True
+
+
 def _successor(c: Candidate, by_name: dict[str, Candidate]) -> Candidate | None:
     """The layer that may take the panel of `c`."""
     after = None if c.successor is None else by_name.get(c.successor)
@@ -74,7 +92,7 @@ def _successor(c: Candidate, by_name: dict[str, Candidate]) -> Candidate | None:
 
 
 def _chain_key(layers: list[Linear], c: Candidate, timed: Choices) -> str:
-    """What the gain of a hand-over depends on; the number stands where seconds do."""
+    """What the gain of a hand-over depends on."""
     return timed.key(
         chain=[timing.layer_key(m) for m in layers],
         calls=sorted([[*s.shape], [*s.stride], str(s.dtype), n] for s, n in c.calls.items()),
@@ -109,15 +127,12 @@ def share(
         first = group[0]
         layers = [cast(Linear, c.chosen) for c in group]
         key = timed.key(shared=_chain_key(layers, first, timed))
-        known = timed.get(key)
-        if known is None:
-            known = Timed(first.name, max(timing.time_sharing(layers, first.calls), 1e-9))
-            timed.put(key, known)
-        if known.before < TOGETHER:
+        gain = _known_gain(first, key, timed, partial(timing.time_sharing, layers, first.calls))
+        if gain < TOGETHER:
             continue
         layers[0].share_with(*layers[1:])
         heads.append(layers[0])
-        first.row.reason += f"; computes {', '.join(c.name for c in group[1:])} too: {known.before:.2f}x"
+        first.row.reason += f"; computes {', '.join(c.name for c in group[1:])} too: {gain:.2f}x"
         for c in group[1:]:
             c.row.reason += f"; computed with {first.name}"
     if heads and compare_all(fast, inputs, reference).relative > report.tolerance:
