@@ -315,6 +315,9 @@ CALLS: dict[str, Call] = {
         {"input": torch.from_numpy(IMAGES)},
         {"input": Array(IMAGES, torch_only=True)},
     ),
+    "nn.MaxPool2d.from_module": Call(
+        pared.nn.MaxPool2d.from_module, {"module": nn.MaxPool2d(2)}, {"module": OBJECT}
+    ),
     "nn.Linear.hand_to": Call(
         lambda followers: pared.nn.Linear(LINEAR).hand_to(followers),
         {"followers": pared.nn.Linear(ops.CSR.from_dense(torch.from_numpy(W.T.copy())))},
