@@ -11,7 +11,8 @@
 #   make cuda      compile the CUDA part for sm_80 and sm_90a;  make cuda-all: for every architecture
 #   make dev       editable install that rebuilds the extension on import when a source changed
 #
-# PYTHON=python3.12 chooses the interpreter; ARGS="-k isa -x" goes to pytest or to the demo.
+# PYTHON=python3.12 chooses the interpreter; ARGS="-k isa -x" goes to pytest or to the demo. WORKERS=0 runs the
+# tests in one process (for --pdb), 8 in eight.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -20,11 +21,15 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 
 BIN := $(CURDIR)/$(VENV)/bin
 # cmake and ninja come from the system, or from the environment when the system has none (see ready).
 export PATH := $(BIN):$(PATH)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# A file's tests share what its fixtures made, so they stay in one process. The threads of several processes share
+# the cores: one that waits has to let go of its core.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DPARED_WERROR=ON
 
 # Folders are listed too: their time changes when a file is added or removed.
@@ -33,13 +38,13 @@ SOURCES := CMakeLists.txt pyproject.toml constraints.txt README.md LICENSE $(she
   -o -name '*.cuh' -o -name '*.py' -o -name '*.pyi' -o -name py.typed \) -print)
 CXX_SOURCES = $(shell find csrc tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-huge bench lint format dev sanitize sanitize-cuda emulated cuda cuda-all clean
+.PHONY: demo test test-huge bench lint format dev sanitized sanitize sanitize-cuda emulated cuda cuda-all clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/pared demo $(ARGS)
 
 test: $(VENV)/installed-test emulated
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-huge: $(VENV)/installed-test
 	PARED_TEST_HUGE=1 $(BIN)/python -m pytest tests/test_huge.py $(ARGS)
@@ -69,8 +74,7 @@ dev: $(VENV)/ready
 # not sanitized, so the runtime is preloaded; libstdc++ with it, or the first C++ exception finds no
 # __cxa_throw to intercept and aborts. CPython frees little at exit: leak detection would report only that.
 SANITIZE := build/sanitize
-sanitize: $(VENV)/ready
-	$(PIP) numpy pytest hypothesis
+sanitized: $(VENV)/ready
 	$(CMAKE) -S . -B $(SANITIZE) -DPARED_SANITIZE=ON -DPARED_CUDA=off
 	cmake --build $(SANITIZE)
 	rm -rf $(SANITIZE)/package
@@ -78,12 +82,15 @@ sanitize: $(VENV)/ready
 	cp -R python/pared $(SANITIZE)/package/
 	rm -f $(SANITIZE)/package/pared/*.so
 	cmake --install $(SANITIZE) --prefix $(SANITIZE)/package
+
+sanitize: sanitized
+	$(PIP) numpy pytest pytest-xdist hypothesis
 	export PYTHONPATH=$(CURDIR)/$(SANITIZE)/package PYTHONDONTWRITEBYTECODE=1 \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c 'from pared import _core; assert "$(SANITIZE)" in _core.__file__, _core.__file__'; \
 	PARED_RANDOM_CASES=$${PARED_RANDOM_CASES:-50000} \
-	  $(BIN)/python -m pytest tests/kernels -p no:cacheprovider $(ARGS)
+	  $(PYTEST) tests/kernels -p no:cacheprovider $(ARGS)
 
 # The CUDA kernels compiled for the CPU, for tests/cuda.
 emulated: $(VENV)/ready
@@ -95,7 +102,7 @@ sanitize-cuda: $(VENV)/installed-test emulated
 	cmake --build $(SANITIZE)-cuda
 	export PARED_EMULATED=$(CURDIR)/$(SANITIZE)-cuda ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)"; \
-	$(BIN)/python -m pytest tests/cuda -p no:cacheprovider $(ARGS)
+	$(PYTEST) tests/cuda -p no:cacheprovider $(ARGS)
 
 # Compiles without a GPU, and runs what needs none: host logic, and the errors of a machine without a driver.
 CUDAARCHS ?= 80-real;90a-real

@@ -9,6 +9,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -29,13 +30,16 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("pared")
 
-# Kernels that ran in tests that force a level; tests/kernels/test_registry.py reads it.
+# Kernels that ran in tests that force a level, whether all kernel tests were collected, and whether some of
+# them were then left out. Where several processes run the tests, each has its own, and the first collects.
 _dispatched = pytest.StashKey[set[str]]()
+_complete = pytest.StashKey[bool]()
 _deselected = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_dispatched] = set()
+    config.stash[_complete] = False
     config.stash[_deselected] = False
     # Processes that tests start measure the machine; the user's own cache is not theirs to write.
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="pared-tests-")
@@ -74,9 +78,42 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
         items[0].config.stash[_deselected] = True
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # What looks back on the whole session runs last.
-    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    every = set((Path(__file__).parent / "kernels").rglob("test_*.py"))
+    chosen = session.config.option.file_or_dir
+    session.config.stash[_complete] = bool(every) and every <= {item.path for item in session.items}
+    session.config.stash[_deselected] |= any("::" in arg for arg in chosen)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    """pytest-xdist: a process of the session has ended."""
+    theirs = getattr(node, "workeroutput", {}).get("pared")
+    if theirs is not None:
+        stash = node.config.stash
+        stash[_dispatched].update(theirs["dispatched"])
+        stash[_complete] |= theirs["complete"]
+        stash[_deselected] |= theirs["deselected"]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """When all kernel tests have passed, each kernel has to have run under a forced level: else a failure."""
+    config, stash = session.config, session.config.stash
+    if hasattr(config, "workeroutput"):  # the process that started this one reads it
+        config.workeroutput["pared"] = {
+            "dispatched": sorted(stash[_dispatched]),
+            "complete": stash[_complete],
+            "deselected": stash[_deselected],
+        }
+    elif stash[_complete] and not stash[_deselected] and session.exitstatus == pytest.ExitCode.OK:
+        supported = {k["name"] for k in _core.kernels() if k["supported"]}
+        untested = sorted(supported - stash[_dispatched])
+        if untested:
+            where = ("tests/kernels", None, "every kernel runs")
+            text = f"kernels that no test has run with the `isa` fixture: {', '.join(untested)}"
+            report = pytest.TestReport("::".join(where[::2]), where, {}, "failed", text, "call")
+            config.hook.pytest_runtest_logreport(report=report)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(params=_core.supported_isas())
@@ -95,18 +132,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         request.config.stash[_dispatched].update(ran)
     if not ran:
         pytest.fail(f"no kernel was dispatched at level {request.param}: this test checks nothing")
-
-
-@pytest.fixture
-def session_kernels(request: pytest.FixtureRequest) -> set[str]:
-    """The kernels that this session has run under a forced level; skips unless all kernel tests have run."""
-    here = Path(__file__).parent
-    collected = {item.path for item in request.session.items}
-    complete = set((here / "kernels").rglob("test_*.py")) <= collected
-    chosen = request.config.option
-    if not complete or request.config.stash[_deselected] or any("::" in arg for arg in chosen.file_or_dir):
-        pytest.skip("looks back on all kernel tests, and this run selected some")
-    return request.config.stash[_dispatched]
 
 
 @pytest.fixture

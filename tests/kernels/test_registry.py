@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -40,44 +41,52 @@ def test_supported_means_the_level_is_supported():
         assert k.supported == (k.isa in levels), k
 
 
-def _untested(dispatched: set[str]) -> list[str]:
-    return sorted({k.name for k in pared.kernels() if k.supported} - dispatched)
-
-
-@pytest.mark.last
-def test_every_kernel_ran_under_a_forced_level(session_kernels):
-    assert not _untested(session_kernels), "kernels that no test has run with the `isa` fixture"
-
-
-def test_an_untested_kernel_is_noticed():
-    names = {k.name for k in pared.kernels() if k.supported}
-    missing = min(names)
-    assert _untested(names - {missing}) == [missing]
+def run_session(folder: Path, tests: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    """A session of its own: this suite's conftest.py, and these as its kernel tests."""
+    for name in ("conftest.py", "_ceilings.py"):
+        shutil.copy(Path(__file__).parents[1] / name, folder)
+    (folder / "kernels").mkdir(exist_ok=True)
+    for name, text in tests.items():
+        (folder / "kernels" / f"test_{name}.py").write_text(text)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", folder, *options]
+    return subprocess.run([*command, folder], capture_output=True, text=True, cwd=folder, check=False)
 
 
 def test_a_test_that_runs_no_kernel_fails(tmp_path):
-    for name in ("conftest.py", "_ceilings.py"):
-        shutil.copy(Path(__file__).parents[1] / name, tmp_path)
-    (tmp_path / "test_planted.py").write_text("def test_nothing(isa):\n    pass\n")
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--rootdir",
-            str(tmp_path),
-            str(tmp_path),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
+    run = run_session(tmp_path, {"planted": "def test_nothing(isa):\n    pass\n"})
     assert run.returncode == 1, run.stdout + run.stderr
     assert "this test checks nothing" in run.stdout
+
+
+LAYER_NORM = """
+import numpy as np, pared.ops
+def test_layer_norm(isa):
+    pared.ops.layer_norm(np.ones((2, 3), np.float32))
+"""
+MAX_POOL = """
+import numpy as np, pared.ops
+def test_max_pool(isa):
+    pared.ops.max_pool2d(np.ones((1, 1, 4, 4), np.float32), 2)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_kernel_that_no_test_runs_fails_the_session(tmp_path, processes):
+    """Kernels that any process has run count; after a selection nothing is said."""
+    options: tuple[str, ...] = ()
+    if processes > 1:
+        pytest.importorskip("xdist")
+        options = ("-n", str(processes), "--dist", "loadfile")
+    tests = {"norm": LAYER_NORM, "pool": MAX_POOL}
+    run = run_session(tmp_path, tests, *options)
+    assert run.returncode == 1, run.stdout + run.stderr
+    (untested,) = re.findall(r"^kernels that no test has run with the `isa` fixture: (.*)$", run.stdout, re.M)
+    ran = {k.name for k in pared.kernels() if k.supported} - set(untested.split(", "))
+    assert ran
+    assert {k.op for k in pared.kernels() if k.name in ran} == {"layer_norm", "max_pool"}
+    assert re.search(r"= 1 failed, \d+ passed", run.stdout), run.stdout
+    selected = run_session(tmp_path, tests, *options, "-k", "norm")
+    assert selected.returncode == 0, selected.stdout + selected.stderr
 
 
 def test_levels_agree(isa, rng):
