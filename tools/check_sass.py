@@ -35,6 +35,8 @@ EXPECTED = [
     Expect("decode_kernelI6__half", (r"HMMA\.16816\.F32",)),
     Expect("decode_kernelI13__nv_bfloat16", (r"HMMA\.16816\.F32\.BF16",)),
     Expect("decode_kernel", (r"UBLKCP\.S\.G",), 90),
+    # Selectors and addresses by products of bytes, on the units that multiply.
+    Expect("decode_kernelI.*DecodeFormatE[01]E", (r"IDP\.4A", r"IDP\.2A\.LO", r"IDP\.2A\.HI")),
     Expect("block_sparse_wgmma_kernel", (r"[HI]GMMA\.64x(64|128)x", r"UTMALDG\.2D"), 90),
     Expect("block_sparse_kernel", (r"[HI]MMA\.", r"LDSM\.16\.M88\.4", COPY)),
     Expect("csr_gather_kernelIf", (LOAD,)),

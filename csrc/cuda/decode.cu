@@ -12,17 +12,19 @@ namespace {
 
 constexpr int kThreads = kDecodeWarps * 32;
 constexpr int kFragments = 4;  // of a block, down and across
-constexpr int kMaxStages = 4;
+constexpr int kMaxStages = kDecodeMaxStages;
 
 // ---- from global to shared memory, a block a stage, by one warp
 
+// Stages are filled and read in turn: begin() and commit() fill what wait() gave and next() leaves behind.
 struct Ring {
   unsigned char* stages;  // of this warp
   uint64_t* arrived;      // a barrier a stage; bulk copies alone
   int bytes, count;
   bool bulk;
+  int at = 0, parity = 0;  // of the stage whose turn it is
 
-  __device__ unsigned char* stage(int64_t i) const { return stages + i % count * bytes; }
+  __device__ unsigned char* stage() const { return stages + at * bytes; }
 
   __device__ void init() const {
     if (bulk && ptx::lane() == 0) {
@@ -32,55 +34,64 @@ struct Ring {
     __syncwarp();
   }
 
-  // Copy number i, of 16 * `units` bytes. The warp has read what was in the stage before.
-  __device__ void begin(int64_t i, const uint8_t* from, uint32_t units) const {
+  // Fills the stage with 16 * `units` bytes. The warp has read what was in it before.
+  __device__ void begin(const uint8_t* from, uint32_t units) const {
 #if defined(PARED_CUDA_EMULATED) || __CUDA_ARCH__ >= 900
     if (bulk) {
       if (ptx::lane() == 0) {
-        uint64_t* bar = arrived + i % count;
-        ptx::mbarrier_arrive_expect(bar, static_cast<int>(units) * 16);
-        ptx::copy_bulk(stage(i), from, static_cast<int>(units) * 16, bar);
+        ptx::mbarrier_arrive_expect(arrived + at, static_cast<int>(units) * 16);
+        ptx::copy_bulk(stage(), from, static_cast<int>(units) * 16, arrived + at);
       }
       return;
     }
 #endif
     for (uint32_t u = static_cast<uint32_t>(ptx::lane()); u < units; u += 32)
-      ptx::copy_async<16>(stage(i) + u * 16, from + int64_t{u} * 16);
+      ptx::copy_async<16>(stage() + u * 16, from + int64_t{u} * 16);
   }
   // After each copy that begins or would have begun.
   __device__ void commit() const {
     if (!bulk) ptx::copy_commit();
   }
-  // Waits for copy i, the oldest of the `count` under way.
-  __device__ void wait(int64_t i) const {
+  // Waits for the stage's copy, the oldest of the `count` under way.
+  __device__ void wait() const {
 #if defined(PARED_CUDA_EMULATED) || __CUDA_ARCH__ >= 900
     if (bulk) {
-      ptx::mbarrier_wait(arrived + i % count, static_cast<int>(i / count & 1));
+      ptx::mbarrier_wait(arrived + at, parity);
       return;
     }
 #endif
-    if (count == 4) {
-      ptx::copy_wait<3>();
-    } else {
-      ptx::copy_wait<1>();
+    switch (count) {
+      case 4: ptx::copy_wait<3>(); break;
+      case 3: ptx::copy_wait<2>(); break;
+      default: ptx::copy_wait<1>();
     }
     __syncwarp();  // the other lanes' parts
+  }
+  __device__ void next() {
+    if (++at == count) at = 0, parity ^= 1;
   }
 };
 
 // ---- pairs of values as the tensor cores take them
 
-__device__ __forceinline__ uint32_t pair_bits(float a, float b, __half) {
-  const __half2 two = __floats2half2_rn(a, b);
-  return __half_as_ushort(two.x) | static_cast<uint32_t>(__half_as_ushort(two.y)) << 16;
+template <class Two>
+__device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
+  Two x, y;
+  memcpy(&x, &a, 4);
+  memcpy(&y, &b, 4);
+  const Two difference = __hsub2(x, y);
+  memcpy(&a, &difference, 4);
+  return a;
 }
-__device__ __forceinline__ uint32_t pair_bits(float a, float b, __nv_bfloat16) {
-  const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
-  return __bfloat16_as_ushort(two.x) | static_cast<uint32_t>(__bfloat16_as_ushort(two.y)) << 16;
+// Two signed bytes, in bits 0 to 7 and 16 to 23, as numbers. Exact: 1024 + u has u in its lowest bits; of
+// bfloat16's eight bits the lower seven go to 128 + u, the sign to 128 or 256.
+__device__ __forceinline__ uint32_t pair_of_bytes(uint32_t two, __half) {
+  return subtract<__half2>(ptx::logic<(0xf0 ^ 0xcc) | 0xaa>(two, 0x00800080u, 0x64006400u), 0x64806480u);
 }
-// Exact: 2^23 + 128 + q is one, in a float's lowest byte.
-__device__ __forceinline__ float byte_value(uint32_t byte) {
-  return __uint_as_float(0x4b000000u | (byte ^ 0x80u)) - 8388736.0f;
+__device__ __forceinline__ uint32_t pair_of_bytes(uint32_t two, __nv_bfloat16) {
+  constexpr int kAndOr = (0xf0 & 0xcc) | 0xaa;
+  return subtract<__nv_bfloat162>(ptx::logic<kAndOr>(two, 0x007f007fu, 0x43004300u),
+                                  ptx::logic<kAndOr>(two, 0x00800080u, 0x43004300u));
 }
 
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
@@ -93,60 +104,69 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
 
 // ---- expansion: the four fragments of row r of a block, as registers
 
-// Bits set in each byte.
-__device__ __forceinline__ uint32_t byte_counts(uint32_t v) {
-  v -= v >> 1 & 0x55555555u;
-  v = (v & 0x33333333u) + (v >> 2 & 0x33333333u);
-  return (v + (v >> 4)) & 0x0f0f0f0fu;
-}
-
+// What limits these kernels is instructions, not memory, wherever an element costs more than about four: the
+// integer units take two cycles for a warp's instruction, products of bytes run beside them, on the units of
+// multiplication. So nothing here tests a bit: a pair of values is two loads that take what lies there, and a
+// byte permutation, whose selector and whose successor's address are sums of products of the mask's bits.
 template <class T, class Value>  // Value: as it is stored
 struct BitmapBlock {
+  static constexpr uint32_t kItem = sizeof(Value);
+  // Selectors of permute(first, second, .) where neither value of a pair is there (bytes that loading has
+  // made zero), and what is added for the lower one, and for the upper one (the second loaded, where the
+  // lower one is there as well).
+  static constexpr uint32_t kNone = kItem == 2 ? 0x2222 : 0x1111, kLower = kItem == 2 ? 0x43ee : 0x03ff,
+                            kUpper = kItem == 2 ? 0xee00 : 0xff00;
   uint4 masks;
-  const Value* values;
-  uint32_t first = 0;  // value of the fragments that come next
+  const unsigned char* stage;
 
   __device__ explicit BitmapBlock(const unsigned char* stage)
-      : masks(reinterpret_cast<const uint4*>(stage)[ptx::lane()]),
-        values(reinterpret_cast<const Value*>(stage + kDecodeMaskBytes)) {}
+      : masks(reinterpret_cast<const uint4*>(stage)[ptx::lane()]), stage(stage) {}
 
-  // For r = 0, 1, 2, 3 in this order.
-  __device__ __forceinline__ void expand(int r, uint32_t (&a)[kFragments][4]) {
+  __device__ __forceinline__ void expand(int r, uint32_t (&a)[kFragments][4]) const {
     const uint32_t mask = r == 0 ? masks.x : r == 1 ? masks.y : r == 2 ? masks.z : masks.w;
-    // Where the lane's values begin in each fragment: a scan over the lanes of four counts at a time. Up to
-    // lane 30 no sum exceeds 248; the last lane's inclusive one may carry, and loses the carry again.
-    const uint32_t own = byte_counts(mask);
+    // The lane's non-zeros in each fragment, a byte each. A nibble of the mask is the lower or upper values
+    // of a fragment's four pairs.
+    uint32_t own = mask - (mask >> 1 & 0x55555555u);
+    own = (own & 0x33333333u) + (own >> 2 & 0x33333333u);
+    own += own >> 8;
+    own = (own & 0x000f000fu) | (own << 4 & 0x0f000f00u);
+    // Where the lane's values begin in each: a scan over the lanes. Up to lane 30 no sum exceeds 248; the
+    // last lane's inclusive one may carry, and loses the carry again.
     uint32_t before = own;
 #pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const uint32_t left = __shfl_up_sync(0xffffffffu, before, d);
-      if (ptx::lane() >= d) before += left;
-    }
+    for (int d = 1; d < 32; d *= 2) before = ptx::add_from_left(before, d);
     before -= own;
-    const uint32_t last_before = __shfl_sync(0xffffffffu, before, 31),
-                   last_own = __shfl_sync(0xffffffffu, own, 31);
+    const uint2 starts = reinterpret_cast<const uint2*>(stage + kDecodeMaskBytes)[r];
+    const uint32_t values = ptx::shared_address(stage) + kDecodeHeaderBytes;
+    uint32_t at[kFragments];
 #pragma unroll
     for (int s = 0; s < kFragments; ++s) {
-      const uint32_t bits = mask >> (8 * s);
-      const Value* v = values + first + (before >> (8 * s) & 0xff);
+      at[s] = __dp2a_lo(s / 2 ? starts.y : starts.x, 1u << (8 * (s % 2)), values);
+      at[s] = __dp4a(before, kItem << (8 * s), at[s]);
+    }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool low = bits >> (2 * i) & 1, high = bits >> (2 * i + 1) & 1;
-        const uint32_t at_low = low ? load(v) : 0u;
-        v += low;
-        const uint32_t at_high = high ? load(v) : 0u;
-        v += high;
-        a[s][i] = pair(at_low, at_high);
+    for (int n = 0; n < 8; ++n) {
+      // Bytes 0 and 1: lower and upper value of pair n % 4 of fragment n / 4; 2 and 3: of fragment n / 4 + 2.
+      // Doubled for odd n where that saves a shift.
+      const int doubled = kItem == 2 ? n % 2 : 0;
+      const uint32_t bits = mask >> (n - doubled) & (0x01010101u << doubled);
+      const uint32_t weights = kLower >> doubled | kUpper >> doubled << 16;
+      const uint32_t unit = (kItem >> doubled) * 0x0101u;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t& from = at[n / 4 + 2 * half];
+        const uint32_t first = ptx::load_shared<Value>(from), second = ptx::load_shared<Value>(from + kItem);
+        const uint32_t select = half ? __dp2a_hi(weights, bits, kNone) : __dp2a_lo(weights, bits, kNone);
+        a[n / 4 + 2 * half][n % 4] = pair(ptx::permute(first, second, select));
+        if (n % 4 < 3) from = __dp4a(bits, unit << (16 * half), from);
       }
-      first += (last_before >> (8 * s) & 0xff) + (last_own >> (8 * s) & 0xff);
     }
   }
 
  private:
-  static __device__ __forceinline__ uint32_t load(const Value* v) { return *v; }
-  static __device__ __forceinline__ uint32_t pair(uint32_t low, uint32_t high) {
-    if constexpr (sizeof(Value) == 2) return low | high << 16;
-    else return pair_bits(byte_value(low), byte_value(high), T{});
+  static __device__ __forceinline__ uint32_t pair(uint32_t two) {
+    if constexpr (kItem == 2) return two;
+    else return pair_of_bytes(two, T{});
   }
 };
 
@@ -157,16 +177,15 @@ struct DenseBlock {
   __device__ explicit DenseBlock(const unsigned char* stage)
       : values(reinterpret_cast<const uint4*>(stage) + ptx::lane()) {}
 
-  __device__ __forceinline__ void expand(int r, uint32_t (&a)[kFragments][4]) {
+  __device__ __forceinline__ void expand(int r, uint32_t (&a)[kFragments][4]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint4 loaded = values[(r * 2 + half) * 32];
       const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const uint32_t two = words[i / 2] >> (i % 2 * 16);
-        a[half * 2 + i / 4][i % 4] = pair_bits(byte_value(two & 0xff), byte_value(two >> 8 & 0xff), T{});
-      }
+      for (int i = 0; i < 8; ++i)
+        a[half * 2 + i / 4][i % 4] =
+            pair_of_bytes(ptx::permute(words[i / 2], 0, i % 2 ? 0x4342 : 0x4140), T{});
     }
   }
 };
@@ -237,40 +256,47 @@ __device__ bool reduce_splits(const DecodePlan& plan, uint8_t* workspace, float*
   return true;
 }
 
-// Shared memory admits about three blocks a multiprocessor: registers need not be saved for more.
 template <class T, DecodeFormat kFormat, int kTiles>  // kTiles: of 8 tokens
-__global__ void __launch_bounds__(kThreads, kTiles == 4 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, kTiles == 4 ? kDecodeResidentMany : kDecodeResident)
     decode_kernel(const DecodeProduct p, const DecodePlan plan) {
   PARED_DYNAMIC_SHARED(shared);
   PARED_SHARED(uint64_t[kDecodeWarps * kMaxStages], barriers);
   const int warp = static_cast<int>(threadIdx.x) / 32, g = ptx::lane() / 4, t = ptx::lane() % 4;
-  const Ring ring{shared + warp * plan.stages * plan.stage_bytes, barriers + warp * kMaxStages,
-                  plan.stage_bytes, plan.stages, p.bulk};
+  Ring ring{shared + warp * plan.stages * plan.stage_bytes, barriers + warp * kMaxStages, plan.stage_bytes,
+            plan.stages, p.bulk};
   ring.init();
   // The warps of a block of threads take turns on its part of the row.
   const int64_t begin = plan.block_cols * blockIdx.y / plan.splits + warp,
                 end = plan.block_cols * (blockIdx.y + 1) / plan.splits;
-  const int64_t mine = begin < end ? (end - begin + kDecodeWarps - 1) / kDecodeWarps : 0;
-  const uint32_t* offsets = p.w.offsets + blockIdx.x * plan.block_cols;
-  const auto issue = [&](int64_t i) {
-    if (i < mine) {
-      const int64_t block = begin + i * kDecodeWarps;
-      const uint32_t at = __ldg(offsets + block), units = __ldg(offsets + block + 1) - at;
-      ring.begin(i, p.w.blocks + int64_t{at} * 16, units);
-    }
-    ring.commit();
+  const int mine = begin < end ? static_cast<int>((end - begin + kDecodeWarps - 1) / kDecodeWarps) : 0;
+  // Of the block that is fetched next: read a turn before it is asked for.
+  const uint32_t* offset = p.w.offsets + blockIdx.x * plan.block_cols + begin;
+  int left = mine;
+  uint32_t next_begin = 0, next_end = 0;
+  const auto look_ahead = [&] {
+    if (left > 0) next_begin = __ldg(offset), next_end = __ldg(offset + 1);
+    offset += kDecodeWarps;
   };
-  for (int i = 0; i < plan.stages; ++i) issue(i);
+  const auto issue = [&] {
+    if (left > 0) ring.begin(p.w.blocks + int64_t{next_begin} * 16, next_end - next_begin);
+    ring.commit();
+    --left;
+    look_ahead();
+  };
+  look_ahead();
+  for (int i = 0; i < plan.stages; ++i) issue(), ring.next();
+  ring.at = ring.parity = 0;
 
   const bool wide = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.x_stride % 8 == 0;
   float sums[kFragments][kTiles][4] = {};
-  for (int64_t i = 0; i < mine; ++i) {
+  int64_t column = begin * kDecodeBlock + 16 * t;
+  for (int i = 0; i < mine; ++i) {
     uint32_t b[kTiles][kFragments][2];
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-      load_activations<T>(p, n * 8 + g, (begin + i * kDecodeWarps) * kDecodeBlock + 16 * t, wide, b[n]);
-    ring.wait(i);
-    typename BlockOf<T, kFormat>::type block(ring.stage(i));
+    for (int n = 0; n < kTiles; ++n) load_activations<T>(p, n * 8 + g, column, wide, b[n]);
+    column += kDecodeWarps * kDecodeBlock;
+    ring.wait();
+    const typename BlockOf<T, kFormat>::type block(ring.stage());
 #pragma unroll
     for (int r = 0; r < kFragments; ++r) {
       uint32_t a[kFragments][4];
@@ -281,7 +307,8 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? 2 : 3)
         for (int n = 0; n < kTiles; ++n) mma(sums[r][n], a[s], b[n][s], T{});
     }
     __syncwarp();  // all lanes have read the stage
-    issue(i + plan.stages);
+    issue();
+    ring.next();
   }
   if (!p.bulk) ptx::copy_wait<0>();
   __syncthreads();  // the stages are read: their memory takes the sums, [warp][token][output]
@@ -319,29 +346,42 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? 2 : 3)
 template <class T, DecodeFormat kFormat>
 __global__ void __launch_bounds__(32)
     expand_kernel(const DecodeWeight w, const float* scales, T* out, int64_t block_cols) {
+  PARED_DYNAMIC_SHARED(shared);
   const int64_t block_row = blockIdx.x / block_cols, block_col = blockIdx.x % block_cols;
-  const int g = ptx::lane() / 4, t = ptx::lane() % 4;
-  // Few values a lane, each read once: straight from global memory.
-  typename BlockOf<T, kFormat>::type block(const_cast<unsigned char*>(w.blocks) +
-                                           int64_t{w.offsets[blockIdx.x]} * 16);
+  const int lane = ptx::lane(), g = lane / 4, t = lane % 4;
+  const uint32_t first = __ldg(w.offsets + blockIdx.x), units = __ldg(w.offsets + blockIdx.x + 1) - first;
+  const auto* from = reinterpret_cast<const uint4*>(w.blocks) + first;
+  for (uint32_t u = static_cast<uint32_t>(lane); u < units; u += 32)
+    ptx::copy_async<16>(shared + u * 16, from + u);
+  ptx::copy_commit();
+  ptx::copy_wait<0>();
+  __syncwarp();
+  const typename BlockOf<T, kFormat>::type block(shared);
+  const int64_t column = block_col * kDecodeBlock + 16 * t;
+  const bool wide = w.cols % 8 == 0 && column + 16 <= w.cols && reinterpret_cast<uintptr_t>(out) % 16 == 0;
 #pragma unroll
   for (int r = 0; r < kFragments; ++r) {
     uint32_t a[kFragments][4];
     block.expand(r, a);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t output = block_row * kDecodeBlock + 16 * r + g + 8 * half,
-                    column = block_col * kDecodeBlock + 16 * t;
+      const int64_t output = block_row * kDecodeBlock + 16 * r + g + 8 * half;
       if (output >= w.outputs) continue;
-      const float scale = scales ? scales[output] : 1.0f;
+      alignas(16) T row[16];
 #pragma unroll
       for (int c = 0; c < 16; ++c) {
         const auto bits = static_cast<uint16_t>(a[c / 4][half + c / 2 % 2 * 2] >> (c % 2 * 16));
-        if (column + c < w.cols) {
-          T v;
-          memcpy(&v, &bits, 2);
-          out[output * w.cols + column + c] = scales ? narrow<T>(__fmul_rn(static_cast<float>(v), scale)) : v;
-        }
+        memcpy(row + c, &bits, 2);
+        if (scales) row[c] = narrow<T>(__fmul_rn(static_cast<float>(row[c]), scales[output]));
+      }
+      T* const to = out + output * w.cols + column;
+      if (wide) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(row)[i];
+      } else {
+#pragma unroll
+        for (int c = 0; c < 16; ++c)
+          if (column + c < w.cols) to[c] = row[c];
       }
     }
   }
@@ -373,7 +413,7 @@ template <class T>
 void launch_expand(const DecodeWeight& w, const float* scales, void* out, unsigned blocks, int64_t block_cols,
                    cudaStream_t stream) {
   T* y = static_cast<T*>(out);
-  const LaunchPlan at{blocks, 32};
+  const LaunchPlan at{blocks, 32, static_cast<size_t>(decode_stage_bytes(w.largest_block))};
   switch (w.format) {
     case DecodeFormat::bitmap16:
       return launch("expand_bitmap16", expand_kernel<T, DecodeFormat::bitmap16>, at, stream, w, scales, y,

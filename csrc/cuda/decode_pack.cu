@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kWarps * 32)
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) count += __shfl_xor_sync(0xffffffffu, count, d);
   if (ptx::lane() != 0) return;
-  const int64_t size = (kDecodeMaskBytes + count * static_cast<int>(sizeof(Value)) + 15) / 16;
+  const int64_t size = (kDecodeHeaderBytes + count * static_cast<int>(sizeof(Value)) + 15) / 16;
   units[at.block] = size;
   atomicMax(largest, static_cast<unsigned long long>(size));
 }
@@ -88,19 +88,21 @@ __global__ void __launch_bounds__(kWarps * 32)
   if (!at.valid) return;
   const int lane = ptx::lane();
   uint8_t* const block = blocks + int64_t{offsets[at.block]} * 16;
-  auto* const values = reinterpret_cast<Value*>(block + kDecodeMaskBytes);
+  auto* const starts = reinterpret_cast<uint16_t*>(block + kDecodeMaskBytes);
+  auto* const values = reinterpret_cast<Value*>(block + kDecodeHeaderBytes);
   uint32_t masks[4], first = 0;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const Run<Value> low(w, at.output + 16 * r, at.column), high(w, at.output + 16 * r + 8, at.column);
     uint32_t bits = 0, counts = 0;
 #pragma unroll
-    for (int s = 0; s < 4; ++s) {
+    for (int s = 0; s < 4; ++s)
 #pragma unroll
-      for (int b = 0; b < 8; ++b)
-        bits |= uint32_t{(b / 2 % 2 ? high : low).at[column_of(s, b / 2, b % 2)] != 0} << (8 * s + b);
-      counts |= static_cast<uint32_t>(__popc(bits >> (8 * s) & 0xff)) << (8 * s);
-    }
+      for (int b = 0; b < 8; ++b) {
+        const uint32_t present = (b / 2 % 2 ? high : low).at[column_of(s, b / 2, b % 2)] != 0;
+        bits |= present << (s / 2 * 16 + b % 2 * 8 + s % 2 * 4 + b / 2);
+        counts += present << (8 * s);
+      }
     masks[r] = bits;
     // Where the lane's values begin in each fragment: as decode.cu's expand finds them.
     uint32_t before = counts;
@@ -114,6 +116,7 @@ __global__ void __launch_bounds__(kWarps * 32)
                    last_own = __shfl_sync(0xffffffffu, counts, 31);
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
+      if (lane == 0) starts[4 * r + s] = static_cast<uint16_t>(first * sizeof(Value));
       Value* to = values + first + (before >> (8 * s) & 0xff);
 #pragma unroll
       for (int b = 0; b < 8; ++b) {

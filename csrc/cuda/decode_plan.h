@@ -11,8 +11,10 @@
 // one after the other at multiples of 16 bytes, `offsets` (in 16 bytes, one more than there are blocks) says
 // where:
 //
-//   bitmap16, bitmap8: [32 lanes][4 r][4 s] bytes of masks, bit 2 i + j for value j of register i; then the
-//     non-zeros, 2 bytes or 1, fragments r-major, in a fragment by lane and bit; zeros up to 16 bytes;
+//   bitmap16, bitmap8: [32 lanes][4 r] masks of 32 bits, bit 16 (s / 2) + 8 j + 4 (s % 2) + i for value j of
+//     register i of fragment s; [4 r][4 s] where a fragment's non-zeros begin, uint16, in bytes behind these;
+//     then the non-zeros, 2 bytes or 1, fragments r-major, in a fragment by lane, register, value; zeros up
+//     to 16 bytes;
 //   dense8: [4 r][2 halves of s][32 lanes][2 s][8 values], one byte each.
 #pragma once
 
@@ -25,19 +27,26 @@ enum class DecodeFormat : uint8_t { bitmap16, bitmap8, dense8 };
 
 inline constexpr int kDecodeBlock = 64;
 inline constexpr int kDecodeMaskBytes = kDecodeBlock * kDecodeBlock / 8;
+inline constexpr int kDecodeHeaderBytes = kDecodeMaskBytes + 16 * 2;
 inline constexpr int kDecodeWarps = 4;
+inline constexpr int kDecodeMaxStages = 4;
 inline constexpr int kDecodeMaxTokens = 32;
+// Blocks of threads that share a multiprocessor where shared memory admits them; more than 16 tokens: fewer.
+inline constexpr int kDecodeResident = 4, kDecodeResidentMany = 2;
 inline constexpr int64_t kDecodeStaticShared = 2048;  // at most, alignment included
 
 struct DecodePlan {
   int tokens;  // padded: 8, 16 or 32
   int64_t block_rows, block_cols;
   int32_t splits;       // blocks of threads that share a row of blocks
-  int32_t stages;       // copies in flight a warp: 2 or 4
+  int32_t stages;       // copies in flight a warp: 2 to 4
   int32_t stage_bytes;  // of one: the largest block
   int64_t shared_bytes;
   int64_t counters_bytes, workspace_bytes;  // counters first, zero before the first launch
 };
+
+// Of shared memory for a block; expansion reads a value behind the last.
+constexpr int64_t decode_stage_bytes(int64_t largest_block) { return (largest_block + 2 + 127) / 128 * 128; }
 
 // 1 <= tokens <= kDecodeMaxTokens; largest_block in bytes; shared_limit: of a block of threads.
 inline DecodePlan plan_decode(int64_t tokens, int64_t outputs, int64_t cols, int64_t largest_block,
@@ -47,15 +56,26 @@ inline DecodePlan plan_decode(int64_t tokens, int64_t outputs, int64_t cols, int
   p.tokens = tokens <= 8 ? 8 : tokens <= 16 ? 16 : 32;
   p.block_rows = up(outputs, kDecodeBlock);
   p.block_cols = up(cols, kDecodeBlock);
-  // Two blocks of threads a multiprocessor keep enough bytes in flight; each warp should have a few blocks of
-  // the weight, or filling the pipeline is all it does.
-  const int64_t wanted = up(int64_t{2} * multiprocessors, p.block_rows);
-  p.splits =
-      static_cast<int32_t>(std::clamp<int64_t>(std::min(wanted, p.block_cols / (2 * kDecodeWarps)), 1, 64));
-  p.stage_bytes = static_cast<int32_t>(up(largest_block, 128) * 128);
+  p.stage_bytes = static_cast<int32_t>(decode_stage_bytes(largest_block));
   const int64_t sums = int64_t{kDecodeWarps} * kDecodeBlock * p.tokens * 4;
-  p.stages = int64_t{4} * kDecodeWarps * p.stage_bytes <= shared_limit - kDecodeStaticShared ? 4 : 2;
-  p.shared_bytes = std::max<int64_t>(int64_t{p.stages} * kDecodeWarps * p.stage_bytes, sums);
+  const auto shared = [&](int stages) {
+    return std::max<int64_t>(int64_t{stages} * kDecodeWarps * p.stage_bytes, sums);
+  };
+  // Warps hide each other's latencies, so many resident ones come first, then deep pipelines: two stages of
+  // so many warps are more than the 40 to 64 KB a multiprocessor that saturate memory.
+  const int64_t wanted = p.tokens == 32 ? kDecodeResidentMany : kDecodeResident;
+  const auto resident = [&](int stages) {
+    return std::min(wanted, (shared_limit + 1024) / (shared(stages) + kDecodeStaticShared));
+  };
+  p.stages = 2;
+  for (int stages = 3; stages <= kDecodeMaxStages; ++stages)
+    if (resident(stages) == resident(2)) p.stages = stages;
+  p.shared_bytes = shared(p.stages);
+  // All blocks of threads are resident at once, where there are so few rows; each warp should have a few
+  // blocks of the weight, or filling the pipeline is all it does.
+  const int64_t places = std::max<int64_t>(1, resident(p.stages)) * multiprocessors;
+  p.splits = static_cast<int32_t>(std::clamp<int64_t>(
+      std::min(places / std::max<int64_t>(1, p.block_rows), p.block_cols / (2 * kDecodeWarps)), 1, 64));
   if (p.splits > 1) {
     p.counters_bytes = up(p.block_rows * 4, 16) * 16;
     p.workspace_bytes = p.counters_bytes + p.block_rows * p.splits * kDecodeBlock * p.tokens * 4;

@@ -45,6 +45,34 @@ __device__ __forceinline__ int lane() {
   return l;
 }
 
+// Any function of three words, bit by bit, in one instruction: its table is what it makes of 0xf0, 0xcc,
+// 0xaa.
+template <int kTable>
+__device__ __forceinline__ uint32_t logic(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(kTable));
+  return d;
+}
+
+// Four of the eight bytes of a and b (4 to 7), by the lowest four nibbles of `select`, each below 8.
+// __byte_perm clears the nibbles' highest bits first, with an instruction more.
+__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t select) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(select));
+  return d;
+}
+
+// v, and in lanes from `distance` on also the v of the lane so far to the left.
+__device__ __forceinline__ uint32_t add_from_left(uint32_t v, int distance) {
+  uint32_t sum;
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .u32 left;\nshfl.sync.up.b32 left|p, %1, %2, 0, 0xffffffff;\n"
+      "mov.u32 %0, %1;\n@p add.u32 %0, %0, left;\n}"
+      : "=&r"(sum)
+      : "r"(v), "r"(distance));
+  return sum;
+}
+
 // ---- global memory
 
 // 16 bytes that nobody writes while the kernel runs, read once: not kept in L1.
@@ -53,6 +81,17 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
+  return v;
+}
+
+// ---- shared memory, by its 32-bit address: sums of products of bytes make addresses without a 64-bit step
+
+// T: of one byte or two.
+template <class T>
+__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
+  uint32_t v;
+  if constexpr (sizeof(T) == 1) asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address));
+  else asm volatile("ld.shared.u16 %0, [%1];" : "=r"(v) : "r"(address));
   return v;
 }
 

@@ -57,6 +57,27 @@ __global__ void load_matrices_kernel(const uint4* a, uint32_t* c) {
   for (int i = 0; i < 2; ++i) c[(10 + i) * 32 + lane] = two[i];
 }
 
+// What makes selectors, addresses and words of bytes: a row of c each.
+__global__ void words_kernel(const uint32_t* in, uint32_t* c) {
+  PARED_DYNAMIC_SHARED(bytes);
+  const int lane = ptx::lane();
+  const uint32_t x = in[lane], y = in[32 + lane], z = in[64 + lane];
+  reinterpret_cast<uint32_t*>(bytes)[lane] = x;
+  __syncwarp();
+  const uint32_t at = ptx::shared_address(bytes) + y % 126;
+  const uint32_t out[] = {ptx::logic<(0xf0 & 0xcc) | 0xaa>(x, y, z),
+                          ptx::logic<(0xf0 ^ 0xcc) | 0xaa>(x, y, z),
+                          ptx::permute(x, y, z & 0x7777),
+                          ptx::add_from_left(x, 1),
+                          ptx::add_from_left(x, 16),
+                          ptx::load_shared<uint8_t>(at),
+                          ptx::load_shared<uint16_t>(at & ~1u),
+                          __dp4a(x, y, z),
+                          __dp2a_lo(x, y, z),
+                          __dp2a_hi(x, y, z)};
+  for (uint32_t i = 0; i < sizeof(out) / sizeof(out[0]); ++i) c[32 * i + lane] = out[i];
+}
+
 constexpr int kStages = 3, kThreads = 128, kTileBytes = 1024;
 
 // Thread t owns two words of a tile, copied by another thread, so that the barrier matters.
@@ -133,6 +154,7 @@ void self_check(const std::string& name, const SelfCheckArgs& args, int device, 
   if (name == "mma_s8") return run(mma_s8_kernel, warp, a, b, static_cast<int32_t*>(args.c));
   if (name == "load_matrices")
     return run(load_matrices_kernel, warp, static_cast<const uint4*>(args.a), static_cast<uint32_t*>(args.c));
+  if (name == "words") return run(words_kernel, LaunchPlan{1, 32, 128}, a, static_cast<uint32_t*>(args.c));
   const auto* bytes = static_cast<const unsigned char*>(args.a);
   if (name == "copy_async") return run(copy_async_kernel, block, bytes, static_cast<uint32_t*>(args.c));
   if (name == "copy_bulk") return run(copy_bulk_kernel, block, bytes, static_cast<uint32_t*>(args.c));

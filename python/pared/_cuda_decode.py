@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Format = Literal["bitmap16", "bitmap8", "dense8"]
 BLOCK = 64  # outputs and columns of a block; csrc/cuda/decode_plan.h says what is in one
 MASK_BYTES = BLOCK * BLOCK // 8
+HEADER_BYTES = MASK_BYTES + 16 * 2  # and where the fragments begin
 # Two reads of the packed weight. The dense way reads it, writes the dense one and reads that: with 50 % zeros
 # in 16 bits the bytes of four and a half.
 FEW_TOKENS = 64
@@ -297,20 +298,22 @@ def _pack_bitmap(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     count = values.shape[0]
     item = values.element_size()
     present = values != 0
-    bits = present.view(count, 4, 4, 32, 8).to(torch.uint8) << torch.arange(
-        8, dtype=torch.uint8, device=values.device
-    )
-    masks = bits.sum(-1, dtype=torch.uint8).permute(0, 3, 1, 2).reshape(count, MASK_BYTES)
-    found = present.sum(-1)
-    size = MASK_BYTES + (found * item + 15) // 16 * 16
+    # [r, s / 2, s % 2, lane, register, value]: a byte for each of s / 2, value, a bit for s % 2, register.
+    bits = present.view(count, 4, 2, 2, 32, 4, 2).permute(0, 4, 1, 2, 6, 3, 5).reshape(-1, 8).to(torch.uint8)
+    bits <<= torch.arange(8, dtype=torch.uint8, device=values.device)
+    masks = bits.sum(-1, dtype=torch.uint8).view(count, MASK_BYTES)
+    of_fragments = present.view(count, 16, 256).sum(-1)
+    starts = ((torch.cumsum(of_fragments, 1) - of_fragments) * item).to(torch.int16).view(torch.uint8)
+    found = of_fragments.sum(-1)
+    size = HEADER_BYTES + (found * item + 15) // 16 * 16
     begin = torch.cumsum(size, 0) - size
     out = torch.zeros(int(size.sum()), dtype=torch.uint8, device=values.device)
-    columns = torch.arange(MASK_BYTES, device=values.device)
-    out[(begin[:, None] + columns).reshape(-1)] = masks.reshape(-1)
-    # Value n of a block goes to place n behind its masks.
+    columns = torch.arange(HEADER_BYTES, device=values.device)
+    out[(begin[:, None] + columns).reshape(-1)] = torch.cat([masks, starts], 1).reshape(-1)
+    # Value n of a block goes to place n behind its header.
     rank = torch.arange(int(found.sum()), device=values.device)
     rank -= torch.repeat_interleave(torch.cumsum(found, 0) - found, found)
-    at = torch.repeat_interleave((begin + MASK_BYTES) // item, found) + rank
+    at = torch.repeat_interleave((begin + HEADER_BYTES) // item, found) + rank
     as_integers = torch.int16 if item == 2 else torch.int8
     out.view(as_integers)[at] = values[present].view(as_integers)
     return size, out

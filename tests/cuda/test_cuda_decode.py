@@ -105,7 +105,7 @@ def test_what_is_packed_comes_back(backend, place, rng, dtype, n, k):
         w, dense = random_weight(rng, (n, k), density, "bitmap16", dtype, backend.device)
         assert torch.equal(w.to_dense(place=place).cpu().double(), dense)
         assert (
-            w.nbytes <= (n + 63) // 64 * ((k + 63) // 64) * (512 + 15 + 4) + 2 * int((dense != 0).sum()) + 4
+            w.nbytes <= (n + 63) // 64 * ((k + 63) // 64) * (544 + 15 + 4) + 2 * int((dense != 0).sum()) + 4
         )
         for format in ("bitmap8", "dense8"):
             q, dense8 = random_weight(rng, (n, k), density, format, dtype, backend.device)
@@ -264,7 +264,7 @@ def test_plans(emulated):
                         assert (rows - 1) * 64 < outputs <= rows * 64
                         assert (across - 1) * 64 < cols <= across * 64
                         assert 1 <= splits <= max(1, across // 8)
-                        assert stages in (2, 4)
+                        assert stages in (2, 3, 4)
                         assert max(stages * 4 * largest, 4 * 64 * padded * 4) <= shared <= limit - 2048
                         assert (workspace > 0) == (splits > 1)
     assert emulated.plan_decode(1, 8192, 8192, 4608, 132, 227 << 10)[3] >= 2

@@ -115,6 +115,30 @@ def test_load_matrices(backend):
     np.testing.assert_array_equal(got, np.concatenate([lanes, lanes[:2], turned, turned[:2]]))
 
 
+def test_words(backend, rng):
+    x, y, z = words = rng.integers(0, 1 << 32, (3, 32), dtype=np.uint64)
+    got = check(backend, "words", words.astype(np.uint32).view(np.int32), None, np.zeros((10, 32), np.int32))
+    lanes = np.arange(32)
+    eight = np.concatenate([[v >> (8 * i) & 255 for i in range(4)] for v in (x, y)])
+    permuted = sum(eight[z >> (4 * i) & 7, lanes] << (8 * i) for i in range(4))
+    memory = x.astype(np.uint32).view(np.uint8).astype(np.uint64)
+    at = y % 126
+    even = at & ~np.uint64(1)
+    bytes_x, bytes_y = eight[:4], eight[4:]
+    want = [
+        (x & y) | z,
+        (x ^ y) | z,
+        permuted,
+        *(x + np.where(lanes >= d, np.roll(x, d), 0) for d in (1, 16)),
+        memory[at],
+        memory[even] + 256 * memory[even + 1],
+        z + (bytes_x * bytes_y).sum(0),
+        z + (x & 0xFFFF) * bytes_y[0] + (x >> 16) * bytes_y[1],
+        z + (x & 0xFFFF) * bytes_y[2] + (x >> 16) * bytes_y[3],
+    ]
+    np.testing.assert_array_equal(got.view(np.uint32), np.stack(want).astype(np.uint32))
+
+
 @pytest.mark.parametrize("name", ["copy_async", "copy_bulk"])
 def test_pipelined_copies(backend, rng, name):
     if name == "copy_bulk" and backend.device.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:

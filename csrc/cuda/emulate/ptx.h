@@ -16,7 +16,26 @@ namespace pared::cuda::ptx {
 
 inline int lane() { return emulate::lane(); }
 
+template <int kTable>
+uint32_t logic(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+  for (int i = 0; i < 8; ++i)
+    if (kTable >> i & 1) d |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  return d;
+}
+inline uint32_t permute(uint32_t a, uint32_t b, uint32_t select) { return __byte_perm(a, b, select); }
+inline uint32_t add_from_left(uint32_t v, int distance) {
+  const uint32_t left = __shfl_up_sync(emulate::kFullWarp, v, distance);
+  return lane() < distance ? v : v + left;
+}
+
 inline uint4 load_once(const uint4* p, PARED_HERE) { return emulate::aligned(p, PARED_WHERE); }
+
+inline uint32_t shared_address(const void* p) { return emulate::shared_address(p); }
+template <class T>
+uint32_t load_shared(uint32_t address, PARED_HERE) {
+  return emulate::aligned(reinterpret_cast<const T*>(emulate::dynamic_shared() + address), PARED_WHERE);
+}
 
 template <int kBytes>
 void copy_async(void* shared, const void* global, int valid = kBytes, PARED_HERE) {
@@ -160,7 +179,6 @@ void load_matrices_transposed(uint32_t (&r)[kCount], const void* row, PARED_HERE
 
 // ---- wgmma and tensor maps
 
-inline uint32_t shared_address(const void* p) { return emulate::shared_address(p); }
 inline void copy_tensor(void* shared, const CUtensorMap* map, int column, int row, uint64_t* bar,
                         PARED_HERE) {
   emulate::copy_tensor(shared, *map, column, row, bar, PARED_WHERE);

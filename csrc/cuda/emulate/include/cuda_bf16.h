@@ -35,5 +35,6 @@ inline float2 __bfloat1622float2(__nv_bfloat162 b) { return {b.x, b.y}; }
 inline __nv_bfloat162 __float22bfloat162_rn(float2 f) { return {f.x, f.y}; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {a, b}; }
 inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 a, __nv_bfloat16 b) { return {a, b}; }
+inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) { return {a.x - b.x, a.y - b.y}; }
 inline float __low2float(__nv_bfloat162 b) { return b.x; }
 inline float __high2float(__nv_bfloat162 b) { return b.y; }

@@ -49,5 +49,6 @@ inline float2 __half22float2(__half2 h) { return {h.x, h.y}; }
 inline __half2 __float22half2_rn(float2 f) { return {f.x, f.y}; }
 inline __half2 __floats2half2_rn(float a, float b) { return {a, b}; }
 inline __half2 __halves2half2(__half a, __half b) { return {a, b}; }
+inline __half2 __hsub2(__half2 a, __half2 b) { return {a.x - b.x, a.y - b.y}; }
 inline float __low2float(__half2 h) { return h.x; }
 inline float __high2float(__half2 h) { return h.y; }
