@@ -120,6 +120,51 @@ def test_masks_orders_and_threads(threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(
+    "formats",
+    [
+        ("int8", "int8", "bsr8"),
+        ("csr", "int8", "csr"),
+        ("bitmap", "bitmap8", "bitmap8"),
+        ("bitmap+csr", "bitmap+csr", "bitmap"),
+        ("bsr", "dense", "dense"),
+    ],
+)
+def test_projections_that_share_and_that_do_not(isa, formats):
+    parts = Parts((*formats, "int8", "int8", "int8"))
+    for shape in ((1, 1), (2, 17)):
+        x = torch.randn(*shape, 40)
+        same(parts.one(x), parts.apart(x), "csr" if "csr" in "".join(formats) else "")
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits(isa, dtype, norm_first):
+    """The layer's outputs for these inputs in float32, rounded once."""
+    parts = Parts(("bitmap", "int8", "dense", "bsr8", "dense", "int8"), norm_first)
+    for shape in ((1, 1), (2, 17), (3, 70)):
+        x = torch.randn(*shape, 40).to(dtype)
+        mask = torch.randn(shape[0], 1, 1, shape[1]).to(dtype).expand(shape[0], 5, shape[1], shape[1])
+        for given in (None, mask, mask > 0.5):
+            wide = given.float() if given is not None and given.dtype == dtype else given
+            assert torch.equal(parts.one(x, given), parts.one(x.float(), wide).to(dtype))
+    turned = x.transpose(0, 1).contiguous()
+    assert torch.equal(parts.one(turned, None, False), parts.one(turned.float(), None, False).to(dtype))
+
+
+def test_16_bit_normalisations_are_read_on_each_call():
+    parts, x = Parts(("csr",) * 6), torch.randn(2, 9, 40).bfloat16()
+    parts.norms = [w if w is None else w.bfloat16() for w in parts.norms]
+    wide = Parts(("csr",) * 6)
+    wide.norms = [w if w is None else w.float() for w in parts.norms]
+    parts.kernel, wide.kernel = parts.build(), wide.build()
+    assert torch.equal(parts.one(x), wide.one(x))
+    for w in (*parts.norms, *wide.norms):
+        if w is not None:
+            w *= 2
+    assert torch.equal(parts.one(x), wide.one(x))
+
+
 def test_nothing():
     parts = Parts(("csr",) * 6)
     for shape in ((0, 3, 40), (2, 0, 40)):
@@ -190,6 +235,35 @@ def hugging(name: str) -> nn.Module:
     return pruned(getattr(transformers, f"{kind}Model")(config))
 
 
+def images(name: str) -> tuple[nn.Module, list[Tensor]]:
+    """Encoders of images and of sound in transformers: the order of their normalisations is another."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    picture = {**size, "image_size": 16, "patch_size": 4}
+    x = torch.randn(2, 3, 16, 16)
+    if name in ("whisper", "bart"):
+        size = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
+        size |= {"decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+        if name == "bart":
+            config = transformers.BartConfig(**size, vocab_size=50)
+            inputs = [torch.arange(10).reshape(1, 10), torch.arange(40).reshape(2, 20)]
+            return pruned(transformers.BartModel(config).encoder), inputs
+        config = transformers.WhisperConfig(**size, num_mel_bins=8, max_source_positions=10)
+        return pruned(transformers.WhisperModel(config).encoder), [torch.randn(2, 8, 20)]
+    if name == "ast":
+        config = transformers.ASTConfig(**size, num_mel_bins=16, max_length=24, patch_size=8)
+        return pruned(transformers.ASTModel(config)), [torch.randn(2, 24, 16)]
+    if name == "yolos":
+        config = transformers.YolosConfig(**picture | {"image_size": [16, 16]}, num_detection_tokens=3)
+        return pruned(transformers.YolosModel(config)), [x, x[:1]]
+    if name == "siglip":
+        return pruned(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**picture))), [x, x[:1]]
+    kind = {"vit": "ViT", "deit": "DeiT"}[name]
+    config = getattr(transformers, f"{kind}Config")(**picture)
+    return pruned(getattr(transformers, f"{kind}Model")(config)), [x, x[:1]]
+
+
 def tokens(batch: int = 2, length: int = 21, padded: bool = False) -> dict[str, Tensor]:
     mask = torch.ones(batch, length, dtype=torch.long)
     if padded:
@@ -246,6 +320,50 @@ def test_models_of_transformers(one_call: None, ran: list[int], name: str, padde
         torch.testing.assert_close(y, hidden(model, other), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["vit", "deit", "yolos", "siglip", "ast", "whisper", "bart"])
+def test_models_of_images_and_sound(one_call: None, ran: list[int], name: str) -> None:
+    model, inputs = images(name)
+    fast = pared.accelerate(model, inputs[0])
+    assert len(encoding(fast)) == 2
+    for x in inputs:
+        ran.clear()
+        with torch.no_grad():
+            y, want = fast(x).last_hidden_state, model(x).last_hidden_state
+        assert len(ran) == 2
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+    file = io.BytesIO()
+    pared.save(fast, file)
+    file.seek(0)
+    loaded = pared.load(file, images(name)[0])
+    assert len(encoding(loaded)) == 2
+    with torch.no_grad():
+        assert torch.equal(loaded(inputs[0]).last_hidden_state, fast(inputs[0]).last_hidden_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_16_bit_models(one_call: None, ran: list[int], name: str, dtype: torch.dtype) -> None:
+    """As close to the float32 model as the model in 16 bits is, or closer."""
+    if name == "bert":
+        plain: nn.Module = hugging("bert")
+        inputs: Any = tokens(padded=True)
+    else:
+        plain, (x, _) = images("vit")
+        inputs = {"pixel_values": x.to(dtype)}
+    exact = copy.deepcopy(plain)
+    model = plain.to(dtype)
+    exact.load_state_dict(model.state_dict())
+    wide = {n: t.float() if t.is_floating_point() else t for n, t in inputs.items()}
+    fast = pared.accelerate(model, inputs)
+    assert len(encoding(fast)) == 2
+    ran.clear()
+    y, want = hidden(fast, inputs), hidden(exact, wide)
+    assert len(ran) == 2
+    assert y.dtype == dtype
+    off = (y.float() - want).abs().max()
+    assert off <= (hidden(model, inputs).float() - want).abs().max() + 2 * torch.finfo(dtype).eps
+
+
 def torch_encoder(activation: Any, norm_first: bool, batch_first: bool) -> nn.TransformerEncoder:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(
@@ -300,13 +418,13 @@ def test_wrong_outputs_are_taken_back(one_call: None, monkeypatch: pytest.Monkey
     """A structure that says another order of the normalisations than the layer has."""
     import dataclasses
 
-    real = _encoder._bert_layer
+    real = _encoder.structure_of
 
     def wrong(*args: Any) -> Any:
         s = real(*args)
         return s and dataclasses.replace(s, norm_first=True)
 
-    monkeypatch.setattr(_encoder, "_bert_layer", wrong)
+    monkeypatch.setattr(_encoder, "structure_of", wrong)
     fast = pared.accelerate(hugging("bert"), tokens())
     assert not encoding(fast)
     assert any("encoder layers stay apart" in note for note in pared.report(fast).notes)

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_check import ACTIVATIONS, expected, to_float64
 
-from pared import ops
+from pared import _core, ops
 from pared.ops import BSR, CSR, Bitmap8, BSRInt8, Dense, Int4, Int8
+from pared.ops._formats import FORMATS
 
 WIDTHS = [(1, 1, 1), (16, 17, 3), (33, 128, 40), (70, 300, 129), (256, 96, 256)]
 
@@ -218,14 +219,16 @@ def test_precisions_do_not_mix(rng):
     exact, rounded = CSR.from_dense(weight(rng, 8, 8, 0.5)), Int8.from_dense(weight(rng, 8, 8, 0.5))
     with pytest.raises(TypeError, match=r"float32 weights alone or int8 weights alone, got CSR, Int8"):
         ops.linear_chain(np.ones((3, 8), np.float32), [exact, rounded])
-    with pytest.raises(ValueError, match=r"packed weight"):
-        ops.chain.FORMATS["int8"].chain(
-            np.ones((3, 8), np.float32),
-            [exact.packed, rounded.packed],
-            [None, None],
-            np.empty((3, 8), np.float32),
-            ["", ""],
-        )
+
+
+def test_rows_between_any_formats(rng):
+    """The call that hands rows over takes every format, in any order."""
+    dense = weight(rng, 24, 24, 0.5)
+    packed = [FORMATS[name].weight.from_dense(dense) for name in ("csr", "int8", "bitmap", "int8", "bsr8")]
+    x, out = torch.ones(5, 24), torch.empty(5, 24)
+    n = len(packed)
+    _core.linear_chain_rows(x, [w.packed for w in packed], [None] * n, out, [""] * n)
+    assert same_bits(out, one_by_one(x, packed, [None] * n, [None] * n))
 
 
 def test_bad_arguments_are_named(rng):

@@ -73,8 +73,7 @@ void register_bitmap(py::module_& m) {
         const PairPacked w = view_pair(packed_bytes(ap), ap.size());
         const LinearArgs args = parse_linear(x, ap, *w.header, bias, out, activation);
         py::gil_scoped_release unlocked;
-        if (args.tokens <= w.few_tokens()) linear_bitmap(args, w.few);
-        else linear_csr(args, w.many);
+        linear_pair(args, w);
       },
       py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation") = "");
 }

@@ -16,14 +16,20 @@
 namespace pared {
 namespace {
 
-// A float32 vector [cols], or null for None; not of the memory of `out`, where that is given.
-const float* parse_vector(py::handle object, const char* name, int64_t cols, const Array* out = nullptr) {
-  if (object.is_none()) return nullptr;
+// A vector [cols].
+Array parse_vector(py::handle object, const char* name, int64_t cols, std::initializer_list<DType> dtypes) {
   const Array a = parse_array(object, name);
-  require_dtype(a, {DType::f32});
+  require_dtype(a, dtypes);
   require_shape(a, {cols});
   require_contiguous(a);
-  if (out) require_disjoint(*out, a);
+  return a;
+}
+
+// A float32 vector [cols] beside `out`, or null for None.
+const float* parse_float_vector(py::handle object, const char* name, int64_t cols, const Array& out) {
+  if (object.is_none()) return nullptr;
+  const Array a = parse_vector(object, name, cols, {DType::f32});
+  require_disjoint(out, a);
   return static_cast<const float*>(a.data);
 }
 
@@ -50,14 +56,14 @@ class Encoder {
     for (int i = 0; i < 6; ++i) {
       const Array a = parse_array(packed[i], "packed");
       const uint8_t* data = packed_bytes(a);
-      linears[i]->w = packed_linear(data, a.size());
-      if (linears[i]->w.header->kind == PackedKind::bsr8) linears[i]->blocks = view_bsr8(data, a.size());
+      linears[i]->w = view_linear(data, a.size());
       keep(packed[i], data);
-      linears[i]->bias = vector(bias[i], "bias", linears[i]->w.header->rows);
+      linears[i]->bias = static_cast<const float*>(
+          vector(bias[i], "bias", header_of(linears[i]->w).rows, {DType::f32}).data);
       linears[i]->activation = parse_activation(activation[i]);
     }
-    const auto rows = [&](int i) { return static_cast<int64_t>(linears[i]->w.header->rows); };
-    const auto cols = [&](int i) { return static_cast<int64_t>(linears[i]->w.header->cols); };
+    const auto rows = [&](int i) { return static_cast<int64_t>(header_of(linears[i]->w).rows); };
+    const auto cols = [&](int i) { return static_cast<int64_t>(header_of(linears[i]->w).cols); };
     layer_.features = cols(0);
     const int64_t expected[6][2] = {{rows(0), cols(0)}, {rows(0), cols(0)}, {rows(0), cols(0)},
                                     {cols(0), rows(0)}, {rows(4), cols(0)}, {cols(0), rows(4)}};
@@ -70,8 +76,8 @@ class Encoder {
     layer_.heads = heads, layer_.scale = scale, layer_.norm_first = norm_first;
     EncoderNorm* const norms[] = {&layer_.first, &layer_.second};
     for (int i = 0; i < 2; ++i)
-      *norms[i] = {vector(norm[2 * i], "norm", layer_.features),
-                   vector(norm[2 * i + 1], "norm", layer_.features), parse_eps(eps[i])};
+      *norms[i] = {vector(norm[2 * i], "norm", layer_.features, kFloatTypes),
+                   vector(norm[2 * i + 1], "norm", layer_.features, kFloatTypes), parse_eps(eps[i])};
   }
 
   void run(py::handle x, py::handle mask, py::handle out, bool batch_first, bool causal) const {
@@ -79,8 +85,8 @@ class Encoder {
       PARED_CHECK(parse_array(object, "packed").data == data,
                   "packed: expected the memory that the layer was built from, got another");
     const Array ax = parse_array(x, "x"), ay = parse_array(out, "out");
-    require_dtype(ax, {DType::f32});
-    require_dtype(ay, {DType::f32});
+    require_dtype(ax, kFloatTypes);
+    require_dtype(ay, {ax.dtype});
     require_shape(ax, {-1, -1, layer_.features});
     require_shape(ay, {ax.shape[0], ax.shape[1], layer_.features});
     require_contiguous(ax);
@@ -88,16 +94,17 @@ class Encoder {
     require_writable(ay);
     require_disjoint(ay, ax);
     EncoderArgs a{};
-    a.x = static_cast<const float*>(ax.data), a.y = static_cast<float*>(ay.data);
+    a.x = ax.data, a.y = ay.data, a.dtype = ax.dtype;
     a.batch_first = batch_first, a.causal = causal;
     a.batch = ax.shape[batch_first ? 0 : 1], a.tokens = ax.shape[batch_first ? 1 : 0];
     if (!mask.is_none()) {
       const Array am = parse_array(mask, "mask");
-      require_dtype(am, {DType::f32, DType::boolean});
+      require_dtype(am, {DType::f32, DType::f16, DType::bf16, DType::boolean});
       require_shape(am, {a.batch, layer_.heads, a.tokens, a.tokens});
       require_disjoint(ay, am);
       if (am.size() > 0) a.mask = am.data;
       a.mask_bytes = am.dtype == DType::boolean;
+      if (!a.mask_bytes) a.mask_dtype = am.dtype;
       std::copy_n(am.strides, 4, a.mask_strides);
     }
     py::gil_scoped_release unlocked;
@@ -106,11 +113,12 @@ class Encoder {
 
  private:
   void keep(const py::object& object, const void* data) { kept_.emplace_back(object, data); }
-  const float* vector(const py::object& object, const char* name, int64_t size) {
-    if (object.is_none()) return nullptr;
-    const float* data = parse_vector(object, name, size);
-    keep(object, data);
-    return data;
+  EncoderVector vector(const py::object& object, const char* name, int64_t size,
+                       std::initializer_list<DType> dtypes) {
+    if (object.is_none()) return {nullptr, DType::f32};
+    const Array a = parse_vector(object, name, size, dtypes);
+    keep(object, a.data);
+    return {a.data, a.dtype};
   }
 
   EncoderLayer layer_;
@@ -149,8 +157,8 @@ void register_encoder(py::module_& m) {
           args.residual = ar.data;
           args.residual_stride = fold_rows(ar).stride;
         }
-        args.weight = parse_vector(weight, "weight", cols, &ay);
-        args.bias = parse_vector(bias, "bias", cols, &ay);
+        args.weight = parse_float_vector(weight, "weight", cols, ay);
+        args.bias = parse_float_vector(bias, "bias", cols, ay);
         args.eps = parse_eps(eps);
         py::gil_scoped_release unlocked;
         normalise(args);

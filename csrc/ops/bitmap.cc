@@ -62,4 +62,9 @@ void linear_bitmap(const LinearArgs& a, const BitmapPacked& w) {
   });
 }
 
+void linear_pair(const LinearArgs& a, const PairPacked& w) {
+  if (a.tokens <= w.few_tokens()) linear_bitmap(a, w.few);
+  else linear_csr(a, w.many);
+}
+
 }  // namespace pared

@@ -4,6 +4,7 @@
 
 #include "core/aligned.h"
 #include "core/parallel.h"
+#include "kernels/registry.h"
 #include "ops/attention.h"
 #include "ops/layer_norm.h"
 
@@ -21,33 +22,43 @@ struct Matrix {
   float* row(int64_t r) const { return data + r * stride; }
 };
 
+// A normalisation in float32.
+struct Norm {
+  const float *weight, *bias;
+  float eps;
+};
+
+struct Norms {
+  Norm first, second;
+};
+
 struct Workspace {
   Matrix qkv, heads, hidden, wide;
+  Matrix x, y;  // in float32, where the layer's own are not
 };
 
 void apply(const EncoderLinear& l, const Matrix& x, int64_t rows, const Matrix& y) {
-  l.w.run({x.data, x.stride, rows, DType::f32, l.bias, l.activation, y.data, y.stride});
+  linear({x.data, x.stride, rows, DType::f32, l.bias, l.activation, y.data, y.stride}, l.w);
 }
 
-// Queries, keys and values side by side; tokens are quantised once where the weights allow it.
+// Queries, keys and values side by side; their input is packed or quantised once for those that are alike.
 void project(const EncoderLayer& l, const Matrix& x, int64_t rows, const Matrix& y) {
   const EncoderLinear* const parts[] = {&l.q, &l.k, &l.v};
-  const int64_t width = l.q.w.header->rows;
-  const auto shares = [&](const EncoderLinear& a) {
-    return l.q.blocks && a.blocks && share_inputs(*l.q.blocks, *a.blocks);
-  };
-  if (shares(l.k) && shares(l.v)) {
-    std::vector<SharedOutput<Bsr8Packed>> outputs;
-    for (int i = 0; i < 3; ++i)
-      outputs.push_back(
-          {*parts[i]->blocks, parts[i]->bias, parts[i]->activation, y.data + i * width, y.stride});
-    return linear_shared({x.data, x.stride, rows, DType::f32}, outputs);
+  const int64_t width = header_of(l.q.w).rows;
+  bool done[3] = {};
+  for (int i = 0; i < 3; ++i) {
+    std::vector<SharedOutput<LinearWeight>> outputs;
+    for (int j = i; j < 3; ++j)
+      if (!done[j] && (j == i || share_inputs(parts[i]->w, parts[j]->w))) {
+        outputs.push_back({parts[j]->w, parts[j]->bias, parts[j]->activation, y.data + j * width, y.stride});
+        done[j] = true;
+      }
+    if (!outputs.empty()) linear_shared({x.data, x.stride, rows, DType::f32}, outputs);
   }
-  for (int i = 0; i < 3; ++i) apply(*parts[i], x, rows, {y.data + i * width, y.stride});
 }
 
 // y = norm(x + residual); y may be x, and `sum`, where it is given, takes x + residual.
-void norm(const EncoderNorm& n, int64_t features, const Matrix& x, const Matrix* residual, int64_t rows,
+void norm(const Norm& n, int64_t features, const Matrix& x, const Matrix* residual, int64_t rows,
           const Matrix& y, const Matrix* sum = nullptr) {
   LayerNormArgs a{};
   a.x = x.data, a.x_stride = x.stride;
@@ -61,7 +72,7 @@ void norm(const EncoderNorm& n, int64_t features, const Matrix& x, const Matrix*
 
 // Sequences [first, first + count) through the attention: from w.qkv to w.heads.
 void attend(const EncoderLayer& l, const EncoderArgs& a, int64_t first, int64_t count, const Workspace& w) {
-  const int64_t width = l.q.w.header->rows, features = width / l.heads;
+  const int64_t width = header_of(l.q.w).rows, features = width / l.heads;
   const auto heads = [&](const Matrix& m, int64_t part) -> Heads {
     // The workspace has the order of the rows of x.
     return {m.data + part * width, (a.batch_first ? a.tokens : 1) * m.stride, features,
@@ -71,49 +82,93 @@ void attend(const EncoderLayer& l, const EncoderArgs& a, int64_t first, int64_t 
   t.q = heads(w.qkv, 0), t.k = heads(w.qkv, 1), t.v = heads(w.qkv, 2), t.y = heads(w.heads, 0);
   t.batch = count, t.heads = l.heads, t.queries = t.keys = a.tokens;
   t.features = t.out_features = features;
-  t.shared = 1, t.scale = l.scale, t.causal = a.causal, t.mask_bytes = a.mask_bytes;
+  t.shared = 1, t.scale = l.scale, t.causal = a.causal;
+  t.mask_bytes = a.mask_bytes, t.mask_dtype = a.mask_dtype;
   std::copy_n(a.mask_strides, 4, t.mask_strides);
   if (a.mask)
-    t.mask =
-        static_cast<const char*>(a.mask) + first * a.mask_strides[0] * (a.mask_bytes ? 1 : sizeof(float));
+    t.mask = static_cast<const char*>(a.mask) +
+             first * a.mask_strides[0] * (a.mask_bytes ? 1 : dtype_size(a.mask_dtype));
   attention(t);
 }
 
-// Sequences [first, first + count): all of them where x is not batch_first.
-void run(const EncoderLayer& l, const EncoderArgs& a, int64_t first, int64_t count) {
-  const int64_t rows = count * a.tokens, width = l.q.w.header->rows, wide = l.up.w.header->rows;
-  const Matrix x{const_cast<float*>(a.x) + first * a.tokens * l.features, l.features};
-  const Matrix y{a.y + first * a.tokens * l.features, l.features};
-  thread_local Scratch memory;
-  const auto stride = [](int64_t n) { return static_cast<int64_t>(odd_lines(n, sizeof(float))); };
-  const int64_t sizes[] = {stride(3 * width), stride(std::max(width, l.features)), stride(l.features),
-                           stride(wide)};
-  float* p = memory.get<float>((sizes[0] + sizes[1] + sizes[2] + sizes[3]) * rows);
-  Workspace w;
-  Matrix* const parts[] = {&w.qkv, &w.heads, &w.hidden, &w.wide};
-  for (int i = 0; i < 4; p += sizes[i] * rows, ++i) *parts[i] = {p, sizes[i]};
-
-  if (l.norm_first) norm(l.first, l.features, x, nullptr, rows, w.hidden);
-  project(l, l.norm_first ? w.hidden : x, rows, w.qkv);
+// The layer in float32, from w.x to w.y.
+void compute(const EncoderLayer& l, const Norms& n, const EncoderArgs& a, int64_t first, int64_t count,
+             const Workspace& w) {
+  const int64_t rows = count * a.tokens;
+  if (l.norm_first) norm(n.first, l.features, w.x, nullptr, rows, w.hidden);
+  project(l, l.norm_first ? w.hidden : w.x, rows, w.qkv);
   attend(l, a, first, count, w);
   apply(l.out, w.heads, rows, w.hidden);
-  if (l.norm_first) norm(l.second, l.features, w.hidden, &x, rows, w.hidden, &y);
-  else norm(l.first, l.features, w.hidden, &x, rows, w.hidden);
+  if (l.norm_first) norm(n.second, l.features, w.hidden, &w.x, rows, w.hidden, &w.y);
+  else norm(n.first, l.features, w.hidden, &w.x, rows, w.hidden);
   apply(l.up, w.hidden, rows, w.wide);
   if (!l.norm_first) {
-    apply(l.down, w.wide, rows, y);
-    return norm(l.second, l.features, y, &w.hidden, rows, y);
+    apply(l.down, w.wide, rows, w.y);
+    return norm(n.second, l.features, w.y, &w.hidden, rows, w.y);
   }
   apply(l.down, w.wide, rows, w.heads);
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < l.features; ++i) y.row(r)[i] += w.heads.row(r)[i];
+    for (int64_t i = 0; i < l.features; ++i) w.y.row(r)[i] += w.heads.row(r)[i];
+}
+
+void widen(const void* from, DType dtype, int64_t rows, int64_t features, const Matrix& to) {
+  kernel_for<rows_widen>(active_isa())
+      .fn({from, features, dtype, static_cast<int32_t>(rows), static_cast<int32_t>(features),
+           static_cast<int32_t>(features), to.data, static_cast<int32_t>(to.stride)});
+}
+
+void narrow(const Matrix& from, int64_t rows, int64_t features, void* to, DType dtype) {
+  const auto store = kernel_for<rows_store>(active_isa()).fn;
+  for (int64_t r = 0; r < rows; ++r)
+    store({from.row(r), 1, static_cast<int32_t>(features), nullptr, Activation{},
+           static_cast<char*>(to) + r * features * dtype_size(dtype), features, dtype});
+}
+
+// Sequences [first, first + count): all of them where x is not batch_first.
+void run(const EncoderLayer& l, const Norms& n, const EncoderArgs& a, int64_t first, int64_t count) {
+  const int64_t rows = count * a.tokens, width = header_of(l.q.w).rows, wide = header_of(l.up.w).rows;
+  const int64_t begin = first * a.tokens * l.features * dtype_size(a.dtype);
+  const void* from = static_cast<const char*>(a.x) + begin;
+  void* to = static_cast<char*>(a.y) + begin;
+  const bool narrows = a.dtype != DType::f32;
+  thread_local Scratch memory;
+  const auto stride = [](int64_t n) { return static_cast<int64_t>(odd_lines(n, sizeof(float))); };
+  const int64_t own = narrows ? stride(l.features) : 0;
+  const int64_t sizes[] = {
+      stride(3 * width), stride(std::max(width, l.features)), stride(l.features), stride(wide), own, own};
+  int64_t total = 0;
+  for (const int64_t size : sizes) total += size;
+  float* p = memory.get<float>(total * rows);
+  Workspace w;
+  Matrix* const parts[] = {&w.qkv, &w.heads, &w.hidden, &w.wide, &w.x, &w.y};
+  for (int i = 0; i < 6; p += sizes[i] * rows, ++i) *parts[i] = {p, sizes[i]};
+  if (narrows) {
+    widen(from, a.dtype, rows, l.features, w.x);
+  } else {
+    w.x = {static_cast<float*>(const_cast<void*>(from)), l.features};
+    w.y = {static_cast<float*>(to), l.features};
+  }
+  compute(l, n, a, first, count, w);
+  if (narrows) narrow(w.y, rows, l.features, to, a.dtype);
 }
 
 }  // namespace
 
 void encoder_layer(const EncoderLayer& l, const EncoderArgs& a) {
   if (a.batch * a.tokens == 0) return;
-  if (!a.batch_first && a.batch > 1) return run(l, a, 0, a.batch);
+  thread_local Scratch memory;
+  Norms n;
+  float* p = memory.get<float>(4 * l.features);
+  const auto vector = [&](const EncoderVector& v) -> const float* {
+    if (!v.data || v.dtype == DType::f32) return static_cast<const float*>(v.data);
+    float* wide = p;
+    p += l.features;
+    widen(v.data, v.dtype, 1, l.features, {wide, l.features});
+    return wide;
+  };
+  n.first = {vector(l.first.weight), vector(l.first.bias), l.first.eps};
+  n.second = {vector(l.second.weight), vector(l.second.bias), l.second.eps};
+  if (!a.batch_first && a.batch > 1) return run(l, n, a, 0, a.batch);
   // Groups of whole sequences; as many as a multiple of the threads where there are that many, each thread
   // then runs its own without waiting for others. Otherwise the operations share out their own work.
   const int64_t threads = num_threads(), together = std::max<int64_t>(1, kRows / a.tokens);
@@ -122,7 +177,7 @@ void encoder_layer(const EncoderLayer& l, const EncoderArgs& a) {
   const auto some = [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = a.batch * g / groups;
-      run(l, a, first, a.batch * (g + 1) / groups - first);
+      run(l, n, a, first, a.batch * (g + 1) / groups - first);
     }
   };
   if (threads > 1 && groups % threads == 0) parallel_for(0, groups, 1, some);

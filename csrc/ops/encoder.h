@@ -3,22 +3,25 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 
-#include "formats/bsr8.h"
 #include "ops/packed_linear.h"
 
 namespace pared {
 
 struct EncoderLinear {
-  PackedLinear w;
-  std::optional<Bsr8Packed> blocks;  // where several of them may share an input
-  const float* bias;                 // [rows] or null
+  LinearWeight w;
+  const float* bias;  // [rows] or null
   Activation activation;
 };
 
+// A vector [features] of f32, f16 or bf16, or null.
+struct EncoderVector {
+  const void* data;
+  DType dtype;
+};
+
 struct EncoderNorm {
-  const float *weight, *bias;  // [features], or null
+  EncoderVector weight, bias;
   float eps;
 };
 
@@ -34,14 +37,16 @@ struct EncoderLayer {
 };
 
 struct EncoderArgs {
-  const float* x;  // [batch, tokens, features], or [tokens, batch, features], contiguous
-  float* y;        // the same
+  const void* x;  // [batch, tokens, features], or [tokens, batch, features], contiguous
+  void* y;        // the same
+  DType dtype;    // of x and y: f32, f16 or bf16; everything between is float32
   bool batch_first;
   int64_t batch, tokens;
   bool causal;
   // As of AttentionArgs.
   const void* mask;
   bool mask_bytes;
+  DType mask_dtype;
   int64_t mask_strides[4];
 };
 

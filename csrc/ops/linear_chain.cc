@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "ops/linear.h"
 #include "ops/panel_product.h"
 
 namespace pared {
@@ -123,7 +122,7 @@ void run_row_stages(const ChainArgs& a, const std::vector<RowStage>& stages, int
     char* y = last ? static_cast<char*>(a.y) + begin * a.y_stride * element
                    : buffers + i % 2 * tokens * stride * element;
     const int64_t y_stride = last ? a.y_stride : stride;
-    stages[i].run({x, x_stride, tokens, a.dtype, stages[i].bias, stages[i].activation, y, y_stride});
+    linear({x, x_stride, tokens, a.dtype, stages[i].bias, stages[i].activation, y, y_stride}, stages[i].w);
     x = y;
     x_stride = y_stride;
   }
@@ -134,7 +133,8 @@ void run_row_stages(const ChainArgs& a, const std::vector<RowStage>& stages, int
 void linear_chain_rows(const ChainArgs& a, const std::vector<RowStage>& stages) {
   if (a.tokens == 0) return;
   int64_t widest = 0;
-  for (size_t i = 0; i + 1 < stages.size(); ++i) widest = std::max(widest, stages[i].rows);
+  for (size_t i = 0; i + 1 < stages.size(); ++i)
+    widest = std::max<int64_t>(widest, header_of(stages[i].w).rows);
   const int64_t threads = num_threads();
   const size_t element = dtype_size(a.dtype);
   const auto bytes = static_cast<int64_t>(odd_lines(widest, element) * element);

@@ -5,12 +5,9 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <vector>
 
-#include "formats/csr.h"
-#include "kernels/types.h"
-#include "ops/linear.h"
+#include "ops/packed_linear.h"
 
 namespace pared {
 
@@ -35,8 +32,7 @@ void linear_chain_csr(const ChainArgs& args, const std::vector<ChainStage>& stag
 
 // A stage that reads and writes rows of tokens.
 struct RowStage {
-  std::function<void(const LinearArgs&)> run;  // the operation on its weight
-  int64_t rows;
+  LinearWeight w;
   const float* bias;  // [rows] or null
   Activation activation;
 };

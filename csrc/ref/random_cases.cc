@@ -213,8 +213,7 @@ void run_pair(const DenseView& w, const LinearArgs& a, Memory& m) {
   auto* bytes = m.packed.get<uint8_t>(plan.header.bytes);
   pack_pair(w, plan, bytes);
   const PairPacked pair = view_pair(bytes, static_cast<int64_t>(plan.header.bytes));
-  if (a.tokens <= pair.few_tokens()) linear_bitmap(a, pair.few);
-  else linear_csr(a, pair.many);
+  linear_pair(a, pair);
 }
 
 // Weights of any byte, their scales powers of two.

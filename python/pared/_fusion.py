@@ -13,7 +13,7 @@ import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -197,8 +197,33 @@ def _followers(model: nn.Module) -> Iterator[tuple[str, str, str]]:
             yield prefix, a, b
 
 
+class _Typed(fx.Proxy):
+    """A value that knows its dtype, since models ask for it: ``if x.dtype == torch.float16``."""
+
+    def __getattr__(self, k: str) -> Any:
+        return cast(_Tracer, self.tracer).dtype if k == "dtype" else super().__getattr__(k)
+
+
 class _Tracer(fx.Tracer):
-    """Traces the forward of one module; what it calls is left alone."""
+    """Traces the forward of one module; what it calls is left alone.
+
+    Parameters
+    ----------
+    dtype : of the module's own parameters; what a forward that asks for a dtype is told.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        floating = (p.dtype for p in module.parameters() if p.is_floating_point())
+        self.dtype = next(floating, torch.float32)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Typed(node, self)
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        """Of what is given to a call as ``**kwargs``: of forward's own there are none."""
+        own = obj.node.op == "placeholder" and str(obj.node.target).startswith("**")
+        return () if own else super().keys(obj)
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
         return True
@@ -206,6 +231,7 @@ class _Tracer(fx.Tracer):
 
 def _trace(module: nn.Module) -> set[tuple[str, str]]:
     """Pairs of submodules of which the second alone takes the first one's output; empty where fx cannot tell.
+    The module is a copy to play with.
 
     A default argument takes a forward down either branch of ``if x is not None``: both are traced.
     """
@@ -214,12 +240,19 @@ def _trace(module: nn.Module) -> set[tuple[str, str]]:
         for name, p in inspect.signature(module.forward).parameters.items()
         if p.default is not inspect.Parameter.empty
     }
+    kind = type(module)
+    plain = inspect.unwrap(kind.forward)
+    if plain is not kind.forward:
+        # transformers wraps forward in a function of any arguments, which fx cannot see through. It does so
+        # when a class is made: the function is put back behind that.
+        module.__class__ = unwrapped = type(kind.__name__, (kind,), {})
+        unwrapped.forward = plain  # type: ignore[attr-defined]
     pairs: set[tuple[str, str]] | None = None
     for concrete in [{}, defaults] if defaults else [{}]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                graph = _Tracer().trace(module, concrete_args=concrete)
+                graph = _Tracer(module).trace(module, concrete_args=concrete)
         except Exception:  # whatever a model's forward raises when it is given proxies
             return set()
         if any(isinstance(v, fx.Proxy) for m in module.modules() for v in vars(m).values()):

@@ -207,7 +207,7 @@ def entries(packed: np.ndarray) -> dict[str, Callable[[], object]]:
                 calls[f"linear {name} {tokens}"] = lambda f=format.linear, x=x, out=out: f(
                     x, packed, None, out, ""
                 )
-        for name, chain in (("csr", _core.linear_chain_csr), ("int8", _core.linear_chain_int8)):
+        for name, chain in (("csr", _core.linear_chain_csr), ("rows", _core.linear_chain_rows)):
             calls[f"chain {name} {tokens}"] = lambda f=chain, x=x, out=out: f(x, [packed], [None], out, [""])
     pixels, to = np.ones((1, image[0] * image[3], 9, 9), np.float32), np.empty((1, rows, 9, 9), np.float32)
     for name, format in ALL.items():

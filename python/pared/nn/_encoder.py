@@ -9,8 +9,9 @@ more.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ from pared.nn.linear import Linear
 __all__ = ["EncoderLayer", "encoding", "fits", "fuse_layer", "separate"]
 
 _PLAN = "_pared_plan"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _mode_depth = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._is_tracing
 _grad_enabled = torch.is_grad_enabled
@@ -170,7 +172,7 @@ def _one_call(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> T
     x, mask, causal = call
     if (
         type(x) is not Tensor
-        or x.dtype != torch.float32
+        or x.dtype not in _DTYPES
         or x.ndim != 3
         or not x.is_cpu
         or x.layout is not torch.strided
@@ -181,7 +183,7 @@ def _one_call(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> T
     if mask is not None:
         tokens = x.shape[1 if batch_first else 0]
         full = (x.shape[0 if batch_first else 1], plan.structure.heads, tokens, tokens)
-        wrong = mask.dtype not in (torch.bool, torch.float32) or (mask.requires_grad and _grad_enabled())
+        wrong = mask.dtype not in (torch.bool, *_DTYPES) or (mask.requires_grad and _grad_enabled())
         if wrong or mask.ndim != 4 or any(a not in (1, b) for a, b in zip(mask.shape, full, strict=True)):
             return None
         mask = mask.expand(full)
@@ -201,10 +203,10 @@ def structure_of(layer: nn.Module) -> Structure | None:
     plain = getattr(type(layer), "plain", type(layer))
     if plain is nn.TransformerEncoderLayer:
         return _torch_layer(layer)
-    return _bert_layer(layer, plain) or _distilbert_layer(layer, plain)
+    return _of_transformers(layer, plain)
 
 
-def _parts(layer: nn.Module, children: dict[str, set[str]]) -> bool:
+def _parts(layer: nn.Module, children: Mapping[str, Collection[str]]) -> bool:
     """Whether the modules at these paths have exactly these children, and no tensors of their own."""
     for path, names in children.items():
         try:
@@ -212,7 +214,7 @@ def _parts(layer: nn.Module, children: dict[str, set[str]]) -> bool:
         except AttributeError:
             return False
         own = [*module._parameters.values(), *module._buffers.values()]
-        if set(module._modules) != names or any(t is not None for t in own):
+        if set(module._modules) != set(names) or any(t is not None for t in own):
             return False
     return True
 
@@ -227,100 +229,221 @@ def _leaves_fit(
         m = layer.get_submodule(path)
         if type(m) is not Linear or m._on_device is not None or (i != 4 and m.activation is not None):
             return False
+    q, k, v, *_ = (layer.get_submodule(path) for path in linears)
+    if not q.out_features == k.out_features == v.out_features:
+        return False
     for path in norms:
         m = layer.get_submodule(path)
         if type(m) is not nn.LayerNorm or len(m.normalized_shape) != 1:
             return False
-        if any(p is not None and p.dtype != torch.float32 for p in (m.weight, m.bias)):
+        if any(p is not None and p.dtype not in _DTYPES for p in (m.weight, m.bias)):
             return False
     return all(type(layer.get_submodule(p)) in (nn.Dropout, nn.Identity, Fused) for p in rest)
 
 
-def _returns_a_tensor(plain: type[nn.Module]) -> bool:
-    """Whether forward(hidden_states, attention_mask, ...) says that it returns a tensor, as transformers
-    annotates it."""
+def _returns_a_tensor(plain: type[nn.Module], names: tuple[str, ...]) -> bool:
+    """Whether forward says that it takes these arguments first and returns a tensor, as transformers says
+    it."""
     signature = inspect.signature(plain.forward)
-    names = list(signature.parameters)[1:3]
     said = signature.return_annotation
-    return names == ["hidden_states", "attention_mask"] and said in (Tensor, "torch.Tensor", "Tensor")
+    first = list(signature.parameters)[1 : 1 + len(names)]
+    return first == [*names] and said in (Tensor, "torch.Tensor", "Tensor")
 
 
-def _of_transformers(layer: nn.Module, plain: type[nn.Module], attention: str) -> bool:
-    """Whether it is a layer of transformers whose attention is torch's, as a function of its config."""
-    if not plain.__module__.startswith("transformers.models.") or not _returns_a_tensor(plain):
-        return False
-    module = layer.get_submodule(attention)
-    config = vars(module).get("config")
+@dataclass(frozen=True)
+class Layout:
+    """How layers of transformers with these children are built.
+
+    Attributes
+    ----------
+    children : of every module inside that has some, by path.
+    attention : the path of the module that calls the attention.
+    heads, scale : its attributes.
+    linears, norms, rest, norm_first : as of `Structure`.
+    takes : the names of forward's first arguments.
+    named : classes, where others with the same children compute something else; None: all of them.
+    """
+
+    children: Mapping[str, frozenset[str]]
+    attention: str
+    heads: str
+    scale: str
+    linears: tuple[str, ...]
+    norms: tuple[str, str]
+    rest: tuple[str, ...]
+    norm_first: bool
+    takes: tuple[str, ...] = ("hidden_states", "attention_mask")
+    named: frozenset[str] | None = None
+
+    def structure(self, layer: nn.Module, plain: type[nn.Module]) -> Structure | None:
+        """That of a layer; None where it is another's, or a part has no kernel."""
+        if self.named is not None and plain.__name__ not in self.named:
+            return None
+        if not _parts(layer, self.children) or not plain.__module__.startswith("transformers.models."):
+            return None
+        own: Any = layer.get_submodule(self.attention)
+        if not (_returns_a_tensor(plain, self.takes) and _is_sdpa(own) and _plainly(layer)):
+            return None
+        if not _leaves_fit(layer, self.linears, self.norms, self.rest):
+            return None
+        inner = (*self.rest, *(path for path in self.children if path))
+        heads, scale = getattr(own, self.heads), float(getattr(own, self.scale))
+        read = partial(_hidden_states, self.takes)
+        return Structure(self.linears, self.norms, inner, heads, scale, self.norm_first, True, read)
+
+
+def _is_sdpa(attention: nn.Module) -> bool:
+    """Whether an attention module's function is torch's, by its config, and every key is seen."""
+    config = vars(attention).get("config")
     if isinstance(config, AttentionConfig):
         config = config.original
-    causal = getattr(module, "is_causal", True) or getattr(module, "is_decoder", False)
+    causal = getattr(attention, "is_causal", True) or getattr(attention, "is_decoder", False)
     return getattr(config, "_attn_implementation", None) == "sdpa" and not causal
 
 
-def _bert_layer(layer: nn.Module, plain: type[nn.Module]) -> Structure | None:
-    children = {
-        "": {"attention", "intermediate", "output"},
-        "attention": {"self", "output"},
-        "attention.self": {"query", "key", "value", "dropout"},
-        "attention.output": {"dense", "LayerNorm", "dropout"},
-        "intermediate": {"dense", "intermediate_act_fn"},
-        "output": {"dense", "LayerNorm", "dropout"},
-    }
-    if not _parts(layer, children) or not _of_transformers(layer, plain, "attention.self"):
-        return None
-    linears = (
-        *(f"attention.self.{n}" for n in ("query", "key", "value")),
-        "attention.output.dense",
-        "intermediate.dense",
-        "output.dense",
+def _plainly(layer: nn.Module) -> bool:
+    """Whether nothing is asked for that most layers do not do."""
+    unusual = ("is_decoder", "add_cross_attention", "chunk_size_feed_forward")
+    return not any(getattr(m, n, False) for n in unusual for m in (layer, *layer.children()))
+
+
+def _named(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+_BERT_TAIL = {
+    "intermediate": _named("dense", "intermediate_act_fn"),
+    "attention.output": _named("dense", "dropout"),
+    "output": _named("dense", "dropout"),
+}
+_QKV = ("query", "key", "value")
+_OUT = ("attention.output.dense", "intermediate.dense", "output.dense")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def _speech(norm_first: bool, *classes: str) -> Layout:
+    """Layers of BART's kind, in either order."""
+    norms = ("self_attn_layer_norm", "final_layer_norm")
+    return Layout(
+        {
+            "": _named(
+                "self_attn", "self_attn_layer_norm", "activation_fn", "fc1", "fc2", "final_layer_norm"
+            ),
+            "self_attn": _named(*_PROJECTIONS, "out_proj"),
+        },
+        "self_attn",
+        "num_heads",
+        "scaling",
+        (*(f"self_attn.{n}" for n in (*_PROJECTIONS, "out_proj")), "fc1", "fc2"),
+        norms,
+        ("activation_fn",),
+        norm_first,
+        named=_named(*classes),
     )
-    norms = ("attention.output.LayerNorm", "output.LayerNorm")
-    rest = (
-        "attention.self.dropout",
-        "attention.output.dropout",
-        "intermediate.intermediate_act_fn",
-        "output.dropout",
-    )
-    own: Any = layer.get_submodule("attention.self")
-    plainly = not any(
-        getattr(layer, n, False) for n in ("is_decoder", "add_cross_attention", "chunk_size_feed_forward")
-    )
-    if not plainly or not _leaves_fit(layer, linears, norms, rest):
-        return None
-    heads = own.num_attention_heads
-    inner = (*rest, "attention", "attention.self", "attention.output", "intermediate", "output")
-    return Structure(linears, norms, inner, heads, own.scaling, False, True, _hidden_states)
 
 
-def _distilbert_layer(layer: nn.Module, plain: type[nn.Module]) -> Structure | None:
-    children = {
-        "": {"attention", "sa_layer_norm", "ffn", "output_layer_norm"},
-        "attention": {"q_lin", "k_lin", "v_lin", "out_lin", "dropout"},
-        "ffn": {"lin1", "lin2", "activation", "dropout"},
-    }
-    if not _parts(layer, children) or not _of_transformers(layer, plain, "attention"):
-        return None
-    linears = (*(f"attention.{n}_lin" for n in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2")
-    norms = ("sa_layer_norm", "output_layer_norm")
-    rest = ("attention.dropout", "ffn.activation", "ffn.dropout")
-    own: Any = layer.get_submodule("attention")
-    if getattr(layer.ffn, "chunk_size_feed_forward", 0) or not _leaves_fit(layer, linears, norms, rest):
-        return None
-    inner = (*rest, "attention", "ffn")
-    return Structure(linears, norms, inner, own.n_heads, own.scaling, False, True, _hidden_states)
+_LAYOUTS = (
+    Layout(  # BERT, RoBERTa, ELECTRA
+        {
+            "": _named("attention", "intermediate", "output"),
+            "attention": _named("self", "output"),
+            "attention.self": _named(*_QKV, "dropout"),
+            "intermediate": _BERT_TAIL["intermediate"],
+            "attention.output": _BERT_TAIL["attention.output"] | {"LayerNorm"},
+            "output": _BERT_TAIL["output"] | {"LayerNorm"},
+        },
+        "attention.self",
+        "num_attention_heads",
+        "scaling",
+        (*(f"attention.self.{n}" for n in _QKV), *_OUT),
+        ("attention.output.LayerNorm", "output.LayerNorm"),
+        (
+            "attention.self.dropout",
+            "attention.output.dropout",
+            "intermediate.intermediate_act_fn",
+            "output.dropout",
+        ),
+        norm_first=False,
+    ),
+    Layout(  # DistilBERT
+        {
+            "": _named("attention", "sa_layer_norm", "ffn", "output_layer_norm"),
+            "attention": _named("q_lin", "k_lin", "v_lin", "out_lin", "dropout"),
+            "ffn": _named("lin1", "lin2", "activation", "dropout"),
+        },
+        "attention",
+        "n_heads",
+        "scaling",
+        (*(f"attention.{n}_lin" for n in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2"),
+        ("sa_layer_norm", "output_layer_norm"),
+        ("attention.dropout", "ffn.activation", "ffn.dropout"),
+        norm_first=False,
+    ),
+    Layout(  # ViT, DeiT, AST
+        {
+            "": _named("attention", "layernorm_before", "layernorm_after", "mlp", "dropout"),
+            "attention": _named(*_PROJECTIONS, "o_proj"),
+            "mlp": _named("activation_fn", "fc1", "fc2"),
+        },
+        "attention",
+        "num_attention_heads",
+        "scaling",
+        (*(f"attention.{n}" for n in (*_PROJECTIONS, "o_proj")), "mlp.fc1", "mlp.fc2"),
+        ("layernorm_before", "layernorm_after"),
+        ("mlp.activation_fn", "dropout"),
+        norm_first=True,
+    ),
+    Layout(  # YOLOS, VideoMAE
+        {
+            "": _named("attention", "intermediate", "output", "layernorm_before", "layernorm_after"),
+            "attention": _named("attention", "output"),
+            "attention.attention": _named(*_QKV),
+            **_BERT_TAIL,
+        },
+        "attention.attention",
+        "num_attention_heads",
+        "scaling",
+        (*(f"attention.attention.{n}" for n in _QKV), *_OUT),
+        ("layernorm_before", "layernorm_after"),
+        ("attention.output.dropout", "intermediate.intermediate_act_fn", "output.dropout"),
+        norm_first=True,
+        takes=("hidden_states",),
+    ),
+    Layout(  # SigLIP, and CLIP with an activation that a kernel computes
+        {
+            "": _named("self_attn", "layer_norm1", "layer_norm2", "mlp"),
+            "self_attn": _named(*_PROJECTIONS, "out_proj"),
+            "mlp": _named("activation_fn", "fc1", "fc2"),
+        },
+        "self_attn",
+        "num_heads",
+        "scale",
+        (*(f"self_attn.{n}" for n in (*_PROJECTIONS, "out_proj")), "mlp.fc1", "mlp.fc2"),
+        ("layer_norm1", "layer_norm2"),
+        ("mlp.activation_fn",),
+        norm_first=True,
+    ),
+    _speech(True, "WhisperEncoderLayer"),
+    _speech(False, "BartEncoderLayer"),
+)
 
 
-def _hidden_states(s: Structure, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
+def _of_transformers(layer: nn.Module, plain: type[nn.Module]) -> Structure | None:
+    return next((s for layout in _LAYOUTS if (s := layout.structure(layer, plain)) is not None), None)
+
+
+def _hidden_states(
+    names: tuple[str, ...], s: Structure, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Call | None:
     """(hidden_states, attention_mask, ...), with nothing else asked for."""
-    names = ("hidden_states", "attention_mask")
     given = dict(zip(names, args, strict=False))
     # `is`: tensors are among them, and output_attentions=False.
-    if any(a is not None and a is not False for a in args[2:]):
+    if any(a is not None and a is not False for a in args[len(names) :]):
         return None
     for n, a in kwargs.items():
         if n in names:
             given[n] = a
-        elif a is not None and a is not False:
+        elif a is not None and a is not False and n != "use_cache":  # an encoder has no cache
             return None
     x, mask = given.get("hidden_states"), given.get("attention_mask")
     if not isinstance(x, Tensor) or not (mask is None or isinstance(mask, Tensor)):

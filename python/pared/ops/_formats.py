@@ -127,7 +127,7 @@ FORMATS: dict[str, Format] = {
             _core.conv2d_int8,
             "int8",
             lambda d, q, n: True,
-            chain=_core.linear_chain_int8,
+            chain=_core.linear_chain_rows,
             devices=("cpu", "cuda"),
         ),
         # The same bytes; a device of its own choice takes inputs in 16 bits.
@@ -139,7 +139,7 @@ FORMATS: dict[str, Format] = {
             None,
             "int8",
             lambda d, q, n: True,
-            chain=_core.linear_chain_int8,
+            chain=_core.linear_chain_rows,
             devices=("cuda",),
         ),
         # Only where `pared.quantize` has put the weight on such a grid (`pared.nn.takes_over`).
@@ -151,7 +151,7 @@ FORMATS: dict[str, Format] = {
             None,
             "int4",
             lambda d, q, n: True,
-            chain=_core.linear_chain_int8,
+            chain=_core.linear_chain_rows,
         ),
         Format(
             "bitmap8",
@@ -161,7 +161,7 @@ FORMATS: dict[str, Format] = {
             None,
             "int8",
             lambda d, q, n: d <= 0.85,
-            chain=_core.linear_chain_int8,
+            chain=_core.linear_chain_rows,
             devices=("cpu", "cuda"),
         ),
         Format(
@@ -183,7 +183,7 @@ FORMATS: dict[str, Format] = {
             _core.conv2d_bsr8,
             "int8",
             lambda d, q, n: d <= 0.7,
-            chain=_core.linear_chain_int8,
+            chain=_core.linear_chain_rows,
             devices=("cpu", "cuda"),
         ),
     )
