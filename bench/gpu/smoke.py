@@ -24,8 +24,9 @@ import pared
 from bench.gpu.measure import Machine, emulated_machine, forced, this_machine
 from pared._cuda_block_sparse import DeviceBlocks
 from pared._cuda_decode import DecodeWeight, Format, pack_in_torch
-from pared._cuda_int8 import Place, gemm_s8
+from pared._cuda_int8 import gemm_s8
 from pared._cuda_sparse import DeviceCSR
+from pared._cuda_weight import Place
 
 KERNEL_S = 30.0  # that the slowest may take, its share of starting the process included
 BEGIN = 60.0  # for torch, the context and the modules
@@ -213,7 +214,7 @@ def _csr(machine: Machine, at: Place) -> Iterator[tuple[str, Check]]:
     def product(dtype: torch.dtype, tokens: int, few: int) -> None:
         w = _random(machine, 200, 600, dtype=dtype, zeros=0.9)
         x = _random(machine, tokens, 600, dtype=dtype)
-        _close(pared._cuda_sparse.linear(x, DeviceCSR.from_dense(w), few=few), x, w)
+        _close(DeviceCSR.from_dense(w).linear(x, few=few), x, w)
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for tokens, few, kind in ((3, 16, "gathers"), (70, 0, "panels")):

@@ -11,8 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pared._cuda_int8 import DYNAMIC, Place, checked_rows, quantize, require_device
-from pared.ops._device import DeviceWeight
+from pared._cuda_int8 import DYNAMIC, quantize
+from pared._cuda_weight import (
+    KernelWeight,
+    Place,
+    address,
+    dtype_name,
+    float_dtypes,
+    require_device,
+    workspace,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +55,7 @@ _items: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True)
-class DeviceBlocks(DeviceWeight):
+class DeviceBlocks(KernelWeight):
     """A weight of blocks in a device's memory.
 
     Attributes
@@ -179,46 +187,28 @@ class DeviceBlocks(DeviceWeight):
             found = known[most] = torch.from_numpy(items).to(self.device), slots
         return found
 
-    def linear(
+    def _input_dtypes(self) -> tuple[torch.dtype, ...]:
+        return float_dtypes() if self.scales is not None else (self.values.dtype,)
+
+    def _like(self) -> torch.Tensor:
+        return self.values
+
+    def _multiply(
         self,
-        x: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        activation: str | None = None,
-        *,
-        place: Place | None = None,
+        place: Place | None,
+        rows: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation: str | None,
         most: int | None = None,
     ) -> torch.Tensor:
-        """``activation(x @ w.T + bias)``.
-
-        Parameters
-        ----------
-        x : [..., in] on the weight's device, in its dtype; for int8 weights of any float dtype, quantized by
-            token.
-        bias : [out], float32, on the same device, or None.
-        activation : None, "relu", "gelu", "gelu_tanh" or "silu".
-        place : the device and stream; None for `x`'s and torch's current one.
-        most : blocks an item of work; None for a choice by size.
-
-        Raises
-        ------
-        TypeError, ValueError : naming the argument, what was expected and what came.
-        RuntimeError : `x` or `bias` asks for a gradient; the CUDA part is missing or cannot run on the
-            device.
-        """
+        """Activations of int8 weights are quantized by token. most: blocks an item of work; None for a
+        choice by size."""
         import torch
 
+        at = place or Place.of(rows)
         outputs, cols = self.shape
-        dtypes = (
-            (torch.float32, torch.float16, torch.bfloat16)
-            if self.scales is not None
-            else (self.values.dtype,)
-        )
-        rows = checked_rows(x, dtypes, self.shape, bias, self.values)
-        at = place or Place.of(x)
-        tokens = rows.shape[0]
-        out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
-        if tokens == 0 or outputs == 0:
-            return out
+        tokens, dtype = rows.shape[0], rows.dtype
+        out = torch.empty((tokens, outputs), dtype=dtype, device=rows.device)
         scales = None
         if self.scales is not None:
             rows, scales = quantize(at, rows, DYNAMIC)
@@ -230,16 +220,12 @@ class DeviceBlocks(DeviceWeight):
             )
         items, slots = self.items(most)
         needed = at.kernels.block_sparse_workspace(tokens, slots, self.block[0])
-        workspace = torch.empty(needed, dtype=torch.uint8, device=x.device) if needed else None
-
-        def address(t: torch.Tensor | None) -> int:
-            return 0 if t is None else t.data_ptr()
-
+        memory = workspace(needed, rows)
         at.kernels.block_sparse_product(
             (
                 self.values.data_ptr(),
                 self.columns.data_ptr(),
-                str(self.values.dtype).removeprefix("torch."),
+                dtype_name(self.values.dtype),
                 *self.block,
                 outputs,
                 cols,
@@ -254,10 +240,10 @@ class DeviceBlocks(DeviceWeight):
             address(self.scales),
             address(bias),
             activation or "",
-            str(x.dtype).removeprefix("torch."),
+            dtype_name(dtype),
             out.data_ptr(),
             outputs,
-            address(workspace),
+            address(memory),
             at.device,
             at.stream,
         )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pared.ops._arrays import channels_last
 from pared.ops.packed import PackedWeight
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def conv2d(
 
     Returns
     -------
-    [N, out, Ho, Wo], in `x`'s dtype and layout.
+    [N, out, Ho, Wo], in `x`'s dtype and layout, as on the CPU: planes where it has both.
 
     Notes
     -----
@@ -66,15 +67,11 @@ def conv2d(
     ------
     ValueError : an image on another device.
     """
-    import torch
-
     if x.device != w.device:
         raise ValueError(f"x: expected a tensor on {w.device}, got one on {x.device}")
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    if stride != (1, 1):
-        x = x[:, :, :: stride[0], :: stride[1]]
-    pixels = x.permute(0, 2, 3, 1)
+    seen = x if stride == (1, 1) else x[:, :, :: stride[0], :: stride[1]]
+    pixels = seen.permute(0, 2, 3, 1)
     if not pixels.is_contiguous():
         pixels = pixels.contiguous()
     y: torch.Tensor = w.linear(pixels, bias, activation).permute(0, 3, 1, 2)
-    return y if last else y.contiguous()
+    return y if channels_last(x) else x.new_empty(y.shape).copy_(y)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pared import _cuda
-from pared._cuda_int8 import Place, checked_rows, require_device
-from pared.ops._device import DeviceWeight
+from pared._cuda_weight import KernelWeight, Place, address, dtype_name, require_device, workspace
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +21,7 @@ FEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class DecodeWeight(DeviceWeight):
+class DecodeWeight(KernelWeight):
     """A weight that is read once for few tokens, in a device's memory.
 
     Attributes
@@ -113,9 +112,8 @@ class DecodeWeight(DeviceWeight):
         return cls(blocks, offsets, format, dtype, (outputs, cols), largest, scales)
 
     def _operand(self) -> tuple[int, int, str, str, int, int, int]:
-        dtype = str(self.dtype).removeprefix("torch.")
         blocks, offsets = self.blocks.data_ptr(), self.offsets.data_ptr()
-        return blocks, offsets, self.format, dtype, *self.shape, self.largest
+        return blocks, offsets, self.format, dtype_name(self.dtype), *self.shape, self.largest
 
     def to_dense(self, *, place: Place | None = None) -> torch.Tensor:
         """The weight [out, in] in `dtype`, as one kernel writes it."""
@@ -123,51 +121,37 @@ class DecodeWeight(DeviceWeight):
 
         at = place or Place.of(self.blocks)
         out = torch.empty(self.shape, dtype=self.dtype, device=self.blocks.device)
-        scales = 0 if self.scales is None else self.scales.data_ptr()
-        at.kernels.decode_expand(self._operand(), scales, out.data_ptr(), at.device, at.stream)
+        at.kernels.decode_expand(self._operand(), address(self.scales), out.data_ptr(), at.device, at.stream)
         return out
 
-    def linear(
+    def _input_dtypes(self) -> tuple[torch.dtype, ...]:
+        return (self.dtype,)
+
+    def _like(self) -> torch.Tensor:
+        return self.blocks
+
+    def _multiply(
         self,
-        x: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        activation: str | None = None,
-        *,
-        place: Place | None = None,
+        place: Place | None,
+        rows: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation: str | None,
         bulk: bool | None = None,
     ) -> torch.Tensor:
-        """``activation(x @ w.T + bias)``; the number of tokens alone decides how, so that graphs hold it.
-
-        Up to `few_tokens` read the packed weight once for every 32 of them; more are multiplied with the
-        dense weight, which exists for the time of the call.
-
-        Parameters
-        ----------
-        x : [..., in] in the weight's dtype and on its device, last axis contiguous.
-        bias : [out], float32, on the same device, or None.
-        activation : None, "relu", "gelu", "gelu_tanh" or "silu".
-        place : the device and stream; None for `x`'s and torch's current one.
-        bulk : whether blocks come by sm_90's bulk copies; None where the device has them.
-
-        Raises
-        ------
-        TypeError, ValueError : naming the argument, what was expected and what came.
-        RuntimeError : `x` or `bias` asks for a gradient; the CUDA part is missing or cannot run on the
-            device.
+        """The number of tokens alone decides how, so that graphs hold it: up to `few_tokens` read the packed
+        weight once for every 32 of them; more are multiplied with the dense weight, which exists for the
+        time of the call. bulk: whether blocks come by sm_90's bulk copies; None where the device has them.
         """
         import torch
 
+        at = place or Place.of(rows)
         outputs, cols = self.shape
-        rows = checked_rows(x, (self.dtype,), self.shape, bias, self.blocks)
-        at = place or Place.of(x)
         tokens = rows.shape[0]
         if tokens > self.few_tokens:
             dense = self.to_dense(place=at)
-            y = torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+            y = torch.nn.functional.linear(rows, dense, None if bias is None else bias.to(rows.dtype))
             return _activate(y, activation)
-        out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
-        if tokens == 0 or outputs == 0:
-            return out
+        out = torch.empty((tokens, outputs), dtype=rows.dtype, device=rows.device)
         *_, needed = at.kernels.plan_decode(
             min(tokens, at.kernels.DECODE_MAX_TOKENS),
             outputs,
@@ -176,11 +160,7 @@ class DecodeWeight(DeviceWeight):
             at.kernels.multiprocessors(at.device),
             at.kernels.shared_limit(at.device),
         )
-        workspace = torch.empty(needed, dtype=torch.uint8, device=x.device) if needed else None
-
-        def address(t: torch.Tensor | None) -> int:
-            return 0 if t is None else t.data_ptr()
-
+        memory = workspace(needed, rows)
         at.kernels.decode_product(
             self._operand(),
             rows.data_ptr(),
@@ -191,7 +171,7 @@ class DecodeWeight(DeviceWeight):
             activation or "",
             out.data_ptr(),
             outputs,
-            address(workspace),
+            address(memory),
             at.kernels.bulk_copies(at.device) if bulk is None else bulk,
             at.device,
             at.stream,

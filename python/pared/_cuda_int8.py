@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pared import _cuda
-from pared.ops._arrays import refuse_grad
-from pared.ops._device import DeviceWeight
+from pared._cuda_weight import (
+    KernelWeight,
+    Place,
+    address,
+    dtype_name,
+    float_dtypes,
+    require_device,
+    workspace,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -21,21 +26,7 @@ MAX_EXACT_COLS = 131071  # of gemm_s8: 128 * 128 * K stays below 2^31
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a kernel runs: the extension module, its device's index and a stream."""
-
-    kernels: Any
-    device: int
-    stream: int
-
-    @classmethod
-    def of(cls, x: torch.Tensor) -> Place:
-        """`x`'s device and torch's current stream there. Raises ``RuntimeError`` as `pared._cuda.kernels`."""
-        return cls(*_cuda.place_of(x))
-
-
-@dataclass(frozen=True)
-class DeviceInt8(DeviceWeight):
+class DeviceInt8(KernelWeight):
     """A `pared.ops.Int8` weight in a device's memory: rows of bytes, padded with zeros to 16.
 
     Attributes
@@ -80,44 +71,24 @@ class DeviceInt8(DeviceWeight):
         """(out, in)."""
         return self.q.shape[0], self.cols
 
-    def linear(
-        self,
-        x: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        activation: str | None = None,
-        *,
-        place: Place | None = None,
+    def _input_dtypes(self) -> tuple[torch.dtype, ...]:
+        return float_dtypes()
+
+    def _like(self) -> torch.Tensor:
+        return self.q
+
+    def _multiply(
+        self, place: Place | None, rows: torch.Tensor, bias: torch.Tensor | None, activation: str | None
     ) -> torch.Tensor:
-        """``activation(x @ w.T + bias)``; see `pared.ops.linear`.
-
-        Parameters
-        ----------
-        x : [..., in], float32, bfloat16 or float16, last axis contiguous, on the weight's device.
-        bias : [out], float32, on the same device, or None.
-        activation : None, "relu", "gelu", "gelu_tanh" or "silu".
-        place : the device and stream; None for `x`'s and torch's current one.
-
-        Returns
-        -------
-        [..., out], of `x`'s dtype. Without an activation the bits of the CPU's `Int8`.
-
-        Raises
-        ------
-        TypeError, ValueError : naming the argument, what was expected and what came.
-        RuntimeError : `x` or `bias` asks for a gradient; the CUDA part is missing or cannot run on the
-            device.
-        """
+        """Without an activation the bits of the CPU's `Int8`."""
         import torch
 
+        at = place or Place.of(rows)
         if self.cols > MAX_COLS:
             raise ValueError(f"w: expected at most {MAX_COLS} inputs, got {self.cols}")
-        rows = checked_rows(x, (torch.float32, torch.float16, torch.bfloat16), self.shape, bias, self.q)
-        outputs = self.shape[0]
-        at = place or Place.of(x)
-        dtype = str(x.dtype).removeprefix("torch.")
         q, scales = quantize(at, rows, self.activations)
-        out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
-        _product(at, q, self.q, self.cols, scales, self, bias, activation or "", dtype, out)
+        out = torch.empty((rows.shape[0], self.shape[0]), dtype=rows.dtype, device=rows.device)
+        _product(at, q, self.q, self.cols, scales, self, bias, activation or "", dtype_name(rows.dtype), out)
         return out
 
 
@@ -130,7 +101,7 @@ def quantize(at: Place, rows: torch.Tensor, activations: Activations) -> tuple[t
     scales = torch.empty(tokens, dtype=torch.float32, device=rows.device)
     at.kernels.quantize_rows(
         rows.data_ptr(),
-        str(rows.dtype).removeprefix("torch."),
+        dtype_name(rows.dtype),
         tokens,
         cols,
         rows.stride(0),
@@ -171,68 +142,6 @@ def gemm_s8(a: torch.Tensor, b: torch.Tensor, *, place: Place | None = None) -> 
     return out
 
 
-def checked_rows(
-    x: torch.Tensor,
-    dtypes: Sequence[torch.dtype],
-    shape: tuple[int, int],
-    bias: torch.Tensor | None,
-    like: torch.Tensor,
-) -> torch.Tensor:
-    """`x` as [tokens, in], once it and `bias` fit a weight of `shape` on the device of `like`."""
-    import torch
-
-    outputs, cols = shape
-    if not isinstance(x, torch.Tensor) or x.dtype not in dtypes:
-        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"x: expected dtype {names}, got {got}")
-    if x.ndim < 1 or x.shape[-1] != cols:
-        raise ValueError(f"x: expected shape [..., {cols}], got {list(x.shape)}")
-    require_device("x", x, like)
-    rows = rows_of(x)
-    check_bias(bias, outputs, like)
-    refuse_grad(x, "x")
-    refuse_grad(bias, "bias")
-    return rows
-
-
-def check_bias(bias: torch.Tensor | None, outputs: int, like: torch.Tensor) -> None:
-    """Throws unless `bias` is None or float32 [outputs] on the device of `like`."""
-    import torch
-
-    if bias is None:
-        return
-    if not isinstance(bias, torch.Tensor) or bias.dtype != torch.float32:
-        got = bias.dtype if isinstance(bias, torch.Tensor) else type(bias).__name__
-        raise TypeError(f"bias: expected a float32 tensor, got {got}")
-    if bias.shape != (outputs,) or not bias.is_contiguous():
-        raise ValueError(f"bias: expected contiguous [{outputs}], got {list(bias.shape)}")
-    require_device("bias", bias, like)
-
-
-def require_device(name: str, t: torch.Tensor, like: torch.Tensor) -> None:
-    """Throws unless `t` is on the device of `like`."""
-    if t.device != like.device:
-        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {t.device}")
-
-
-def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """`x` as [tokens, in] without a copy. ``ValueError`` where its strides do not allow that."""
-    if x.ndim == 2 and (x.stride(1) == 1 or x.shape[1] <= 1):
-        return x
-    if x.is_contiguous():
-        return x.reshape(x.numel() // x.shape[-1] if x.shape[-1] else x[..., :0].numel(), x.shape[-1])
-    if x.stride(-1) == 1:
-        try:
-            return x.view(-1, x.shape[-1])
-        except RuntimeError:
-            pass
-    raise ValueError(
-        f"x: expected rows that are contiguous and evenly spaced, got strides {tuple(x.stride())}; "
-        "call .contiguous()"
-    )
-
-
 def _aligned(at: Place, t: torch.Tensor) -> torch.Tensor:
     """An int8 matrix with rows at multiples of 16 bytes and zeros behind them: `t` itself where it is one."""
     import torch
@@ -270,17 +179,11 @@ def _product(
     out: torch.Tensor,
 ) -> None:
     """The product of padded rows of bytes into `out`, whose rows lie one after the other."""
-    import torch
-
     tokens, outputs = a.shape[0], b.shape[0]
     if tokens == 0 or outputs == 0:
         return
     *_, needed = at.kernels.plan_int8(tokens, outputs, cols, at.kernels.multiprocessors(at.device))
-    workspace = torch.empty(needed, dtype=torch.uint8, device=a.device) if needed else None
-
-    def address(t: torch.Tensor | None) -> int:
-        return 0 if t is None else t.data_ptr()
-
+    memory = workspace(needed, a)
     at.kernels.int8_product(
         a.data_ptr(),
         b.data_ptr(),
@@ -298,7 +201,7 @@ def _product(
         dtype,
         out.data_ptr(),
         outputs,
-        address(workspace),
+        address(memory),
         at.device,
         at.stream,
     )

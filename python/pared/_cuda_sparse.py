@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pared._cuda_int8 import Place, checked_rows
-from pared.ops._device import DeviceWeight
+from pared._cuda_weight import KernelWeight, Place, address, dtype_name, float_dtypes, workspace
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +75,7 @@ def row_order(row_fours: NDArray[np.int64]) -> NDArray[np.int32]:
 
 
 @dataclass(frozen=True)
-class DeviceCSR(DeviceWeight):
+class DeviceCSR(KernelWeight):
     """An unstructured sparse weight in a device's memory; csrc/cuda/csr_plan.h has the layout.
 
     Attributes
@@ -223,96 +222,74 @@ class DeviceCSR(DeviceWeight):
         out[(segment // max(1, blocks)).expand_as(col)[real], col[real]] = self.values[:-1][real]
         return out
 
-    def linear(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
+    def _input_dtypes(self) -> tuple[torch.dtype, ...]:
+        return (self.dtype,)
+
+    def _like(self) -> torch.Tensor:
+        return self.values
+
+    def _multiply(
+        self,
+        place: Place | None,
+        rows: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation: str | None,
+        few: int = -1,
     ) -> torch.Tensor:
-        return linear(x, self, bias, activation)
+        """few: tokens up to which the weight is read once for each eight of them; more share panels of
+        activations. Below 0: a choice by size."""
+        import torch
+
+        at = place or Place.of(rows)
+        outputs, cols = self.shape
+        tokens = rows.shape[0]
+        out = torch.empty((tokens, outputs), dtype=rows.dtype, device=rows.device)
+        count = self.items.shape[0]
+        plan = at.kernels.plan_csr(
+            tokens,
+            outputs,
+            cols,
+            self.block_cols,
+            rows.element_size(),
+            count,
+            at.kernels.multiprocessors(at.device),
+            at.kernels.shared_limit(at.device),
+            few,
+        )
+        needed: int = plan["workspace_bytes"]
+        memory = workspace(needed, rows)
+        at.kernels.csr_product(
+            (
+                self.values.data_ptr(),
+                self.columns.data_ptr(),
+                self.starts.data_ptr(),
+                dtype_name(self.dtype),
+                self.block_cols,
+                outputs,
+                cols,
+                self.items.data_ptr(),
+                count,
+                self.order.data_ptr(),
+            ),
+            rows.data_ptr(),
+            tokens,
+            rows.stride(0),
+            address(bias),
+            activation or "",
+            out.data_ptr(),
+            outputs,
+            address(memory),
+            needed,
+            few,
+            at.device,
+            at.stream,
+        )
+        return out
 
 
 def _check_dtype(name: str, t: Any) -> None:
     import torch
 
-    if not isinstance(t, torch.Tensor) or t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if not isinstance(t, torch.Tensor) or t.dtype not in float_dtypes():
         got = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
         raise TypeError(f"{name}: expected dtype float32, float16 or bfloat16, got {got}")
-
-
-def linear(
-    x: torch.Tensor,
-    w: DeviceCSR,
-    bias: torch.Tensor | None = None,
-    activation: str | None = None,
-    *,
-    place: Place | None = None,
-    few: int = -1,
-) -> torch.Tensor:
-    """``activation(x @ w.T + bias)`` with an unstructured sparse weight in device memory.
-
-    Parameters
-    ----------
-    x : [..., in] in the weight's dtype and on its device, last axis contiguous.
-    bias : [out], float32, on the same device, or None.
-    activation : None, "relu", "gelu", "gelu_tanh" or "silu".
-    place : the device and stream; None for `x`'s and torch's current one.
-    few : tokens up to which the weight is read once for each eight of them; more share panels of activations.
-        Below 0: a choice by size.
-
-    Raises
-    ------
-    TypeError, ValueError : naming the argument, what was expected and what came.
-    RuntimeError : `x` or `bias` asks for a gradient; the CUDA part is missing or cannot run on the device.
-    """
-    import torch
-
-    outputs, cols = w.shape
-    rows = checked_rows(x, (w.dtype,), w.shape, bias, w.values)
-    at = place or Place.of(x)
-    tokens = rows.shape[0]
-    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
-    if tokens == 0 or outputs == 0:
-        return out
-    count = w.items.shape[0]
-    plan = at.kernels.plan_csr(
-        tokens,
-        outputs,
-        cols,
-        w.block_cols,
-        x.element_size(),
-        count,
-        at.kernels.multiprocessors(at.device),
-        at.kernels.shared_limit(at.device),
-        few,
-    )
-    needed: int = plan["workspace_bytes"]
-    workspace = torch.empty(needed, dtype=torch.uint8, device=x.device) if needed else None
-
-    def address(t: torch.Tensor | None) -> int:
-        return 0 if t is None else t.data_ptr()
-
-    at.kernels.csr_product(
-        (
-            w.values.data_ptr(),
-            w.columns.data_ptr(),
-            w.starts.data_ptr(),
-            str(w.dtype).removeprefix("torch."),
-            w.block_cols,
-            outputs,
-            cols,
-            w.items.data_ptr(),
-            count,
-            w.order.data_ptr(),
-        ),
-        rows.data_ptr(),
-        tokens,
-        rows.stride(0),
-        address(bias),
-        activation or "",
-        out.data_ptr(),
-        outputs,
-        address(workspace),
-        needed,
-        few,
-        at.device,
-        at.stream,
-    )
-    return out

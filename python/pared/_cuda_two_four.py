@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pared._cuda_decode import _activate
-from pared._cuda_int8 import checked_rows
-from pared.ops._device import DeviceWeight
+from pared._cuda_weight import KernelWeight, Place
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +46,7 @@ def unavailable(weight: torch.Tensor) -> str | None:
 
 
 @dataclass(frozen=True)
-class DeviceTwoFour(DeviceWeight):
+class DeviceTwoFour(KernelWeight):
     """A 2:4 weight in a device's memory, as cuSPARSELt compressed it.
 
     Attributes
@@ -91,29 +90,19 @@ class DeviceTwoFour(DeviceWeight):
         found = torch._cslt_sparse_mm_search(self.compressed, x.t(), transpose_result=True)
         return DeviceTwoFour(self.compressed, self.dtype, self.shape, int(found))
 
-    def linear(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
+    def _input_dtypes(self) -> tuple[torch.dtype, ...]:
+        return (self.dtype,)
+
+    def _like(self) -> torch.Tensor:
+        return self.compressed
+
+    def _multiply(
+        self, place: Place | None, rows: torch.Tensor, bias: torch.Tensor | None, activation: str | None
     ) -> torch.Tensor:
-        """``activation(x @ w.T + bias)``.
-
-        Parameters
-        ----------
-        x : [..., in] in the weight's dtype and on its device, last axis contiguous; tokens are padded to 8.
-        bias : [out], float32, or None; it is rounded to the weight's dtype.
-        activation : None, "relu", "gelu", "gelu_tanh" or "silu".
-
-        Raises
-        ------
-        TypeError, ValueError : naming the argument, what was expected and what came.
-        RuntimeError : `x` or `bias` asks for a gradient.
-        """
+        """Tokens are padded to 8; the bias is rounded to the weight's dtype."""
         import torch
 
-        outputs, cols = self.shape
-        rows = checked_rows(x, (self.dtype,), self.shape, bias, self.compressed)
-        tokens = rows.shape[0]
-        if tokens == 0:
-            return torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+        tokens, cols = rows.shape
         if tokens % TOKENS or rows.stride(0) != cols:
             rows = torch.nn.functional.pad(rows, (0, 0, 0, -tokens % TOKENS)).contiguous()
         y = torch._cslt_sparse_mm(
@@ -123,4 +112,4 @@ class DeviceTwoFour(DeviceWeight):
             transpose_result=True,
             alg_id=self.algorithm,
         )
-        return _activate(y[:tokens].reshape(*x.shape[:-1], outputs), activation)
+        return _activate(y[:tokens], activation).contiguous()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import pared
 from pared._cuda_block_sparse import DeviceBlocks, blocks_per_item, work_items
-from pared._cuda_int8 import Place
+from pared._cuda_weight import Place
 
 
 @pytest.fixture

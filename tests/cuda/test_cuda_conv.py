@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pared
-from pared._cuda_int8 import Place
+from pared._cuda_weight import Place
 from pared.nn import Conv2d
 from pared.ops._library import conv2d_device_op
 
@@ -109,6 +109,25 @@ def test_opcheck(backend, place, stride):
             x = torch.randn(shape).to(backend.device).contiguous(memory_format=memory_format)
             args = (x, moved._device_tensors, moved.bias, 40, list(stride), moved._device_layout, "gelu")
             torch.library.opcheck(conv2d_device_op, args)
+
+
+@pytest.mark.parametrize("channels", [1, 36])
+def test_outputs_lie_as_the_cpus_do(backend, place, channels):
+    """Also where an image is channels-last and planes at once: one channel, or one pixel."""
+    torch.manual_seed(3)
+    for outputs in (1, 40):
+        module = Conv2d.from_module(nn.Conv2d(channels, outputs, 1), format="csr")
+        moved = move(module, backend)
+        for shape in ((2, channels, 5, 7), (2, channels, 1, 1), (1, channels, 1, 7), (2, channels, 5, 1)):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = torch.randn(shape).contiguous(memory_format=layout)
+                on = x.to(backend.device, memory_format=torch.preserve_format)
+                for cut in (slice(None), slice(0, 3)):
+                    got, want = moved(on[..., cut]), module(x[..., cut])
+                    assert got.stride() == want.stride(), (shape, layout, cut)
+                    torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5)
+                args = (on, moved._device_tensors, moved.bias, outputs, [1, 1], moved._device_layout, "")
+                torch.library.opcheck(conv2d_device_op, args)
 
 
 def test_8_bits_have_a_scale_a_pixel(backend, place):

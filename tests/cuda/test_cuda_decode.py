@@ -10,7 +10,7 @@ import torch
 import pared
 from pared import _cuda_decode
 from pared._cuda_decode import DecodeWeight
-from pared._cuda_int8 import Place
+from pared._cuda_weight import Place
 
 FORMATS = ("bitmap16", "bitmap8", "dense8")
 DTYPES = (torch.float16, torch.bfloat16)

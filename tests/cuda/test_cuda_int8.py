@@ -10,7 +10,8 @@ import torch
 
 import pared
 from pared import _cuda, _cuda_int8
-from pared._cuda_int8 import DeviceInt8, Place
+from pared._cuda_int8 import DeviceInt8
+from pared._cuda_weight import Place
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pared
-from pared._cuda_int8 import Place
+from pared._cuda_weight import Place
 from pared.nn import Conv2d, Linear
 from pared.ops._device import DeviceWeight
 from pared.ops._library import linear_device_op

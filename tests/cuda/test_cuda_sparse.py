@@ -12,8 +12,8 @@ from torch import nn
 
 import pared
 from pared import _cuda_sparse
-from pared._cuda_int8 import Place
 from pared._cuda_sparse import DeviceCSR, row_order, work_items
+from pared._cuda_weight import Place
 from pared.ops._device import DeviceWeight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -74,9 +74,9 @@ def test_products(backend, place, rng, monkeypatch, dtype, block_cols):
         bias = torch.from_numpy(rng.standard_normal(n)).float()
         on, bias_on = x.to(backend.device), bias.to(backend.device)
         for few in (1 << 30, 0):
-            got = _cuda_sparse.linear(on, w, bias_on, few=few)
+            got = w.linear(on, bias_on, few=few)
             assert_close(got, x, dense, bias)
-            assert torch.equal(_cuda_sparse.linear(on, w, bias_on, few=few), got)
+            assert torch.equal(w.linear(on, bias_on, few=few), got)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -85,7 +85,7 @@ def test_numbers_of_tokens(backend, place, rng, dtype):
     w = DeviceCSR.from_dense(dense.to(backend.device))
     for m in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 65, 129):
         x = torch.from_numpy(rng.standard_normal((m, 96))).to(dtype)
-        assert_close(_cuda_sparse.linear(x.to(backend.device), w), x, dense)
+        assert_close(w.linear(x.to(backend.device)), x, dense)
 
 
 @pytest.mark.parametrize("rows", [64, 128, 256])
@@ -98,7 +98,7 @@ def test_sizes_of_tiles(backend, place, rng, rows):
         assert plan["rows"] == rows
     w = DeviceCSR.from_dense(dense.to(backend.device))
     x = torch.from_numpy(rng.standard_normal((40, 40))).to(torch.float16)
-    assert_close(_cuda_sparse.linear(x.to(backend.device), w, few=0), x, dense)
+    assert_close(w.linear(x.to(backend.device), few=0), x, dense)
 
 
 def test_many_inputs(backend, place, rng, monkeypatch):
@@ -112,10 +112,10 @@ def test_many_inputs(backend, place, rng, monkeypatch):
     assert torch.equal(w.to_dense().cpu(), dense)
     x = torch.from_numpy(rng.standard_normal((2, k))).float()
     for few in (8, 0):
-        assert_close(_cuda_sparse.linear(x.to(backend.device), w, few=few), x, dense)
+        assert_close(w.linear(x.to(backend.device), few=few), x, dense)
     narrow_blocks(monkeypatch, place, 5)
     w = DeviceCSR.from_dense(dense[:, :60].to(backend.device))
-    assert_close(_cuda_sparse.linear(x[:, :60].to(backend.device), w, few=0), x[:, :60], dense[:, :60])
+    assert_close(w.linear(x[:, :60].to(backend.device), few=0), x[:, :60], dense[:, :60])
 
 
 def test_rows_shared_by_several_warps(backend, place, rng):
@@ -125,9 +125,9 @@ def test_rows_shared_by_several_warps(backend, place, rng):
     w = DeviceCSR.from_dense(dense.to(backend.device))
     assert int(w.items[:, 2].max()) > 32
     x = torch.from_numpy(rng.standard_normal((3, 3000))).float()
-    got = _cuda_sparse.linear(x.to(backend.device), w)
+    got = w.linear(x.to(backend.device))
     assert_close(got, x, dense)
-    assert torch.equal(_cuda_sparse.linear(x.to(backend.device), w), got)
+    assert torch.equal(w.linear(x.to(backend.device)), got)
 
 
 @pytest.mark.parametrize("few", [8, 0])
@@ -139,7 +139,7 @@ def test_zeros_meet_no_infinity(backend, place, rng, few):
     x = torch.ones(2, 20)
     x[0, [0, 3, 7, 19]] = float("inf")
     x[1, 2] = float("nan")
-    got = _cuda_sparse.linear(x.to(backend.device), w, None, few=few).cpu()
+    got = w.linear(x.to(backend.device), few=few).cpu()
     assert got[0].tolist() == [2.0, 3.0, 0.0]
     assert got[1, [0, 2]].tolist() == [2.0, 0.0]
     assert torch.isnan(got[1, 1])
@@ -158,7 +158,7 @@ def test_epilogue(backend, place, rng, few):
         ("gelu_tanh", lambda t: nn.functional.gelu(t, approximate="tanh")),
         ("silu", nn.functional.silu),
     ]:
-        got = _cuda_sparse.linear(x.to(backend.device), w, bias.to(backend.device), name, few=few)
+        got = w.linear(x.to(backend.device), bias.to(backend.device), name, few=few)
         torch.testing.assert_close(got.cpu().double(), function(plain), rtol=1e-4, atol=1e-5)
 
 
@@ -168,11 +168,11 @@ def test_no_elements(backend, place):
         bias = torch.arange(4.0)
         for few in (8, 0):
             x = torch.ones(3, shape[1], device=backend.device)
-            got = _cuda_sparse.linear(x, w, bias.to(backend.device), few=few)
+            got = w.linear(x, bias.to(backend.device), few=few)
             assert torch.equal(got.cpu(), bias.expand(3, 4))
-        assert _cuda_sparse.linear(torch.ones(0, shape[1], device=backend.device), w).shape == (0, 4)
+        assert w.linear(torch.ones(0, shape[1], device=backend.device)).shape == (0, 4)
     none = DeviceCSR.from_dense(torch.zeros(0, 5, device=backend.device))
-    assert _cuda_sparse.linear(torch.ones(3, 5, device=backend.device), none).shape == (3, 0)
+    assert none.linear(torch.ones(3, 5, device=backend.device)).shape == (3, 0)
 
 
 def test_views_and_leading_dimensions(backend, place, rng):
@@ -182,7 +182,7 @@ def test_views_and_leading_dimensions(backend, place, rng):
     on = x.to(backend.device)
     for first in (0, 1):
         for few in (8, 0):
-            got = _cuda_sparse.linear(on[..., first : first + 61], w, few=few)
+            got = w.linear(on[..., first : first + 61], few=few)
             assert got.shape == (2, 3, 40)
             assert_close(got.reshape(6, 40), x[..., first : first + 61].reshape(6, 61), dense)
 
@@ -222,12 +222,12 @@ def test_a_wrong_product_is_seen(backend, place, rng):
     dense = random_weight(rng, (20, 30), 0.5, torch.float32)
     w = DeviceCSR.from_dense(dense.to(backend.device))
     x = torch.from_numpy(rng.standard_normal((3, 30))).float()
-    assert_close(_cuda_sparse.linear(x.to(backend.device), w), x, dense)
+    assert_close(w.linear(x.to(backend.device)), x, dense)
     for fault in (w.columns, w.values):
         before = fault[2, 1].clone()
         fault[2, 1] = 0 if fault is w.values else (before + 1) % 30
         with pytest.raises(AssertionError):
-            assert_close(_cuda_sparse.linear(x.to(backend.device), w), x, dense)
+            assert_close(w.linear(x.to(backend.device)), x, dense)
         fault[2, 1] = before
 
 
@@ -336,10 +336,10 @@ def test_bad_input(rng):
     empty = torch.zeros(1, dtype=torch.int32)
     w = DeviceCSR(torch.zeros(1, 4), empty, empty, empty, empty, 32, (32, 32), 0)
     for args, error, text in [
-        ((x.half(), w), TypeError, "x: expected dtype float32, got torch.float16"),
-        ((x[:, :8], w), ValueError, r"x: expected shape \[..., 32\], got \[2, 8\]"),
-        ((x.to("meta"), w), ValueError, "x: expected a tensor on cpu, got one on meta"),
-        ((x, w, torch.ones(3)), ValueError, r"bias: expected contiguous \[32\], got \[3\]"),
+        ((x.half(),), TypeError, "x: expected dtype float32, got torch.float16"),
+        ((x[:, :8],), ValueError, r"x: expected shape \[..., 32\], got \[2, 8\]"),
+        ((x.to("meta"),), ValueError, "x: expected a tensor on cpu, got one on meta"),
+        ((x, torch.ones(3)), ValueError, r"bias: expected contiguous \[32\], got \[3\]"),
     ]:
         with pytest.raises(error, match=text):
-            _cuda_sparse.linear(*args)
+            w.linear(*args)

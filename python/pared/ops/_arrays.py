@@ -82,6 +82,24 @@ def empty_like_kind(x: Any, shape: tuple[int, ...], dtype: Any = None) -> Array:
     return np.empty(shape, dtype=x.dtype if dtype is None else dtype)
 
 
+def channels_last(x: torch.Tensor) -> bool:
+    """Whether convolutions take [N, C, H, W] pixel by pixel: channels are neighbours, planes not whole."""
+    if x.is_contiguous():
+        return False
+    _, channels, _, width = x.shape
+    _, c, h, w = x.stride()
+    return c == 1 and w != 1 and w >= channels and h == width * w
+
+
+def empty_images(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """An uninitialised [N, C, H, W] in `x`'s dtype and layout, on its device."""
+    if not channels_last(x):
+        return x.new_empty(shape)
+    import torch
+
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
 def refuse_grad(x: Any, name: str) -> None:
     """Raise ``RuntimeError`` when autograd would need a gradient through an operation that has none."""
     if is_torch(x) and x.requires_grad:

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pared import _core
 from pared._cuda_conv import conv2d as pointwise_conv2d
+from pared.ops._arrays import channels_last, empty_images
 from pared.ops._device import DeviceWeight
 from pared.ops._formats import Format, format_of
 
@@ -176,13 +177,7 @@ def _conv2d_device_fake(
         raise ValueError(f"x: expected [N, C, H, W] or [C, H, W], got shape {list(x.shape)}")
     batch = x if x.ndim == 4 else x[None]
     size = [-(-batch.shape[2 + i] // stride[i]) for i in (0, 1)]
-    last = batch.is_contiguous(memory_format=torch.channels_last)
-    out = torch.empty(
-        (batch.shape[0], out_channels, *size),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
-    )
+    out = empty_images(batch, (batch.shape[0], out_channels, *size))
     return out if x.ndim == 4 else out[0]
 
 
@@ -198,23 +193,9 @@ conv2d_device_op = _define(
 
 def images(x: Tensor) -> Tensor:
     """`x` [N, C, H, W] itself where the convolution reads it (whole planes, or pixels), else a copy."""
-    if x.is_contiguous():
-        return x
-    _, channels, _, width = x.shape
-    _, c, h, w = x.stride()
-    if (w == 1 and h == width) or (c == 1 and w >= channels and h == width * w):
+    if x.is_contiguous() or channels_last(x) or (x.stride(3) == 1 and x.stride(2) == x.shape[3]):
         return x
     return x.contiguous()
-
-
-def empty_images(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An uninitialised output for `images` of `x`, in its dtype and layout."""
-    if x.is_contiguous():
-        return x.new_empty(shape)
-    strides = x.stride()
-    last = strides[1] == 1 and strides[3] != 1
-    layout = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _conv2d(

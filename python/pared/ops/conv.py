@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pared import _core
 from pared._types import Array
-from pared.ops._arrays import activation_name, integer, is_torch, refuse_grad, require_array
+from pared.ops._arrays import activation_name, empty_images, integer, is_torch, refuse_grad, require_array
 from pared.ops._formats import FORMATS
 from pared.ops.packed import PackedWeight
 
@@ -74,13 +74,7 @@ _known_frame = lru_cache(maxsize=256)(_frame)
 def _empty_images(x: Any, shape: tuple[int, int, int, int]) -> Array:
     """An uninitialised [N, C, H, W] of `x`'s kind, dtype, device and memory layout."""
     if is_torch(x):
-        if x.is_contiguous():
-            return x.new_empty(shape)
-        import torch
-
-        strides = x.stride()
-        layout = torch.channels_last if strides[1] == 1 and strides[3] != 1 else torch.contiguous_format
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        return empty_images(x, shape)
     images: NDArray[Any]
     if x.strides[1] == x.itemsize != x.strides[3] and not x.flags.c_contiguous:
         n, c, h, w = shape
