@@ -122,12 +122,12 @@ def calls_of(
     for f in FORMATS.values():
         if f.combines or f.name != (only or f.name) or "cpu" not in f.devices:
             continue
-        if (f.linear if layer.linear else f.conv2d) is None:
+        if not layer.linear and f.conv2d is None:
             continue
         packed = _packed(f.name, weight)
         if layer.linear:
             out = torch.empty(*x.shape[:-1], layer.shape[0])
-            calls[f.name] = lambda k=f.linear, p=packed, y=out: k(x, p, None, y, "")
+            calls[f.name] = lambda p=packed, y=out: _core.linear(x, p, None, None, y)
         else:
             side = x.shape[-1] // layer.stride
             out = torch.empty(x.shape[0], layer.shape[0], side, side)

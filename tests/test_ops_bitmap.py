@@ -156,8 +156,6 @@ def test_bad_arguments():
         ops.linear(x[:, :3], packed)
     with pytest.raises(ValueError, match="bias: expected shape"):
         ops.linear(x, packed, np.ones(3, np.float32))
-    with pytest.raises(ValueError, match="packed weight: expected a bitmap"):
-        _core.linear_bitmap(x, ops.CSR.from_dense(w).packed, None, np.empty((2, 4), np.float32))
     with pytest.raises(ValueError, match=r"w: expected .*kernel, got|w: expected a convolution"):
         ops.conv2d(np.ones((1, 4, 3, 3), np.float32), packed)
 

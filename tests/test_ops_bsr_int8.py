@@ -132,13 +132,15 @@ def test_errors(rng):
     with pytest.raises(ValueError, match="packed weight: expected a bsr8 buffer, got a csr one"):
         ops.BSRInt8(ops.CSR.from_dense(w).packed)
     with pytest.raises(ValueError, match=r"packed weight: expected int8 blocks \(bsr8\), got kind 1"):
-        _core.linear_bsr8(w, ops.CSR.from_dense(w).packed, None, w.copy())
+        _core.bsr8_unpack(ops.CSR.from_dense(w).packed)
 
 
 def test_a_weight_of_the_other_operation_is_refused():
     conv = ops.BSRInt8.from_dense(np.ones((4, 3, 2, 2), np.float32)).packed
-    with pytest.raises(ValueError, match="packed: expected a linear weight, got a convolution's"):
-        _core.linear_bsr8(np.ones((2, 12), np.float32), conv, None, np.ones((2, 4), np.float32))
+    with pytest.raises(
+        ValueError, match=r"w: expected a linear weight \[out, in\], got shape \[4, 3, 2, 2\]"
+    ):
+        _core.linear(np.ones((2, 12), np.float32), conv, None, None, np.ones((2, 4), np.float32))
     linear = ops.BSRInt8.from_dense(np.ones((4, 12), np.float32)).packed
     x, y = np.ones((1, 12, 1, 1), np.float32), np.ones((1, 4, 1, 1), np.float32)
     with pytest.raises(ValueError, match="packed: expected a convolution weight, got a linear one"):

@@ -317,4 +317,4 @@ def test_bad_output_memory(rng):
     ]
     for error, message, x_, bias_, out in cases:
         with pytest.raises(error, match=message):
-            _core.linear_csr(x_, w, bias_, out)
+            _core.linear(x_, w, bias_, None, out)

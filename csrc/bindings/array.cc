@@ -1,11 +1,14 @@
 #include "bindings/array.h"
 
+#include <dlfcn.h>
 #include <pybind11/numpy.h>
 
 #include <algorithm>
 #include <atomic>
 #include <iterator>
+#include <stdexcept>
 #include <utility>
+#include <vector>
 
 #include "core/check.h"
 
@@ -16,7 +19,7 @@ namespace {
 struct Names {
   py::object data_ptr = intern("data_ptr"), dtype = intern("dtype"), shape = intern("shape"),
              stride = intern("stride"), is_cpu = intern("is_cpu"), device = intern("device"),
-             layout = intern("layout"), is_neg = intern("is_neg");
+             layout = intern("layout"), is_neg = intern("is_neg"), requires_grad = intern("requires_grad");
   static py::object intern(const char* s) {
     return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(s));
   }
@@ -58,25 +61,57 @@ struct DlExchange {
 };
 
 // The dtypes that any operation takes: torch's name, DLPack's kind (0 signed, 1 unsigned, 2 float, 4 bfloat,
-// 6 bool) and bits.
+// 6 bool) and bits, torch's number (c10::ScalarType, which its files hold).
 struct TypeRow {
   const char* name;
   DType value;
-  int dlpack_kind, bits;
+  int dlpack_kind, bits, torch_number;
 };
 constexpr TypeRow kTypes[] = {
-    {"float32", DType::f32, 2, 32}, {"bfloat16", DType::bf16, 4, 16}, {"float16", DType::f16, 2, 16},
-    {"uint8", DType::u8, 1, 8},     {"bool", DType::boolean, 6, 8},   {"int64", DType::i64, 0, 64},
-    {"int32", DType::i32, 0, 32},   {"int8", DType::i8, 0, 8},        {"float64", DType::f64, 2, 64},
-    {"int16", DType::i16, 0, 16},
+    {"float32", DType::f32, 2, 32, 6},  {"bfloat16", DType::bf16, 4, 16, 15},
+    {"float16", DType::f16, 2, 16, 5},  {"uint8", DType::u8, 1, 8, 0},
+    {"bool", DType::boolean, 6, 8, 11}, {"int64", DType::i64, 0, 64, 4},
+    {"int32", DType::i32, 0, 32, 3},    {"int8", DType::i8, 0, 8, 1},
+    {"float64", DType::f64, 2, 64, 7},  {"int16", DType::i16, 0, 16, 2},
+};
+
+// New tensors, by torch's own C interface (aoti_torch/c/shim.h) and the function with which its bindings make
+// an object of one: once other code has run in between, torch.empty takes 10 us and this 4. A handle points
+// to an at::Tensor.
+struct TorchNew {
+  int32_t (*empty)(int64_t ndim, const int64_t* shape, const int64_t* strides, int32_t dtype,
+                   int32_t device_type, int32_t device, void** handle) = nullptr;
+  int32_t (*data)(void* handle, void** out) = nullptr;
+  int32_t (*release)(void* handle) = nullptr;
+  PyObject* (*wrap)(const void* tensor) = nullptr;
+
+  // An empty object when torch says no. `shape` ends with the innermost axis.
+  NewArray operator()(int torch_number, const int64_t* shape, int ndim) const {
+    int64_t strides[Array::kMaxDims], step = 1;
+    for (int i = ndim - 1; i >= 0; --i) {
+      strides[i] = step;
+      step *= std::max<int64_t>(shape[i], 1);
+    }
+    constexpr int32_t kCpu = 0;
+    void *handle = nullptr, *data = nullptr;
+    if (empty(ndim, shape, strides, torch_number, kCpu, 0, &handle) != 0) return {};
+    PyObject* object = this->data(handle, &data) == 0 ? wrap(handle) : nullptr;
+    release(handle);
+    return {py::reinterpret_steal<py::object>(object), data};
+  }
 };
 
 struct TorchTypes {
-  py::object tensor, parameter, strided;
+  py::object tensor, parameter, strided, empty, grad_enabled;
   const DlExchange* exchange;  // null before torch 2.10
+  TorchNew new_tensor;         // without functions where torch does not export them, or they act otherwise
   // torch's dtypes are singletons: looked up once, compared by identity.
   std::pair<py::object, DType> dtypes[std::size(kTypes)];
 };
+
+bool is_tensor(py::handle o, const TorchTypes& torch) {
+  return PyObject_TypeCheck(o.ptr(), reinterpret_cast<PyTypeObject*>(torch.tensor.ptr()));
+}
 
 const DlExchange* find_exchange(const py::object& tensor_type) {
   if (!py::hasattr(tensor_type, DlExchange::kAttribute)) return nullptr;
@@ -84,22 +119,6 @@ const DlExchange* find_exchange(const py::object& tensor_type) {
   if (!PyCapsule_IsValid(capsule.ptr(), DlExchange::kCapsule)) return nullptr;
   const auto* e = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), DlExchange::kCapsule));
   return e->major == DlExchange::kMajor && e->tensor_from_object ? e : nullptr;
-}
-
-const TorchTypes* torch_types() {
-  static std::atomic<const TorchTypes*> known{nullptr};  // without the GIL two threads may store equal tables
-  if (const TorchTypes* types = known.load(std::memory_order_acquire)) return types;
-  PyObject* modules = PyImport_GetModuleDict();
-  PyObject* torch = PyDict_GetItemString(modules, "torch");
-  if (!torch || !PyObject_HasAttrString(torch, "Tensor") || !PyObject_HasAttrString(torch, "strided") ||
-      !PyObject_HasAttrString(torch, "nn") || !py::hasattr(py::getattr(py::handle(torch), "nn"), "Parameter"))
-    return nullptr;  // not imported, or still importing
-  auto get = [&](const char* n) { return py::getattr(py::handle(torch), n); };
-  auto* t = new TorchTypes{
-      get("Tensor"), get("nn").attr("Parameter"), get("strided"), find_exchange(get("Tensor")), {}};
-  for (size_t i = 0; i < std::size(kTypes); ++i) t->dtypes[i] = {get(kTypes[i].name), kTypes[i].value};
-  known.store(t, std::memory_order_release);
-  return t;
 }
 
 std::string type_name(py::handle o) { return py::str(py::type::handle_of(o).attr("__name__")); }
@@ -148,6 +167,62 @@ bool exchange_torch(py::handle o, const TorchTypes& torch, Array& a) {
   std::copy_n(t.strides, t.ndim, a.strides);
   a.data = static_cast<char*>(t.data) + t.byte_offset;
   return t.data || a.size() == 0;
+}
+
+TorchNew find_new_tensor(const TorchTypes& torch) {
+  TorchNew t;
+#if defined(__linux__)
+  const auto find = [](const char* library, const char* name) -> void* {
+    void* lib = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+    return lib ? dlsym(lib, name) : nullptr;
+  };
+  const auto resolve = [](auto& function, void* symbol) {
+    function = reinterpret_cast<std::decay_t<decltype(function)>>(symbol);
+    return symbol != nullptr;
+  };
+  // The last is `PyObject* THPVariable_Wrap(const at::TensorBase&)`.
+  if (!resolve(t.empty, find("libtorch_cpu.so", "aoti_torch_empty_strided")) ||
+      !resolve(t.data, find("libtorch_cpu.so", "aoti_torch_get_data_ptr")) ||
+      !resolve(t.release, find("libtorch_cpu.so", "aoti_torch_delete_tensor_object")) ||
+      !resolve(t.wrap, find("libtorch_python.so", "_Z16THPVariable_WrapRKN2at10TensorBaseE")))
+    return {};
+  // Each dtype once, before anybody relies on them.
+  const int64_t shape[] = {2, 3};
+  for (const TypeRow& row : kTypes) {
+    const NewArray made = t(row.torch_number, shape, 2);
+    Array a;
+    if (!made.object || !exchange_torch(made.object, torch, a) || a.dtype != row.value || a.ndim != 2 ||
+        a.shape[0] != 2 || a.shape[1] != 3 || a.strides[0] != 3 || a.strides[1] != 1 || a.data != made.data) {
+      PyErr_Clear();
+      return {};
+    }
+  }
+#endif
+  return t;
+}
+
+const TorchTypes* torch_types() {
+  static std::atomic<const TorchTypes*> known{nullptr};  // without the GIL two threads may store equal tables
+  if (const TorchTypes* types = known.load(std::memory_order_acquire)) return types;
+  PyObject* modules = PyImport_GetModuleDict();
+  PyObject* torch = PyDict_GetItemString(modules, "torch");
+  if (!torch || !PyObject_HasAttrString(torch, "Tensor") || !PyObject_HasAttrString(torch, "strided") ||
+      !PyObject_HasAttrString(torch, "is_grad_enabled") || !PyObject_HasAttrString(torch, "nn") ||
+      !py::hasattr(py::getattr(py::handle(torch), "nn"), "Parameter"))
+    return nullptr;  // not imported, or still importing
+  auto get = [&](const char* n) { return py::getattr(py::handle(torch), n); };
+  auto* t = new TorchTypes{get("Tensor"),
+                           get("nn").attr("Parameter"),
+                           get("strided"),
+                           get("empty"),
+                           get("is_grad_enabled"),
+                           find_exchange(get("Tensor")),
+                           {},
+                           {}};
+  for (size_t i = 0; i < std::size(kTypes); ++i) t->dtypes[i] = {get(kTypes[i].name), kTypes[i].value};
+  t->new_tensor = find_new_tensor(*t);
+  known.store(t, std::memory_order_release);
+  return t;
 }
 
 void refuse_negation(py::handle o, const char* name) {
@@ -260,10 +335,44 @@ std::string Array::shape_text() const {
 
 Array parse_array(py::handle object, const char* name) {
   const TorchTypes* torch = torch_types();
-  if (torch && PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(torch->tensor.ptr())))
-    return parse_torch(object, name, *torch);
+  if (torch && is_tensor(object, *torch)) return parse_torch(object, name, *torch);
   if (py::isinstance<py::array>(object)) return parse_numpy(object, name);
   throw TypeError(str(name, ": expected a numpy array or a torch tensor, got ", type_name(object)));
+}
+
+NewArray new_array(py::handle like, DType dtype, const int64_t* shape, int ndim) {
+  const TorchTypes* torch = torch_types();
+  if (!torch || !is_tensor(like, *torch)) {
+    // numpy has no bfloat16: an array of it was refused when it was parsed.
+    py::array a(py::dtype(dtype_name(dtype)), std::vector<py::ssize_t>(shape, shape + ndim));
+    void* data = a.mutable_data();
+    return {std::move(a), data};
+  }
+  const auto* row =
+      std::find_if(std::begin(kTypes), std::end(kTypes), [&](const TypeRow& r) { return r.value == dtype; });
+  if (torch->new_tensor.wrap) {
+    NewArray made = torch->new_tensor(row->torch_number, shape, ndim);
+    if (made.object) return made;
+    PyErr_Clear();  // torch.empty says it in its own words
+  }
+  py::tuple sizes(ndim);
+  for (int i = 0; i < ndim; ++i) sizes[i] = py::int_(shape[i]);
+  NewArray made{torch->empty(sizes, py::arg("dtype") = torch->dtypes[row - std::begin(kTypes)].first,
+                             py::arg("device") = "cpu"),
+                nullptr};
+  made.data = parse_array(made.object, "out").data;
+  return made;
+}
+
+void refuse_grad(std::initializer_list<std::pair<py::handle, const char*>> arrays) {
+  const TorchTypes* torch = torch_types();
+  if (!torch || torch->grad_enabled().is(py::handle(Py_False))) return;
+  for (const auto& [object, name] : arrays)
+    if (is_tensor(object, *torch) && attr(object, names().requires_grad).is(py::handle(Py_True)))
+      throw std::runtime_error(str(name,
+                                   ": expected a tensor that needs no gradient, got requires_grad=True; "
+                                   "pared's operations are for inference: call under torch.no_grad() or "
+                                   "detach()"));
 }
 
 // Texts are built when they are needed: a stream each would take half of what a small call costs.

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <utility>
 
 #include "core/dtype.h"
 
@@ -41,6 +42,18 @@ void require_contiguous(const Array& a);
 void require_writable(const Array& a);
 // Throws ValueError when the memory of the two overlaps.
 void require_disjoint(const Array& a, const Array& b);
+
+// A new array for what an operation returns, uninitialised and contiguous: a torch tensor where `like`, an
+// array that was parsed, is one, else a numpy array.
+struct NewArray {
+  py::object object;
+  void* data;
+};
+NewArray new_array(py::handle like, DType dtype, const int64_t* shape, int ndim);
+
+// Throws std::runtime_error when autograd would need a gradient of one of these (arrays, or None) through an
+// operation that has none.
+void refuse_grad(std::initializer_list<std::pair<py::handle, const char*>> arrays);
 
 // A [rows, cols] view of [..., cols]: leading axes folded into one stride, the last axis contiguous.
 struct Rows {

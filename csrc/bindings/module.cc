@@ -6,15 +6,20 @@
 
 namespace py = pybind11;
 
+PyObject* pared::python_error(const std::exception& e) {
+  if (dynamic_cast<const TypeError*>(&e)) return PyExc_TypeError;
+  return dynamic_cast<const ValueError*>(&e) ? PyExc_ValueError : PyExc_RuntimeError;
+}
+
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "pared's kernels: instruction-set dispatch, sparse formats and operations";
   py::register_local_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);
     } catch (const pared::TypeError& e) {
-      PyErr_SetString(PyExc_TypeError, e.what());
+      PyErr_SetString(pared::python_error(e), e.what());
     } catch (const pared::ValueError& e) {
-      PyErr_SetString(PyExc_ValueError, e.what());
+      PyErr_SetString(pared::python_error(e), e.what());
     }
   });
   // An unusable PARED_ISA or PARED_NUM_THREADS fails at import, not in the first forward.

@@ -2,9 +2,14 @@
 
 #include <pybind11/pybind11.h>
 
+#include <exception>
+
 namespace pared {
 
 namespace py = pybind11;
+
+// The Python exception that a C++ one becomes.
+PyObject* python_error(const std::exception& e);
 
 void register_info(py::module_& m);
 void register_packed(py::module_& m);

@@ -1,11 +1,10 @@
-// Bitmap weights, and pairs of a bitmap and a CSR weight: pack, and the linear operation on them.
+// Bitmap weights, and pairs of a bitmap and a CSR weight: pack.
 #include "bindings/array.h"
 #include "bindings/register.h"
 #include "bindings/weights.h"
 #include "core/check.h"
 #include "formats/bitmap.h"
 #include "formats/pair.h"
-#include "ops/bitmap.h"
 
 namespace pared {
 namespace {
@@ -34,17 +33,6 @@ void register_bitmap(py::module_& m) {
       py::arg("weight"));
 
   m.def(
-      "linear_bitmap",
-      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const std::string& activation) {
-        const Array ap = parse_array(packed, "packed");
-        const BitmapPacked w = view_bitmap(packed_bytes(ap), ap.size());
-        const LinearArgs args = parse_linear(x, ap, *w.header, bias, out, activation);
-        py::gil_scoped_release unlocked;
-        linear_bitmap(args, w);
-      },
-      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation") = "");
-
-  m.def(
       "pair_pack_dense",
       [](py::handle weight) {
         const Array a = parse_array(weight, "weight");
@@ -65,17 +53,6 @@ void register_bitmap(py::module_& m) {
         return view_pair(packed_bytes(a), a.size()).few_tokens();
       },
       py::arg("packed"));
-
-  m.def(
-      "linear_pair",
-      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const std::string& activation) {
-        const Array ap = parse_array(packed, "packed");
-        const PairPacked w = view_pair(packed_bytes(ap), ap.size());
-        const LinearArgs args = parse_linear(x, ap, *w.header, bias, out, activation);
-        py::gil_scoped_release unlocked;
-        linear_pair(args, w);
-      },
-      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation") = "");
 }
 
 }  // namespace pared

@@ -1,4 +1,4 @@
-// int8 weights with zeros in blocks: pack, the quantised values, and the operations on them.
+// int8 weights with zeros in blocks: pack, and the quantised values.
 #include <pybind11/numpy.h>
 
 #include "bindings/array.h"
@@ -7,7 +7,6 @@
 #include "core/check.h"
 #include "formats/bsr8.h"
 #include "formats/formats.h"
-#include "ops/linear.h"
 
 namespace pared {
 namespace {
@@ -69,18 +68,6 @@ void register_bsr8(py::module_& m) {
         return py::make_tuple(values, scales);
       },
       py::arg("packed"));
-
-  m.def(
-      "linear_bsr8",
-      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const std::string& activation) {
-        const Array ap = parse_array(packed, "packed");
-        const Bsr8Packed w = packed_bsr8(ap);
-        PARED_CHECK(w.panel.header->kh == 0, "packed: expected a linear weight, got a convolution's");
-        const LinearArgs args = parse_linear(x, ap, *w.panel.header, bias, out, activation);
-        py::gil_scoped_release unlocked;
-        linear_bsr8(args, w);
-      },
-      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation") = "");
 }
 
 }  // namespace pared

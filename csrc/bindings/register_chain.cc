@@ -34,7 +34,7 @@ ChainArgs parse_chain(py::handle x, const Objects& packed, const Objects& bias, 
     else cols = h.cols;
     rows = h.rows;
     require_disjoint(ay, ap);
-    done(parse_bias(bias[i], h.rows, ay), parse_activation(activation[i]));
+    done(parse_bias(bias[i], h.rows, &ay), parse_activation(activation[i]));
   }
   const RowsPair r = parse_rows(ax, ay, cols, rows);
   return {ax.data, r.x.stride, r.x.rows, ax.dtype, ay.data, r.y.stride};
@@ -115,7 +115,7 @@ void register_chain(py::module_& m) {
             PARED_CHECK(share_inputs(outputs[0].w, w),
                         "packed: expected weights of equal inputs, tiles and activations, got another at ",
                         i);
-          args = parse_linear(x, ap, header_of(w), bias[i], out[i], activation[i]);
+          args = parse_linear(x, ap, header_of(w), bias[i], out[i], parse_activation(activation[i])).args;
           outputs.push_back({w, args.bias, args.activation, args.y, args.y_stride});
           written.push_back(parse_array(out[i], "out"));
           for (size_t j = 0; j < i; ++j) require_disjoint(written[i], written[j]);

@@ -118,7 +118,7 @@ ConvArgs parse_conv(py::handle x, const Array& packed, const PackedHeader& h, py
   args.out_w = frame.out_w;
   args.activation = parse_activation(activation);
   args.y = ay.data;
-  args.bias = parse_bias(bias, h.rows, ay);
+  args.bias = parse_bias(bias, h.rows, &ay);
   args.residual = parse_residual(residual, ay);
   if (ay.size() == 0) {
     args.images = 0;

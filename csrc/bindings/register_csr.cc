@@ -1,4 +1,4 @@
-// CSR weights: pack, unpack, validate, and the linear operation on them.
+// CSR weights: pack, unpack, validate.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -10,7 +10,6 @@
 #include "bindings/weights.h"
 #include "core/check.h"
 #include "formats/csr.h"
-#include "ops/linear.h"
 
 namespace pared {
 namespace {
@@ -93,17 +92,6 @@ void register_csr(py::module_& m) {
         return py::make_tuple(row_ptr, columns, values);
       },
       py::arg("packed"));
-
-  m.def(
-      "linear_csr",
-      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const std::string& activation) {
-        const Array ap = parse_array(packed, "packed");
-        const CsrPacked w = packed_csr(ap);
-        const LinearArgs args = parse_linear(x, ap, *w.header, bias, out, activation);
-        py::gil_scoped_release unlocked;
-        linear_csr(args, w);
-      },
-      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation") = "");
 }
 
 }  // namespace pared

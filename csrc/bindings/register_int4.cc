@@ -1,4 +1,4 @@
-// 4-bit weights: pack, unpack, and the linear operation on them.
+// 4-bit weights: pack and unpack.
 #include <pybind11/numpy.h>
 
 #include "bindings/array.h"
@@ -6,7 +6,6 @@
 #include "bindings/weights.h"
 #include "core/check.h"
 #include "formats/int4.h"
-#include "ops/linear_int4.h"
 
 namespace pared {
 namespace {
@@ -70,17 +69,6 @@ void register_int4(py::module_& m) {
         return py::make_tuple(q, scales);
       },
       py::arg("packed"));
-
-  m.def(
-      "linear_int4",
-      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const std::string& activation) {
-        const Array ap = parse_array(packed, "packed");
-        const Int4Packed w = packed_int4(ap);
-        const LinearArgs args = parse_linear(x, ap, *w.header, bias, out, activation);
-        py::gil_scoped_release unlocked;
-        linear_int4(args, w);
-      },
-      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation") = "");
 }
 
 }  // namespace pared

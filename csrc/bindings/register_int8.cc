@@ -1,4 +1,4 @@
-// Int8 weights: pack, unpack, the linear operation on them, and the plain integer product.
+// Int8 weights: pack, unpack, and the plain integer product.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -11,7 +11,6 @@
 #include "formats/bsr8.h"
 #include "formats/formats.h"
 #include "formats/int8.h"
-#include "ops/bitmap8.h"
 #include "ops/linear_int8.h"
 
 namespace pared {
@@ -116,29 +115,6 @@ void register_int8(py::module_& m) {
         return py::make_tuple(q, scales);
       },
       py::arg("packed"));
-
-  m.def(
-      "linear_int8",
-      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const std::string& activation) {
-        const Array ap = parse_array(packed, "packed");
-        const Int8Packed w = packed_int8(ap);
-        PARED_CHECK(w.header->kh == 0, "packed: expected a linear weight, got a convolution's");
-        const LinearArgs args = parse_linear(x, ap, *w.header, bias, out, activation);
-        py::gil_scoped_release unlocked;
-        linear_int8(args, w);
-      },
-      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation") = "");
-
-  m.def(
-      "linear_bitmap8",
-      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const std::string& activation) {
-        const Array ap = parse_array(packed, "packed");
-        const Bitmap8Packed w = packed_bitmap8(ap);
-        const LinearArgs args = parse_linear(x, ap, *w.header, bias, out, activation);
-        py::gil_scoped_release unlocked;
-        linear_bitmap8(args, w);
-      },
-      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("activation") = "");
 
   m.def(
       "gemm_s8",

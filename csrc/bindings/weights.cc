@@ -2,7 +2,9 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <utility>
 
 #include "core/check.h"
 
@@ -40,23 +42,29 @@ ActivationRange parse_activations(py::handle given) {
   return {static_cast<float>(scale), zero, low, high};
 }
 
-const float* parse_bias(py::handle bias, int64_t rows, const Array& out) {
+const float* parse_bias(py::handle bias, int64_t rows, const Array* out) {
   if (bias.is_none()) return nullptr;
   const Array a = parse_array(bias, "bias");
   require_dtype(a, {DType::f32});
   require_shape(a, {rows});
   require_contiguous(a);
-  require_disjoint(out, a);
+  if (out) require_disjoint(*out, a);
   return static_cast<const float*>(a.data);
 }
 
-RowsPair parse_rows(const Array& x, const Array& out, int64_t cols, int64_t rows) {
+Rows parse_input(const Array& x, int64_t cols) {
   require_dtype(x, kFloatTypes);
+  const Rows r = fold_rows(x);
+  PARED_CHECK(r.cols == cols, "x: expected a last dimension of ", cols, " (the weight's inputs), got ",
+              x.shape_text());
+  return r;
+}
+
+RowsPair parse_rows(const Array& x, const Array& out, int64_t cols, int64_t rows) {
+  const Rows rx = parse_input(x, cols);
   require_dtype(out, {x.dtype});
   require_writable(out);
-  const Rows rx = fold_rows(x), ry = fold_rows(out);
-  PARED_CHECK(rx.cols == cols, "x: expected a last dimension of ", cols, " (the weight's inputs), got ",
-              x.shape_text());
+  const Rows ry = fold_rows(out);
   PARED_CHECK(ry.rows == rx.rows && ry.cols == rows, "out: expected shape [..., ", rows,
               "] with the leading dimensions of x, got ", out.shape_text());
   PARED_CHECK(ry.rows <= 1 || std::abs(ry.stride) >= ry.cols,
@@ -66,13 +74,24 @@ RowsPair parse_rows(const Array& x, const Array& out, int64_t cols, int64_t rows
   return {rx, ry};
 }
 
-LinearArgs parse_linear(py::handle x, const Array& packed, const PackedHeader& h, py::handle bias,
-                        py::handle out, const std::string& activation) {
-  const Array ax = parse_array(x, "x"), ay = parse_array(out, "out");
+LinearCall parse_linear(py::handle x, const Array& packed, const PackedHeader& h, py::handle bias,
+                        py::handle out, Activation activation) {
+  const Array ax = parse_array(x, "x");
+  if (out.is_none()) {
+    const Rows rx = parse_input(ax, h.cols);
+    const float* b = parse_bias(bias, h.rows);
+    int64_t shape[Array::kMaxDims];
+    std::copy_n(ax.shape, ax.ndim - 1, shape);
+    shape[ax.ndim - 1] = h.rows;
+    NewArray y = new_array(x, ax.dtype, shape, ax.ndim);
+    return {{ax.data, rx.stride, rx.rows, ax.dtype, b, activation, y.data, h.rows}, std::move(y.object)};
+  }
+  const Array ay = parse_array(out, "out");
   const RowsPair r = parse_rows(ax, ay, h.cols, h.rows);
   require_disjoint(ay, packed);
-  return {ax.data, r.x.stride, r.x.rows, ax.dtype, parse_bias(bias, h.rows, ay), parse_activation(activation),
-          ay.data, r.y.stride};
+  const float* b = parse_bias(bias, h.rows, &ay);
+  return {{ax.data, r.x.stride, r.x.rows, ax.dtype, b, activation, ay.data, r.y.stride},
+          py::reinterpret_borrow<py::object>(out)};
 }
 
 }  // namespace pared

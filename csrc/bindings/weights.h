@@ -45,18 +45,23 @@ py::array_t<uint8_t> packed_array(const PackedHeader& header, const Write& write
 // three as unsigned bytes. Throws ValueError on a scale of 0.
 ActivationRange parse_activations(py::handle given);
 
-// The bias of an operation whose output is `out`: float32 [rows], or null for None.
-const float* parse_bias(py::handle bias, int64_t rows, const Array& out);
+// A bias: float32 [rows], or null for None; not of the memory of `out`, where that is given.
+const float* parse_bias(py::handle bias, int64_t rows, const Array* out = nullptr);
 
 // Input and output of a linear operation from `cols` to `rows` features, checked against each other.
 struct RowsPair {
   Rows x, y;
 };
 RowsPair parse_rows(const Array& x, const Array& out, int64_t cols, int64_t rows);
+Rows parse_input(const Array& x, int64_t cols);  // the first of them alone
 
-// The arguments of a linear operation with the weight `packed`, which has header `h`; checks them against
-// each other. The views borrow.
-LinearArgs parse_linear(py::handle x, const Array& packed, const PackedHeader& h, py::handle bias,
-                        py::handle out, const std::string& activation);
+// A linear operation with the weight `packed`, which has header `h`; its arguments, checked against each
+// other, and the array that it writes: `out`, or for None a new one. The views borrow.
+struct LinearCall {
+  LinearArgs args;
+  py::object out;
+};
+LinearCall parse_linear(py::handle x, const Array& packed, const PackedHeader& h, py::handle bias,
+                        py::handle out, Activation activation);
 
 }  // namespace pared

@@ -162,19 +162,18 @@ def _kernel_rates() -> tuple[float, float, float]:
     outputs = 384
     side = 512
     # Masks that fit L1, and no values to load: the expansions are all that is left.
-    cases: dict[str, tuple[Any, Any, Any]] = {
-        "pack": (_core.linear_csr, x, CSR.from_dense(touch)),
-        "store": (_core.linear_csr, x[:, :16], CSR.from_dense(np.zeros((outputs, 16), np.float32))),
+    cases: dict[str, tuple[Any, Any]] = {
+        "pack": (x, CSR.from_dense(touch)),
+        "store": (x[:, :16], CSR.from_dense(np.zeros((outputs, 16), np.float32))),
         "expand": (
-            _core.linear_bitmap,
             np.ones((1, side), np.float32),
             Bitmap.from_dense(np.zeros((side, side), np.float32)),
         ),
     }
     calls = {}
-    for name, (kernel, given, weight) in cases.items():
+    for name, (given, weight) in cases.items():
         out = np.empty((given.shape[0], weight.shape[0]), np.float32)
-        calls[name] = lambda k=kernel, x=given, w=weight, y=out: k(x, w.packed, None, y, "")
+        calls[name] = lambda x=given, w=weight, y=out: _core.linear(x, w.packed, None, None, y)
     t = interleave(calls, budget=0.02)
     return (
         x.size / t.best("pack"),

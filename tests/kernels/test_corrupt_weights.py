@@ -53,9 +53,8 @@ def test_misaligned_buffers_are_refused_by_every_entry(rng, name, shift):
     shifted = aligned_copy(np.zeros_like(good), extra=shift)[shift:]
     shifted[:] = good
     x, out = np.ones((3, 64), np.float32), np.empty((3, 20), np.float32)
-    assert format.linear is not None
     entries: list[tuple[Callable[..., object], tuple[object, ...]]] = [
-        (format.linear, (x, shifted, None, out, "")),
+        (_core.linear, (x, shifted, None, None, out)),
         (_core.packed_info, (shifted,)),
         (_core.packed_validate, (shifted,)),
         (_core.packed_unpack_dense, (shifted, np.empty_like(w))),
@@ -84,14 +83,13 @@ def test_linear(isa, rng, format, density):
     w = rng.standard_normal((37, 300)).astype(np.float32)
     w[rng.random(w.shape) > density] = 0
     good = format.from_dense(w).packed
-    linear = ALL[format.kind].linear
     refused = 0
     for trial in range(60):
         x = np.ones(((1, 16, 130)[trial % 3], 300), np.float32)
         out = np.empty((len(x), 37), np.float32)
-        refused += not runs(linear, x, corrupted(rng, good), None, out, "")
+        refused += not runs(_core.linear, x, corrupted(rng, good), None, None, out)
     assert refused > 10
-    linear(x, good, None, out, "")
+    _core.linear(x, good, None, None, out)
     # Of int8: half a step of the weights, and the ones are exact.
     step = np.abs(w).max() / 127 if ALL[format.kind].precision == "int8" else 0.0
     np.testing.assert_allclose(out, x @ w.T, atol=1e-3 + 300 * step / 2)
@@ -105,10 +103,9 @@ def test_offsets_between_vectors(isa, rng, format, step):
     packed = aligned_copy(format.from_dense(w).packed)
     offsets = sections(packed)["offsets"]
     offsets += np.uint16(step)
-    linear = ALL[format.kind].linear
     for tokens in (1, 16, 17, 96, 130):
         out = np.empty((tokens, 37), np.float32)
-        assert runs(linear, np.ones((tokens, 300), np.float32), packed, None, out, "")
+        assert runs(_core.linear, np.ones((tokens, 300), np.float32), packed, None, None, out)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -164,12 +161,11 @@ def test_one_entry_too_many_is_noticed(isa, rng, format):
     h = header(packed)
     counts = sections(packed)["counts"][: 16 // int(h["entry_rows"])]
     x, out = np.ones((3, 40), np.float32), np.empty((3, 16), np.float32)
-    linear = ALL[format.kind].linear
     counts[-1] += 1
     with pytest.raises(ValueError, match="expected entries inside the buffer"):
-        linear(x, packed, None, out, "")
+        _core.linear(x, packed, None, None, out)
     counts[-1] -= 1
-    linear(x, packed, None, out, "")
+    _core.linear(x, packed, None, None, out)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -202,11 +198,7 @@ def entries(packed: np.ndarray) -> dict[str, Callable[[], object]]:
     }
     for tokens in (1, 16, 33):
         x, out = np.ones((tokens, cols), np.float32), np.empty((tokens, rows), np.float32)
-        for name, format in ALL.items():
-            if format.linear is not None:
-                calls[f"linear {name} {tokens}"] = lambda f=format.linear, x=x, out=out: f(
-                    x, packed, None, out, ""
-                )
+        calls[f"linear {tokens}"] = lambda x=x, out=out: _core.linear(x, packed, None, None, out)
         for name, chain in (("csr", _core.linear_chain_csr), ("rows", _core.linear_chain_rows)):
             calls[f"chain {name} {tokens}"] = lambda f=chain, x=x, out=out: f(x, [packed], [None], out, [""])
     pixels, to = np.ones((1, image[0] * image[3], 9, 9), np.float32), np.empty((1, rows, 9, 9), np.float32)
@@ -225,7 +217,7 @@ def survived(packed: np.ndarray) -> list[str]:
         try:
             call()
         except ValueError as e:
-            if not re.search(r"packed|^(x|out|activations|activation_scale): expected", str(e)):
+            if not re.search(r"packed|^(x|w|out|activations|activation_scale): expected", str(e)):
                 raise AssertionError(f"{name}: not an error about an argument") from e
         else:
             done.append(name)
@@ -237,7 +229,7 @@ def weights(rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
     out = []
     for name, format in ALL.items():
         for shape in ((37, 300), (20, 9, 3, 3)):
-            if (format.linear if len(shape) == 2 else format.conv2d) is None:
+            if len(shape) == 4 and format.conv2d is None:
                 continue
             w = rng.standard_normal(shape).astype(np.float32)
             w[rng.random(shape) > 0.2] = 0

@@ -114,7 +114,7 @@ def test_bytes_stay_inside_a_narrow_range(isa, rng, activations):
         w = rng.standard_normal((19, k)).astype(np.float32)
         x = (rng.standard_normal((7, k)) * 3).astype(np.float32)
         y = np.empty((7, 19), np.float32)
-        _core.linear_int8(x, _core.int8_pack_dense(w, activations), None, y, "")
+        _core.linear(x, _core.int8_pack_dense(w, activations), None, None, y)
         check_int8(y, linear_int8(x, *quantize_weight(w), None, activations))
 
 

@@ -16,7 +16,6 @@ from pared.ops._library import foldable, grad_error, linear_device_op, linear_op
 from pared.ops.chain import chain_of
 from pared.ops.packed import PackedWeight
 
-_KERNELS = {f.name: f.linear for f in FORMATS.values() if f.linear is not None}
 _strided = torch.strided
 _DONE = "_pared_chain"  # attribute of a tensor: the layer that computed it, its followers included
 _SHARED = "_pared_shared"  # attribute of an input: outputs of other layers for it, and its version then
@@ -54,8 +53,6 @@ class Linear(PackedModule):
         self, weight: PackedWeight, bias: Tensor | None = None, activation: str | None = None
     ) -> None:
         super().__init__(weight, bias, activation)
-        if self.format not in _KERNELS:
-            raise ValueError(f"weight: expected a format with a linear kernel, got {self.format}")
         if len(weight.shape) != 2:
             raise ValueError(f"weight: expected a linear weight [out, in], got shape {list(weight.shape)}")
         self.out_features, self.in_features = weight.shape
@@ -122,7 +119,7 @@ class Linear(PackedModule):
         if x.layout is not _strided:
             raise TypeError(f"x: expected a strided (dense) tensor, got layout {x.layout}")
         bias = buffers["bias"]
-        if (x.requires_grad or (bias is not None and bias.requires_grad)) and _grad_enabled():
+        if _grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             raise grad_error("pared.nn.Linear")
         if not x.is_contiguous():
             x = foldable(x)
@@ -130,9 +127,7 @@ class Linear(PackedModule):
             return self._chain(x)
         if self._sharers and x is input and not x.is_inference():
             return self._share(x)
-        out = x.new_empty((*x.shape[:-1], self.out_features))
-        _KERNELS[self.format](x, buffers["packed"], bias, out, self._act)
-        return out
+        return _core.linear(x, buffers["packed"], bias, self.activation)  # type: ignore[no-any-return]
 
     def hand_to(self, *followers: Linear) -> None:
         """Compute these layers as well, each from the one before, in one call (`pared.ops.linear_chain`).

@@ -26,8 +26,8 @@ class Format:
     name : what the user reads in reports, for example ``"csr"``.
     kind : ``PackedKind`` in the buffer's header (csrc/formats/packed.h).
     weight : the class with ``from_dense``, ``to_dense``, ``packed``, ``sparsity``.
-    linear : ``(x, packed, bias, out, activation)``, or None where the format has no such kernel.
-    conv2d : ``(x, packed, bias, out, stride, padding, dilation, activation, residual)``, or None.
+    conv2d : ``(x, packed, bias, out, stride, padding, dilation, activation, residual)``, or None where the
+        format has no such kernel. All have the linear operation: ``_core.linear``.
     chain : several linear products in one call, ``(x, packed of each, bias of each, out, activation of
         each)``, or None; formats with the same one go together.
     precision : ``"float32"``: the products are float32's own, so that the error bound of float32 holds.
@@ -43,7 +43,6 @@ class Format:
     name: str
     kind: int
     weight: type[PackedWeight]
-    linear: Callable[..., None] | None
     conv2d: Callable[..., None] | None
     precision: Literal["float32", "int8", "int4"]
     suits: Callable[[float, float, int], bool]
@@ -66,7 +65,6 @@ FORMATS: dict[str, Format] = {
             "csr",
             1,
             CSR,
-            _core.linear_csr,
             _core.conv2d_csr,
             "float32",
             lambda d, q, n: d <= 0.85,
@@ -78,7 +76,6 @@ FORMATS: dict[str, Format] = {
             "2:4",
             1,
             TwoFour,
-            _core.linear_csr,
             None,
             "float32",
             lambda d, q, n: d <= 0.5,
@@ -90,7 +87,6 @@ FORMATS: dict[str, Format] = {
             "bsr",
             2,
             BSR,
-            _core.linear_csr,
             _core.conv2d_csr,
             "float32",
             lambda d, q, n: q <= min(0.85, 2 * d),
@@ -102,7 +98,6 @@ FORMATS: dict[str, Format] = {
             "dense",
             3,
             Dense,
-            _core.linear_csr,
             _core.conv2d_csr,
             "float32",
             lambda d, q, n: d > 0.4 and n >= 32,
@@ -113,7 +108,6 @@ FORMATS: dict[str, Format] = {
             "bitmap",
             5,
             Bitmap,
-            _core.linear_bitmap,
             None,
             "float32",
             lambda d, q, n: d <= 0.85 and n <= min(48, 16 + 100 * d),
@@ -123,7 +117,6 @@ FORMATS: dict[str, Format] = {
             "int8",
             4,
             Int8,
-            _core.linear_int8,
             _core.conv2d_int8,
             "int8",
             lambda d, q, n: True,
@@ -135,7 +128,6 @@ FORMATS: dict[str, Format] = {
             "int8wo",
             4,
             Int8WeightOnly,
-            _core.linear_int8,
             None,
             "int8",
             lambda d, q, n: True,
@@ -147,7 +139,6 @@ FORMATS: dict[str, Format] = {
             "int4",
             8,
             Int4,
-            _core.linear_int4,
             None,
             "int4",
             lambda d, q, n: True,
@@ -157,7 +148,6 @@ FORMATS: dict[str, Format] = {
             "bitmap8",
             6,
             Bitmap8,
-            _core.linear_bitmap8,
             None,
             "int8",
             lambda d, q, n: d <= 0.85,
@@ -168,7 +158,6 @@ FORMATS: dict[str, Format] = {
             "bitmap+csr",
             9,
             BitmapCSR,
-            _core.linear_pair,
             None,
             "float32",
             lambda d, q, n: False,
@@ -179,7 +168,6 @@ FORMATS: dict[str, Format] = {
             "bsr8",
             7,
             BSRInt8,
-            _core.linear_bsr8,
             _core.conv2d_bsr8,
             "int8",
             lambda d, q, n: d <= 0.7,
