@@ -25,6 +25,7 @@ cuda::CsrWeight weight(const WeightTuple& t) {
   PARED_CHECK(values % 16 == 0 && columns % 8 == 0, "w: expected memory aligned to 16 and 8 bytes");
   PARED_CHECK(block_cols >= 1 && block_cols < cuda::kCsrIndexSlots && outputs >= 0 && cols >= 0,
               "w: expected positive sizes");
+  PARED_CHECK(outputs < (int64_t{1} << 31), "w: expected fewer than 2^31 outputs, got ", outputs);
   return {reinterpret_cast<const void*>(values),
           reinterpret_cast<const uint16_t*>(columns),
           reinterpret_cast<const uint32_t*>(starts),

@@ -27,9 +27,11 @@ cuda::DecodeFormat parse_format(const std::string& format) {
 }
 
 void require_sizes(int64_t outputs, int64_t cols) {
-  constexpr int64_t kMost = 64 * ((int64_t{1} << 31) - 1);
-  PARED_CHECK(outputs >= 0 && cols >= 0 && outputs < kMost && cols < kMost,
-              "w: expected non-negative sizes, got ", outputs, " x ", cols);
+  // Blocks are counted by grids.
+  constexpr int64_t kMost = int64_t{1} << 31, kSize = cuda::kDecodeBlock;
+  const int64_t down = (outputs + kSize - 1) / kSize, across = (cols + kSize - 1) / kSize;
+  PARED_CHECK(outputs >= 0 && cols >= 0 && down < kMost && across < kMost && down * across < kMost,
+              "w: expected fewer than 2^31 blocks of 64 x 64, got ", outputs, " x ", cols);
 }
 
 // values, outputs, cols, stride, format, mask: as cuda::DecodeDense

@@ -97,25 +97,37 @@ __device__ __forceinline__ V finish(const CsrProduct& p, float sum, int64_t row)
 
 // ---- few tokens
 
+// Memory answers after a microsecond: what saturates it is 40 KB and more that are asked for at a time on
+// each multiprocessor, of which two blocks of threads share one.
+constexpr int kLoadsAhead = 8;  // of activations, a thread
+template <class V>
+constexpr int kFoursAhead = sizeof(V) == 2 ? 4 : 2;  // of entries, a lane: 64 bytes or 48
+
 // The panel of K blocks [b0, b1): [slots][kTokens], zeros in each block's last slot and for tokens beyond.
 template <class V, int kTokens>
 __device__ __forceinline__ void load_panel(V* panel, const CsrProduct& p, int64_t first_token, int b0,
                                            int b1) {
   const int block_cols = p.w.block_cols, slots = block_cols + 1;
   const auto* x = static_cast<const V*>(p.x);
-  for (int b = b0; b < b1; ++b) {
-    const int64_t first = int64_t{b} * block_cols;
-    const int64_t left = p.w.cols - first;
-    for (int k = static_cast<int>(threadIdx.x); k < slots; k += kCsrThreads) {
-      Pack<V, kTokens> out;
-      const bool real = k < block_cols && k < left;
+  constexpr int kAhead = kLoadsAhead / kTokens;  // blocks whose loads are under way together
+  for (int k = static_cast<int>(threadIdx.x); k < slots; k += kCsrThreads)
+    for (int first = b0; first < b1; first += kAhead) {
+      Pack<V, kTokens> out[kAhead];
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t)
-        out.at[t] = real && first_token + t < p.tokens ? x[(first_token + t) * p.x_stride + first + k]
-                                                       : static_cast<V>(0.0f);
-      *reinterpret_cast<Pack<V, kTokens>*>(panel + (int64_t{b - b0} * slots + k) * kTokens) = out;
+      for (int u = 0; u < kAhead; ++u) {
+        const int64_t column = int64_t{first + u} * block_cols + k;
+        const bool real = k < block_cols && first + u < b1 && column < p.w.cols;
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t)
+          out[u].at[t] = real && first_token + t < p.tokens ? x[(first_token + t) * p.x_stride + column]
+                                                            : static_cast<V>(0.0f);
+      }
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u)
+        if (first + u < b1)
+          *reinterpret_cast<Pack<V, kTokens>*>(panel + (int64_t{first + u - b0} * slots + k) * kTokens) =
+              out[u];
     }
-  }
 }
 
 template <class V, int kTokens>
@@ -136,6 +148,7 @@ __global__ void __launch_bounds__(kCsrThreads, 2) csr_gather_kernel(const CsrPro
   PARED_SHARED(float[kCsrGatherSums * kTokens], totals);
   V* panel = reinterpret_cast<V*>(shared);
   const int64_t first_token = int64_t{blockIdx.y} * kTokens;
+  constexpr int kAhead = kFoursAhead<V>;
   const int block_cols = p.w.block_cols, slots = block_cols + 1;
   const int blocks = p.w.blocks, range = p.w.range_blocks;
   int loaded = -1;
@@ -159,20 +172,30 @@ __global__ void __launch_bounds__(kCsrThreads, 2) csr_gather_kernel(const CsrPro
         __syncthreads();
       }
       const int slot = b0 % range * slots;  // the panel's first
+      const auto fours_of = [&](int row) {  // [x, y)
+        if (row >= item.end) return make_uint2(0, 0);
+        const uint32_t* starts = p.w.starts + int64_t{row} * blocks;
+        return make_uint2(__ldg(starts + b0), __ldg(starts + b1));
+      };
+      uint2 fours = fours_of(item.begin + group);
       for (int first = item.begin; first < item.end; first += groups) {
         const int row = first + group;
+        const uint2 next = fours_of(row + groups);  // under way while this row is added up
         float sums[kTokens] = {};
-        if (row < item.end) {
-          const uint32_t* starts = p.w.starts + int64_t{row} * blocks;
-          uint32_t e = __ldg(starts + b0) + static_cast<uint32_t>(lane);
-          const uint32_t end = __ldg(starts + b1), step = static_cast<uint32_t>(item.lanes);
-          for (; e + step < end; e += 2 * step) {
-            const Entries<V> one = load_entries<V>(p.w, e), two = load_entries<V>(p.w, e + step);
-            gather<V, kTokens>(sums, one, panel, slot);
-            gather<V, kTokens>(sums, two, panel, slot);
+        const uint32_t end = fours.y, step = static_cast<uint32_t>(item.lanes);
+        for (uint32_t e = fours.x + static_cast<uint32_t>(lane); e < end; e += kAhead * step) {
+          Entries<V> entries[kAhead];
+          bool inside[kAhead];
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i) {
+            inside[i] = end - e > static_cast<uint32_t>(i) * step;
+            if (inside[i]) entries[i] = load_entries<V>(p.w, e + static_cast<uint32_t>(i) * step);
           }
-          if (e < end) gather<V, kTokens>(sums, load_entries<V>(p.w, e), panel, slot);
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i)
+            if (inside[i]) gather<V, kTokens>(sums, entries[i], panel, slot);
         }
+        fours = next;
 #pragma unroll
         for (int t = 0; t < kTokens; ++t)
           for (int d = (item.lanes < 32 ? item.lanes : 32) / 2; d > 0; d /= 2)

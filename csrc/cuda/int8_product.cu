@@ -165,6 +165,7 @@ void launch_product(const Int8Product& a, const Int8Plan& plan, cudaStream_t str
 
 std::atomic<int> forced_tile{-1};
 
+#ifdef PARED_CUTLASS
 // The wgmma tile of this product, -1 where mma.sync serves.
 int wgmma_tile(const Int8Product& a, int device) {
   const int forced = forced_tile;
@@ -176,6 +177,7 @@ int wgmma_tile(const Int8Product& a, int device) {
     return -1;
   return forced >= 0 ? forced : int8_wgmma_tile(a.tokens, a.outputs, multiprocessors(device));
 }
+#endif
 
 }  // namespace
 

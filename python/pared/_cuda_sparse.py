@@ -21,6 +21,7 @@ THREADS = 32 * WARPS
 INDEX_SLOTS = 1 << 16
 SUMS = 128  # rows times warps that share one, of an item
 ITEMS_PER_MULTIPROCESSOR = 4
+MOST_FOURS = (1 << 32) - (1 << 14)  # kernels count them in 32 bits, and some steps ahead
 
 
 def work_items(row_fours: NDArray[np.int64], multiprocessors: int) -> NDArray[np.int32]:
@@ -49,8 +50,9 @@ def work_items(row_fours: NDArray[np.int64], multiprocessors: int) -> NDArray[np
     sums = np.concatenate([[0], np.cumsum(row_fours)])
     work = sums[last] - sums[first]
     rows = last - first
-    # Lanes take two fours each of an average row, as long as all threads have a row.
-    wanted = np.maximum(work / np.maximum(1, rows) / 2, THREADS / np.maximum(1, rows) / 2)
+    # Lanes take four fours each of an average row, which are loaded together, as long as all threads have a
+    # row.
+    wanted = np.maximum(work / np.maximum(1, rows) / 4, THREADS / np.maximum(1, rows) / 2)
     lanes = 2 ** np.clip(np.ceil(np.log2(np.maximum(wanted, 1))), 2, np.log2(THREADS)).astype(np.int64)
     # Sums of a row that several warps share take a place each.
     while (too_many := rows * np.maximum(1, lanes // 32) > SUMS).any():
@@ -132,8 +134,8 @@ class DeviceCSR(KernelWeight):
         starts = torch.zeros(outputs * blocks + 1, dtype=torch.int64, device=device)
         torch.cumsum(fours, 0, out=starts[1:])
         total = int(starts[-1])
-        if total >= 1 << 32:
-            raise ValueError(f"weight: expected fewer than 2**34 non-zeros, got {values.numel()}")
+        if total >= MOST_FOURS:
+            raise ValueError(f"weight: expected fewer than 2**34 - 2**16 non-zeros, got {values.numel()}")
         row_fours = (
             (starts[blocks::blocks] - starts[:-1:blocks]).cpu().numpy() if blocks else np.zeros(outputs)
         )
