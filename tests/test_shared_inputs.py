@@ -69,6 +69,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         (16, (1, 100, 0, 7), 64),
         (65, (16, 31, 200), 68),
         (300, (200, 16, 31), 128),
+        (1, (16, 31, 200), 384),  # deeper than a kernel packs at once
+        (37, (16, 31), 516),
         (129, (17, 70), 2048),  # a panel too large to be packed whole
     ],
 )

@@ -60,12 +60,26 @@ def test_a_mask_that_differs_between_heads_and_sequences(isa, rng):
         check(ops.attention(q, k, v, mask), q, k, v, mask=mask)
 
 
+@pytest.mark.parametrize("features", [255, 257, 515])
+def test_wide_heads(isa, rng, features):
+    """Wider than a kernel packs at once."""
+    for positions in (1, 17, 33):
+        q, k, v = (heads(rng, 1, 2, positions, features) for _ in range(3))
+        check(ops.attention(q, k, v), q, k, v)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("kind", [None, "bool", "float32", "own"])
 def test_sixteen_bits(isa, rng, dtype, kind):
     """Widened while they are read: as the same numbers in float32, but for the rounding of the output."""
     torch = pytest.importorskip("torch")
-    for queries, keys, features, out in ((1, 1, 1, 1), (17, 130, 33, 5), (70, 16, 64, 64), (5, 300, 16, 48)):
+    for queries, keys, features, out in (
+        (1, 1, 1, 1),
+        (17, 130, 33, 5),
+        (70, 16, 64, 64),
+        (5, 300, 16, 48),
+        (18, 9, 301, 300),
+    ):
         q, k, v = (
             torch.from_numpy(heads(rng, 2, n, positions, width)).to(getattr(torch, dtype))
             for n, positions, width in ((4, queries, features), (2, keys, features), (2, keys, out))

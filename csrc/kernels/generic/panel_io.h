@@ -171,7 +171,7 @@ PARED_INLINE void finish(typename IO::S::V v, const Args& a, int64_t at, int n) 
   }
 }
 
-// Deepest K block of any tiling, rounded up to a whole vector.
+// Units that are staged at once: the deepest K block of any tiling, rounded up to a whole vector.
 constexpr int kMaxUnits = 256;
 
 // One group of W = width positions, `units` deep (a multiple of 4), from float32 rows.
@@ -199,32 +199,34 @@ void pack_panel(const PanelPackArgs& a) {
       pack_columns<IO>(static_cast<const float*>(a.x) + m * a.x_stride, a.x_stride, whole, panel, a.stride);
       done = whole;
     }
-    if (done == a.units) continue;
-    const int left = a.units - done;
-    for (int r = 0; r < W; ++r) {
-      float* to = staged[r];
-      int u = 0;
-      if (r >= rows) {
-        for (; u < left; ++u) to[u] = 0.0f;
-      } else if (a.dtype == DType::f32) {
-        const float* from = static_cast<const float*>(a.x) + (m + r) * a.x_stride + done;
-        for (; u < left; ++u) to[u] = from[u];
-      } else {
-        const bool bf16 = a.dtype == DType::bf16;
-        const uint16_t* from = static_cast<const uint16_t*>(a.x) + (m + r) * a.x_stride + done;
-        for (; u + W <= left; u += W) IO::S::store(to + u, IO::widen(from + u, bf16));
-        for (; u < left; ++u) to[u] = bf16 ? bf16_to_float(from[u]) : f16_to_float(from[u]);
+    while (done < a.units) {
+      const int left = a.units - done < kMaxUnits ? a.units - done : kMaxUnits;
+      for (int r = 0; r < W; ++r) {
+        float* to = staged[r];
+        int u = 0;
+        if (r >= rows) {
+          for (; u < left; ++u) to[u] = 0.0f;
+        } else if (a.dtype == DType::f32) {
+          const float* from = static_cast<const float*>(a.x) + (m + r) * a.x_stride + done;
+          for (; u < left; ++u) to[u] = from[u];
+        } else {
+          const bool bf16 = a.dtype == DType::bf16;
+          const uint16_t* from = static_cast<const uint16_t*>(a.x) + (m + r) * a.x_stride + done;
+          for (; u + W <= left; u += W) IO::S::store(to + u, IO::widen(from + u, bf16));
+          for (; u < left; ++u) to[u] = bf16 ? bf16_to_float(from[u]) : f16_to_float(from[u]);
+        }
+        for (; u & 3; ++u) to[u] = 0.0f;
       }
-      for (; u & 3; ++u) to[u] = 0.0f;
-    }
-    panel += static_cast<int64_t>(done) * a.stride;
-    const int staged_whole = left & ~3;
-    pack_columns<IO>(staged[0], kMaxUnits, staged_whole, panel, a.stride);
-    if (left & 3) {
-      typename IO::S::V column[4];
-      IO::columns(staged[0] + staged_whole, kMaxUnits, column);
-      for (int c = 0; c < (left & 3); ++c)
-        IO::S::store(panel + static_cast<int64_t>(staged_whole + c) * a.stride, column[c]);
+      float* to = panel + static_cast<int64_t>(done) * a.stride;
+      const int staged_whole = left & ~3;
+      pack_columns<IO>(staged[0], kMaxUnits, staged_whole, to, a.stride);
+      if (left & 3) {
+        typename IO::S::V column[4];
+        IO::columns(staged[0] + staged_whole, kMaxUnits, column);
+        for (int c = 0; c < (left & 3); ++c)
+          IO::S::store(to + static_cast<int64_t>(staged_whole + c) * a.stride, column[c]);
+      }
+      done += left;
     }
   }
 }
