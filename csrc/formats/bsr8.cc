@@ -182,11 +182,13 @@ Bsr8Plan plan_bsr8(const DenseView& w, const ConvShape& conv, const float* scale
   return plan;
 }
 
+UnitCode word_code(const PackedHeader& h) { return {0, h.tile * static_cast<uint32_t>(sizeof(int32_t))}; }
+
 void pack_bsr8(const DenseView& w, const Bsr8Plan& plan, uint8_t* out) {
   const PackedHeader& h = plan.panel.header;
   const Int8Words words = int8_words(h);
-  write_panel<int32_t>(plan.panel, words.units(), new_entries(w, words, plan.scales.data(), h.entry_rows),
-                       out);
+  write_panel<int32_t>(plan.panel, words.units(), word_code(h),
+                       new_entries(w, words, plan.scales.data(), h.entry_rows), out);
   Sections sections(sizeof(PackedHeader));
   std::copy(plan.scales.begin(), plan.scales.end(),
             reinterpret_cast<float*>(out + sections.add(h.rows * sizeof(float))));
@@ -204,7 +206,7 @@ Bsr8Packed view_bsr8(const uint8_t* data, int64_t bytes) {
   PARED_CHECK(dense_cols(h) <= kInt8MaxCols, "packed weight: expected at most ", kInt8MaxCols,
               " elements a row, got a corrupt header");
   Bsr8Packed w;
-  w.panel = view_panel<int32_t>(h, int8_words(h).units());
+  w.panel = view_panel<int32_t>(h, int8_words(h).units(), word_code(h));
   Sections sections(sizeof(PackedHeader));
   const size_t scales_at = sections.add(h.rows * sizeof(float));
   const size_t sums_at = sections.add(h.rows * sizeof(int32_t));

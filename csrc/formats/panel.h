@@ -8,7 +8,8 @@
 //   counts[(g * blocks + b) * slots + s]: entries of slot s; their sum is the next start minus this one;
 //   values/offsets: group-major, then block, slot, ascending unit; entry_rows values an entry, row by row;
 //   offset = (unit % block_k) * tile * 4, at most kMaxOffset, so that even a corrupt one stays inside the
-//   panel buffer;
+//   panel buffer; or, where the units are the taps of a convolution's kernel (UnitCode), channel << 8 | tap
+//   with the channel counted from the K block's first, and blocks are whole channels;
 //   a zero value only beside a non-zero of the same entry. What else a value has to be, a format says.
 // Size: 2 bytes an entry and 4 a value, one byte a slot and block, four bytes a group and block.
 #pragma once
@@ -29,11 +30,29 @@ inline constexpr int kCsrGroup = 16;
 inline constexpr int kQuadRows = 4;
 inline constexpr uint32_t kMaxOffset = 0xffff;
 
+// How a unit of a K block is written as a 16-bit offset. A larger convolution kernel reads one channel's
+// elements through several taps, so where its units lie in a panel is known when the panel is laid out; any
+// other unit lies at its place times the panel's stride.
+struct UnitCode {
+  int32_t taps = 0;  // of a channel; 0: units are not told apart
+  uint32_t pitch;    // of a panel of full stride, bytes; taps == 0
+
+  uint16_t encode(int64_t unit) const {
+    return static_cast<uint16_t>(taps ? unit / taps << 8 | unit % taps : unit * pitch);
+  }
+  // -1: no unit's.
+  int64_t decode(uint16_t offset) const {
+    if (taps) return (offset & 0xff) < taps ? (offset >> 8) * taps + (offset & 0xff) : -1;
+    return offset % pitch == 0 ? offset / pitch : -1;
+  }
+};
+
 template <class T>
 struct PanelPacked {
   using Value = T;
   const PackedHeader* header;
   int64_t units;  // of the reduction
+  UnitCode code;
   const uint32_t* starts;
   const uint8_t* counts;
   const T* values;
@@ -124,7 +143,8 @@ void plan_panel(PanelPlan& plan, int64_t units, Sections sections, const NewEntr
 
 // Writes all sections of the plan, zeros between them. The header is not written: see seal().
 template <class T, class NewEntries>
-void write_panel(const PanelPlan& plan, int64_t units, const NewEntries& new_entries, uint8_t* out) {
+void write_panel(const PanelPlan& plan, int64_t units, const UnitCode& code, const NewEntries& new_entries,
+                 uint8_t* out) {
   const PackedHeader& h = plan.header;
   std::memset(out, 0, h.values_at);
   // Not memcpy: an empty vector's data may be null.
@@ -149,7 +169,7 @@ void write_panel(const PanelPlan& plan, int64_t units, const NewEntries& new_ent
         entries(s, [&](int64_t unit, const T* v) {
           const int64_t b = unit / h.block_k, i = at[b]++;
           std::copy_n(v, h.entry_rows, values + i * h.entry_rows);
-          offsets[i] = static_cast<uint16_t>((unit - b * h.block_k) * h.tile * 4);
+          offsets[i] = code.encode(unit - b * h.block_k);
         });
     }
   });
@@ -157,15 +177,16 @@ void write_panel(const PanelPlan& plan, int64_t units, const NewEntries& new_ent
 
 // Throws ValueError unless the header's sizes and sections fit the buffer.
 template <class T>
-PanelPacked<T> view_panel(const PackedHeader& h, int64_t units) {
-  PARED_CHECK(h.nnz >= 0 && h.block_k > 0 && h.block_k <= 255 &&
-                  (h.tile == 64 || h.tile == 96 || h.tile == 128) &&
-                  (h.entry_rows == 1 || h.entry_rows == kQuadRows) && h.entries >= 0 &&
-                  h.entries < kMaxNonZeros && h.block_k * h.tile * 4 <= kMaxOffset + 1,
-              "packed weight: expected a valid header, got a corrupt one");
+PanelPacked<T> view_panel(const PackedHeader& h, int64_t units, const UnitCode& code) {
+  PARED_CHECK(
+      h.nnz >= 0 && h.block_k > 0 && h.block_k <= 255 && (h.tile == 64 || h.tile == 96 || h.tile == 128) &&
+          (h.entry_rows == 1 || h.entry_rows == kQuadRows) && h.entries >= 0 && h.entries < kMaxNonZeros &&
+          (code.taps ? h.block_k % code.taps == 0 : h.block_k * h.tile * 4 <= kMaxOffset + 1),
+      "packed weight: expected a valid header, got a corrupt one");
   PanelPacked<T> w;
   w.header = &h;
   w.units = units;
+  w.code = code;
   const int64_t groups = w.groups(), blocks = w.blocks(), bytes = static_cast<int64_t>(h.bytes);
   // First by division: the products below cannot overflow then.
   PARED_CHECK(groups == 0 || blocks < bytes / groups,
@@ -204,8 +225,8 @@ void validate_panel(const PanelPacked<T>& w, const NonZeros& non_zeros) {
                     "packed weight: row group ", g, ": counts exceed the matrix");
         int64_t previous = -1;
         for (int i = 0; i < count; ++i, ++at) {
-          const int64_t unit = w.offsets[at] / (h.tile * 4);
-          PARED_CHECK(w.offsets[at] % (h.tile * 4) == 0 && unit > previous && b * h.block_k + unit < w.units,
+          const int64_t unit = w.code.decode(w.offsets[at]);
+          PARED_CHECK(unit > previous && unit < h.block_k && b * h.block_k + unit < w.units,
                       "packed weight: row ", row, ": invalid column offset ", w.offsets[at]);
           previous = unit;
           int64_t stored = 0;
@@ -238,7 +259,7 @@ void for_each_value(const PanelPacked<T>& w, F fn) {
         for (int64_t b = 0; b < blocks; ++b)
           for (uint64_t i = at[b]; i < at[b] + w.counts[(g * blocks + b) * slots + s]; ++i)
             if (const T v = w.values[i * R + r]; v != 0)
-              fn(g * kCsrGroup + s * R + r, b * h.block_k + w.offsets[i] / (h.tile * 4), v);
+              fn(g * kCsrGroup + s * R + r, b * h.block_k + w.code.decode(w.offsets[i]), v);
       for (int64_t b = 0; b < blocks; ++b) at[b] += w.counts[(g * blocks + b) * slots + s];
     }
   }

@@ -27,7 +27,7 @@ template <class T>
 struct PanelArgs {
   const uint8_t* counts;    // non-zeros of each row in this K block
   const T* values;          // rows back to back
-  const uint16_t* offsets;  // byte offset of the unit's first position in the panel
+  const uint16_t* offsets;  // of the units' first positions in the panel, bytes before `scale`
   const T* panel;           // 64-byte aligned
   T* acc;                   // [rows][vectors * 16], 64-byte aligned
   int32_t rows;
@@ -254,6 +254,56 @@ struct ConvPackArgs {
 struct conv_pack {
   using Fn = void(const ConvPackArgs&);
   static constexpr const char* doc = "gather a convolution's input into a panel";
+};
+
+// Strips of vectors, one for each column of a kernel: vector (row, column) holds 16 output positions'
+// elements of that input row and kernel column. It is read in pieces of equal length, one from each band of
+// rows.
+struct ConvStripRow {
+  int64_t offset;  // elements from the band's first row; may point outside the plane where a band has none
+  int32_t line;    // of the column's strip, in vectors
+  uint32_t bands;  // bit b set: the row of band b is one of the plane's, not padding
+};
+struct ConvStripColumn {
+  int64_t offset;  // elements; may point outside the plane for lanes that are off
+  int32_t line;    // where the strip begins in the channel, in vectors
+  uint32_t lanes;  // bit l set: lane l of a piece is an element of the plane, not padding
+};
+inline constexpr int kMaxBands = 4;
+
+// Fills a panel with `channels` channels, each channel_lines vectors: the elements of all taps, those that
+// several taps of a kernel column read once. A lane that is off touches no memory.
+struct ConvStripArgs {
+  const float* x;          // first channel
+  int64_t channel_stride;  // elements
+  int32_t channels, channel_lines;
+  const ConvStripRow* rows;
+  const ConvStripColumn* columns;
+  int32_t row_count, column_count;
+  int32_t bands;           // 1, 2 or 4: pieces of 16, 8 or 4 lanes
+  const int64_t* band_at;  // [bands], elements from x to the piece
+  float* panel;
+};
+struct conv_strips {
+  using Fn = void(const ConvStripArgs&);
+  static constexpr const char* doc = "gather strips of a convolution's input into a panel";
+};
+
+// Places of entries in a panel whose units are (channel, tap): out[i] = kLineStep * line, where offsets[i] is
+// channel << 8 | tap and line = channel * channel_lines + tap_lines[tap], at most `last`. Writes up to 31
+// places behind `count`.
+inline constexpr int kLineStep = 32;
+struct ConvPlacesArgs {
+  const uint16_t* offsets;
+  int32_t count;
+  int32_t taps;
+  const uint16_t* tap_lines;  // [256], zero from `taps` on
+  int32_t channel_lines, last;
+  uint16_t* out;
+};
+struct conv_places {
+  using Fn = void(const ConvPlacesArgs&);
+  static constexpr const char* doc = "where the entries of a convolution's weight lie in a panel";
 };
 
 // One phase of a strided convolution's input plane: y[r * y_stride + i] = x[r * x_stride + i * step],

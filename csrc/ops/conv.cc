@@ -1,6 +1,7 @@
 // Three ways into the panel product, none of which materialises an im2col matrix:
-//   nchw: a tile of output positions is gathered into L1 for each K block (conv_pack), the product is already
-//     in the output's order (conv_store). Strided convolutions first split each plane into the phases of the
+//   nchw: what a tile of output positions reads is gathered into L1 for each K block, as strips that the taps
+//     of a kernel share (conv_strips.h) or an element for each tap (conv_pack); the product is already in the
+//     output's order (conv_store). Strided convolutions first split each plane into the phases of the
 //     stride (conv_split), a few images at a time: in a phase neighbouring outputs read neighbouring
 //     elements, and rows follow each other without a gap, as they do without a stride. 16-bit planes become
 //     float32 so;
@@ -15,6 +16,7 @@
 #include <cstring>
 #include <vector>
 
+#include "ops/conv_strips.h"
 #include "ops/linear.h"
 #include "ops/panel_product.h"
 
@@ -34,21 +36,17 @@ int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1)
 int64_t tap_row(const ConvArgs& a, int i) { return i * a.dilation_h - a.pad_top; }
 int64_t tap_column(const ConvArgs& a, int j) { return j * a.dilation_w - a.pad_left; }
 
-// Planes in which neighbouring outputs read neighbouring elements: output (y, x) of tap t reads element
-// y * pitch + x + tap_offsets[t] of its channel.
-struct Planes {
-  const float* x;
-  int64_t image_stride, channel_stride, pitch;
-  int64_t readable;  // elements of a channel from its first on
-  std::vector<int64_t> tap_offsets;
-};
-
 // A float32 image without strides, as it is.
 Planes planes_of(const ConvArgs& a, int kh, int kw) {
   Planes planes{
-      static_cast<const float*>(a.x), a.image_stride, a.channel_stride, a.width, a.height * a.width, {}};
-  for (int i = 0; i < kh; ++i)
-    for (int j = 0; j < kw; ++j) planes.tap_offsets.push_back(tap_row(a, i) * a.width + tap_column(a, j));
+      static_cast<const float*>(a.x), a.image_stride, a.channel_stride, a.width, a.height * a.width, {}, {}};
+  const auto add = [](TapAxis& axis, int64_t shift, int64_t size) {
+    axis.phase.push_back(0);
+    axis.shift.push_back(shift);
+    axis.size.push_back(size);
+  };
+  for (int i = 0; i < kh; ++i) add(planes.rows, tap_row(a, i), a.height);
+  for (int j = 0; j < kw; ++j) add(planes.columns, tap_column(a, j), a.width);
   return planes;
 }
 
@@ -109,12 +107,19 @@ class SplitPlanes {
                        }
                    }
                  });
-    Planes planes{to, image_floats(), channel_stride_, pitch_, phase_stride_, {}};
-    for (size_t i = 0; i < rows_.of.size(); ++i)
-      for (size_t j = 0; j < columns_.of.size(); ++j) {
-        const int64_t phase = rows_.of[i] * static_cast<int64_t>(columns_.distinct.size()) + columns_.of[j];
-        planes.tap_offsets.push_back(phase * phase_stride_ + rows_.shift[i] * pitch_ + columns_.shift[j]);
+    Planes planes{to, image_floats(), channel_stride_, pitch_, phase_stride_, {}, {}};
+    const auto axis = [](const Phases& p, int64_t phase_stride, int64_t size, int64_t stride) {
+      TapAxis out;
+      for (size_t i = 0; i < p.of.size(); ++i) {
+        out.phase.push_back(p.of[i] * phase_stride);
+        out.shift.push_back(p.shift[i]);
+        out.size.push_back(ceil_div(size - p.distinct[p.of[i]], stride));
       }
+      return out;
+    };
+    planes.rows =
+        axis(rows_, phase_stride_ * static_cast<int64_t>(columns_.distinct.size()), a_.height, a_.stride_h);
+    planes.columns = axis(columns_, phase_stride_, a_.width, a_.stride_w);
     return planes;
   }
 
@@ -141,6 +146,8 @@ class ConvGeometry {
     }
     for (int i = 0; i < kh; ++i) rows_.push_back(valid(height, out_h_, a.stride_h, -tap_row(a, i)));
     for (int j = 0; j < kw; ++j) columns_.push_back(valid(width, out_w_, a.stride_w, -tap_column(a, j)));
+    for (int i = 0; i < kh; ++i)
+      for (int j = 0; j < kw; ++j) tap_offsets_.push_back(planes.tap_offset(i, j));
   }
 
   int64_t plane_positions() const { return out_h_ * out_w_; }
@@ -202,8 +209,8 @@ class ConvGeometry {
                          float* panel) const {
     return {planes_.x,
             planes_.channel_stride,
-            static_cast<int32_t>(planes_.tap_offsets.size()),
-            planes_.tap_offsets.data(),
+            static_cast<int32_t>(tap_offsets_.size()),
+            tap_offsets_.data(),
             tile.runs.data(),
             static_cast<int32_t>(tile.runs.size()),
             tile.lanes.data(),
@@ -236,6 +243,7 @@ class ConvGeometry {
   const Planes& planes_;
   bool flat_;
   std::vector<Range> rows_, columns_;  // by kernel row, by kernel column
+  std::vector<int64_t> tap_offsets_;
 };
 
 // Whether a 1x1 kernel can multiply planes where they lie: a unit of the reduction is a channel, its vectors
@@ -252,16 +260,58 @@ bool are_panels(const ConvArgs& a, const PackedHeader& h, const Planes& planes) 
          planes.channel_stride < int64_t{1} << 31 && (planes.channel_stride << 16) % h.tile == 0;
 }
 
-// The product of some images' planes; `store` takes finished tiles, positions counted from `first`.
+// A thread's description of the tile it works on, made once for each tile: identified by the call, since
+// threads outlive it.
+template <class Geometry>
+class TileKeeper {
+ public:
+  explicit TileKeeper(const Geometry& geometry) : geometry_(geometry), call_(++calls()) {}
+  const typename Geometry::Tile& of(const PanelTile& t) const {
+    thread_local typename Geometry::Tile tile;
+    thread_local uint64_t tile_call = 0;
+    thread_local int64_t tile_first = 0;
+    if (tile_call != call_ || tile_first != t.first) {
+      geometry_.describe(t, tile);
+      tile_call = call_;
+      tile_first = t.first;
+    }
+    return tile;
+  }
+
+ private:
+  static std::atomic<uint64_t>& calls() {
+    static std::atomic<uint64_t> count{0};
+    return count;
+  }
+  const Geometry& geometry_;
+  const uint64_t call_;
+};
+
+// A tile's share of the outputs that lies together in a plane: positions [first, first + count) of the tile
+// are those from `position` on of the image.
+struct OutputSpan {
+  int32_t first, count;
+  int64_t image, position;
+};
+inline constexpr int kMaxSpans = kPanelMaxGroups * kPanelGroup;
+
+// The product of some images' planes; `store` takes finished tiles as spans, images counted from `image0`.
 template <class Store>
-void product(const ConvArgs& args, const CsrPacked& w, const Planes& planes, int64_t first,
+void product(const ConvArgs& args, const CsrPacked& w, const Planes& planes, int64_t image0,
              const Store& store) {
-  const auto store_from = [&](PanelTile t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
-    t.first += first;
-    store(t, row0, rows, acc, acc_stride);
+  const int64_t plane = args.out_h * args.out_w;
+  const auto store_run = [&](const PanelTile& t, int64_t row0, int32_t rows, const float* acc,
+                             int32_t acc_stride) {
+    OutputSpan spans[kMaxSpans];
+    int32_t n = 0;
+    for (int32_t m = 0; m < t.positions; m += spans[n++].count) {
+      const int64_t image = (t.first + m) / plane, at = (t.first + m) % plane;
+      spans[n] = {m, static_cast<int32_t>(std::min<int64_t>(plane - at, t.positions - m)), image0 + image,
+                  at};
+    }
+    store(spans, n, row0, rows, acc, acc_stride);
   };
   if (are_panels(args, *w.header, planes)) {
-    const int64_t plane = args.out_h * args.out_w;
     PanelTiles panels = cut_panel_tiles(*w.header, plane, args.images);
     panels.unit_stride = planes.channel_stride;
     panels.in_place = true;
@@ -271,28 +321,37 @@ void product(const ConvArgs& args, const CsrPacked& w, const Planes& planes, int
           return planes.x + t.first / plane * planes.image_stride + t.first % plane +
                  k0 * planes.channel_stride;
         },
-        store_from);
+        store_run);
+  }
+  if (w.code.taps && ConvStrips::pay(args.images, args.out_h, args.out_w, args.stride_h > 1)) {
+    const ConvStrips strips(planes, args.images, args.out_h, args.out_w);
+    const TileKeeper<ConvStrips> tiles(strips);
+    const auto pack = kernel_for<conv_strips>(active_isa()).fn;
+    return csr_panel_product(
+        w, strips.tiles(),
+        [&](const PanelTile& t, int64_t k0, int32_t units, int32_t, float* panel) {
+          pack(strips.pack_args(tiles.of(t), k0 / w.code.taps, units / w.code.taps, panel));
+          return panel;
+        },
+        [&](const PanelTile& t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
+          OutputSpan spans[kMaxSpans];
+          int32_t n = 0;
+          strips.for_spans(t, [&](int32_t first, int32_t count, int64_t image, int64_t position) {
+            spans[n++] = {first, count, image0 + image, position};
+          });
+          store(spans, n, row0, rows, acc, acc_stride);
+        });
   }
   const ConvGeometry geometry(args, w.header->kh, w.header->kw, planes);
+  const TileKeeper<ConvGeometry> described(geometry);
   const auto pack = kernel_for<conv_pack>(active_isa()).fn;
-  // A thread keeps the description of the tile it works on: identified by the call, since threads outlive it.
-  static std::atomic<uint64_t> calls{0};
-  const uint64_t call = ++calls;
   csr_panel_product(
       w, cut_panel_tiles(*w.header, geometry.positions()),
       [&](const PanelTile& t, int64_t k0, int32_t units, int32_t stride, float* panel) {
-        thread_local ConvGeometry::Tile tile;
-        thread_local uint64_t tile_call = 0;
-        thread_local int64_t tile_first = 0;
-        if (tile_call != call || tile_first != t.first) {
-          geometry.describe(t, tile);
-          tile_call = call;
-          tile_first = t.first;
-        }
-        pack(geometry.pack_args(t, tile, k0, units, stride, panel));
+        pack(geometry.pack_args(t, described.of(t), k0, units, stride, panel));
         return panel;
       },
-      store_from);
+      store_run);
 }
 
 // The product of NCHW images; `store` takes finished tiles.
@@ -309,26 +368,23 @@ void product_of_images(const ConvArgs& a, const CsrPacked& w, const Store& store
   for (int64_t n = 0; n < a.images; n += step) {
     ConvArgs some = a;
     some.images = std::min(step, a.images - n);
-    product(some, w, planes.split(n, n + some.images, scratch), n * a.out_h * a.out_w, store);
+    product(some, w, planes.split(n, n + some.images, scratch), n, store);
   }
 }
 
 void conv_nchw(const ConvArgs& a, const CsrPacked& w) {
   const auto store = kernel_for<conv_store>(active_isa()).fn;
   const int64_t plane = a.out_h * a.out_w, element = dtype_size(a.dtype);
-  product_of_images(
-      a, w, [&](const PanelTile& t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
-        ConvSpan spans[kPanelMaxGroups * kPanelGroup];
-        int32_t n = 0;
-        for (int32_t m = 0; m < t.positions; ++n) {
-          const int64_t image = (t.first + m) / plane, at = (t.first + m) % plane;
-          const int32_t count = static_cast<int32_t>(std::min<int64_t>(plane - at, t.positions - m));
-          spans[n] = {m, count, image * w.header->rows * plane + at};
-          m += count;
-        }
-        store({acc, acc_stride, rows, spans, n, a.bias ? a.bias + row0 : nullptr, a.activation,
-               static_cast<char*>(a.y) + row0 * plane * element, plane, a.dtype, a.residual});
-      });
+  product_of_images(a, w,
+                    [&](const OutputSpan* outputs, int32_t n, int64_t row0, int32_t rows, const float* acc,
+                        int32_t acc_stride) {
+                      ConvSpan spans[kMaxSpans];
+                      for (int32_t i = 0; i < n; ++i)
+                        spans[i] = {outputs[i].first, outputs[i].count,
+                                    outputs[i].image * w.header->rows * plane + outputs[i].position};
+                      store({acc, acc_stride, rows, spans, n, a.bias ? a.bias + row0 : nullptr, a.activation,
+                             static_cast<char*>(a.y) + row0 * plane * element, plane, a.dtype, a.residual});
+                    });
 }
 
 // 1x1 on pixels: tokens are pixels. `x` holds the pixels of the output, in order.
@@ -414,11 +470,14 @@ void conv_nhwc(const ConvArgs& a, const CsrPacked& w) {
     planes.images = n1 - n0;
     planes.image_stride = a.channels * pitch;
     planes.channel_stride = pitch;
-    product_of_images(
-        planes, w, [&](const PanelTile& t, int64_t row0, int32_t rows, const float* acc, int32_t acc_stride) {
-          store({acc, acc_stride, rows, t.positions, a.bias ? a.bias + row0 : nullptr, a.activation,
-                 y_of(n0) + (t.first * h.rows + row0) * element, h.rows, a.dtype, a.residual});
-        });
+    product_of_images(planes, w,
+                      [&](const OutputSpan* spans, int32_t n, int64_t row0, int32_t rows, const float* acc,
+                          int32_t acc_stride) {
+                        for (const OutputSpan* s = spans; s != spans + n; ++s)
+                          store({acc + s->first, acc_stride, rows, s->count, a.bias ? a.bias + row0 : nullptr,
+                                 a.activation, y_of(n0 + s->image) + (s->position * h.rows + row0) * element,
+                                 h.rows, a.dtype, a.residual});
+                      });
   }
 }
 

@@ -6,7 +6,8 @@ PanelTiles cut_panel_tiles(const PackedHeader& w, int64_t positions, int64_t ima
   const int64_t max_vectors = w.tile / kPanelGroup;
   const int64_t vectors = (positions + kPanelGroup - 1) / kPanelGroup;
   const int64_t tiles = (vectors + max_vectors - 1) / max_vectors;
-  PanelTiles out{{}, w.tile};
+  PanelTiles out;
+  out.unit_stride = w.tile;
   out.tiles.reserve(images * tiles);
   int32_t widest = kPanelGroup;
   for (int64_t i = 0; i < images * tiles; ++i) {
@@ -19,6 +20,13 @@ PanelTiles cut_panel_tiles(const PackedHeader& w, int64_t positions, int64_t ima
   }
   if (w.entry_rows == 1) out.unit_stride = widest;
   return out;
+}
+
+void place_taps_in_order(const UnitCode& code, PanelTiles& panels) {
+  const int64_t lines = panels.unit_stride / kPanelGroup;
+  panels.channel_lines = static_cast<int32_t>(code.taps * lines);
+  panels.tap_lines.assign(UINT8_MAX + 1, 0);
+  for (int i = 0; i < code.taps; ++i) panels.tap_lines[i] = static_cast<uint16_t>(i * lines);
 }
 
 }  // namespace pared

@@ -35,8 +35,12 @@ using PanelKernel = void(const PanelArgs<T>&);
 // Tiles, and where the units of their panels lie.
 struct PanelTiles {
   std::vector<PanelTile> tiles;
-  int64_t unit_stride;    // elements between units
-  bool in_place = false;  // the panels are the caller's memory, which ends with the last unit
+  int64_t unit_stride = 0;  // elements between units
+  bool in_place = false;    // the panels are the caller's memory, which ends with the last unit
+  // Where the taps of a channel lie in a panel, in vectors, for weights whose code tells taps apart. Empty: one
+  // after the other, as units do.
+  int32_t channel_lines = 0;
+  std::vector<uint16_t> tap_lines;  // [256], zero from the last tap on
 };
 
 // The positions of each image cut into tiles for `w`, of nearly equal numbers of vectors: 128 positions are
@@ -47,12 +51,19 @@ struct PanelTiles {
 // tokens 1.2 to 1.4.
 PanelTiles cut_panel_tiles(const PackedHeader& w, int64_t positions, int64_t images = 1);
 
+// Fills tap_lines for panels whose units lie one after the other.
+void place_taps_in_order(const UnitCode& code, PanelTiles& panels);
+
 namespace panel_product_detail {
 
 // Accumulators of one pass: 256 KB suits second-level caches of 512 KB and more.
 inline constexpr int64_t kAccElements = 64 * 1024;
-// A panel, and the reach of any 16-bit offset plus one tile: no offset can leave the buffer.
-inline constexpr size_t kPanelElements = (kMaxOffset + 1) / 4 + kPanelMaxGroups * kPanelGroup;
+// A panel, the reach of any 16-bit offset, and of any place of a tap, plus one tile: no offset can leave the
+// buffer.
+inline constexpr int32_t kLastLine = kMaxOffset / kLineStep;
+inline constexpr size_t kPanelElements =
+    static_cast<size_t>(kLastLine + 1) * kPanelGroup + kPanelMaxGroups * kPanelGroup;
+static_assert(kPanelElements >= (kMaxOffset + 1) / 4 + kPanelMaxGroups * kPanelGroup);
 // Below this many multiply-adds a second thread (about 10 us to wake) does not pay.
 inline constexpr int64_t kMinWorkPerThread = 1 << 19;
 // Bytes of a weight that a second-level cache holds.
@@ -105,7 +116,7 @@ void check_offsets(const PanelPacked<T>& w, uint32_t start, const uint8_t* count
   for (int s = 0; s < w.slots(); ++s) end += counts[s];
   uint16_t largest = 0;
   for (const uint16_t* o = w.offsets + start; o < end; ++o) largest = std::max(largest, *o);
-  PARED_CHECK(largest <= (units - 1) * w.header->tile * 4,
+  PARED_CHECK(largest <= (units - 1) * w.code.pitch,
               "packed weight: expected offsets inside the K block, got a corrupt one");
 }
 
@@ -117,8 +128,12 @@ void run_tile(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const Panel
   const int64_t blocks = w.blocks(), last = std::max<int64_t>(blocks, 1) - 1;
   const int32_t acc_stride = t.vectors * kPanelGroup;
   // Offsets are those of a panel whose units are w.tile apart.
-  const uint64_t scale = (static_cast<uint64_t>(panels.unit_stride) << 16) / h.tile;
+  const bool coded = w.code.taps > 0;
+  const uint64_t scale = coded ? (uint64_t{kPanelGroup * sizeof(T)} << 16) / kLineStep
+                               : (static_cast<uint64_t>(panels.unit_stride) << 16) / h.tile;
   const int64_t reach = (kMaxOffset + 1) / (h.tile * 4) + 1;
+  const auto place = coded ? kernel_for<conv_places>(active_isa()).fn : nullptr;
+  alignas(64) uint16_t places[kCsrGroup * (UINT8_MAX + 1) + kLineStep];
   const int64_t groups_per_pass = std::max<int64_t>(1, kAccElements / (acc_stride * kCsrGroup));
   for (int64_t p0 = g0; p0 < g1; p0 += groups_per_pass) {
     const int64_t p1 = std::min(g1, p0 + groups_per_pass);
@@ -139,9 +154,16 @@ void run_tile(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const Panel
           check_entries(w, starts[b], counts);
           if (panels.in_place && b * h.block_k + reach > w.units)
             check_offsets(w, starts[b], counts, w.units - b * h.block_k);
-          micro[t.vectors - 1]({counts, w.values + static_cast<int64_t>(starts[b]) * h.entry_rows,
-                                w.offsets + starts[b], x, group_acc, (rows + h.entry_rows - 1) / h.entry_rows,
-                                touched, scale});
+          const uint16_t* offsets = w.offsets + starts[b];
+          if (coded) {
+            int32_t count = 0;
+            for (int s = 0; s < w.slots(); ++s) count += counts[s];
+            place({offsets, count, w.code.taps, panels.tap_lines.data(), panels.channel_lines, kLastLine,
+                   places});
+            offsets = places;
+          }
+          micro[t.vectors - 1]({counts, w.values + static_cast<int64_t>(starts[b]) * h.entry_rows, offsets, x,
+                                group_acc, (rows + h.entry_rows - 1) / h.entry_rows, touched, scale});
         } else if (b == last && !touched) {
           std::fill_n(group_acc, static_cast<int64_t>(rows) * acc_stride, T{0});  // rows without non-zeros
         }
@@ -154,7 +176,7 @@ void run_tile(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const Panel
 }  // namespace panel_product_detail
 
 // Runs the products of one or more weights with the panel columns of `panels` on the calling thread's pool.
-// Weights together have equal units, tile and entry_rows.
+// Weights together have equal units, tile, entry_rows and code.
 //   micro: the kernels for 1 to kPanelMaxGroups vectors, for the weights' entry_rows;
 //   begin(tile): called in each thread before its share of a tile;
 //   pack(tile, k0, units, stride, panel): write units [k0, k0 + units) of the reduction for the tile's
@@ -168,6 +190,11 @@ template <class T, class Begin, class Pack, class Store>
 void panel_products(const PanelPacked<T>* w, int64_t count, PanelKernel<T>* const* micro,
                     const PanelTiles& panels, const Begin& begin, const Pack& pack, const Store& store) {
   namespace detail = panel_product_detail;
+  if (w[0].code.taps && panels.tap_lines.empty()) {
+    PanelTiles placed = panels;
+    place_taps_in_order(w[0].code, placed);
+    return panel_products(w, count, micro, placed, begin, pack, store);
+  }
   std::vector<detail::GroupWeights<T>> weights(w, w + count);
   int64_t all_weights = 0;
   uint64_t bytes = 0;

@@ -41,6 +41,7 @@ def facts_of(weight: Tensor, groups: int = 1) -> Facts:
         n_words,
         n_word_quads,
         taps,
+        w.shape[2] if convolution else 0,
     )
 
 

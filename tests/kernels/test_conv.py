@@ -18,10 +18,12 @@ def run(x, w, bias, g: Geometry, activation=None):
     packed.validate()
     n, _, height, width = x.shape
     out_h, out_w = _core.conv2d_output_size(height, width, *w.shape[2:], g.stride, g.padding, g.dilation)
-    y = np.full((n, w.shape[0], out_h, out_w), np.nan, dtype=x.dtype)
+    room = np.full((n + 1, w.shape[0], out_h, out_w), np.nan, dtype=x.dtype)
     if not x.flags.c_contiguous and x.strides[1] < x.strides[3]:
-        y = channels_last(y)
+        room = channels_last(room)
+    y = room[:n]
     _core.conv2d_csr(x, packed.packed, bias, y, g.stride, g.padding, g.dilation, activation or "")
+    assert np.isnan(room[n]).all(), "written behind the last image"
     return y
 
 
@@ -155,6 +157,72 @@ def test_deep_convolution(isa, rng):
     w[:, :300] = sparse_weight(rng, (1024, 300, 1, 1), 0.3)
     x = rng.standard_normal((1, 1024, 3, 6)).astype(np.float32)
     check(x, w, None, Geometry())
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    ("images", "size"),
+    [
+        (1, (56, 56)),  # two bands of rows a vector
+        (1, (16, 20)),  # four bands
+        (1, (28, 28)),  # whole vectors, the second of a row not full
+        (1, (14, 14)),
+        (1, (7, 7)),
+        (8, (7, 7)),  # bands of several images
+        (5, (7, 8)),  # the last of one image alone
+        (3, (9, 4)),
+        (2, (61, 5)),
+        (1, (17, 48)),  # tiles of eight rows and of less
+        (1, (2, 100)),  # too few rows for strips
+        (1, (1, 33)),
+    ],
+    ids=str,
+)
+def test_strips_of_rows(isa, rng, layout, images, size):
+    """Every way to cut outputs into vectors; channels in several K blocks. Integers are exact."""
+    x = layout(rng.integers(-4, 5, (images, 19, *size)).astype(np.float32))
+    w = rng.integers(-3, 4, (18, 19, 3, 3)).astype(np.float32) * (rng.random((18, 19, 3, 3)) < 0.4)
+    g = Geometry(padding=(1, 1, 1, 1))
+    assert np.array_equal(run(x, w.astype(np.float32), None, g), reference(x, w, None, g))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"),
+    [
+        ((3, 1), (1, 1), (1, 1)),
+        ((2, 2), (1, 1), (1, 1)),
+        ((5, 4), (1, 1), (1, 1)),  # more columns than have code of their own
+        ((9, 8), (1, 1), (1, 1)),  # more taps than a table in registers holds
+        ((17, 15), (1, 1), (1, 1)),  # one channel a K block
+        ((16, 16), (1, 1), (1, 1)),  # more taps than an offset can name
+        ((3, 3), (1, 1), (2, 1)),
+        ((3, 2), (1, 1), (9, 3)),  # taps so far apart that they share no row
+        ((3, 3), (2, 2), (1, 1)),
+        ((7, 7), (2, 2), (1, 1)),
+        ((4, 3), (3, 2), (2, 1)),
+    ],
+    ids=str,
+)
+def test_strips_of_kernels(isa, rng, layout, dtype, kernel, stride, dilation):
+    """Strips of each column of the kernel, of each phase of the rows. Integers are exact."""
+    x = layout(rng.integers(-4, 5, (2, 3, 34, 32)).astype(dtype))
+    w = (rng.integers(-3, 4, (18, 3, *kernel)) * (rng.random((18, 3, *kernel)) < 0.3)).astype(np.float32)
+    g = Geometry(stride, (3, 2, 1, 4), dilation)
+    expected = reference(x, w, None, g)
+    y = run(x, w, None, g)
+    # Sums up to 2048 are float16's, too.
+    assert np.array_equal(y, expected.astype(dtype))
+
+
+def test_what_lies_around_an_image_is_not_read(isa, rng):
+    """Rows, channels and images of a larger array of NaN, through strips of whole vectors and of bands."""
+    for size in ((14, 14), (9, 7), (16, 24)):
+        room = np.full((5, 40, size[0] + 2, size[1]), np.nan, dtype=np.float32)
+        x = room[::2, 7:24, 1:-1]
+        x[...] = rng.standard_normal(x.shape)
+        check(x, sparse_weight(rng, (20, 17, 3, 3), 0.7), None, Geometry(padding=(1, 1, 1, 1)))
 
 
 @LAYOUTS

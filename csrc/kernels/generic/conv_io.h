@@ -97,6 +97,24 @@ struct Avx512Conv {
   static PARED_INLINE S::V load_over(S::V into, Mask m, const float* p) {
     return _mm512_mask_loadu_ps(into, m, p);
   }
+  // Pieces of equal length side by side, piece b from p + at[b] on; `m` has a piece's lanes.
+  template <int PIECES>
+  static PARED_INLINE S::V load_pieces(const float* p, const int64_t* at, Mask m) {
+    if constexpr (PIECES == 1) {
+      return _mm512_maskz_loadu_ps(m, p + at[0]);
+    } else if constexpr (PIECES == 2) {
+      return _mm512_insertf32x8(
+          _mm512_castps256_ps512(_mm256_maskz_loadu_ps(static_cast<__mmask8>(m), p + at[0])),
+          _mm256_maskz_loadu_ps(static_cast<__mmask8>(m), p + at[1]), 1);
+    } else {
+      const __mmask8 k = static_cast<__mmask8>(m);
+      const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_maskz_loadu_ps(k, p + at[0])),
+                                              _mm_maskz_loadu_ps(k, p + at[1]), 1);
+      const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_maskz_loadu_ps(k, p + at[2])),
+                                               _mm_maskz_loadu_ps(k, p + at[3]), 1);
+      return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+    }
+  }
   template <ConvRead R>
   static PARED_INLINE S::V gather(const void* x, int64_t i, uint32_t bits, int64_t step, DType t) {
     if constexpr (R == ConvRead::f32_1) {
@@ -197,6 +215,111 @@ void pack_conv(const ConvPackArgs& a) {
   }
 }
 
+// One vector, where some band has no such row or an instruction set no better way.
+template <class C, int BANDS>
+PARED_INLINE void pack_strip_vector(const float* x, const int64_t* band_at, uint32_t bands, uint32_t lanes,
+                                    float* to) {
+  using S = typename C::S;
+  constexpr int W = S::width, kPiece = kPanelGroup / BANDS;
+  for (int h = 0; h < kPanelGroup; h += W) {
+    typename S::V v = S::zero();
+    for (int b = 0; b < BANDS; ++b) {
+      const uint32_t piece = bands >> b & 1u ? lanes << b * kPiece : 0u;
+      v = C::load_over(v, C::mask(piece >> h & ((1u << W) - 1u)), x + band_at[b] + h - b * kPiece);
+    }
+    S::store(to + h, v);
+  }
+}
+
+// BANDS pieces of 16 / BANDS lanes a vector. A channel at a time, its rows in the order of memory. COLUMNS of
+// them, or any number (0).
+template <class C, int BANDS, int COLUMNS>
+void pack_strips_of(const ConvStripArgs& args) {
+  const ConvStripArgs a = args;
+  const float* x = a.x;
+  float* panel = a.panel;
+  const int columns = COLUMNS ? COLUMNS : a.column_count;
+  constexpr uint32_t kAll = (1u << BANDS) - 1u;
+  constexpr bool kPieces = C::S::width == kPanelGroup && COLUMNS > 0;
+  typename C::Mask masks[COLUMNS ? COLUMNS : 1];
+  int64_t offsets[COLUMNS ? COLUMNS : 1];
+  float* strips[COLUMNS ? COLUMNS : 1];
+  for (int j = 0; j < COLUMNS; ++j) {
+    masks[j] = C::mask(a.columns[j].lanes);
+    offsets[j] = a.columns[j].offset;
+  }
+  for (int c = 0; c < a.channels; ++c) {
+    for (int j = 0; j < COLUMNS; ++j) strips[j] = panel + a.columns[j].line * kPanelGroup;
+    for (const ConvStripRow* row = a.rows; row != a.rows + a.row_count; ++row) {
+      const float* from = x + row->offset;
+      const int32_t line = row->line * kPanelGroup;
+      if constexpr (kPieces) {
+        if (row->bands == kAll) {
+#pragma GCC unroll 8
+          for (int j = 0; j < COLUMNS; ++j)
+            C::S::store(strips[j] + line,
+                        C::template load_pieces<BANDS>(from + offsets[j], a.band_at, masks[j]));
+          continue;
+        }
+      }
+      for (int j = 0; j < columns; ++j)
+        pack_strip_vector<C, BANDS>(from + a.columns[j].offset, a.band_at, row->bands, a.columns[j].lanes,
+                                    panel + a.columns[j].line * kPanelGroup + line);
+    }
+    x += a.channel_stride;
+    panel += static_cast<int64_t>(a.channel_lines) * kPanelGroup;
+  }
+}
+
+template <class C, int BANDS>
+void pack_strips_in(const ConvStripArgs& a) {
+  switch (a.column_count) {
+    case 1: return pack_strips_of<C, BANDS, 1>(a);
+    case 2: return pack_strips_of<C, BANDS, 2>(a);
+    case 3: return pack_strips_of<C, BANDS, 3>(a);
+    default: return pack_strips_of<C, BANDS, 0>(a);
+  }
+}
+
+template <class C>
+void pack_strips(const ConvStripArgs& a) {
+  static_assert(kMaxBands == 4, "a case for each number of bands");
+  if (a.bands == 1) pack_strips_in<C, 1>(a);
+  else if (a.bands == 2) pack_strips_in<C, 2>(a);
+  else pack_strips_in<C, 4>(a);
+}
+
+PARED_INLINE void place_one_by_one(const ConvPlacesArgs& a) {
+  for (int i = 0; i < a.count; ++i) {
+    const int32_t line = (a.offsets[i] >> 8) * a.channel_lines + a.tap_lines[a.offsets[i] & 0xff];
+    a.out[i] = static_cast<uint16_t>((line < a.last ? line : a.last) * kLineStep);
+  }
+}
+
+template <class C>
+void place_entries(const ConvPlacesArgs& args) {
+  const ConvPlacesArgs a = args;
+#if defined(__AVX512F__)
+  if constexpr (C::S::width == 16) {
+    if (a.taps <= 64) {
+      const __m512i first = _mm512_loadu_si512(a.tap_lines), second = _mm512_loadu_si512(a.tap_lines + 32);
+      const __m512i lines = _mm512_set1_epi16(static_cast<int16_t>(a.channel_lines));
+      const __m512i last = _mm512_set1_epi16(static_cast<int16_t>(a.last));
+      for (int i = 0; i < a.count; i += 32) {
+        const int left = a.count - i;
+        const __m512i o =
+            _mm512_maskz_loadu_epi16(left < 32 ? (1u << left) - 1u : 0xffffffffu, a.offsets + i);
+        const __m512i tap = _mm512_permutex2var_epi16(first, o, second);
+        const __m512i line = _mm512_add_epi16(_mm512_mullo_epi16(_mm512_srli_epi16(o, 8), lines), tap);
+        _mm512_storeu_si512(a.out + i, _mm512_slli_epi16(_mm512_min_epu16(line, last), 5));
+      }
+      return;
+    }
+  }
+#endif
+  place_one_by_one(a);
+}
+
 template <class C, ConvRead R>
 void split_conv_as(const ConvSplitArgs& args) {
   using S = typename C::S;
@@ -228,12 +351,10 @@ void split_conv(const ConvSplitArgs& a) {
   }
 }
 
-template <class C>
-void store_conv(const ConvStoreArgs& args) {
+template <class C, class Store>
+PARED_INLINE void store_conv_as(const ConvStoreArgs& a, const Store& finish) {
   using S = typename C::S;
-  using Io = typename C::Io;
   constexpr int W = S::width;
-  const ConvStoreArgs a = args;  // a copy: a store cannot change it
   for (int r = 0; r < a.rows; ++r) {
     const typename S::V bias = S::set1(a.bias ? a.bias[r] : 0.0f);
     for (const ConvSpan* s = a.spans; s != a.spans + a.span_count; ++s) {
@@ -241,12 +362,19 @@ void store_conv(const ConvStoreArgs& args) {
       const int64_t to = s->offset + r * a.row_stride;
       int m = 0;
       // Whole vectors without masks: on Zen a masked store costs several plain ones.
-      for (; m + W <= s->count; m += W) finish<Io>(S::add(S::loadu(acc + m), bias), a, to + m, W);
+      for (; m + W <= s->count; m += W) finish(S::add(S::loadu(acc + m), bias), to + m, W);
       if (m == s->count) continue;
       const int n = s->count - m;
-      finish<Io>(S::add(Io::load_first(acc + m, n), bias), a, to + m, n);
+      finish(S::add(C::Io::load_first(acc + m, n), bias), to + m, n);
     }
   }
+}
+
+template <class C>
+void store_conv(const ConvStoreArgs& args) {
+  const ConvStoreArgs a = args;  // a copy: a store cannot change it
+  with_finish<typename C::Io>(
+      a, [&](const auto& finish) __attribute__((always_inline)) { store_conv_as<C>(a, finish); });
 }
 
 }  // namespace

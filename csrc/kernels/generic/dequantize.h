@@ -110,8 +110,8 @@ void dequantize_rows_as(const DequantizeArgs& a) {
 }
 
 // With a residual, which only convolutions have.
-template <class IO>
-void dequantize_and_add(const DequantizeArgs& a) {
+template <class IO, class Store>
+PARED_INLINE void dequantize_and_add(const DequantizeArgs& a, const Store& finish) {
   using S = typename IO::S;
   using Sums = decltype(sums_of(S{}));
   constexpr int W = S::width;
@@ -122,14 +122,16 @@ void dequantize_and_add(const DequantizeArgs& a) {
     for (int m = 0; m < a.tokens; ++m) {
       const auto sum = Sums::difference(Sums::load(a.acc + m * a.acc_stride + n), c);
       const auto y = S::add(S::mul(S::mul(sum, S::set1(a.x_scales[m])), w), b);
-      finish<IO>(y, a, m * a.y_stride + n, count);
+      finish(y, m * a.y_stride + n, count);
     }
   }
 }
 
 template <class IO>
 void dequantize_rows(const DequantizeArgs& a) {
-  if (a.residual != 0) return dequantize_and_add<IO>(a);
+  if (a.residual != 0)
+    return with_finish<IO>(
+        a, [&](const auto& finish) __attribute__((always_inline)) { dequantize_and_add<IO>(a, finish); });
   if (a.dtype == DType::f32) dequantize_rows_as<IO, float>(a);
   else dequantize_rows_as<IO, uint16_t>(a);
 }

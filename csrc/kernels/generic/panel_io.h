@@ -125,6 +125,8 @@ struct Avx512Io {
   // A whole vector is stored without a mask: masked stores cost several operations on AMD's cores.
   static PARED_INLINE void store_first(float* p, S::V v, int n) {
     if (n == 16) return _mm512_storeu_ps(p, v);
+    if (n == 8) return _mm256_storeu_ps(p, _mm512_castps512_ps256(v));
+    if (n == 4) return _mm_storeu_ps(p, _mm512_castps512_ps128(v));
     _mm512_mask_storeu_ps(p, first(n), v);
   }
   static PARED_INLINE __m256i to_bf16(S::V v) {
@@ -157,18 +159,39 @@ PARED_INLINE typename IO::S::V add_residual(typename IO::S::V v, const uint16_t*
   return IO::S::add(v, IO::load_first(reinterpret_cast<const uint16_t*>(at), n, bf16));
 }
 
-// Adds the residual, activates and narrows n outputs to element `at` of y.
-template <class IO, class Args>
-PARED_INLINE void finish(typename IO::S::V v, const Args& a, int64_t at, int n) {
-  if (a.dtype == DType::f32) {
-    float* y = static_cast<float*>(a.y) + at;
-    IO::store_first(y, activate<typename IO::S>(add_residual<IO>(v, y, a.residual, n), a.activation), n);
-  } else {
-    const bool bf16 = a.dtype == DType::bf16;
-    uint16_t* y = static_cast<uint16_t*>(a.y) + at;
-    v = activate<typename IO::S>(add_residual<IO>(v, y, a.residual, n, bf16), a.activation);
-    IO::store_first(y, v, n, bf16);
+// Adds the residual, activates and narrows: (v, at, n) stores n outputs to element `at` of y. What the call
+// does not ask for is left out of the loop around it, where it would take longer than the store.
+enum class FinishWith { nothing, relu, activation, residual };
+
+template <class IO, class Args, bool F32, FinishWith WITH>
+struct Finish {
+  const Args& a;
+  PARED_INLINE void operator()(typename IO::S::V v, int64_t at, int n) const {
+    const int64_t residual = WITH == FinishWith::residual ? a.residual : 0;
+    const Activation activation = WITH == FinishWith::nothing ? Activation::none
+                                  : WITH == FinishWith::relu  ? Activation::relu
+                                                              : a.activation;
+    if constexpr (F32) {
+      float* y = static_cast<float*>(a.y) + at;
+      IO::store_first(y, activate<typename IO::S>(add_residual<IO>(v, y, residual, n), activation), n);
+    } else {
+      const bool bf16 = a.dtype == DType::bf16;
+      uint16_t* y = static_cast<uint16_t*>(a.y) + at;
+      v = activate<typename IO::S>(add_residual<IO>(v, y, residual, n, bf16), activation);
+      IO::store_first(y, v, n, bf16);
+    }
   }
+};
+
+// Calls loop(finish) with the Finish that the arguments ask for.
+template <class IO, class Args, class Loop>
+PARED_INLINE void with_finish(const Args& a, Loop loop) {
+  using With = FinishWith;
+  if (a.dtype != DType::f32) return loop(Finish<IO, Args, false, With::residual>{a});
+  if (a.residual != 0) return loop(Finish<IO, Args, true, With::residual>{a});
+  if (a.activation == Activation::none) return loop(Finish<IO, Args, true, With::nothing>{a});
+  if (a.activation == Activation::relu) return loop(Finish<IO, Args, true, With::relu>{a});
+  loop(Finish<IO, Args, true, With::activation>{a});
 }
 
 // Units that are staged at once: the deepest K block of any tiling, rounded up to a whole vector.
@@ -231,8 +254,8 @@ void pack_panel(const PanelPackArgs& a) {
   }
 }
 
-template <class IO>
-void store_panel(const PanelStoreArgs& a) {
+template <class IO, class Store>
+PARED_INLINE void store_panel_as(const PanelStoreArgs& a, Store finish) {
   using S = typename IO::S;
   constexpr int W = S::width;
   for (int r = 0; r < a.rows; r += W) {
@@ -247,9 +270,16 @@ void store_panel(const PanelStoreArgs& a) {
       typename S::V y[4];
       IO::columns(acc + m, a.acc_stride, y);
       const int n = a.positions - m < 4 ? a.positions - m : 4;
-      for (int c = 0; c < n; ++c) finish<IO>(S::add(y[c], b), a, (m + c) * a.y_stride + r, rows);
+      for (int c = 0; c < n; ++c) finish(S::add(y[c], b), (m + c) * a.y_stride + r, rows);
     }
   }
+}
+
+template <class IO>
+void store_panel(const PanelStoreArgs& args) {
+  const PanelStoreArgs a = args;  // a copy: a store cannot change it
+  with_finish<IO>(a,
+                  [&](const auto& finish) __attribute__((always_inline)) { store_panel_as<IO>(a, finish); });
 }
 
 }  // namespace

@@ -23,8 +23,10 @@ _ACCUMULATORS = 64 * 1024  # of one pass over the rows
 _BATCH = 16  # tokens that share an expanded vector
 _TOKENS = 6  # of the dense int8 micro-kernel
 _BLOCK_BYTES, _BLOCK_TOKENS, _INT4_TOKENS = 192 * 1024, 192, 96  # of quantized tokens
-# Elements from which a convolution's K blocks are deeper (csrc/formats/csr.cc).
+# Elements from which a convolution's K blocks are deeper, and the units of one where they are strips
+# (csrc/formats/csr.cc).
 _DEEP = 1 << 20
+_STRIP_UNITS, _DEEP_STRIP_UNITS = 150, 200
 # Ends of loops that a branch predictor keeps apart.
 _LEARNED = 4096
 # Work below which the operations do not wake a second thread.
@@ -80,6 +82,7 @@ class Facts:
     quads : blocks of four outputs by one input that hold any.
     words, word_quads : blocks of 1x4 and of 4x4; of a convolution, by four channels at one tap.
     taps : of a convolution; 0 for a linear weight.
+    kernel_rows : of a convolution.
     """
 
     rows: int
@@ -90,6 +93,7 @@ class Facts:
     words: int
     word_quads: int
     taps: int = 0
+    kernel_rows: int = 0
 
     def work(self, kind: str) -> Work:
         """What the weight would make a kernel do, packed in a format with one packing."""
@@ -102,6 +106,9 @@ class Facts:
             distinct = self.quads / max(1, nnz) if height == 1 else 1.0
             deep = self.taps > 0 and rows * cols >= _DEEP and share < 0.3
             tiling = (64, 240) if share < 0.04 else (128, 128 if deep or share < 0.14 else 80)
+            if self.kernel_rows > 1 and self.taps <= 255:  # whole channels
+                units = _DEEP_STRIP_UNITS if rows * cols >= _DEEP else _STRIP_UNITS
+                tiling = (128, max(1, units // self.taps) * self.taps)
             tile, block_k = (96, 96) if height == 4 else tiling
             nbytes = _panel_bytes(rows, cols, entries, height, block_k)
             return Work(rows, cols, nnz, nbytes, entries, height, self.taps, tile, block_k, distinct)
