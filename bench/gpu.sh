@@ -90,9 +90,12 @@ finish() {
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit,memory.total --format=csv ||
   { echo "gpu.sh: no NVIDIA GPU here; --dry-run goes the same way without" >&2; exit 2; }
 "$python" - <<'PY' || exit 2
-import importlib.util, sys
+import importlib.util, os, sys, sysconfig
 import torch
 print("python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda, torch.cuda.is_available())
+headers = sysconfig.get_paths()["include"]
+if not os.path.exists(os.path.join(headers, "Python.h")):
+    print(f"gpu.sh: no Python.h in {headers}: the build fails unless CMake finds it elsewhere")
 needed = ("numpy", "pytest", "hypothesis", "pybind11", "safetensors", "rich", "typer", "scipy")
 missing = [n for n in needed if importlib.util.find_spec(n) is None]
 if missing or not torch.cuda.is_available():
