@@ -35,6 +35,9 @@ struct PanelArgs {
   // 2^16 times the distance of two units in the panel over the one that the offsets say: 2^16 where they are
   // the panel's own.
   uint64_t scale;
+  // From these entries to those that come next, bytes: read ahead in step with the work, where they lie
+  // elsewhere in memory. They need not be mapped.
+  uintptr_t values_ahead = 0, offsets_ahead = 0;
 };
 using CsrPanelArgs = PanelArgs<float>;
 struct csr_panel_f32 {

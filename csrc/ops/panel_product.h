@@ -120,21 +120,6 @@ void check_offsets(const PanelPacked<T>& w, uint32_t start, const uint8_t* count
               "packed weight: expected offsets inside the K block, got a corrupt one");
 }
 
-// Brings entries near that are multiplied next. Those of the next row group are elsewhere in memory, which a
-// processor does not foresee.
-template <class T>
-void fetch_entries(const PanelPacked<T>& w, uint32_t begin, uint32_t end) {
-  const auto fetch = [](const char* p, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(p + i);
-  };
-  // Not checked yet: of a corrupt buffer these may be anything, and so may the addresses, which a prefetch
-  // does not mind.
-  const size_t count = std::min<size_t>(end - begin, w.slots() * size_t{UINT8_MAX});
-  const uintptr_t rows = w.header->entry_rows;
-  fetch(reinterpret_cast<const char*>(w.offsets) + begin * sizeof(uint16_t), count * sizeof(uint16_t));
-  fetch(reinterpret_cast<const char*>(w.values) + begin * rows * sizeof(T), count * rows * sizeof(T));
-}
-
 template <class T, class Pack, class Store>
 void run_tile(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const PanelTile& t,
               const PanelTiles& panels, int64_t g0, int64_t g1, const Pack& pack, const Store& store,
@@ -177,9 +162,13 @@ void run_tile(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const Panel
                    places});
             offsets = places;
           }
-          if (g + 1 < p1) fetch_entries(w, starts[b + blocks + 1], starts[b + blocks + 2]);
+          // The same block of the next row group.
+          const uintptr_t ahead = g + 1 < p1 ? starts[b + blocks + 1] - uintptr_t{starts[b]} : 0;
+          const uintptr_t from_places =
+              reinterpret_cast<uintptr_t>(w.offsets + starts[b]) - reinterpret_cast<uintptr_t>(offsets);
           micro[t.vectors - 1]({counts, w.values + static_cast<int64_t>(starts[b]) * h.entry_rows, offsets, x,
-                                group_acc, (rows + h.entry_rows - 1) / h.entry_rows, touched, scale});
+                                group_acc, (rows + h.entry_rows - 1) / h.entry_rows, touched, scale,
+                                ahead * sizeof(T), ahead * sizeof(uint16_t) + from_places});
         } else if (b == last && !touched) {
           std::fill_n(group_acc, static_cast<int64_t>(rows) * acc_stride, T{0});  // rows without non-zeros
         }
