@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 import pared
-from bench.roofline import Ceilings, measure
+from bench.roofline import Ceilings, conv_limit, measure
 
 THREADS = pytest.mark.parametrize("threads", [1, 2], indirect=True, ids="{}t".format)
 DENSE = ("contiguous", "channels_last")
@@ -65,24 +65,8 @@ def pruned(layer: Layer, sparsity: float) -> torch.Tensor:
 
 
 def limit(one: Ceilings, c: Ceilings, layer: Layer, images: int, packed: pared.ops.CSR) -> float:
-    """The least seconds that the ceilings allow: ``t_nnz + t_io``.
-
-    Non-zeros at the rate of a multiply-add with a panel in L1, while the weight streams beside them; the rows
-    of the input that the kernel reads, and the output; larger kernels store each input element into the panel
-    once a tap. Input, output and weight come from the level that holds what a round of the four calls passes
-    through the caches. `one` are the ceilings of one thread: what a core has to itself is that times the
-    threads of `c`, which a busy machine seldom lets them show together.
-    """
-    positions = images * layer.out**2
-    x, y = 4.0 * images * layer.channels * layer.size**2, 4.0 * positions * layer.filters
-    w = 4.0 * layer.filters * layer.channels * layer.kernel**2
-    moved = (2 * (x + y + w) + packed.packed.nbytes) / c.threads
-    load = max(c.level(moved).load, one.level(moved).load)
-    store = max(c.level(moved).store, one.level(moved).store)
-    t_nnz = max(2.0 * packed.nnz * positions / (c.threads * one.panel), packed.packed.nbytes / load)
-    read = x / layer.stride if layer.kernel == 1 else x
-    panel = 4.0 * positions * layer.channels * layer.kernel**2 if layer.kernel > 1 else 0.0
-    return t_nnz + read / load + panel / (c.threads * one.levels[0].store) + y / store
+    """The least seconds that the ceilings allow."""
+    return conv_limit(one, c, **layer._asdict(), images=images, nnz=packed.nnz, nbytes=packed.packed.nbytes)
 
 
 @THREADS

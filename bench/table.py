@@ -121,8 +121,11 @@ def render(rows: Sequence[Row], console: Console) -> None:
 
 
 def load(path: str | Path) -> list[Row]:
-    """The rows of a ``--benchmark-json`` file."""
+    """The rows of a ``--benchmark-json`` file, or of one that ``pared bench --json`` wrote."""
     data = json.loads(Path(path).read_text())
+    if "benchmarks" not in data:
+        rows: list[Row] = data["results"]
+        return rows
     return [b["extra_info"] for b in data["benchmarks"] if "suite" in b["extra_info"]]
 
 

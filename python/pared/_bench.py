@@ -18,7 +18,17 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from pared import _peers, ops
+from pared import _core, _peers, ops
+from pared._limits import (
+    conv_int8_limit,
+    conv_limit,
+    expand_limit,
+    int8_limit,
+    linear_limit,
+    read_limit,
+)
+from pared._machine import Ceilings
+from pared._machine import measure as ceilings
 from pared._timing import Call, Ratio, interleave, rotate
 
 
@@ -83,7 +93,19 @@ class Keys(NamedTuple):
 
 
 Case = Shape | Image | Keys
-Made = tuple[dict[str, Call], list[int]]  # the baseline, then one call a sparsity by its index; non-zeros
+
+
+class Size(NamedTuple):
+    """What a packed weight holds (or a selection reads)."""
+
+    nonzeros: int
+    nbytes: int
+
+
+# The baseline, then one call a sparsity by its index; what each has in memory.
+Made = tuple[dict[str, Call], list[Size]]
+# (one thread's ceilings, those of all, case, weight, whether it comes from memory) -> seconds
+Limit = Callable[[Ceilings, Ceilings, Any, Size, bool], float]
 
 Pack = Callable[[Tensor], ops.PackedWeight]
 
@@ -107,16 +129,22 @@ class Suite:
     make : ``(case, sparsities, cold) -> Made``; cold: weights come from memory.
     peers : ``(case, sparsities, cold, threads)`` to the other engines' calls by name; ``"name@1"`` is for the
         second sparsity alone. None: another suite has them.
+    limit : the least seconds that the machine's ceilings allow.
+    quick : the cases of a short look.
     case : what a case is called at the head of its column.
+    dtype : of weights and products.
     """
 
     title: str
     baseline: str
     make: Callable[[Any, Sequence[float], bool], Made]
     peers: Callable[[Any, Sequence[float], bool, int], dict[str, Call]] | None
+    limit: Limit
     cases: tuple[Case, ...]
+    quick: tuple[Case, ...]
     sparsities: tuple[float, ...] = SPARSITIES
     case: str = "out x in, tokens"
+    dtype: str = "float32"
 
     def states(self, case: Case, peers: bool) -> tuple[bool, ...]:
         """Whether the weights of a case come from memory: no, and where reading them is the cost, yes; beside
@@ -144,7 +172,22 @@ class Row:
     ratio: Ratio
     nonzeros: int
     cold: bool
+    threads: int
+    limit_s: float  # the least that the machine's ceilings allow
     peers: dict[str, Peer] | None = None
+
+    @property
+    def limit_share(self) -> float:
+        """Of the speed that the ceilings allow; above 1 where they were measured beside other work."""
+        return self.limit_s / self.sparse_s
+
+    @property
+    def best(self) -> tuple[str, Ratio]:
+        """The fastest of the baseline and the engines that do the same work, and pared over it."""
+        rivals = {SUITES[self.suite].baseline: Peer(self.dense_s, self.ratio)}
+        rivals |= {name: p for name, p in (self.peers or {}).items() if name != _peers.BARE}
+        name = min(rivals, key=lambda n: rivals[n].seconds)
+        return name, rivals[name].ratio
 
     @property
     def dense_gflops(self) -> float:
@@ -178,8 +221,8 @@ def _pruned(w: Tensor, sparsity: float, rows: int = 1) -> Tensor:
     blocks of `rows` outputs by one input."""
     groups = -(-w.shape[0] // rows)
     count = groups * (w.numel() // w.shape[0])
-    keep = torch.ones(count, dtype=torch.bool)
-    keep[torch.from_numpy(np.random.default_rng(1).permutation(count))[: round(sparsity * count)]] = False
+    drawn = torch.from_numpy(np.random.default_rng(1).random(count, dtype=np.float32))
+    keep = torch.as_tensor(ops.topk_mask(drawn, count - round(sparsity * count)))
     mask = keep.reshape(groups, -1).repeat_interleave(rows, 0)[: w.shape[0]]
     return w * mask.reshape(w.shape)
 
@@ -201,6 +244,38 @@ def _copies(make: Callable[[], Call], nbytes: int, cold: bool) -> Call:
     return rotate(lambda _: make(), nbytes) if cold else make()
 
 
+def _sizes(packed: Sequence[ops.PackedWeight]) -> list[Size]:
+    return [Size(w.nnz, w.nbytes) for w in packed]
+
+
+def _panel_limit(shared: int) -> Limit:
+    """Of float32 panel products in which so many rows use a loaded vector."""
+
+    def limit(one: Ceilings, c: Ceilings, case: Shape, w: Size, cold: bool) -> float:
+        return linear_limit(c, *case, w.nonzeros, shared)
+
+    return limit
+
+
+def _expand_limit(itemsize: int) -> Limit:
+    """Of bitmaps, whose weight is read or expanded."""
+
+    def limit(one: Ceilings, c: Ceilings, case: Shape, w: Size, cold: bool) -> float:
+        return expand_limit(c, *case, w.nbytes, cold, itemsize)
+
+    return limit
+
+
+def _bytes_limit(one: Ceilings, c: Ceilings, case: Shape, w: Size, cold: bool) -> float:
+    """Of 8-bit products, beside which the weight is read."""
+    return max(int8_limit(c, *case, w.nonzeros), read_limit(c, w.nbytes, cold))
+
+
+def _four_limit(one: Ceilings, c: Ceilings, case: Shape, w: Size, cold: bool) -> float:
+    """The same of 4 bits, where a zero is multiplied like any other value."""
+    return max(int8_limit(c, *case), read_limit(c, w.nbytes, cold))
+
+
 def _linear(pack: Pack, block: tuple[int, int] = (1, 1), int8: bool = False) -> dict[str, Any]:
     """Linear layers with weights in one format: what `Suite` needs to make them and their peers."""
 
@@ -220,7 +295,7 @@ def _linear(pack: Pack, block: tuple[int, int] = (1, 1), int8: bool = False) -> 
 
         packed = [pack(_blocks_pruned(dense, s, block)) for s in sparsities]
         calls = {"dense": _copies(plain, dense.nbytes, cold)}
-        return calls | {str(i): sparse(w) for i, w in enumerate(packed)}, [w.nnz for w in packed]
+        return calls | {str(i): sparse(w) for i, w in enumerate(packed)}, _sizes(packed)
 
     def peers(case: Shape, sparsities: Sequence[float], cold: bool, threads: int) -> dict[str, Call]:
         x, dense, bias = _layer(case)
@@ -242,7 +317,7 @@ def _int8_torch(case: Shape, sparsities: Sequence[float], cold: bool) -> Made:
     x, dense, bias = _layer(case)
     theirs = _peers.torch_dynamic(torch.backends.quantized.engine, _peers.layer_of(dense, bias))
     w = ops.Int8.from_dense(dense)
-    return {"dense": lambda: theirs(x), "0": lambda: ops.linear(x, w, bias)}, [dense.numel()]
+    return {"dense": lambda: theirs(x), "0": lambda: ops.linear(x, w, bias)}, _sizes([w])
 
 
 def _convolution(case: Image) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,31 +330,50 @@ def _convolution(case: Image) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _conv(case: Image, sparsities: Sequence[float], cold: bool) -> Made:
-    """Convolutions; torch in its faster memory layout."""
-    x, dense, bias = _convolution(case)
-    stride, pad = case.stride, case.kernel // 2
-    last = [t.contiguous(memory_format=torch.channels_last) for t in (x, dense)]
-    layouts = [
-        lambda: functional.conv2d(x, dense, bias, stride, pad),
-        lambda: functional.conv2d(last[0], last[1], bias, stride, pad),
-    ]
-    t = interleave({str(i): call for i, call in enumerate(layouts)}, budget=0.1, min_rounds=5)
-    packed = [ops.CSR.from_dense(_pruned(dense, s)) for s in sparsities]
+def _conv(pack: Pack, block: tuple[int, int] = (1, 1), int8: bool = False) -> dict[str, Any]:
+    """Convolutions with weights in one format; torch in its faster memory layout."""
 
-    def call(w: ops.CSR) -> Call:
-        return lambda: ops.conv2d(x, w, bias, stride, pad)
+    def pruned(w: Tensor, sparsity: float) -> Tensor:
+        """Zeros in blocks of filters by channels at a tap."""
+        flat = w.permute(0, 2, 3, 1).reshape(len(w), -1)
+        f, c, *kernel = w.shape
+        return _blocks_pruned(flat, sparsity, block).reshape(f, *kernel, c).permute(0, 3, 1, 2).contiguous()
 
-    calls: dict[str, Call] = {"dense": min(enumerate(layouts), key=lambda c: t.median(str(c[0])))[1]}
-    return calls | {str(i): call(w) for i, w in enumerate(packed)}, [w.nnz for w in packed]
+    def make(case: Image, sparsities: Sequence[float], cold: bool) -> Made:
+        x, dense, bias = _convolution(case)
+        stride, pad = case.stride, case.kernel // 2
+        last = [t.contiguous(memory_format=torch.channels_last) for t in (x, dense)]
+        layouts = [
+            lambda: functional.conv2d(x, dense, bias, stride, pad),
+            lambda: functional.conv2d(last[0], last[1], bias, stride, pad),
+        ]
+        t = interleave({str(i): call for i, call in enumerate(layouts)}, budget=0.1, min_rounds=5)
+        packed = [pack(pruned(dense, s)) for s in sparsities]
+
+        def call(w: Any) -> Call:
+            return lambda: ops.conv2d(x, w, bias, stride, pad)
+
+        calls: dict[str, Call] = {"dense": min(enumerate(layouts), key=lambda c: t.median(str(c[0])))[1]}
+        return calls | {str(i): call(w) for i, w in enumerate(packed)}, _sizes(packed)
+
+    def peers(case: Image, sparsities: Sequence[float], cold: bool, threads: int) -> dict[str, Call]:
+        x, dense, bias = _convolution(case)
+        plain = torch.nn.Conv2d(case.channels, case.filters, case.kernel, case.stride, case.kernel // 2)
+        plain.load_state_dict({"weight": dense, "bias": bias})
+        model = torch.nn.Sequential(plain).eval().requires_grad_(False)
+        found = _peers.whole_models(model, [x], threads, int8=False)
+        return found | (_peers.int8_convolutions(plain, x, threads) if int8 else {})
+
+    return {"make": make, "peers": peers}
 
 
-def _conv_peers(case: Image, sparsities: Sequence[float], cold: bool, threads: int) -> dict[str, Call]:
-    x, dense, bias = _convolution(case)
-    plain = torch.nn.Conv2d(case.channels, case.filters, case.kernel, case.stride, case.kernel // 2)
-    plain.load_state_dict({"weight": dense, "bias": bias})
-    model = torch.nn.Sequential(plain).eval().requires_grad_(False)
-    return _peers.whole_models(model, [x], threads, int8=False)
+def _conv_limit(one: Ceilings, c: Ceilings, case: Image, w: Size, cold: bool) -> float:
+    return conv_limit(one, c, **case._asdict(), images=1, nnz=w.nonzeros, nbytes=w.nbytes)
+
+
+def _conv_int8_limit(one: Ceilings, c: Ceilings, case: Image, w: Size, cold: bool) -> float:
+    out = ((case.size - 1) // case.stride + 1) ** 2
+    return conv_int8_limit(c, out * w.nonzeros, case.channels, case.size**2, case.filters, out)
 
 
 def _keys(case: Keys, sparsity: float) -> tuple[Tensor, Tensor, int]:
@@ -295,7 +389,12 @@ def _selection(case: Keys, sparsities: Sequence[float], cold: bool) -> Made:
         "dense": lambda: magnitudes.kthvalue(case.keys - k + 1).values,
         "0": lambda: ops.select_threshold(w, k),
     }
-    return calls, [k]
+    return calls, [Size(k, w.nbytes)]
+
+
+def _read_limit(one: Ceilings, c: Ceilings, case: Keys, w: Size, cold: bool) -> float:
+    """One read of the data."""
+    return read_limit(c, w.nbytes, cold=False)
 
 
 def _selection_peers(case: Keys, sparsities: Sequence[float], cold: bool, threads: int) -> dict[str, Call]:
@@ -314,82 +413,138 @@ _IMAGES = (  # of ResNet-50
     Image(256, 64, 1, 1, 56),
     Image(512, 256, 1, 2, 56),
 )
-_FLOAT32, _INT8 = "torch dense", "torch dense float32"
+_QUICK_FEW = (Shape(2048, 2048, 1),)
+_QUICK_IMAGES = (_IMAGES[1],)
+_FLOAT32, _INT8, _LAYOUT = "torch dense", "torch dense float32", "torch's faster layout"
+_FILTERS = "channels-filters, kernel, image"
 SUITES: dict[str, Suite] = {
-    "csr": Suite("CSR Linear, float32", _FLOAT32, **_linear(ops.CSR.from_dense), cases=SHAPES),
+    "csr": Suite(
+        "CSR Linear, float32",
+        _FLOAT32,
+        **_linear(ops.CSR.from_dense),
+        limit=_panel_limit(1),
+        cases=SHAPES,
+        quick=SHAPES[:2],
+    ),
     "blocks": Suite(
         "Blocks of 4x1, float32 Linear",
         _FLOAT32,
         **_linear(partial(ops.BSR.from_dense, block=(4, 1)), (4, 1)),
+        limit=_panel_limit(4),
         cases=SHAPES,
+        quick=SHAPES[:1],
     ),
     "dense": Suite(
         "Dense Linear, float32, packed once",
         _FLOAT32,
         **_linear(ops.Dense.from_dense),
+        limit=_panel_limit(4),
         cases=SHAPES,
+        quick=SHAPES[:1],
         sparsities=(0.0,),
     ),
     "bitmap": Suite(
         "Few tokens: bitmap, float32",
         _FLOAT32,
         **_linear(ops.Bitmap.from_dense),
+        limit=_expand_limit(4),
         cases=_FEW,
+        quick=_QUICK_FEW,
         sparsities=(0.5, 0.8, 0.9),
     ),
     "int8": Suite(
         "Int8 Linear, activations quantized on the way",
         _INT8,
         **_linear(ops.Int8.from_dense, int8=True),
+        limit=_bytes_limit,
         cases=(*SHAPES, *_FEW),
+        quick=(SHAPES[0], *_QUICK_FEW),
         sparsities=(0.0,),
+        dtype="int8",
     ),
     "blocks-int8": Suite(
         "Blocks of 4x4, int8 Linear",
         _INT8,
         **_linear(partial(ops.BSRInt8.from_dense, block=(4, 4)), (4, 4), int8=True),
+        limit=_bytes_limit,
         cases=SHAPES,
+        quick=SHAPES[:1],
         sparsities=(0.5, 0.8, 0.9),
+        dtype="int8",
     ),
     "bitmap-int8": Suite(
         "Few tokens: bitmap, int8",
         _INT8,
         **_linear(ops.Bitmap8.from_dense, int8=True),
+        limit=_expand_limit(1),
         cases=_FEW,
+        quick=_QUICK_FEW,
         sparsities=(0.5, 0.8, 0.9),
+        dtype="int8",
     ),
     "int4": Suite(
         "Few tokens: int4, a scale for 64 inputs",
         _INT8,
         **_linear(partial(ops.Int4.from_dense, group=64), int8=True),
+        limit=_four_limit,
         cases=_FEW,
+        quick=_QUICK_FEW,
         sparsities=(0.0,),
+        dtype="int4",
     ),
     "int8-torch": Suite(
         "Int8 Linear against torch's int8",
         "torch dynamically quantized",
         _int8_torch,
         None,
-        SHAPES,
-        (0.0,),
+        limit=_bytes_limit,
+        cases=SHAPES,
+        quick=SHAPES[:1],
+        sparsities=(0.0,),
+        dtype="int8",
     ),
     "conv": Suite(
         "CSR Conv2d, float32",
-        "torch's faster layout",
-        _conv,
-        _conv_peers,
-        _IMAGES,
-        (0.8, 0.9),
-        "channels-filters, kernel, image",
+        _LAYOUT,
+        **_conv(ops.CSR.from_dense),
+        limit=_conv_limit,
+        cases=_IMAGES,
+        quick=_QUICK_IMAGES,
+        sparsities=(0.8, 0.9),
+        case=_FILTERS,
+    ),
+    "conv-int8": Suite(
+        "Int8 Conv2d, images quantized on the way",
+        f"{_LAYOUT}, float32",
+        **_conv(ops.Int8.from_dense, int8=True),
+        limit=_conv_int8_limit,
+        cases=_IMAGES,
+        quick=_QUICK_IMAGES,
+        sparsities=(0.0,),
+        case=_FILTERS,
+        dtype="int8",
+    ),
+    "conv-blocks-int8": Suite(
+        "Blocks of 4x4, int8 Conv2d",
+        f"{_LAYOUT}, float32",
+        **_conv(partial(ops.BSRInt8.from_dense, block=(4, 4)), (4, 4), int8=True),
+        limit=_conv_int8_limit,
+        cases=_IMAGES,
+        quick=_QUICK_IMAGES,
+        sparsities=(0.5, 0.8, 0.9),
+        case=_FILTERS,
+        dtype="int8",
     ),
     "select": Suite(
         "Threshold selection, float32",
         "torch.kthvalue",
         _selection,
         _selection_peers,
-        (Keys(20_000_000),),
-        (0.9,),
-        "keys",
+        limit=_read_limit,
+        cases=(Keys(20_000_000),),
+        quick=(Keys(2_000_000),),
+        sparsities=(0.9,),
+        case="keys",
     ),
 }
 
@@ -406,12 +561,14 @@ def measure(
     """Time one case: the baseline, every sparsity and, if asked for, every other engine take turns; `seconds`
     are for all of them together."""
     s = SUITES[suite]
+    threads = torch.get_num_threads()
     with torch.inference_mode():
-        calls, nonzeros = s.make(case, sparsities, cold)
+        calls, sizes = s.make(case, sparsities, cold)
         others: dict[str, Call] = {}
         if peers and s.peers is not None:
-            others = s.peers(case, sparsities, cold, torch.get_num_threads())
+            others = s.peers(case, sparsities, cold, threads)
         t = interleave(calls | others, budget=seconds, min_rounds=min_rounds)
+    one, machine = ceilings(1), ceilings(threads)
 
     def beside(i: str) -> dict[str, Peer] | None:
         found = {
@@ -423,21 +580,53 @@ def measure(
 
     return [
         Row(
-            *(suite, case, zeros, t.median("dense"), t.median(str(i)), t.speedup(str(i), "dense"), n, cold),
+            suite,
+            case,
+            zeros,
+            t.median("dense"),
+            t.median(str(i)),
+            t.speedup(str(i), "dense"),
+            size.nonzeros,
+            cold,
+            threads,
+            s.limit(one, machine, case, size, cold),
             beside(str(i)),
         )
-        for i, (zeros, n) in enumerate(zip(sparsities, nonzeros, strict=True))
+        for i, (zeros, size) in enumerate(zip(sparsities, sizes, strict=True))
     ]
 
 
 def to_json(row: Row) -> dict[str, Any]:
-    """Everything as plain numbers; seconds, shares of one, GFLOP/s."""
+    """Everything as plain numbers: seconds, shares of one, GFLOP/s. What the files of ``make bench`` have too
+    has its name and meaning there, so that one script plots and compares both."""
+    suite, case = SUITES[row.suite], row.case
+    best, _ = row.best
+    over = {suite.baseline: row.ratio, **{name: p.ratio for name, p in (row.peers or {}).items()}}
+    shape = {"out": case.out, "in": case.inp, "tokens": case.tokens} if isinstance(case, Shape) else {}
     return {
-        **asdict(row),
-        "case": list(row.case),
-        "baseline": SUITES[row.suite].baseline,
-        "dense_gflops": row.dense_gflops,
-        "sparse_gflops": row.sparse_gflops,
+        "suite": row.suite,
+        "title": suite.title,
+        "case": str(case),
+        "cell": f"{100 * row.sparsity:g} %",
+        "baseline": suite.baseline,
+        "best_rival": best,
+        "speedup": {name: asdict(ratio) for name, ratio in over.items()},
+        "threads": row.threads,
+        "isa": _core.isa(),
+        "cpu": _core.cpu_brand(),
+        "cold": row.cold,
+        "dtype": suite.dtype,
+        "sparsity": row.sparsity,
+        "nnz": row.nonzeros,
+        **(shape or case._asdict()),
+        "seconds": row.sparse_s,
+        "baseline_s": row.dense_s,
+        "peers_s": {name: p.seconds for name, p in (row.peers or {}).items()},
+        "limit_s": row.limit_s,
+        "limit_share": row.limit_share,
+        "gflops": row.sparse_gflops if case.flops else None,
+        "gbytes_s": None,
+        "baseline_gflops": row.dense_gflops if case.flops else None,
     }
 
 
@@ -454,6 +643,7 @@ def table(rows: Sequence[Row]) -> Table:
     t.add_column("pared\nms", justify="right")
     if rates:
         t.add_column("pared GFLOP/s\non non-zeros", justify="right")
+    t.add_column("% of\nlimit", justify="right")
     t.add_column("ratio", justify="right")
     t.add_column("95 %\ninterval", justify="right")
     for r, case in _grouped(t, rows):
@@ -464,16 +654,18 @@ def table(rows: Sequence[Row]) -> Table:
             *([f"{r.dense_gflops:.0f}"] if rates else []),
             f"{r.sparse_s * 1e3:.3f}",
             *([f"{r.sparse_gflops:.0f}"] if rates else []),
+            f"{100 * r.limit_share:.0f}",
             _colored(r.ratio),
             f"{r.ratio.low:.2f}-{r.ratio.high:.2f}",
         )
     return t
 
 
-def peers_table(rows: Sequence[Row], threads: int) -> Table:
+def peers_table(rows: Sequence[Row]) -> Table:
     """The rows of one suite beside the other engines, each in times the baseline's speed."""
     suite = SUITES[rows[0].suite]
     engines = list(dict.fromkeys(name for r in rows for name in r.peers or ()))
+    threads = rows[0].threads
     count = f"{threads} thread{'s' if threads > 1 else ''}"
     t = Table(title=f"{suite.title}: times {suite.baseline}, {count}", box=box.SIMPLE_HEAVY, padding=(0, 1))
     t.add_column(suite.case, min_width=20)
@@ -482,18 +674,19 @@ def peers_table(rows: Sequence[Row], threads: int) -> Table:
     for name in engines:
         t.add_column(name.replace(" ", "\n"), justify="right")
     t.add_column("pared", justify="right")
+    t.add_column("% of\nlimit", justify="right")
     t.add_column("over the\nbest other", justify="right")
     t.add_column("95 %\ninterval", justify="right")
     for r, case in _grouped(t, rows):
         peers = r.peers or {}
-        rivals = [p for name, p in peers.items() if name != _peers.BARE]
-        best = min([Peer(r.dense_s, r.ratio), *rivals], key=lambda p: p.seconds).ratio
+        _, best = r.best
         t.add_row(
             case,
             f"{100 * r.sparsity:g} %",
             f"{r.dense_s * 1e3:.3f}",
             *(f"{r.dense_s / peers[name].seconds:.2f}" if name in peers else "" for name in engines),
             f"{r.dense_s / r.sparse_s:.2f}",
+            f"{100 * r.limit_share:.0f}",
             _colored(best),
             f"{best.low:.2f}-{best.high:.2f}",
         )

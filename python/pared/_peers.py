@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -250,3 +250,85 @@ def sparse_csr(w: torch.Tensor, x: torch.Tensor) -> Peer:
         return lambda: mine @ xt
 
     return Peer(make, sum(t.nbytes for t in (csr.values(), csr.col_indices(), csr.crow_indices())))
+
+
+STEP = 0.035  # of the peers' quantized images: normal numbers up to 4.4
+ZERO = 128
+
+
+def filter_scales(w: torch.Tensor) -> torch.Tensor:
+    """Steps of 127 to a filter's largest weight; any where all are zero, that its bias can be counted in."""
+    most = w.abs().amax((1, 2, 3))
+    return torch.where(most > 0, most, most.max()) / 127
+
+
+def torch_conv(engine: str, layer: nn.Conv2d, x: torch.Tensor, step: float) -> tuple[Call, Call]:
+    """``(with conversions, bare)``: torch's int8 convolution on channels-last images, with a fixed scale of
+    images and of outputs (`step`)."""
+    w, bias = layer.weight.detach(), layer.bias
+    scales = filter_scales(w).double()
+    padding = [*cast(tuple[int, ...], layer.padding)]
+    with torch_engine(engine), quiet():
+        q = torch.quantize_per_channel(w, scales, torch.zeros(len(w), dtype=torch.long), 0, torch.qint8)
+        packed = torch.ops.quantized.conv2d_prepack(
+            q, bias, [*layer.stride], padding, [*layer.dilation], layer.groups
+        )
+        qx = torch.quantize_per_tensor(x, STEP, ZERO, torch.quint8)
+
+    def bare() -> Any:
+        return torch.ops.quantized.conv2d(qx, packed, step, ZERO)
+
+    def whole() -> Any:
+        quantized = torch.quantize_per_tensor(x, STEP, ZERO, torch.quint8)
+        return torch.ops.quantized.conv2d(quantized, packed, step, ZERO).dequantize()
+
+    return whole, bare
+
+
+def onnx_conv(layer: nn.Conv2d, x: torch.Tensor, step: float, threads: int) -> Call:
+    """ONNX Runtime: QuantizeLinear, QLinearConv with a scale a filter, DequantizeLinear."""
+    onnx = importlib.import_module("onnx")
+    helper, array = onnx.helper, onnx.numpy_helper.from_array
+    w = layer.weight.detach()
+    bias = torch.zeros(len(w)) if layer.bias is None else layer.bias.detach()
+    scales = filter_scales(w)
+    values = {
+        "sx": torch.tensor(STEP),
+        "zx": torch.tensor(ZERO, dtype=torch.uint8),
+        "w": torch.round(w / scales[:, None, None, None]).to(torch.int8),
+        "sw": scales,
+        "zw": torch.zeros(len(w), dtype=torch.int8),
+        "sy": torch.tensor(step),
+        "b": torch.round(bias / (scales * STEP)).to(torch.int32),
+    }
+    convolution = helper.make_node(
+        "QLinearConv",
+        ["q", "sx", "zx", "w", "sw", "zw", "sy", "zx", "b"],
+        ["p"],
+        pads=[*cast(tuple[int, ...], layer.padding)] * 2,
+        strides=[*layer.stride],
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("QuantizeLinear", ["x0", "sx", "zx"], ["q"]),
+            convolution,
+            helper.make_node("DequantizeLinear", ["p", "sy", "zx"], ["y"]),
+        ],
+        "conv",
+        [helper.make_tensor_value_info("x0", onnx.TensorProto.FLOAT, list(x.shape))],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", "f", "h", "w"])],
+        [array(v.numpy(), name) for name, v in values.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return onnx_runtime(model.SerializeToString(), [x], threads)
+
+
+def int8_convolutions(layer: nn.Conv2d, x: torch.Tensor, threads: int) -> dict[str, Call]:
+    """Every int8 peer of one convolution that is there, by name; float32 images in and out."""
+    with torch.no_grad():
+        step = float(layer(x).abs().max()) / 127
+    last = x.contiguous(memory_format=torch.channels_last)
+    found = {f"torch int8, {engine}": torch_conv(engine, layer, last, step)[0] for engine in ENGINES}
+    if installed("onnx", "onnxruntime"):
+        found["ONNX Runtime int8"] = onnx_conv(layer, x, step, threads)
+    return found

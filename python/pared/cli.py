@@ -182,7 +182,7 @@ def bench(
         typer.Option(
             "--suite",
             help="csr (if not given), blocks, dense, bitmap, int8, blocks-int8, bitmap-int8, int4, "
-            "int8-torch, conv, select, or all.",
+            "int8-torch, conv, conv-int8, conv-blocks-int8, select, or all.",
         ),
     ] = None,
     shape: Annotated[
@@ -191,7 +191,8 @@ def bench(
     ] = None,
     sparsity: Annotated[str | None, typer.Option("--sparsity", help="Shares of zeros: 0.5,0.9")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="All suites, fewer cases, shorter: under two minutes.")
+        bool,
+        typer.Option("--quick", help="All suites, fewer cases, shorter: under two minutes, --peers too."),
     ] = False,
     peers: Annotated[
         bool,
@@ -211,7 +212,7 @@ def bench(
     """Time pared's kernels against torch's own, in turns.
 
     Linear layers with up to 16 tokens find their weights in memory, not in a cache: with --peers both are
-    shown.
+    shown (with --quick memory alone, and all threads).
     """
     _require("torch")
     import torch
@@ -243,29 +244,33 @@ def bench(
     for name in chosen:
         s = _bench.SUITES[name]
         zeros = sparsities if sparsities is not None and len(s.sparsities) > 1 else list(s.sparsities)
-        cases = shapes or s.cases
         work += [
             (n, name, c, zeros[:: 2 if quick else 1], cold)
-            for c in (cases[:2] if quick else cases)
-            for cold in s.states(c, peers)
-            for n in counts
+            for c in shapes or (s.quick if quick else s.cases)
+            for cold in s.states(c, peers and not quick)
+            # Copies that exceed the caches take every engine seconds to make: a short look has them once.
+            for n in (counts[-1:] if quick and cold else counts)
         ]
-    found: list[tuple[int, _bench.Row]] = []
-    limit = seconds if seconds is not None else 1.0 if quick else 3.0
+    found: list[_bench.Row] = []
+    limit = seconds if seconds is not None else 3.0 if not quick else 0.5 if peers else 1.0
     rounds = (3 if quick else 7) if peers else 5 if quick else 15
     with bar(console, "timing", len(work), live=False) as advance:
         for n, name, case, zeros, cold in work:
             torch.set_num_threads(n)
-            found += [(n, r) for r in _bench.measure(name, case, zeros, limit, rounds, cold, peers)]
+            found += _bench.measure(name, case, zeros, limit, rounds, cold, peers)
             advance()
     if json_file is not None:
-        results = [_bench.to_json(r) | {"threads": n} for n, r in found]
-        _write_json(json_file, {"machine": machine(), "results": results})
+        _write_json(json_file, {"machine": machine(), "results": [_bench.to_json(r) for r in found]})
     for name, n in itertools.product(chosen, counts):
-        rows = [r for m, r in found if (m, r.suite) == (n, name)]
-        console.print(_bench.peers_table(rows, n) if peers else _bench.table(rows))
+        rows = [r for r in found if (r.threads, r.suite) == (n, name)]
+        if not rows:
+            continue
+        console.print(_bench.peers_table(rows) if peers else _bench.table(rows))
     console.print(_machine_line(), highlight=False)
-    console.print("Medians; the baseline and every sparsity of a case take turns, round by round.")
+    console.print(
+        "Medians; the baseline and every sparsity of a case take turns, round by round. Limit: what this "
+        "machine's measured rates allow."
+    )
     if peers and (absent := _peers.missing()):
         console.print(f"Left out, because they are not installed: {', '.join(absent)}.", highlight=False)
 
