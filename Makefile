@@ -6,9 +6,11 @@
 #   make test-huge tests on more than 2**31 elements: 9 GB of memory
 #   make bench     the benchmarks
 #   make lint      ruff, clang-format, mypy --strict;  make format: apply the first two
-#   make sanitize  the kernel tests under the address and undefined-behaviour sanitizers
+#   make sanitize  the kernel tests, and those of operations that need no torch, under the address and
+#                  undefined-behaviour sanitizers
 #   make sanitize-cuda  the CUDA kernels under them, in the emulator
-#   make cuda      compile the CUDA part for sm_80 and sm_90a;  make cuda-all: for every architecture
+#   make cuda      compile the CUDA part for sm_80 and sm_90a, and one tile of the CUTLASS products
+#   make cuda-all  the same for every architecture, and all tiles
 #   make dev       editable install that rebuilds the extension on import when a source changed
 #
 # PYTHON=python3.12 chooses the interpreter; ARGS="-k isa -x" goes to pytest or to the demo. WORKERS=0 runs the
@@ -90,7 +92,7 @@ sanitize: sanitized
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c 'from pared import _core; assert "$(SANITIZE)" in _core.__file__, _core.__file__'; \
 	PARED_RANDOM_CASES=$${PARED_RANDOM_CASES:-50000} \
-	  $(PYTEST) tests/kernels -p no:cacheprovider $(ARGS)
+	  $(PYTEST) tests/kernels $$(grep -LE '^(import|from) torch' tests/test_ops_*.py) -p no:cacheprovider $(ARGS)
 
 # The CUDA kernels compiled for the CPU, for tests/cuda.
 emulated: $(VENV)/ready
@@ -104,11 +106,14 @@ sanitize-cuda: $(VENV)/installed-test emulated
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)"; \
 	$(PYTEST) tests/cuda -p no:cacheprovider $(ARGS)
 
-# Compiles without a GPU, and runs what needs none: host logic, and the errors of a machine without a driver.
+# Compiles without a GPU, and runs what needs none: host logic, and the errors of a machine without a driver. Of the
+# CUTLASS products, which nvcc takes minutes for, one tile here and all in cuda-all.
 CUDAARCHS ?= 80-real;90a-real
+CUTLASS_ONE_TILE ?= ON
 cuda: $(VENV)/installed-test
 	$(PIP) --no-deps nvidia-cutlass nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
-	$(CMAKE) -S . -B build/cuda -DPARED_CUDA=on -DCMAKE_CUDA_ARCHITECTURES='$(CUDAARCHS)'
+	$(CMAKE) -S . -B build/cuda -DPARED_CUDA=on -DCMAKE_CUDA_ARCHITECTURES='$(CUDAARCHS)' \
+	  -DPARED_CUTLASS_ONE_TILE=$(CUTLASS_ONE_TILE)
 	cmake --build build/cuda --target _cuda_kernels
 	$(BIN)/python tools/check_sass.py build/cuda/_cuda_kernels*.so
 	rm -rf build/cuda/package
@@ -118,7 +123,7 @@ cuda: $(VENV)/installed-test
 	PYTHONPATH=build/cuda/package $(BIN)/python -m pytest tests/test_cuda.py -p no:cacheprovider $(ARGS)
 
 cuda-all:
-	$(MAKE) cuda CUDAARCHS='80-real;86-real;89-real;90'
+	$(MAKE) cuda CUDAARCHS='80-real;86-real;89-real;90' CUTLASS_ONE_TILE=OFF
 
 clean:
 	rm -rf build dist $(VENV)

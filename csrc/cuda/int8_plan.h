@@ -25,8 +25,17 @@ struct Int8WgmmaTile {
   int rows, columns;
   float cost;
 };
-inline constexpr Int8WgmmaTile kInt8WgmmaTiles[] = {{64, 128, 1.3f}, {128, 128, 1.1f}, {128, 256, 1.0f}};
-inline constexpr int kInt8WgmmaTileCount = 3;
+// The list, as X(rows, columns, cost): each has a function and a source of its own. PARED_CUTLASS_ONE_TILE: a
+// build that shows that they compile, since nvcc takes long for each.
+#ifdef PARED_CUTLASS_ONE_TILE
+#define PARED_INT8_WGMMA_TILES(X) X(128, 128, 1.1f)
+#else
+#define PARED_INT8_WGMMA_TILES(X) X(64, 128, 1.3f) X(128, 128, 1.1f) X(128, 256, 1.0f)
+#endif
+#define PARED_TILE(rows, columns, cost) {rows, columns, cost},
+inline constexpr Int8WgmmaTile kInt8WgmmaTiles[] = {PARED_INT8_WGMMA_TILES(PARED_TILE)};
+#undef PARED_TILE
+inline constexpr int kInt8WgmmaTileCount = sizeof(kInt8WgmmaTiles) / sizeof(Int8WgmmaTile);
 inline constexpr int64_t kInt8WgmmaTokens = 65;  // the fewest
 
 constexpr int64_t int8_padded(int64_t cols) { return (cols + kInt8Align - 1) / kInt8Align * kInt8Align; }

@@ -197,12 +197,13 @@ void int8_product(const Int8Product& a, int device, cudaStream_t stream) {
   if (a.tokens == 0 || a.outputs == 0) return;
   const DeviceGuard guard(device, "int8_product");
 #ifdef PARED_CUTLASS
-  switch (wgmma_tile(a, device)) {
-    case kInt8TileCount: return wgmma::int8_64x128(a, device, stream);
-    case kInt8TileCount + 1: return wgmma::int8_128x128(a, device, stream);
-    case kInt8TileCount + 2: return wgmma::int8_128x256(a, device, stream);
-    default: break;
-  }
+  constexpr decltype(&wgmma::int8_128x128) kWgmma[] = {
+#define PARED_TILE(rows, columns, cost) &wgmma::int8_##rows##x##columns,
+      PARED_INT8_WGMMA_TILES(PARED_TILE)
+#undef PARED_TILE
+  };
+  if (const int tile = wgmma_tile(a, device); tile >= kInt8TileCount)
+    return kWgmma[tile - kInt8TileCount](a, device, stream);
 #endif
   const int forced = forced_tile;
   const Int8Plan plan =

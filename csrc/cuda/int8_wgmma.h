@@ -3,12 +3,14 @@
 #pragma once
 
 #include "cuda/int8.h"
+#include "cuda/int8_plan.h"
 
 namespace pared::cuda::wgmma {
 
 // As int8_product with scales; rows of y at multiples of 16 bytes. No workspace.
-void int8_64x128(const Int8Product& a, int device, cudaStream_t stream);
-void int8_128x128(const Int8Product& a, int device, cudaStream_t stream);
-void int8_128x256(const Int8Product& a, int device, cudaStream_t stream);
+#define PARED_TILE(rows, columns, cost) \
+  void int8_##rows##x##columns(const Int8Product& a, int device, cudaStream_t stream);
+PARED_INT8_WGMMA_TILES(PARED_TILE)
+#undef PARED_TILE
 
 }  // namespace pared::cuda::wgmma

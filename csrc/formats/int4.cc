@@ -140,13 +140,14 @@ Int4Packed view_int4(const uint8_t* data, int64_t bytes) {
   const PackedHeader& h = checked_header(data, bytes);
   PARED_CHECK(h.kind == PackedKind::int4, "packed weight: expected int4, got kind ",
               static_cast<int>(h.kind));
-  Int4Packed w{&h, 0, data + h.values_at};
+  Int4Packed w{&h, 0, nullptr};
   PARED_CHECK(bytes >= static_cast<int64_t>(kInt4GroupAt + sizeof(w.group)) && h.cols <= kInt4MaxCols &&
                   h.rows < kMaxSize / kInt4MaxCols && h.kh == 0 && h.nnz >= 0,
               "packed weight: expected a valid header, got a corrupt one");
   std::memcpy(&w.group, data + kInt4GroupAt, sizeof(w.group));
   PARED_CHECK(group_known(w.group), "packed weight: expected a valid header, got a corrupt one");
   check_section(h, h.values_at, w.panels() * w.panel_bytes());
+  w.weights = data + h.values_at;  // a damaged offset would leave the address space
   return w;
 }
 
