@@ -17,6 +17,7 @@ from torch import nn
 
 import pared.nn
 from pared import ops
+from pared.nn.residual import Call as Step
 
 RNG = np.random.default_rng(0)
 W = (RNG.standard_normal((8, 12)) * (RNG.random((8, 12)) < 0.5)).astype(np.float32)
@@ -196,6 +197,8 @@ ACTIVATIONS = {
 SQUARE = [ops.CSR.from_dense(np.ascontiguousarray(W.T)), ops.CSR.from_dense(W)]
 LINEAR, CONV = (ops.CSR.from_dense(torch.from_numpy(w)) for w in (W, FILTERS))
 
+BLOCK = nn.Sequential(pared.nn.Conv2d(CONV, padding=1), nn.ReLU())
+
 CALLS: dict[str, Call] = {
     "ops.select_threshold": Call(ops.select_threshold, {"scores": W, "k": 5}, SELECT, FACTORS),
     "ops.topk_mask": Call(
@@ -318,6 +321,72 @@ CALLS: dict[str, Call] = {
     "nn.MaxPool2d.from_module": Call(
         pared.nn.MaxPool2d.from_module, {"module": nn.MaxPool2d(2)}, {"module": OBJECT}
     ),
+    "nn.MaxPool2d.forward": Call(
+        lambda input: pared.nn.MaxPool2d.from_module(nn.MaxPool2d(2))(input),
+        {"input": torch.from_numpy(IMAGES)},
+        {"input": NOTHING},  # what the kernel does not take goes to torch, whose words they are
+    ),
+    "nn.Fused": Call(pared.nn.Fused, {"original": nn.ReLU()}, {"original": OBJECT}),
+    "nn.FoldedBatchNorm2d.from_module": Call(
+        pared.nn.FoldedBatchNorm2d.from_module,
+        {"module": nn.BatchNorm2d(8), "layer": pared.nn.Conv2d(CONV)},
+        {"module": Values({**OBJECT.values, "another": nn.ReLU()}), "layer": OBJECT},
+    ),
+    "nn.FoldedBatchNorm2d.forward": Call(
+        pared.nn.FoldedBatchNorm2d.from_module(nn.BatchNorm2d(8), nn.ReLU()),
+        {"input": torch.from_numpy(IMAGES)},
+        {"input": NOTHING},  # an identity
+    ),
+    "nn.Rule": Call(
+        pared.nn.Rule,
+        {"module": pared.nn.Linear, "formats": ("csr",)},
+        {
+            "module": Values({**OBJECT.values, "of torch": nn.Linear, "no class": nn.ReLU()}),
+            "formats": Values(
+                {
+                    **OBJECT.values,
+                    "a word": "csr",
+                    "a list": ["csr"],
+                    "unknown": ("csr", "unknown"),
+                    "mixed": (1,),
+                }
+            ),
+        },
+    ),
+    "nn.ResidualBlock.from_module": Call(
+        pared.nn.ResidualBlock.from_module,
+        {"module": BLOCK, "steps": [Step(("0",), 0, 0, "relu"), Step(None, 1, 0)], "watched": [("0",)]},
+        {
+            "module": OBJECT,
+            "steps": Values(
+                {
+                    **OBJECT.values,
+                    "none": [],
+                    "objects": [object()],
+                    "a value to come": [Step(("0",), 1)],
+                    "a negative value": [Step(("0",), -1)],
+                    "a bool": [Step(("0",), False)],
+                    "a residual to come": [Step(("0",), 0, 1)],
+                    "a float": [Step(("0",), 0, 0.5)],  # type: ignore[arg-type]
+                    "a path to nothing": [Step(("0", "1"), 0)],
+                    "a path of numbers": [Step((0,), 0)],  # type: ignore[arg-type]
+                    "a word as path": [Step("0", 0)],  # type: ignore[arg-type]
+                    "an unknown activation": [Step(None, 0, None, "unknown")],
+                    "an activation of lists": [Step(None, 0, None, [])],  # type: ignore[arg-type]
+                    "a residual of another module": [Step(("1",), 0, 0)],
+                    "an activation of another module": [Step(("1",), 0, None, "relu")],
+                }
+            ),
+            "watched": Values(
+                {
+                    **OBJECT.values,
+                    "a path to nothing": [("2",)],
+                    "words": ["0"],
+                    "an attribute": [("0", "bias")],
+                }
+            ),
+        },
+    ),
     "nn.Linear.hand_to": Call(
         lambda followers: pared.nn.Linear(LINEAR).hand_to(followers),
         {"followers": pared.nn.Linear(ops.CSR.from_dense(torch.from_numpy(W.T.copy())))},
@@ -431,21 +500,26 @@ def parameters(function: Callable[..., Any]) -> set[str]:
     }
 
 
+def own(thing: type, name: str) -> bool:
+    """Whether pared defines what `name` is of this class, or inherits it from torch."""
+    return next((c for c in thing.__mro__ if name in vars(c)), object).__module__.startswith("pared.")
+
+
 def public() -> dict[str, set[str]]:
     """Every public function, constructor and method that takes arguments, with its parameters."""
     found = {}
-    for module, names in (("ops", ops.__all__), ("nn", ("Linear", "Conv2d"))):
-        for name in names:
+    abstract = (ops.PackedWeight, pared.nn.PackedModule)
+    for module in ("ops", "nn"):
+        for name in getattr(pared, module).__all__:
             thing = getattr(getattr(pared, module), name)
-            if not inspect.isclass(thing):
-                found[f"{module}.{name}"] = parameters(thing)
-            elif (
-                issubclass(thing, ops.PackedWeight | pared.nn.PackedModule) and thing is not ops.PackedWeight
-            ):
-                found[f"{module}.{name}"] = parameters(thing)
-                known = {*vars(nn.Module)}
+            if inspect.isclass(thing):
+                # What the package makes and raises is no user's call.
+                if thing in abstract or issubclass(thing, BaseException) or thing is ops.Threshold:
+                    continue
+                if own(thing, "__init__"):
+                    found[f"{module}.{name}"] = parameters(thing)
                 for method in dir(thing):
-                    if method.startswith("_") or (method in known and method not in ("forward",)):
+                    if method.startswith("_") or method == "train" or not own(thing, method):
                         continue
                     function = inspect.getattr_static(thing, method)
                     if isinstance(function, property) or not callable(getattr(thing, method)):
@@ -453,6 +527,8 @@ def public() -> dict[str, set[str]]:
                     taken = parameters(getattr(thing, method)) - {"self"}
                     if taken:
                         found[f"{module}.{name}.{method}"] = taken
+            elif callable(thing):
+                found[f"{module}.{name}"] = parameters(thing)
     return found
 
 

@@ -17,6 +17,7 @@ from pared.nn.conv import Conv2d
 from pared.nn.linear import Linear
 from pared.nn.pool import MaxPool2d
 from pared.nn.residual import ResidualBlock
+from pared.ops._formats import FORMATS
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,13 @@ class Rule:
 
     module: type[PackedModule]
     formats: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.module, type) and issubclass(self.module, PackedModule)):
+            raise TypeError(f"module: expected a class of PackedModule, got {self.module!r}")
+        known = isinstance(self.formats, tuple) and all(isinstance(f, str) for f in self.formats)
+        if not known or not FORMATS.keys() >= {*self.formats}:
+            raise ValueError(f"formats: expected a tuple of {', '.join(FORMATS)}, got {self.formats!r}")
 
 
 # By exact type: a subclass may compute something else.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from pared.nn._fused import adopt
+from pared.nn._fused import adopt, check_module
 
 __all__ = ["FoldedBatchNorm2d", "can_fold", "fold", "unfold_weight"]
 
@@ -28,7 +28,10 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
 
     @classmethod
     def from_module(cls, module: nn.BatchNorm2d, layer: nn.Module) -> Self:
-        """Of the same tensors as `module`."""
+        """Of the same tensors as `module`; ``TypeError`` for another type."""
+        if not isinstance(module, nn.BatchNorm2d):
+            raise TypeError(f"module: expected nn.BatchNorm2d, got {type(module).__name__}")
+        check_module(layer, "layer")
         new = cls.__new__(cls)
         adopt(new, module)
         # Past nn.Module's own registration: it is no child.

@@ -18,6 +18,7 @@ class Fused(nn.Identity):
     original: nn.Module
 
     def __init__(self, original: nn.Module) -> None:
+        check_module(original, "original")
         super().__init__()
         # Past nn.Module's own registration: it is no part of the model (state dict, hooks, modules()) any
         # more.
@@ -26,6 +27,12 @@ class Fused(nn.Identity):
 
     def extra_repr(self) -> str:
         return f"{type(self.original).__name__}, fused into the layer before"
+
+
+def check_module(module: object, name: str = "module") -> None:
+    """Raise ``TypeError`` for what is no module."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
 
 
 def adopt(new: nn.Module, old: nn.Module) -> None:

@@ -13,7 +13,8 @@ from torch.compiler import is_compiling
 from typing_extensions import Self
 
 from pared.nn._base import ACTIVATIONS
-from pared.nn._fused import adopt
+from pared.nn._fused import adopt, check_module
+from pared.nn.conv import Conv2d
 
 Path = tuple[str, ...]
 _mode_depth = torch._C._len_torch_dispatch_stack
@@ -58,7 +59,24 @@ class ResidualBlock(nn.Module):
 
     @classmethod
     def from_module(cls, module: nn.Module, steps: Sequence[Call], watched: Sequence[Path]) -> Self:
-        """Of the same submodules as `module`."""
+        """Of the same submodules as `module`.
+
+        Raises
+        ------
+        TypeError : not a module; steps or paths of another type.
+        ValueError : a path to nothing, a value that no earlier step gives, or what a step cannot do.
+        """
+        check_module(module)
+        if not isinstance(steps, Sequence) or not all(isinstance(s, Call) for s in steps):
+            raise TypeError(f"steps: expected a sequence of Call, got {type(steps).__name__}")
+        if not steps:
+            raise ValueError("steps: expected at least one, got none")
+        for i, step in enumerate(steps):
+            _check_step(f"steps[{i}]", step, i, module)
+        if isinstance(watched, str) or not isinstance(watched, Sequence):
+            raise TypeError(f"watched: expected a sequence of paths, got {type(watched).__name__}")
+        for i, path in enumerate(watched):
+            _check_path(f"watched[{i}]", path, module)
         new = cls.__new__(cls)
         adopt(new, module)
         new.original, new.steps, new.watched = type(module), tuple(steps), tuple(watched)
@@ -111,6 +129,32 @@ class ResidualBlock(nn.Module):
     def extra_repr(self) -> str:
         count = sum(s.residual is not None for s in self.steps)
         return f"{self.original.__name__}, {count} addition(s) computed by convolutions"
+
+
+def _check_path(name: str, path: Any, module: nn.Module) -> nn.Module:
+    if not isinstance(path, tuple) or not all(isinstance(part, str) for part in path):
+        raise TypeError(f"{name}: expected a tuple of names, got {path!r}")
+    try:
+        return _at(module, path)
+    except (KeyError, AttributeError):
+        raise ValueError(f"{name}: expected a path to a submodule, got {path!r}") from None
+
+
+def _check_step(name: str, step: Call, earlier: int, module: nn.Module) -> None:
+    """`earlier`: the number of the last value that there is."""
+    for what, value in (("value", step.value), ("residual", 0 if step.residual is None else step.residual)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= earlier:
+            raise ValueError(f"{name}: expected as {what} an integer from 0 to {earlier}, got {value!r}")
+    known = isinstance(step.activation, str) and step.activation in ACTIVATIONS
+    if step.activation is not None and not known:
+        raise ValueError(
+            f"{name}: expected an activation of {', '.join(ACTIVATIONS)}, got {step.activation!r}"
+        )
+    if step.module is None:
+        return
+    called = _check_path(name, step.module, module)
+    if (step.residual is not None or step.activation is not None) and not isinstance(called, Conv2d):
+        raise TypeError(f"{name}: expected a Conv2d that adds or activates, got {type(called).__name__}")
 
 
 def _at(module: nn.Module, path: Path) -> nn.Module:
