@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from conv_check import Geometry, assert_within, bound, sparse_weight
 
 import pared.ops
+from pared import _core
 from pared.ops import CSR, conv2d
+from pared.ops._formats import FORMATS as KINDS
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -256,3 +260,62 @@ def test_gradients_are_refused():
 def test_huge_padding_is_an_error_not_a_crash():
     with pytest.raises((ValueError, MemoryError, RuntimeError)):
         conv2d(X, W, padding=2**62)
+
+
+SHORT: list[tuple[Any, Any, Any, Any]] = [
+    (1, 0, 1, 1),
+    (2, 1, 1, 2),
+    ((2, 1), (2, 1), (1, 2), 1),
+    ((1, 2), (0, 1, 2, 3), 2, None),
+]
+
+
+@pytest.mark.parametrize(("stride", "padding", "dilation", "groups"), SHORT)
+@pytest.mark.parametrize("format", [pared.ops.CSR, pared.ops.Dense, pared.ops.BSRInt8, pared.ops.Int8])
+def test_one_call_does_what_the_parts_do(format, stride, padding, dilation, groups) -> None:
+    """Contiguous tensors, the commonest case, are checked and their output made inside the extension."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, 9, 11, generator=g)
+    w = format.from_dense(torch.randn(6, 8 // (groups or 1), 3, 2, generator=g), groups=groups or 1)
+    bias = torch.randn(6, generator=g)
+    y = _core.conv2d(x, w.packed, bias, stride, padding, dilation, groups, "relu", None)
+    pair = [v if isinstance(v, tuple) else (v, v) for v in (stride, padding, dilation)]
+    pads = pair[1] if len(pair[1]) == 4 else (pair[1][0], pair[1][0], pair[1][1], pair[1][1])
+    expected = torch.full_like(y, torch.nan)
+    KINDS[w.kind].conv2d(x, w.packed, bias, expected, pair[0], pads, pair[2], "relu", None)
+    assert torch.equal(y, expected)
+    added = _core.conv2d(x, w.packed, bias, stride, padding, dilation, groups, "", y)
+    KINDS[w.kind].conv2d(x, w.packed, bias, expected, pair[0], pads, pair[2], "", y)
+    assert torch.equal(added, expected)
+
+
+def test_what_python_has_to_look_at() -> None:
+    x, w = torch.ones(1, 4, 5, 5), pared.ops.CSR.from_dense(torch.ones(4, 4, 3, 3))
+
+    def short(x=x, w=w, stride=1, padding=1, dilation=1, groups=1):
+        return _core.conv2d(x, w.packed, None, stride, padding, dilation, groups, None, None)
+
+    assert short() is not None
+    others: list[dict[str, Any]] = [
+        {"x": x.numpy()},
+        {"x": x[0]},
+        {"x": torch.ones(1, 4, 5, 5).contiguous(memory_format=torch.channels_last)},
+        {"x": x[:, :3]},
+        {"stride": True},
+        {"stride": 0},
+        {"stride": [1, 1]},
+        {"padding": "same"},
+        {"padding": (1, 1, 1)},
+        {"padding": -1},
+        {"padding": 2**40},
+        {"dilation": 1.0},
+        {"groups": 2},
+        {"groups": True},
+        {"w": pared.ops.CSR.from_dense(torch.ones(4, 4))},
+    ]
+    for arguments in others:
+        assert short(**arguments) is None, arguments
+    with pytest.raises(ValueError, match=r"x: expected a padded size of at least"):
+        short(padding=0, dilation=3)
+    with pytest.raises(RuntimeError, match="x: expected a tensor that needs no gradient"):
+        short(x=x.clone().requires_grad_())

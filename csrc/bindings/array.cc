@@ -333,6 +333,11 @@ std::string Array::shape_text() const {
   return s + "]";
 }
 
+bool is_tensor(py::handle object) {
+  const TorchTypes* torch = torch_types();
+  return torch && is_tensor(object, *torch);
+}
+
 Array parse_array(py::handle object, const char* name) {
   const TorchTypes* torch = torch_types();
   if (torch && is_tensor(object, *torch)) return parse_torch(object, name, *torch);

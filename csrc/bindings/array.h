@@ -31,6 +31,8 @@ struct Array {
   std::string shape_text() const;
 };
 
+bool is_tensor(py::handle object);  // of torch
+
 // Reads a numpy array or a CPU torch tensor. Throws TypeError for anything else, for another device, an
 // unknown dtype or a non-strided layout; ValueError for more than kMaxDims axes. The view borrows: the caller
 // keeps `object` alive.

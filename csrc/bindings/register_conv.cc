@@ -1,7 +1,9 @@
 // conv2d on packed weights, and its reference.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <utility>
 
 #include "bindings/array.h"
 #include "bindings/register.h"
@@ -86,12 +88,11 @@ int64_t parse_residual(py::handle residual, const Array& out) {
   return static_cast<const char*>(a.data) - static_cast<const char*>(out.data);
 }
 
-// The arguments of a convolution with the weight `packed`, which has header `h`; checks them against each
-// other. No images where there is nothing to compute. The views borrow.
-ConvArgs parse_conv(py::handle x, const Array& packed, const PackedHeader& h, py::handle bias, py::handle out,
-                    const Pair& stride, const Padding& padding, const Pair& dilation,
-                    const std::string& activation, py::handle residual) {
-  const Array ax = parse_array(x, "x"), ay = parse_array(out, "out");
+// The arguments of a convolution of `ax` with the weight `packed`, which has header `h`; checks them against
+// each other. No images where there is nothing to compute. The views borrow.
+ConvArgs parse_conv(const Array& ax, const Array& packed, const PackedHeader& h, py::handle bias,
+                    const Array& ay, const Pair& stride, const Padding& padding, const Pair& dilation,
+                    Activation activation, py::handle residual) {
   PARED_CHECK(h.kh > 0, "packed: expected a convolution weight, got a linear one");
   require_dtype(ax, kFloatTypes);
   require_dtype(ay, {ax.dtype});
@@ -116,7 +117,7 @@ ConvArgs parse_conv(py::handle x, const Array& packed, const PackedHeader& h, py
   args.dilation_w = dilation[1];
   args.out_h = frame.out_h;
   args.out_w = frame.out_w;
-  args.activation = parse_activation(activation);
+  args.activation = activation;
   args.y = ay.data;
   args.bias = parse_bias(bias, h.rows, &ay);
   args.residual = parse_residual(residual, ay);
@@ -131,9 +132,113 @@ ConvArgs parse_conv(py::handle x, const Array& packed, const PackedHeader& h, py
   return args;
 }
 
+ConvArgs parse_conv(py::handle x, const Array& packed, const PackedHeader& h, py::handle bias, py::handle out,
+                    const Pair& stride, const Padding& padding, const Pair& dilation,
+                    const std::string& activation, py::handle residual) {
+  const Array ax = parse_array(x, "x"), ay = parse_array(out, "out");
+  return parse_conv(ax, packed, h, bias, ay, stride, padding, dilation, parse_activation(activation),
+                    residual);
+}
+
+// Ints from `least` on, one for all or one for each of 2, or of 4; bools and what else is an int to Python
+// are not.
+template <size_t N>
+bool ints_of(py::handle given, long least, std::array<int64_t, N>& to) {
+  const auto one = [&](PyObject* o, int64_t& v) {
+    if (!PyLong_CheckExact(o)) return false;
+    int overflow = 0;
+    v = PyLong_AsLongLongAndOverflow(o, &overflow);
+    return overflow == 0 && v >= least && v < int64_t{1} << 31;
+  };
+  if (!PyTuple_CheckExact(given.ptr())) {
+    if (!one(given.ptr(), to[0])) return false;
+    to.fill(to[0]);
+    return true;
+  }
+  const size_t n = static_cast<size_t>(PyTuple_GET_SIZE(given.ptr()));
+  if (n != N && n != 2) return false;
+  std::array<int64_t, N> v;
+  for (size_t i = 0; i < n; ++i)
+    if (!one(PyTuple_GET_ITEM(given.ptr(), i), v[i])) return false;
+  for (size_t i = 0; i < N; ++i) to[i] = v[n == N ? i : i / (N / 2)];
+  return true;
+}
+
+// The commonest convolution, of contiguous tensors, in one call that makes its output; None for any other,
+// and for arguments that Python has to look at.
+py::object run_conv2d(PyObject* const* args) {
+  const py::handle x = args[0], bias = args[2], groups = args[6], residual = args[8];
+  Pair stride, dilation;
+  Padding padding;
+  if (!is_tensor(x) || !ints_of(args[3], 1, stride) || !ints_of(args[4], 0, padding) ||
+      !ints_of(args[5], 1, dilation))
+    return py::none();
+  const Array ap = parse_array(args[1], "packed");
+  const PackedHeader& h = checked_header(packed_bytes(ap), ap.size());
+  std::array<int64_t, 1> g{h.groups};
+  if (h.kh == 0 || (!groups.is_none() && (!ints_of(groups, 1, g) || g[0] != h.groups))) return py::none();
+  refuse_grad({{x, "x"}, {bias, "bias"}, {residual, "residual"}});
+  const Array ax = parse_array(x, "x");
+  if (ax.ndim != 4 || !ax.contiguous() || ax.shape[1] != int64_t{h.channels} * h.groups) return py::none();
+  const Frame frame = output_frame(ax.shape[2], ax.shape[3], h.kh, h.kw, stride, padding, dilation);
+  const Activation activation = activation_of(args[7]);
+  Array ay;
+  ay.name = "out";
+  ay.dtype = ax.dtype;
+  ay.ndim = 4;
+  const int64_t shape[] = {ax.shape[0], h.rows, frame.out_h, frame.out_w};
+  double elements = 1;
+  for (int64_t n : shape) elements *= static_cast<double>(n);
+  if (elements > 1e15) return py::none();  // torch says what it thinks of that
+  std::copy_n(shape, 4, ay.shape);
+  for (int64_t i = 3, step = 1; i >= 0; step *= shape[i--]) ay.strides[i] = step;
+  require_dtype(ax, kFloatTypes);
+  NewArray y = new_array(x, ax.dtype, shape, 4);
+  ay.data = y.data;
+  const auto parse = [&](const PackedHeader& header) {
+    return parse_conv(ax, ap, header, bias, ay, stride, padding, dilation, activation, residual);
+  };
+  const auto run = [](auto* compute, const ConvArgs& call, const auto& w) {
+    py::gil_scoped_release unlocked;
+    compute(call, w);
+  };
+  switch (h.kind) {
+    case PackedKind::csr:
+    case PackedKind::bsr:
+    case PackedKind::dense: {
+      const CsrPacked w = packed_csr(ap);
+      run(conv2d_csr, parse(*w.header), w);
+      break;
+    }
+    case PackedKind::bsr8: {
+      const Bsr8Packed w = view_bsr8(packed_bytes(ap), ap.size());
+      run(conv2d_bsr8, parse(*w.panel.header), w);
+      break;
+    }
+    case PackedKind::int8: {
+      const Int8Packed w = view_int8(packed_bytes(ap), ap.size());
+      run(conv2d_int8, parse(*w.header), w);
+      break;
+    }
+    default: return py::none();
+  }
+  return std::move(y.object);
+}
+
+PyObject* call_conv2d(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  if (n != 9) return PyErr_Format(PyExc_TypeError, "conv2d: expected 9 arguments, got %zd", n);
+  return called_directly([&] { return run_conv2d(args); });
+}
+PyMethodDef g_conv2d = {
+    "conv2d", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_conv2d)), METH_FASTCALL,
+    "conv2d(x: object, packed: object, bias: object, stride: object, padding: object, dilation: object, "
+    "groups: object, activation: object, residual: object) -> object"};
+
 }  // namespace
 
 void register_conv(py::module_& m) {
+  add_direct(m, g_conv2d);
+
   m.def(
       "conv2d_output_size",
       [](int64_t height, int64_t width, int64_t kh, int64_t kw, const Pair& stride, const Padding& padding,

@@ -1,6 +1,4 @@
 // What can be done with a packed weight of any format.
-#include <exception>
-#include <new>
 #include <string>
 #include <utility>
 
@@ -13,18 +11,6 @@
 
 namespace pared {
 namespace {
-
-Activation activation_of(py::handle given) {
-  if (given.is_none()) return Activation::none;
-  if (!PyUnicode_Check(given.ptr()))
-    throw TypeError(str("activation: expected a string, got ",
-                        std::string(py::str(py::type::handle_of(given).attr("__name__")))));
-  // Escaped, so that whatever came can be said in the error.
-  const auto text = py::reinterpret_steal<py::object>(
-      PyUnicode_IS_ASCII(given.ptr()) ? given.inc_ref().ptr() : PyObject_ASCII(given.ptr()));
-  if (!text) throw py::error_already_set();
-  return parse_activation(py::cast<std::string>(text));
-}
 
 // activation(x @ w.T + bias) with a packed weight of any format, into `out` or, for None, a new array of x's
 // kind.
@@ -42,19 +28,10 @@ py::object run_linear(py::handle x, py::handle packed, py::handle bias, py::hand
   return std::move(call.out);
 }
 
-// Called by Python itself, past pybind11, whose own way to a function takes 3 us when other code ran since.
 PyObject* call_linear(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (n != 4 && n != 5) return PyErr_Format(PyExc_TypeError, "linear: expected 4 or 5 arguments, got %zd", n);
-  try {
-    return run_linear(args[0], args[1], args[2], args[3], n == 5 ? args[4] : Py_None).release().ptr();
-  } catch (py::error_already_set& e) {
-    e.restore();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::exception& e) {
-    PyErr_SetString(python_error(e), e.what());
-  }
-  return nullptr;
+  return called_directly(
+      [&] { return run_linear(args[0], args[1], args[2], args[3], n == 5 ? args[4] : Py_None); });
 }
 PyMethodDef g_linear = {
     "linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_linear)), METH_FASTCALL,
@@ -63,8 +40,7 @@ PyMethodDef g_linear = {
 }  // namespace
 
 void register_packed(py::module_& m) {
-  m.add_object("linear", py::reinterpret_steal<py::object>(
-                             PyCFunction_NewEx(&g_linear, nullptr, py::object(m.attr("__name__")).ptr())));
+  add_direct(m, g_linear);
 
   m.def(
       "packed_info",

@@ -42,6 +42,18 @@ ActivationRange parse_activations(py::handle given) {
   return {static_cast<float>(scale), zero, low, high};
 }
 
+Activation activation_of(py::handle given) {
+  if (given.is_none()) return Activation::none;
+  if (!PyUnicode_Check(given.ptr()))
+    throw TypeError(str("activation: expected a string, got ",
+                        std::string(py::str(py::type::handle_of(given).attr("__name__")))));
+  // Escaped, so that whatever came can be said in the error.
+  const auto text = py::reinterpret_steal<py::object>(
+      PyUnicode_IS_ASCII(given.ptr()) ? given.inc_ref().ptr() : PyObject_ASCII(given.ptr()));
+  if (!text) throw py::error_already_set();
+  return parse_activation(py::cast<std::string>(text));
+}
+
 const float* parse_bias(py::handle bias, int64_t rows, const Array* out) {
   if (bias.is_none()) return nullptr;
   const Array a = parse_array(bias, "bias");

@@ -45,6 +45,9 @@ py::array_t<uint8_t> packed_array(const PackedHeader& header, const Write& write
 // three as unsigned bytes. Throws ValueError on a scale of 0.
 ActivationRange parse_activations(py::handle given);
 
+// The activation of None or a name; throws TypeError or ValueError.
+Activation activation_of(py::handle given);
+
 // A bias: float32 [rows], or null for None; not of the memory of `out`, where that is given.
 const float* parse_bias(py::handle bias, int64_t rows, const Array* out = nullptr);
 

@@ -137,6 +137,17 @@ def conv2d_output_size(
     padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
 ) -> tuple[int, int]: ...
+def conv2d(
+    x: Any,
+    packed: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    activation: Any,
+    residual: Any,
+) -> Any: ...
 def conv2d_csr(
     x: Any,
     packed: Any,

@@ -216,6 +216,21 @@ class Conv2d(PackedModule):
         if traced:
             y = self._traced(x, pads, activation if residual is None else "")
             return _finished(y, residual, activation)
+        buffers = self._buffers
+        if residual is None:
+            short: Tensor | None = _core.conv2d(
+                x,
+                buffers["packed"],
+                buffers["bias"],
+                self.stride,
+                pads,
+                self.dilation,
+                None,
+                activation,
+                None,
+            )
+            if short is not None:
+                return short
         single = x.ndim == 3
         if single:
             x = x[None]
@@ -224,7 +239,6 @@ class Conv2d(PackedModule):
         kh, kw = self.kernel_size
         out_h, out_w = _core.conv2d_output_size(height, width, kh, kw, self.stride, pads, self.dilation)
         out = empty_images(x, (n, self.out_channels, out_h, out_w))
-        buffers = self._buffers
         added = residual if residual is not None and _adds(out, residual) else None
         act = activation if added is residual else ""
         _KERNELS[self.format](

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,11 +65,6 @@ def _frame(
     )
 
 
-# Between two calls a model passes megabytes through the caches, and what a call then costs is the memory that
-# its Python touches, twice to ten times what it costs in a loop.
-_known_frame = lru_cache(maxsize=256)(_frame)
-
-
 def _empty_images(x: Any, shape: tuple[int, int, int, int]) -> Array:
     """An uninitialised [N, C, H, W] of `x`'s kind, dtype, device and memory layout."""
     if is_torch(x):
@@ -121,6 +115,14 @@ def conv2d(
     RuntimeError : grad mode is on and `x`, `bias` or `residual` asks for a gradient; pared's operations have
         none.
     """
+    if isinstance(w, PackedWeight):
+        # One call for everything: what Python does takes twenty times as long where a model has run since the
+        # last, as it does in a loop.
+        y: Array | None = _core.conv2d(
+            x, w.packed, bias, stride, padding, dilation, groups, activation, residual
+        )
+        if y is not None:
+            return y
     require_array(x, "x")
     if not isinstance(w, PackedWeight):
         known = ", ".join(f.weight.__name__ for f in FORMATS.values() if f.conv2d is not None)
@@ -142,9 +144,7 @@ def conv2d(
     refuse_grad(residual, "residual")
     images: Any = x if x.ndim == 4 else x[None]
     n, _, height, width = images.shape
-    # Of ints alone: True is no stride, but equal to one.
-    frame = _known_frame if type(stride) is type(padding) is type(dilation) is int else _frame
-    f = frame((height, width), shape[2:], stride, padding, dilation)
+    f = _frame((height, width), shape[2:], stride, padding, dilation)
     out: Any = _empty_images(images, (n, shape[0], *f.out))
     added: Any = residual
     if residual is not None and x.ndim == 3:
