@@ -292,8 +292,8 @@ def test_one_call_does_what_the_parts_do(format, stride, padding, dilation, grou
 def test_what_python_has_to_look_at() -> None:
     x, w = torch.ones(1, 4, 5, 5), pared.ops.CSR.from_dense(torch.ones(4, 4, 3, 3))
 
-    def short(x=x, w=w, stride=1, padding=1, dilation=1, groups=1):
-        return _core.conv2d(x, w.packed, None, stride, padding, dilation, groups, None, None)
+    def short(x=x, w=w, stride=1, padding=1, dilation=1, groups=1, residual=None):
+        return _core.conv2d(x, w.packed, None, stride, padding, dilation, groups, None, residual)
 
     assert short() is not None
     others: list[dict[str, Any]] = [
@@ -311,6 +311,10 @@ def test_what_python_has_to_look_at() -> None:
         {"dilation": 1.0},
         {"groups": 2},
         {"groups": True},
+        {"residual": x.numpy()},
+        {"residual": x.double()},
+        {"residual": x[..., :4]},
+        {"residual": x.contiguous(memory_format=torch.channels_last)},
         {"w": pared.ops.CSR.from_dense(torch.ones(4, 4))},
     ]
     for arguments in others:

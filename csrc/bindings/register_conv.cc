@@ -193,6 +193,12 @@ py::object run_conv2d(PyObject* const* args) {
   std::copy_n(shape, 4, ay.shape);
   for (int64_t i = 3, step = 1; i >= 0; step *= shape[i--]) ay.strides[i] = step;
   require_dtype(ax, kFloatTypes);
+  if (!residual.is_none()) {
+    if (!is_tensor(residual)) return py::none();
+    const Array a = parse_array(residual, "residual");
+    if (a.dtype != ax.dtype || a.ndim != 4 || !std::equal(shape, shape + 4, a.shape) || !a.contiguous())
+      return py::none();
+  }
   NewArray y = new_array(x, ax.dtype, shape, 4);
   ay.data = y.data;
   const auto parse = [&](const PackedHeader& header) {

@@ -217,18 +217,9 @@ class Conv2d(PackedModule):
             y = self._traced(x, pads, activation if residual is None else "")
             return _finished(y, residual, activation)
         buffers = self._buffers
-        if residual is None:
-            short: Tensor | None = _core.conv2d(
-                x,
-                buffers["packed"],
-                buffers["bias"],
-                self.stride,
-                pads,
-                self.dilation,
-                None,
-                activation,
-                None,
-            )
+        if residual is None or (type(residual) is Tensor and not residual.requires_grad):
+            packed, rest = buffers["packed"], (self.dilation, None, activation, residual)
+            short: Tensor | None = _core.conv2d(x, packed, buffers["bias"], self.stride, pads, *rest)
             if short is not None:
                 return short
         single = x.ndim == 3
