@@ -200,6 +200,18 @@ def saved(m: nn.Module) -> bytes:
     return file.getvalue()
 
 
+def test_a_loaded_convolution_says_the_dtype_of_its_weight() -> None:
+    """Models of images in transformers cast their input to it."""
+    for dtype in (torch.float32, torch.bfloat16):
+        plain = nn.Conv2d(3, 8, 4, 4).to(dtype)
+        fast = nn.Sequential(Conv2d.from_module(plain, format="int8"))
+        file = io.BytesIO()
+        pared.save(fast, file)
+        file.seek(0)
+        loaded: Any = pared.load(file, nn.Sequential(copy.deepcopy(plain)))
+        assert fast[0].weight.dtype == loaded[0].weight.dtype == dtype
+
+
 def test_a_file_holds_the_integers_and_gives_them_back() -> None:
     plain = nn.Sequential(nn.Linear(17, 24), nn.ReLU())
     fast = nn.Sequential(foreign(), nn.Identity())

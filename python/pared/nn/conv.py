@@ -135,7 +135,8 @@ class Conv2d(PackedModule):
             module.padding_mode,
             activation,
         )
-        new.weight_dtype = module.weight.dtype
+        if norm is not None:  # folding gives float32 weights
+            new.weight_dtype = module.weight.dtype
         for name, tensor in undo.items():
             new.register_buffer(name, tensor)
         new._requires_grad = (module.weight.requires_grad, getattr(module.bias, "requires_grad", True))
