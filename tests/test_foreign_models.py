@@ -1,4 +1,5 @@
-"""Models that torch.ao and torchao quantised: what `pared.accelerate` takes over, and what it leaves."""
+"""Models that torch.ao and torchao quantised, or torch.jit compiled in part: what `pared.accelerate` takes
+over, and what it leaves."""
 
 from __future__ import annotations
 
@@ -282,3 +283,28 @@ def test_layers_between_which_integers_pass_stay(way: str) -> None:
         assert r.kernel == "torch"
         assert r.reason.startswith("called with quantised tensors (torch.quint8), as torch's static")
     assert torch.equal(fast(x), model(x))
+
+
+class _WithScripted(nn.Module):
+    """A compiled part between layers that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(96, 96), nn.Linear(96, 96)
+        self.compiled = torch.jit.script(nn.Sequential(nn.Linear(96, 96), nn.ReLU()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.last(self.compiled(self.first(x)))
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_scripted_parts_are_left_alone(tmp_path) -> None:
+    model, x = _WithScripted().eval(), torch.randn(32, 96)
+    pared.prune(model, 0.9, include=["first", "last"])
+    fast = pared.accelerate(model, x)
+    assert all(isinstance(m, Linear) for m in (fast.first, fast.last))
+    assert isinstance(fast.compiled, torch.jit.ScriptModule)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    pared.save(fast, tmp_path / "m.pared")
+    assert torch.equal(pared.load(tmp_path / "m.pared", _WithScripted().eval())(x), fast(x))

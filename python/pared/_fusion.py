@@ -183,6 +183,8 @@ def _followers(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     """(prefix, a, b): in module `prefix`, the output of its submodule `a` goes into `b` and nowhere else."""
     scratch: nn.Module | None = None
     for prefix, parent in model.named_modules():
+        if isinstance(parent, torch.jit.ScriptModule):
+            continue  # compiled: nothing in it is replaced
         children = list(parent._modules)
         if not children:
             continue

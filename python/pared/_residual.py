@@ -31,6 +31,8 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules with convolutions that may take an addition, innermost first."""
     found = []
     for name, module in reversed(list(model.named_modules())):
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         inside = list(module.modules())
         plain = type(module).forward not in (nn.Sequential.forward, ResidualBlock.forward)
         if plain and 1 < len(inside) <= _MOST and any(_takes(m) for m in inside):
@@ -46,7 +48,7 @@ class _Opening(fx.Tracer):
     """Traces into containers; what computes is left alone."""
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        return not m._modules or isinstance(m, (ResidualBlock, PackedModule))
+        return isinstance(m, (torch.jit.ScriptModule, ResidualBlock, PackedModule)) or not m._modules
 
 
 def residual_block(module: nn.Module) -> ResidualBlock | None:

@@ -162,7 +162,10 @@ def _masks(module: nn.Module, name: str) -> list[torch.Tensor]:
 
 
 def masked_names(module: nn.Module) -> list[str]:
-    """Names of the module's own tensors that carry a pruning mask."""
+    """Names of the module's own tensors that carry a pruning mask; a scripted module has none: a mask's hook
+    does not compile, and its buffers are no dictionary."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return []
     names = [
         key.removesuffix("_mask")
         for key in module._buffers

@@ -200,6 +200,8 @@ def _one_call(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> T
 
 def structure_of(layer: nn.Module) -> Structure | None:
     """How a layer is built; None where that is not fully understood, or a part has no kernel."""
+    if isinstance(layer, torch.jit.ScriptModule):
+        return None
     plain = getattr(type(layer), "plain", type(layer))
     if plain is nn.TransformerEncoderLayer:
         return _torch_layer(layer)
