@@ -35,6 +35,13 @@ GOOD = {
         "@!P0 LDGSTS.E.BYPASS.128.ZFILL [R3]",
     ],
     "decode_kernelI6__half": ["HMMA.16816.F32 R4, R8", "@P1 UBLKCP.S.G [UR4]"],
+    "decode_kernelI6__halfLNS_12DecodeFormatE0E": [
+        "HMMA.16816.F32 R4, R8",
+        "UBLKCP.S.G [UR4]",
+        "IDP.4A.U8.U8 R3, R2",
+        "IDP.2A.LO.U16.U8 R3, R2",
+        "IDP.2A.HI.U16.U8 R3, R2",
+    ],
     "decode_kernelI13__nv_bfloat16": ["HMMA.16816.F32.BF16 R4", "UBLKCP.S.G [UR4]"],
     "block_sparse_wgmma_kernelI": ["HGMMA.64x128x16.F32.BF16 R24", "@P0 UTMALDG.2D [UR8]"],
     "block_sparse_kernelI": ["HMMA.16816.F32 R4", "LDSM.16.M88.4 R8", "LDGSTS.E.BYPASS.128 [R3]"],
@@ -63,6 +70,11 @@ def test_what_is_right_passes(check_sass):
         ("int8_product_kernelI", ["IMMA.16832.S8.S8 R4", "LDSM.16.M88.4 R8"], "no LDGSTS"),
         ("cutlass13device_kernelS32S8S8", ["IMMA.16832.S8.S8 R4", "UTMALDG.3D", "UTMASTG.3D"], "no IGMMA"),
         ("decode_kernelI6__half", ["HMMA.16816.F32 R4"], "no UBLKCP"),
+        (
+            "decode_kernelI6__halfLNS_12DecodeFormatE0E",
+            ["HMMA.16816.F32 R4", "UBLKCP.S.G [UR4]", "IDP.4A.U8.U8 R3", "IDP.2A.LO.U16.U8 R3"],
+            r"no IDP\.2A\.HI",
+        ),
         ("csr_panel_kernelIfLi4E", ["LDS R4, [R2]", "LDGSTS.E.BYPASS.128 [R3]"], r"no LDS\.64"),
     ],
 )
