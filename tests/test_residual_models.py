@@ -27,10 +27,10 @@ def conv_norm(channels: int, out: int, kernel: int, stride: int = 1, seed: int =
         t.data.uniform_(0.5, 1.5, generator=generator)
     for t in (norm.bias, norm.running_mean):
         t.data.uniform_(-0.1, 0.1, generator=generator)
-    return [
-        sparse_conv(channels, out, kernel, stride=stride, padding=kernel // 2, bias=False, seed=seed),
-        norm,
-    ]
+    conv = sparse_conv(channels, out, kernel, stride=stride, padding=kernel // 2, bias=False, seed=seed)
+    # Outputs of the size of the inputs, through any number of layers: what cancels leaves little error.
+    conv.weight.data *= (conv.weight != 0).sum((1, 2, 3), keepdim=True).clamp(min=1) ** -0.5
+    return [conv, norm]
 
 
 class Basic(nn.Module):
@@ -117,11 +117,6 @@ def compute_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, str]]:
     return seen
 
 
-def assert_as_close(y: Tensor, expected: Tensor) -> None:
-    """Up to float32 rounding of sums as large as the largest output: the layers before it cancel in some."""
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=2.0**-20 * float(expected.abs().max()))
-
-
 @pytest.mark.parametrize(("block", "behind"), [(Basic, "relu"), (Functional, "relu"), (Inverted, "")])
 def test_blocks_of_any_class(times: None, monkeypatch: pytest.MonkeyPatch, block: Any, behind: Any) -> None:
     model = Net(block).eval()
@@ -134,7 +129,7 @@ def test_blocks_of_any_class(times: None, monkeypatch: pytest.MonkeyPatch, block
     seen = compute_calls(monkeypatch)
     for x in (X, X[:1], X.to(memory_format=torch.channels_last), torch.randn(1, 3, 40, 33)):
         seen.clear()
-        assert_as_close(outputs(fast, x), outputs(model, x))
+        torch.testing.assert_close(outputs(fast, x), outputs(model, x), rtol=1e-4, atol=1e-5)
         assert [c for c in seen if c[0]] == [(True, behind)] * 3
     assert seen.count((False, "relu")) == 4  # of the stem too
 
@@ -240,7 +235,7 @@ def test_an_addition_that_is_left_out_is_seen(times: None, monkeypatch: pytest.M
     model = Net().eval()
     fast = pared.accelerate(model, X)
     assert not blocks(fast)
-    assert_as_close(outputs(fast), outputs(model))
+    torch.testing.assert_close(outputs(fast), outputs(model), rtol=1e-4, atol=1e-5)
 
 
 def test_slower_blocks_stay(times: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,12 +258,12 @@ def test_hooks_see_what_they_saw(times: None) -> None:
     seen: list[Tensor] = []
     handle = fast.get_submodule("layers.0.bn2").register_forward_hook(lambda m, a, y: seen.append(y.clone()))
     want = outputs(model)
-    assert_as_close(outputs(fast), want)
+    torch.testing.assert_close(outputs(fast), want, rtol=1e-4, atol=1e-5)
     handle.remove()
     inner: list[Tensor] = []
     model.get_submodule("layers.0.bn2").register_forward_hook(lambda m, a, y: inner.append(y.clone()))
     outputs(model)
-    assert_as_close(seen[0], inner[0])
+    torch.testing.assert_close(seen[0], inner[0], rtol=1e-4, atol=1e-5)
 
 
 def test_methods_and_attributes_of_the_block_are_there(times: None) -> None:
@@ -335,7 +330,7 @@ def test_blocks_of_transformers(times: None, kind: str) -> None:
     assert len(blocks(fast)) == 3
     with torch.no_grad():
         want, got = model(**x).last_hidden_state, fast(**x).last_hidden_state
-    assert_as_close(got, want)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_traced_as_the_model_writes_it(times: None) -> None:
