@@ -27,6 +27,7 @@ def sparse_linear(
         for p in layer.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
         layer.weight.mul_(torch.rand(n_out, n_in, generator=generator) < density)
+        layer.weight.mul_(max(1.0, n_in * density) ** -0.5)  # outputs of the inputs' size, however many layers
     return layer
 
 
@@ -39,6 +40,7 @@ def sparse_conv(
         for p in layer.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
         layer.weight.mul_(torch.rand(layer.weight.shape, generator=generator) < density)
+        layer.weight.mul_(max(1.0, layer.weight[0].numel() * density) ** -0.5)
     return layer
 
 

@@ -134,9 +134,22 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.fail(f"no kernel was dispatched at level {request.param}: this test checks nothing")
 
 
+def seed_of(request: pytest.FixtureRequest) -> int:
+    """A number that belongs to the test, whatever ran before it in the process; or PARED_TEST_SEED."""
+    return int(os.environ.get("PARED_TEST_SEED", zlib.crc32(request.node.nodeid.encode())))
+
+
+@pytest.fixture(autouse=True)
+def same_numbers(request: pytest.FixtureRequest) -> None:
+    """torch's own generator too starts from the test's seed: which tests ran before it is chance."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(seed_of(request))
+
+
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    """Random numbers from a seed that belongs to the test (or PARED_TEST_SEED); shown on failure."""
-    seed = int(os.environ.get("PARED_TEST_SEED", zlib.crc32(request.node.nodeid.encode())))
+    """Random numbers from the test's seed, which is shown on failure."""
+    seed = seed_of(request)
     print(f"PARED_TEST_SEED={seed}")
     return np.random.default_rng(seed)
