@@ -27,7 +27,7 @@ def sparse_linear(
         for p in layer.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
         layer.weight.mul_(torch.rand(n_out, n_in, generator=generator) < density)
-        layer.weight.mul_(max(1.0, n_in * density) ** -0.5)  # outputs of the inputs' size, however many layers
+        layer.weight.mul_(max(1.0, n_in * density) ** -0.5)  # outputs as large as inputs
     return layer
 
 
