@@ -122,7 +122,7 @@ def calls_of(
     for f in FORMATS.values():
         if f.combines or f.name != (only or f.name) or "cpu" not in f.devices:
             continue
-        if not layer.linear and f.conv2d is None:
+        if not layer.linear and not f.conv2d:
             continue
         packed = _packed(f.name, weight)
         if layer.linear:

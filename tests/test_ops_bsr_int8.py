@@ -144,7 +144,7 @@ def test_a_weight_of_the_other_operation_is_refused():
     linear = ops.BSRInt8.from_dense(np.ones((4, 12), np.float32)).packed
     x, y = np.ones((1, 12, 1, 1), np.float32), np.ones((1, 4, 1, 1), np.float32)
     with pytest.raises(ValueError, match="packed: expected a convolution weight, got a linear one"):
-        _core.conv2d_bsr8(x, linear, None, y, (1, 1), (0, 0, 0, 0), (1, 1))
+        _core.conv2d(x, linear, None, 1, 0, 1, 1, None, None, y)
 
 
 STATIC = [

@@ -12,7 +12,6 @@ from conv_check import Geometry, assert_within, bound, sparse_weight
 import pared.ops
 from pared import _core
 from pared.ops import CSR, conv2d
-from pared.ops._formats import FORMATS as KINDS
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -279,13 +278,11 @@ def test_one_call_does_what_the_parts_do(format, stride, padding, dilation, grou
     w = format.from_dense(torch.randn(6, 8 // (groups or 1), 3, 2, generator=g), groups=groups or 1)
     bias = torch.randn(6, generator=g)
     y = _core.conv2d(x, w.packed, bias, stride, padding, dilation, groups, "relu", None)
-    pair = [v if isinstance(v, tuple) else (v, v) for v in (stride, padding, dilation)]
-    pads = pair[1] if len(pair[1]) == 4 else (pair[1][0], pair[1][0], pair[1][1], pair[1][1])
     expected = torch.full_like(y, torch.nan)
-    KINDS[w.kind].conv2d(x, w.packed, bias, expected, pair[0], pads, pair[2], "relu", None)
+    _core.conv2d(x, w.packed, bias, stride, padding, dilation, groups, "relu", None, expected)
     assert torch.equal(y, expected)
     added = _core.conv2d(x, w.packed, bias, stride, padding, dilation, groups, "", y)
-    KINDS[w.kind].conv2d(x, w.packed, bias, expected, pair[0], pads, pair[2], "", y)
+    _core.conv2d(x, w.packed, bias, stride, padding, dilation, groups, "", y, expected)
     assert torch.equal(added, expected)
 
 

@@ -9,6 +9,7 @@
 #include "bindings/register.h"
 #include "bindings/weights.h"
 #include "core/check.h"
+#include "formats/formats.h"
 #include "ops/conv.h"
 #include "ops/conv_bsr8.h"
 #include "ops/conv_int8.h"
@@ -93,7 +94,6 @@ int64_t parse_residual(py::handle residual, const Array& out) {
 ConvArgs parse_conv(const Array& ax, const Array& packed, const PackedHeader& h, py::handle bias,
                     const Array& ay, const Pair& stride, const Padding& padding, const Pair& dilation,
                     Activation activation, py::handle residual) {
-  PARED_CHECK(h.kh > 0, "packed: expected a convolution weight, got a linear one");
   require_dtype(ax, kFloatTypes);
   require_dtype(ay, {ax.dtype});
   require_writable(ay);
@@ -132,14 +132,6 @@ ConvArgs parse_conv(const Array& ax, const Array& packed, const PackedHeader& h,
   return args;
 }
 
-ConvArgs parse_conv(py::handle x, const Array& packed, const PackedHeader& h, py::handle bias, py::handle out,
-                    const Pair& stride, const Padding& padding, const Pair& dilation,
-                    const std::string& activation, py::handle residual) {
-  const Array ax = parse_array(x, "x"), ay = parse_array(out, "out");
-  return parse_conv(ax, packed, h, bias, ay, stride, padding, dilation, parse_activation(activation),
-                    residual);
-}
-
 // Ints from `least` on, one for all or one for each of 2, or of 4; bools and what else is an int to Python
 // are not.
 template <size_t N>
@@ -164,9 +156,66 @@ bool ints_of(py::handle given, long least, std::array<int64_t, N>& to) {
   return true;
 }
 
+// As ints_of; throws ValueError.
+template <size_t N>
+std::array<int64_t, N> require_ints(py::handle given, const char* name, long least) {
+  std::array<int64_t, N> to{};
+  PARED_CHECK(ints_of(given, least, to), name, ": expected an int or a tuple of 2", N == 4 ? " or 4" : "",
+              " ints, each at least ", least, " and below 2**31, got ", py::repr(given).cast<std::string>());
+  return to;
+}
+
+// Checks the arguments against the weight in `packed`, and computes: the one place that knows the formats.
+void compute_conv2d(const Array& ax, const Array& packed, PackedKind kind, py::handle bias, const Array& ay,
+                    const Pair& stride, const Padding& padding, const Pair& dilation, Activation activation,
+                    py::handle residual) {
+  const auto run = [&](auto* compute, const PackedHeader& h, const auto& w) {
+    const ConvArgs args =
+        parse_conv(ax, packed, h, bias, ay, stride, padding, dilation, activation, residual);
+    py::gil_scoped_release unlocked;
+    compute(args, w);
+  };
+  switch (kind) {
+    case PackedKind::csr:
+    case PackedKind::bsr:
+    case PackedKind::dense: {
+      const CsrPacked w = packed_csr(packed);
+      return run(conv2d_csr, *w.header, w);
+    }
+    case PackedKind::bsr8: {
+      const Bsr8Packed w = view_bsr8(packed_bytes(packed), packed.size());
+      return run(conv2d_bsr8, *w.panel.header, w);
+    }
+    case PackedKind::int8: {
+      const Int8Packed w = view_int8(packed_bytes(packed), packed.size());
+      return run(conv2d_int8, *w.header, w);
+    }
+    default:
+      throw ValueError(str("packed: expected a format with a conv2d kernel, got ",
+                           format_of(packed_bytes(packed), packed.size()).name));
+  }
+}
+
+// Into `out`, whatever the kind and memory layout of the arrays.
+py::object conv2d_into(py::handle out, PyObject* const* args) {
+  const Array ap = parse_array(args[1], "packed");
+  const PackedHeader& h = checked_header(packed_bytes(ap), ap.size());
+  PARED_CHECK(h.kh > 0, "packed: expected a convolution weight, got a linear one");
+  const auto stride = require_ints<2>(args[3], "stride", 1);
+  const auto padding = require_ints<4>(args[4], "padding", 0);
+  const auto dilation = require_ints<2>(args[5], "dilation", 1);
+  const py::handle groups = args[6];
+  PARED_CHECK(groups.is_none() || require_ints<1>(groups, "groups", 1)[0] == h.groups, "groups: expected ",
+              h.groups, ", as the weight was packed with, got ", py::repr(groups).cast<std::string>());
+  refuse_grad({{args[0], "x"}, {args[2], "bias"}, {args[8], "residual"}});
+  compute_conv2d(parse_array(args[0], "x"), ap, h.kind, args[2], parse_array(out, "out"), stride, padding,
+                 dilation, activation_of(args[7]), args[8]);
+  return py::reinterpret_borrow<py::object>(out);
+}
+
 // The commonest convolution, of contiguous tensors, in one call that makes its output; None for any other,
 // and for arguments that Python has to look at.
-py::object run_conv2d(PyObject* const* args) {
+py::object new_conv2d(PyObject* const* args) {
   const py::handle x = args[0], bias = args[2], groups = args[6], residual = args[8];
   Pair stride, dilation;
   Padding padding;
@@ -201,44 +250,20 @@ py::object run_conv2d(PyObject* const* args) {
   }
   NewArray y = new_array(x, ax.dtype, shape, 4);
   ay.data = y.data;
-  const auto parse = [&](const PackedHeader& header) {
-    return parse_conv(ax, ap, header, bias, ay, stride, padding, dilation, activation, residual);
-  };
-  const auto run = [](auto* compute, const ConvArgs& call, const auto& w) {
-    py::gil_scoped_release unlocked;
-    compute(call, w);
-  };
-  switch (h.kind) {
-    case PackedKind::csr:
-    case PackedKind::bsr:
-    case PackedKind::dense: {
-      const CsrPacked w = packed_csr(ap);
-      run(conv2d_csr, parse(*w.header), w);
-      break;
-    }
-    case PackedKind::bsr8: {
-      const Bsr8Packed w = view_bsr8(packed_bytes(ap), ap.size());
-      run(conv2d_bsr8, parse(*w.panel.header), w);
-      break;
-    }
-    case PackedKind::int8: {
-      const Int8Packed w = view_int8(packed_bytes(ap), ap.size());
-      run(conv2d_int8, parse(*w.header), w);
-      break;
-    }
-    default: return py::none();
-  }
+  compute_conv2d(ax, ap, h.kind, bias, ay, stride, padding, dilation, activation, residual);
   return std::move(y.object);
 }
 
 PyObject* call_conv2d(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  if (n != 9) return PyErr_Format(PyExc_TypeError, "conv2d: expected 9 arguments, got %zd", n);
-  return called_directly([&] { return run_conv2d(args); });
+  if (n != 9 && n != 10)
+    return PyErr_Format(PyExc_TypeError, "conv2d: expected 9 or 10 arguments, got %zd", n);
+  return called_directly(
+      [&] { return n == 9 || args[9] == Py_None ? new_conv2d(args) : conv2d_into(args[9], args); });
 }
 PyMethodDef g_conv2d = {
     "conv2d", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_conv2d)), METH_FASTCALL,
     "conv2d(x: object, packed: object, bias: object, stride: object, padding: object, dilation: object, "
-    "groups: object, activation: object, residual: object) -> object"};
+    "groups: object, activation: object, residual: object, out: object = None) -> object"};
 
 }  // namespace
 
@@ -254,48 +279,6 @@ void register_conv(py::module_& m) {
       },
       py::arg("height"), py::arg("width"), py::arg("kh"), py::arg("kw"), py::arg("stride"),
       py::arg("padding"), py::arg("dilation"));
-
-  m.def(
-      "conv2d_csr",
-      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const Pair& stride,
-         const Padding& padding, const Pair& dilation, const std::string& activation, py::handle residual) {
-        const Array ap = parse_array(packed, "packed");
-        const CsrPacked w = packed_csr(ap);
-        const ConvArgs args =
-            parse_conv(x, ap, *w.header, bias, out, stride, padding, dilation, activation, residual);
-        py::gil_scoped_release unlocked;
-        conv2d_csr(args, w);
-      },
-      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("stride"), py::arg("padding"),
-      py::arg("dilation"), py::arg("activation") = "", py::arg("residual") = py::none());
-
-  m.def(
-      "conv2d_bsr8",
-      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const Pair& stride,
-         const Padding& padding, const Pair& dilation, const std::string& activation, py::handle residual) {
-        const Array ap = parse_array(packed, "packed");
-        const Bsr8Packed w = view_bsr8(packed_bytes(ap), ap.size());
-        const ConvArgs args =
-            parse_conv(x, ap, *w.panel.header, bias, out, stride, padding, dilation, activation, residual);
-        py::gil_scoped_release unlocked;
-        conv2d_bsr8(args, w);
-      },
-      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("stride"), py::arg("padding"),
-      py::arg("dilation"), py::arg("activation") = "", py::arg("residual") = py::none());
-
-  m.def(
-      "conv2d_int8",
-      [](py::handle x, py::handle packed, py::handle bias, py::handle out, const Pair& stride,
-         const Padding& padding, const Pair& dilation, const std::string& activation, py::handle residual) {
-        const Array ap = parse_array(packed, "packed");
-        const Int8Packed w = view_int8(packed_bytes(ap), ap.size());
-        const ConvArgs args =
-            parse_conv(x, ap, *w.header, bias, out, stride, padding, dilation, activation, residual);
-        py::gil_scoped_release unlocked;
-        conv2d_int8(args, w);
-      },
-      py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("stride"), py::arg("padding"),
-      py::arg("dilation"), py::arg("activation") = "", py::arg("residual") = py::none());
 
   m.def(
       "conv2d_reference",

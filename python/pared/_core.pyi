@@ -147,40 +147,8 @@ def conv2d(
     groups: Any,
     activation: Any,
     residual: Any,
+    out: Any = None,
 ) -> Any: ...
-def conv2d_csr(
-    x: Any,
-    packed: Any,
-    bias: Any,
-    out: Any,
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    dilation: tuple[int, int],
-    activation: str = "",
-    residual: Any = None,
-) -> None: ...
-def conv2d_bsr8(
-    x: Any,
-    packed: Any,
-    bias: Any,
-    out: Any,
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    dilation: tuple[int, int],
-    activation: str = "",
-    residual: Any = None,
-) -> None: ...
-def conv2d_int8(
-    x: Any,
-    packed: Any,
-    bias: Any,
-    out: Any,
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    dilation: tuple[int, int],
-    activation: str = "",
-    residual: Any = None,
-) -> None: ...
 def max_pool2d_output_size(
     height: int,
     width: int,

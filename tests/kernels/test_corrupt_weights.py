@@ -118,7 +118,7 @@ def test_conv2d(isa, rng, format):
     refused = 0
     for _ in range(60):
         packed = corrupted(rng, good)
-        refused += not runs(ALL[format.kind].conv2d, x, packed, None, out, (1, 1), (1,) * 4, (1, 1), "")
+        refused += not runs(_core.conv2d, x, packed, None, 1, 1, 1, None, None, None, out)
     assert refused > 10
 
 
@@ -132,10 +132,10 @@ def test_planes_in_place(isa, rng, channels, density):
     x = aligned_copy(np.ones(channels * 48, np.float32).view(np.uint8)).view(np.float32)
     x = x.reshape(1, channels, 6, 8)
     out = np.empty((1, 37, 6, 8), np.float32)
-    rest = ((1, 1), (0,) * 4, (1, 1), "")
+    rest = (None, 1, 0, 1, None, None, None, out)
     for _ in range(30):
-        runs(_core.conv2d_csr, x, corrupted(rng, good), None, out, *rest)
-    _core.conv2d_csr(x, good, None, out, *rest)
+        runs(_core.conv2d, x, corrupted(rng, good), *rest)
+    _core.conv2d(x, good, *rest)
     np.testing.assert_allclose(out[0, :, 0, 0], w.sum((1, 2, 3)), atol=1e-3)
     # One unit too far: the first entry of the last K block.
     packed = aligned_copy(good)
@@ -150,7 +150,7 @@ def test_planes_in_place(isa, rng, channels, density):
     )
     offsets[entry] = (channels - (blocks - 1) * block_k) * tile * 4
     with pytest.raises(ValueError, match="expected offsets inside the K block"):
-        _core.conv2d_csr(x, packed, None, out, *rest)
+        _core.conv2d(x, packed, *rest)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -202,11 +202,7 @@ def entries(packed: np.ndarray) -> dict[str, Callable[[], object]]:
         for name, chain in (("csr", _core.linear_chain_csr), ("rows", _core.linear_chain_rows)):
             calls[f"chain {name} {tokens}"] = lambda f=chain, x=x, out=out: f(x, [packed], [None], out, [""])
     pixels, to = np.ones((1, image[0] * image[3], 9, 9), np.float32), np.empty((1, rows, 9, 9), np.float32)
-    for name, format in ALL.items():
-        if format.conv2d is not None:
-            calls[f"conv {name}"] = lambda f=format.conv2d: f(
-                pixels, packed, None, to, (1, 1), (1,) * 4, (1, 1), ""
-            )
+    calls["conv"] = lambda: _core.conv2d(pixels, packed, None, 1, 1, 1, None, None, None, to)
     return calls
 
 
@@ -229,7 +225,7 @@ def weights(rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
     out = []
     for name, format in ALL.items():
         for shape in ((37, 300), (20, 9, 3, 3)):
-            if len(shape) == 4 and format.conv2d is None:
+            if len(shape) == 4 and not format.conv2d:
                 continue
             w = rng.standard_normal(shape).astype(np.float32)
             w[rng.random(shape) > 0.2] = 0

@@ -21,7 +21,6 @@ from pared.ops._library import conv2d_device_op, conv2d_op, empty_images, grad_e
 from pared.ops.conv import IntPair, int_pair, resolve_padding
 from pared.ops.packed import PackedWeight
 
-_KERNELS = {f.name: f.conv2d for f in FORMATS.values() if f.conv2d is not None}
 _MODES = ("zeros", "reflect", "replicate", "circular")
 _strided = torch.strided
 _grad_enabled = torch.is_grad_enabled
@@ -85,7 +84,7 @@ class Conv2d(PackedModule):
         activation: str | None = None,
     ) -> None:
         super().__init__(weight, bias, activation)
-        if self.format not in _KERNELS:
+        if not FORMATS[self.format].conv2d:
             raise ValueError(f"weight: expected a format with a conv2d kernel, got {self.format}")
         if len(weight.shape) != 4:
             raise ValueError(
@@ -233,8 +232,8 @@ class Conv2d(PackedModule):
         out = empty_images(x, (n, self.out_channels, out_h, out_w))
         added = residual if residual is not None and _adds(out, residual) else None
         act = activation if added is residual else ""
-        _KERNELS[self.format](
-            x, buffers["packed"], buffers["bias"], out, self.stride, pads, self.dilation, act, added
+        _core.conv2d(
+            x, buffers["packed"], buffers["bias"], self.stride, pads, self.dilation, None, act, added, out
         )
         y = out[0] if single else out
         return y if added is residual else _finished(y, residual, activation)

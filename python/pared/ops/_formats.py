@@ -26,8 +26,7 @@ class Format:
     name : what the user reads in reports, for example ``"csr"``.
     kind : ``PackedKind`` in the buffer's header (csrc/formats/packed.h).
     weight : the class with ``from_dense``, ``to_dense``, ``packed``, ``sparsity``.
-    conv2d : ``(x, packed, bias, out, stride, padding, dilation, activation, residual)``, or None where the
-        format has no such kernel. All have the linear operation: ``_core.linear``.
+    conv2d : whether ``_core.conv2d`` takes it. All have the linear operation: ``_core.linear``.
     chain : several linear products in one call, ``(x, packed of each, bias of each, out, activation of
         each)``, or None; formats with the same one go together.
     precision : ``"float32"``: the products are float32's own, so that the error bound of float32 holds.
@@ -43,7 +42,7 @@ class Format:
     name: str
     kind: int
     weight: type[PackedWeight]
-    conv2d: Callable[..., None] | None
+    conv2d: bool
     precision: Literal["float32", "int8", "int4"]
     suits: Callable[[float, float, int], bool]
     combines: tuple[str, ...] = ()
@@ -65,7 +64,7 @@ FORMATS: dict[str, Format] = {
             "csr",
             1,
             CSR,
-            _core.conv2d_csr,
+            True,
             "float32",
             lambda d, q, n: d <= 0.85,
             chain=_core.linear_chain_csr,
@@ -76,7 +75,7 @@ FORMATS: dict[str, Format] = {
             "2:4",
             1,
             TwoFour,
-            None,
+            False,
             "float32",
             lambda d, q, n: d <= 0.5,
             chain=_core.linear_chain_csr,
@@ -87,7 +86,7 @@ FORMATS: dict[str, Format] = {
             "bsr",
             2,
             BSR,
-            _core.conv2d_csr,
+            True,
             "float32",
             lambda d, q, n: q <= min(0.85, 2 * d),
             chain=_core.linear_chain_csr,
@@ -98,7 +97,7 @@ FORMATS: dict[str, Format] = {
             "dense",
             3,
             Dense,
-            _core.conv2d_csr,
+            True,
             "float32",
             lambda d, q, n: d > 0.4 and n >= 32,
             chain=_core.linear_chain_csr,
@@ -108,7 +107,7 @@ FORMATS: dict[str, Format] = {
             "bitmap",
             5,
             Bitmap,
-            None,
+            False,
             "float32",
             lambda d, q, n: d <= 0.85 and n <= min(48, 16 + 100 * d),
             devices=("cpu", "cuda"),
@@ -117,7 +116,7 @@ FORMATS: dict[str, Format] = {
             "int8",
             4,
             Int8,
-            _core.conv2d_int8,
+            True,
             "int8",
             lambda d, q, n: True,
             chain=_core.linear_chain_rows,
@@ -128,7 +127,7 @@ FORMATS: dict[str, Format] = {
             "int8wo",
             4,
             Int8WeightOnly,
-            None,
+            False,
             "int8",
             lambda d, q, n: True,
             chain=_core.linear_chain_rows,
@@ -139,7 +138,7 @@ FORMATS: dict[str, Format] = {
             "int4",
             8,
             Int4,
-            None,
+            False,
             "int4",
             lambda d, q, n: True,
             chain=_core.linear_chain_rows,
@@ -148,7 +147,7 @@ FORMATS: dict[str, Format] = {
             "bitmap8",
             6,
             Bitmap8,
-            None,
+            False,
             "int8",
             lambda d, q, n: d <= 0.85,
             chain=_core.linear_chain_rows,
@@ -158,7 +157,7 @@ FORMATS: dict[str, Format] = {
             "bitmap+csr",
             9,
             BitmapCSR,
-            None,
+            False,
             "float32",
             lambda d, q, n: False,
             combines=("bitmap", "csr"),
@@ -168,7 +167,7 @@ FORMATS: dict[str, Format] = {
             "bsr8",
             7,
             BSRInt8,
-            _core.conv2d_bsr8,
+            True,
             "int8",
             lambda d, q, n: d <= 0.7,
             chain=_core.linear_chain_rows,

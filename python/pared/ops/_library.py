@@ -209,7 +209,7 @@ def _conv2d(
     residual: Tensor | None = None,
 ) -> Tensor:
     weight, format = _checked(packed)
-    if format.conv2d is None:
+    if not format.conv2d:
         raise ValueError(f"packed: expected a format with a conv2d kernel, got {format.name}")
     batch = x if x.ndim == 4 else x[None]
     out = _conv2d_fake(batch, packed, bias, out_channels, kernel_size, stride, padding, dilation, activation)
@@ -217,7 +217,7 @@ def _conv2d(
     if added is not None and added.shape == out.shape and added.stride() != out.stride():
         added = torch.empty_like(out).copy_(added)
     window = (tuple(stride), tuple(padding), tuple(dilation))
-    format.conv2d(images(batch), weight, bias, out, *window, activation, added)
+    _core.conv2d(images(batch), weight, bias, *window, None, activation, added, out)
     return out if x.ndim == 4 else out[0]
 
 

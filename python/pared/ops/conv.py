@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pared import _core
 from pared._types import Array
-from pared.ops._arrays import activation_name, empty_images, integer, is_torch, refuse_grad, require_array
+from pared.ops._arrays import empty_images, integer, is_torch, require_array
 from pared.ops._formats import FORMATS
 from pared.ops.packed import PackedWeight
 
@@ -125,10 +125,9 @@ def conv2d(
             return y
     require_array(x, "x")
     if not isinstance(w, PackedWeight):
-        known = ", ".join(f.weight.__name__ for f in FORMATS.values() if f.conv2d is not None)
+        known = ", ".join(f.weight.__name__ for f in FORMATS.values() if f.conv2d)
         raise TypeError(f"w: expected a packed weight ({known}), got {type(w).__name__}")
-    kernel = FORMATS[w.kind].conv2d
-    if kernel is None:
+    if not FORMATS[w.kind].conv2d:
         raise ValueError(f"w: expected a format with a conv2d kernel, got {type(w).__name__}")
     shape = w.shape
     if len(shape) != 4:
@@ -139,9 +138,6 @@ def conv2d(
         raise ValueError(f"groups: expected {w.groups}, as the weight was packed with, got {groups}")
     if x.ndim not in (3, 4):
         raise ValueError(f"x: expected [N, C, H, W] or [C, H, W], got shape {list(x.shape)}")
-    refuse_grad(x, "x")
-    refuse_grad(bias, "bias")
-    refuse_grad(residual, "residual")
     images: Any = x if x.ndim == 4 else x[None]
     n, _, height, width = images.shape
     f = _frame((height, width), shape[2:], stride, padding, dilation)
@@ -152,7 +148,6 @@ def conv2d(
         if residual.ndim != 3:
             raise ValueError(f"residual: expected shape {list(out.shape[1:])}, got {list(residual.shape)}")
         added = residual[None]
-    act = activation_name(activation)
-    kernel(images, w.packed, bias, out, f.stride, f.padding, f.dilation, act, added)
+    _core.conv2d(images, w.packed, bias, f.stride, f.padding, f.dilation, None, activation, added, out)
     result: Array = out if x.ndim == 4 else out[0]
     return result
