@@ -103,7 +103,7 @@ if missing or not torch.cuda.is_available():
 PY
 
 package=$PWD/build/gpu/package
-build_package() {
+build_package() {  # CUTLASS: ON or OFF
   # The device's own architecture alone. What is installed elsewhere holds them all.
   local capability
   capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
@@ -113,18 +113,20 @@ build_package() {
   local generator=()
   command -v ninja >/dev/null && generator=(-G Ninja)
   cmake -S . -B build/gpu "${generator[@]}" -DPython_EXECUTABLE="$(command -v "$python")" -DPARED_CUDA=on \
-    -DCMAKE_CUDA_ARCHITECTURES="$capability-real" -DCMAKE_BUILD_TYPE=Release &&
+    -DCMAKE_CUDA_ARCHITECTURES="$capability-real" -DCMAKE_BUILD_TYPE=Release -DPARED_CUTLASS="$1" &&
     cmake --build build/gpu --parallel "$(nproc)" && cmake --install build/gpu --prefix "$package"
 }
 export -f build_package
 export python package
 if [ -n "$build" ]; then
-  part build 330 bash -c build_package || finish
+  # What a compiler or the clock most likely refuses is CUTLASS: the rest is not lost with it.
+  part build 330 bash -c "build_package ON" ||
+    part "build without CUTLASS" 200 bash -c "build_package OFF" || finish
 fi
-# The Python files of this tree beside the extensions.
+# The Python files of this tree beside the extensions, without those that another build has left among them.
 mkdir -p "$package/pared"
 find "$package/pared" -name '*.py' -delete
-cp -R python/pared "$package/"
+tar -C python --exclude='*.so' --exclude=__pycache__ -cf - pared | tar -C "$package" -xf -
 export PYTHONPATH=$package:$PWD
 "$python" -c 'import pared._core, pared._cuda_kernels as k; print(pared.__file__, k.ARCHITECTURES)' ||
   { report+=("import: FAILED"); failed=1; finish; }

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -336,6 +337,82 @@ def test_the_whole_flow_as_a_dry_run():
     assert run.returncode == 0, run.stderr
     assert "PASS  blocks of 16 bits, 128, wgmma 256" in run.stdout
     assert "smoke: 4 of 4 passed" in run.stdout
+
+
+STUB = """#!/bin/sh
+echo "$(basename "$0") $*" >>"$LOG"
+case "$(basename "$0") $*" in
+  "nvidia-smi --query-gpu=compute_cap"*) echo 9.0 ;;
+  *default_path*) echo nowhere.json ;;
+  *"$FAILS"*) exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def bare_machine(tmp_path):
+    """The script in a tree of its own, its commands stubs that note how they are called; runs it.
+
+    `fails`: part of a command line that fails. Returns the run and the command lines.
+    """
+    tree, bin = tmp_path / "tree", tmp_path / "bin"
+    (tree / "bench").mkdir(parents=True)
+    shutil.copy(ROOT / "bench/gpu.sh", tree / "bench")
+    (tree / "python/pared").mkdir(parents=True)
+    (tree / "python/pared/new.py").write_text("")
+    (tree / "python/pared/_core.so").symlink_to("of a build elsewhere")
+    (tree / "build/gpu/package/pared").mkdir(parents=True)
+    (tree / "build/gpu/package/pared/_core.so").write_text("built")
+    (tree / "build/gpu/package/pared/old.py").write_text("")
+    bin.mkdir()
+    for name in ("nvidia-smi", "cmake", "nvcc", "python3", "compute-sanitizer"):
+        (bin / name).write_text(STUB)
+        (bin / name).chmod(0o755)
+
+    def go(*arguments, fails="nothing"):
+        log = tmp_path / "log"
+        log.write_text("")
+        environment = {"PATH": f"{bin}:/usr/bin:/bin", "LOG": str(log), "FAILS": fails, "PYTHON": "python3"}
+        run = subprocess.run(
+            ["bash", tree / "bench/gpu.sh", *arguments], env=environment, capture_output=True, text=True
+        )
+        return run, log.read_text().splitlines()
+
+    go.package = tree / "build/gpu/package/pared"
+    return go
+
+
+def test_the_script_where_commands_are_stubs(bare_machine):
+    run, lines = bare_machine()
+    assert run.returncode == 0, run.stdout + run.stderr
+    (configured,) = (line for line in lines if line.startswith("cmake -S"))
+    assert "-DCMAKE_CUDA_ARCHITECTURES=90a-real" in configured
+    measured = [line.split("--only ")[1].split()[0] for line in lines if " -m bench.gpu --only" in line]
+    assert measured == list(command.ORDER)
+    assert [line for line in lines if line.startswith("compute-sanitizer --tool racecheck")]
+    # The extension that was built stays, modules come from the tree.
+    assert {p.name for p in bare_machine.package.iterdir()} == {"_core.so", "new.py"}
+    assert (bare_machine.package / "_core.so").read_text() == "built"
+
+
+@pytest.mark.parametrize("fails", ["bench.gpu.smoke", "--only int8", "-m pytest"])
+def test_a_part_that_fails_costs_the_others_nothing(bare_machine, fails):
+    run, lines = bare_machine("--no-build", fails=fails)
+    assert run.returncode == 1
+    assert "FAILED (exit code 1)" in run.stdout
+    assert sum(" -m bench.gpu --only" in line for line in lines) == len(command.ORDER)
+
+
+def test_a_build_that_fails_is_tried_without_cutlass(bare_machine):
+    run, lines = bare_machine("--only", "smoke", fails="-DPARED_CUTLASS=ON")
+    tried = [line.split("-DPARED_CUTLASS=")[1] for line in lines if line.startswith("cmake -S")]
+    assert tried == ["ON", "OFF"]
+    assert "build: FAILED" in run.stdout
+    assert "build without CUTLASS: done" in run.stdout
+    assert any("bench.gpu.smoke" in line for line in lines)
+    run, lines = bare_machine("--only", "smoke", fails="cmake --build")
+    assert run.returncode == 1
+    assert not any("bench.gpu.smoke" in line for line in lines)
 
 
 def test_an_unknown_option_of_the_script():
