@@ -208,8 +208,8 @@ py::object conv2d_into(py::handle out, PyObject* const* args) {
   PARED_CHECK(groups.is_none() || require_ints<1>(groups, "groups", 1)[0] == h.groups, "groups: expected ",
               h.groups, ", as the weight was packed with, got ", py::repr(groups).cast<std::string>());
   refuse_grad({{args[0], "x"}, {args[2], "bias"}, {args[8], "residual"}});
-  compute_conv2d(parse_array(args[0], "x"), ap, h.kind, args[2], parse_array(out, "out"), stride, padding,
-                 dilation, activation_of(args[7]), args[8]);
+  const Array ax = parse_array(args[0], "x"), ay = parse_array(out, "out");  // `out` was made like x
+  compute_conv2d(ax, ap, h.kind, args[2], ay, stride, padding, dilation, activation_of(args[7]), args[8]);
   return py::reinterpret_borrow<py::object>(out);
 }
 
