@@ -18,6 +18,11 @@ def tensor(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def assert_same(found: Threshold, expected: Threshold) -> None:
+    """Equal, where a threshold may be NaN."""
+    np.testing.assert_equal(tuple(found), tuple(expected))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [100, 100_003])
 @pytest.mark.parametrize("key", ["abs", "identity", "square", "abs_mul"])
@@ -36,6 +41,24 @@ def test_torch_dtypes(dtype, n, key):
         assert i.dtype == torch.int64
         np.testing.assert_array_equal(i.numpy(), ref.order(flat)[:k])
         assert torch.equal(v, x[i])
+
+
+@pytest.mark.parametrize("key", ["abs", "identity"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_every_16_bit_number(isa, dtype, key):
+    """Denormals, infinities, signed zeros; NaN where that is allowed; float32 members beside them."""
+    x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
+    x = x[torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))]
+    numbers = x[~x.isnan()]
+    wide = tensor((500,)) * 2.0**-100
+    for nan, members in (("raise", [numbers]), ("lowest", [x]), ("lowest", [wide, x])):
+        flat = np.concatenate([ref.keys(m, key) for m in members])
+        for k in (1, 130, flat.size // 3, flat.size // 2, flat.size - 300, flat.size):
+            assert_same(select_threshold(members, k, key, nan=nan), ref.threshold(flat, k))
+            masks = topk_mask(members, k, key, nan=nan)
+            ref.check_mask(flat, k, torch.cat(masks).numpy())
+    with pytest.raises(ValueError, match="expected no NaN"):
+        select_threshold(x, 7, key)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -40,8 +40,8 @@ struct select_keys {
 
 // One pass of the selection: gathers the keys strictly between `lo` and `hi` into `out`, in order, and counts
 // those above. Keys equal to `hi` or `lo` are counted apart if `ends` says so (with lo == hi all as at_hi);
-// otherwise those equal to `hi` count as above and those equal to `lo` nowhere. Runs of less than 2^28
-// elements.
+// otherwise those equal to `hi` count as above and those equal to `lo` nowhere. Runs of less than 2^28 keys
+// or 2^20 elements.
 inline constexpr int kSelectPad = 16;  // `out` is written up to this many keys beyond the last
 struct SelectBracketArgs {
   SelectRun run;

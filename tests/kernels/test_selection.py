@@ -299,9 +299,11 @@ SPECIAL = np.array(
 )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [12, 500, 40_000])
-def test_special_values(isa, rng, n):
-    x = SPECIAL[rng.integers(0, SPECIAL.size, n)]
+def test_special_values(isa, rng, n, dtype):
+    with np.errstate(over="ignore", under="ignore"):
+        x = SPECIAL[rng.integers(0, SPECIAL.size, n)].astype(dtype)
     for key in KEYS[:3]:
         for k in range(0, n + 1, max(1, n // 12)):
             check_all(x, k, key)
@@ -313,11 +315,12 @@ def test_negative_zero_ties_with_zero(isa):
     assert select_threshold(x, 3, "identity") == (0.0, 0, 3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [5, 3000, 100_000])
-def test_nan_lowest(isa, rng, n):
-    x = rng.standard_normal(n).astype(np.float32)
+def test_nan_lowest(isa, rng, n, dtype):
+    x = rng.standard_normal(n).astype(dtype)
     x[rng.random(n) < 0.3] = np.nan
-    x[1:3] = [np.float32(np.nan), -np.float32(np.nan)]
+    x[1:3] = [dtype(np.nan), -dtype(np.nan)]
     for key in KEYS[:3]:
         for k in ranks(n):
             check_all(x, k, key, nan="lowest")
@@ -368,6 +371,20 @@ def test_float16_denormals_and_products(isa):
     for key in KEYS[:3]:
         for k in (1, 1000, w.size // 2, w.size - 5):
             check_all(w, k, key)
+
+
+def test_bounds_that_no_16_bit_key_equals(isa, rng):
+    """Members of both widths: thresholds, and the bracket around them, are float32's where most keys are."""
+    for share in (0.05, 0.5, 0.95):
+        wide = rng.standard_normal(round(60_000 * share)).astype(np.float32)
+        narrow = rng.standard_normal(60_000 - wide.size).astype(np.float16)
+        narrow[:5] = [np.inf, -np.inf, 0.0, -0.0, 6e-8]
+        for key in ("abs", "identity"):
+            flat = np.concatenate([ref.keys(narrow, key), ref.keys(wide, key)])
+            for k in (1, 100, 6_000, 30_000, 59_990):
+                assert select_threshold([narrow, wide], k, key) == ref.threshold(flat, k)
+                masks = topk_mask([narrow, wide], k, key)
+                ref.check_mask(flat, k, np.concatenate(masks))
 
 
 @given(data=st.data())
