@@ -4,15 +4,28 @@ kind; every bad value of that kind has to be refused in the words ``argument: ex
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from _bad_values import (
+    FLAG,
+    INTEGER,
+    NOTHING,
+    NUMBER,
+    OBJECT,
+    OPTIONAL_OBJECT,
+    OPTIONAL_WORD,
+    PAIR,
+    WORD,
+    Call,
+    Kind,
+    Values,
+    parameters,
+    refusals,
+)
 from torch import nn
 
 import pared.nn
@@ -87,80 +100,6 @@ class Array(NamedTuple):
         return found
 
 
-class Values(NamedTuple):
-    """A parameter that takes numbers, words or objects, and what it refuses."""
-
-    values: dict[str, Any]
-
-    def bad(self) -> dict[str, Any]:
-        return self.values
-
-    def but(self, *names: str) -> Values:
-        """Without those that this parameter takes."""
-        assert names
-        assert set(names) <= self.values.keys()
-        return Values({k: v for k, v in self.values.items() if k not in names})
-
-
-NOTHING = Values({})
-INTEGER = Values(
-    {
-        "None": None,
-        "a string": "a",
-        "a float": 1.5,
-        "a bool": True,
-        "a list": [1],
-        "an array": np.array([1, 2]),
-        "2**70": 2**70,
-        "-2**70": -(2**70),
-        "NaN": float("nan"),
-    }
-)
-WORD = Values(
-    {
-        "None": None,
-        "an integer": 3,
-        "unknown": "unknown",
-        "bytes": b"abs",
-        "a list": ["abs"],
-        "an array": X,
-        "a surrogate": "\ud800",
-    }
-)
-OPTIONAL_WORD = WORD.but("None")
-PAIR = Values(
-    {
-        "None": None,
-        "a string": "4x1",
-        "one": (1,),
-        "three": (1, 2, 3),
-        "mixed": (1, "a"),
-        "2**70": 2**70,
-        "a pair of 2**70": (2**70, 1),
-        "a float": 1.5,
-        "a float of numpy": np.float32(2),
-        "a bool": True,
-        "bools": (True, True),
-        "negative": -1,
-        "negative in a pair": (1, -1),
-        "NaN": float("nan"),
-    }
-)
-NUMBER = Values(
-    {
-        "a string": "a",
-        "a list": [1.0],
-        "an array": np.zeros(3),
-        "NaN": float("nan"),
-        "infinity": float("inf"),
-        "10**400": 10**400,
-        "complex": 1j,
-        "a bool": True,
-    }
-)
-FLAG = Values({"an integer": 3, "a string": "a", "None": None, "an array": X, "an object": object()})
-OBJECT = Values({"an integer": 3, "a string": "a", "None": None, "an array": X, "an object": object()})
-OPTIONAL_OBJECT = OBJECT.but("None")
 ENTRIES = Values(
     {"an integer": 3, "a string": "a", "an array": X, "too few": [None], "objects": [object(), object()]}
 )
@@ -168,14 +107,6 @@ DEVICE = Values(
     {"an integer": 3, "None": None, "an array": X, "unknown": "nodevice", "an object": object()}
     | ({} if torch.cuda.is_available() else {"absent": "cuda"})
 )
-
-
-class Call(NamedTuple):
-    function: Callable[..., Any]
-    good: dict[str, Any]
-    kinds: dict[str, Array | Values]
-    # What a parameter needs beside it.
-    also: Mapping[str, dict[str, Any]] = MappingProxyType({})
 
 
 SELECT = {
@@ -425,7 +356,7 @@ for _name, _module in (("Linear", nn.Linear(12, 8)), ("Conv2d", nn.Conv2d(4, 8, 
 def _formats() -> dict[str, Call]:
     """The methods of every packed weight, by their parameters' names."""
     scales = {"scales": np.ones(8, np.float32)}
-    kinds: dict[str, Array | Values] = {
+    kinds: dict[str, Kind] = {
         "weight": Array(W),
         "packed": Array(np.zeros(4096, np.uint8)),
         "q": Array(Q),
@@ -490,14 +421,6 @@ def _formats() -> dict[str, Call]:
 
 
 CALLS |= _formats()
-
-
-def parameters(function: Callable[..., Any]) -> set[str]:
-    return {
-        p.name
-        for p in inspect.signature(function).parameters.values()
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    }
 
 
 def own(thing: type, name: str) -> bool:
@@ -572,27 +495,6 @@ def test_the_good_call_works(name: str) -> None:
     if name.endswith((".to", ".from_device", ".from_scipy", ".from_torch", ".from_quantized")):
         return  # needs a device, or is looked at in its own tests
     call.function(**call.good)
-
-
-# What the words call a parameter otherwise: one entry of it, or its name in the formula.
-SAME = {"biases": "bias", "activations": "activation", "input": "x"}
-
-
-def refusals(call: Call) -> Iterator[tuple[str, str]]:
-    """Each bad value, and what is wrong with what the call says to it."""
-    for parameter, kind in call.kinds.items():
-        for what, value in kind.bad().items():
-            bad = {**call.good, **call.also.get(parameter, {}), parameter: value}
-            said = "nothing"
-            try:
-                call.function(**bad)
-            except (ValueError, TypeError) as e:
-                said = str(e)
-            except Exception as e:
-                said = f"{type(e).__name__}: {e}"
-            known = f"({parameter}|{SAME.get(parameter, parameter)})"
-            named = rf"(?s)(\w+, )?{known}(\[\d+\])?(, \w+)?: expected .*, got .*"
-            yield f"{parameter}, {what}", "" if re.fullmatch(named, said) else said
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, on sparse and quantized tensors

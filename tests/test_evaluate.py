@@ -240,7 +240,7 @@ def test_json_and_table(evaluation: Evaluation) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"models": 3}, TypeError, "models: expected a module, or names and modules, got int"),
+        ({"models": 3}, TypeError, "models: expected a module, or names and modules, got 3"),
         ({"models": {}}, ValueError, "models: expected at least one"),
         ({"data": []}, ValueError, "data: expected at least one batch"),
         ({"data": iter([1])}, TypeError, "data: expected batches that can be gone through several times"),

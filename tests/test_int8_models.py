@@ -353,7 +353,7 @@ def test_a_kernel_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_bad_arguments() -> None:
     x = torch.randn(9, 64)
-    with pytest.raises(ValueError, match="precision: expected 'float32', 'int8' or 'auto', got 'int4'"):
+    with pytest.raises(ValueError, match="precision: expected 'float32', 'int8', 'auto', got 'int4'"):
         pared.accelerate(model(), x, precision="int4")
     with pytest.raises(ValueError, match=r"formats: expected names among .* with precision='float32', got"):
         pared.accelerate(model(), x, formats=["int8"])

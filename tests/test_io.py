@@ -551,7 +551,7 @@ def gelu_tanh() -> nn.Module:
         (gelu_tanh, "'gelu' at '1', .* got GELU"),
         (lambda: nn.Sequential(nn.Linear(64, 64)), "'gelu' at '1', .* got nothing"),
         (lambda: nn.Sequential(nn.Bilinear(1, 1, 1), nn.GELU()), "expected 'Linear', .* got Bilinear"),
-        (lambda: nn.Linear(64, 64), "expected a layer '0', as in the file, found none"),
+        (lambda: nn.Linear(64, 64), "expected a layer '0', as in the file, got none"),
         (lambda: nn.Sequential(*[nn.Linear(64, 64)] * 2), "layer '0': shared in the model as"),
         (lambda: nn.Sequential(nn.Linear(64, 65), nn.GELU()), r"'0.weight': expected .* \[65, 64\], got"),
     ],
@@ -574,7 +574,7 @@ def test_layers_that_the_target_does_not_have(target, match):
         (
             ("layers", "__class__"),
             {"type": "Linear", "format": "csr", "norm": None, "activation": None, "input": None},
-            "found none",
+            "got none",
         ),
         (("fused", "0"), "relu", "expected activation 'relu' at '0'"),
         (("fused", "1"), 3, "expected str, got 3"),

@@ -258,7 +258,7 @@ def test_options_survive_json() -> None:
         (0.5, {"cost": "flops"}, ValueError, "cost: expected 'parameters', 'macs', 'time', got 'flops'"),
         (0.5, {"cost": "macs"}, ValueError, "example_inputs: expected inputs of the model"),
         (0.5, {"levels": (0.5, 0.2)}, ValueError, "levels: expected ascending numbers"),
-        (0.5, {"levels": ()}, TypeError, "levels: expected a list of sparsities"),
+        (0.5, {"levels": ()}, ValueError, "levels: expected ascending numbers"),
         (0.5, {"importance": "wanda"}, ValueError, "data: expected batches, which 'wanda' needs"),
         (0.5, {"evaluate": lambda m: float("nan")}, ValueError, "evaluate: expected a number"),
         (0.5, {"data": iter([])}, TypeError, "data: expected batches that can be gone through several times"),

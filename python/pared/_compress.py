@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -20,8 +19,16 @@ from rich.table import Table
 from torch import nn
 
 from pared._accelerate import accelerate
+from pared._accelerate.model import BUDGET
 from pared._checkpoint import Checkpoint, Item, fingerprint
-from pared._errors import choice_error
+from pared._errors import (
+    check_ascending,
+    check_callable,
+    check_choice,
+    check_number,
+    check_path,
+    choice_error,
+)
 from pared._finetune import FineTune, seeded
 from pared._io import load, save
 from pared._report import Report, report
@@ -182,10 +189,16 @@ def compress(
     module = unwrap(model)
     check_repeatable(data, "'compress'")
     first = next(iter(batches(data, "'compress'")))
-    if isinstance(max_drop, bool) or not isinstance(max_drop, int | float) or not max_drop >= 0:
-        raise ValueError(f"max_drop: expected a number >= 0, got {max_drop!r}")
-    if search is not None and search not in COSTS:
-        raise choice_error("search", search, COSTS, "None")
+    check_callable("evaluate", evaluate, "(model) -> number")
+    check_number("max_drop", max_drop)
+    if search is not None:
+        check_choice("search", search, COSTS, "None")
+    check_choice("precision", precision, ("float32", *BUDGET))
+    if checkpoint is not None:
+        check_path("checkpoint", checkpoint, "or None")
+    unknown = set(quantize) - set(_QUANTIZE) if isinstance(quantize, Mapping) else ()
+    if unknown:
+        raise choice_error("quantize", min(map(str, unknown)), _QUANTIZE)
     if not isinstance(quantize, bool | Mapping):
         raise TypeError(f"quantize: expected True, False or options, got {type(quantize).__name__}")
     if fine_tune is not None and not callable(fine_tune) and not isinstance(fine_tune, FineTune):
@@ -234,10 +247,16 @@ def _ladder(sparsities: Sequence[float], pattern: Pattern, search: str | None) -
     if pattern.kind == "nm" and search is None:
         return [pattern.rule_sparsity]
     plain = parse_pattern("unstructured")  # shares of a budget are not bound to the rule's sparsity
-    ladder = [check_sparsity(s, plain if search else pattern) for s in sparsities]
-    if not ladder or any(a >= b for a, b in itertools.pairwise(ladder)):
-        raise ValueError(f"sparsities: expected ascending numbers in [0, 1), got {sparsities!r}")
-    return ladder
+    kind = plain if search else pattern
+    return [*check_ascending("sparsities", sparsities, lambda s: check_sparsity(s, kind, "sparsities"))]
+
+
+# What is for the whole run, or is done by it.
+_QUANTIZE = [
+    name
+    for name in inspect.signature(quantize_model).parameters
+    if name not in ("model", "data", "include", "exclude", "resume")
+]
 
 
 def _described(value: Any) -> Any:

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-__all__ = ["choice_error", "close_matches"]
+__all__ = [
+    "check_ascending",
+    "check_callable",
+    "check_choice",
+    "check_flag",
+    "check_number",
+    "check_path",
+    "choice_error",
+    "close_matches",
+]
 
 
 def close_matches(word: str, names: Iterable[str], n: int = 3) -> list[str]:
@@ -26,3 +39,48 @@ def choice_error(argument: str, got: object, choices: Iterable[str], also: str =
     text += f", got {got!r}"
     near = close_matches(got, names, n=1) if isinstance(got, str) else []
     return ValueError(text + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def check_choice(argument: str, got: object, choices: Iterable[str], also: str = "") -> None:
+    """Raise the error of `choice_error` unless `got` is one of the words."""
+    names = list(choices)
+    if not isinstance(got, str) or got not in names:
+        raise choice_error(argument, got, names, also)
+
+
+def check_flag(argument: str, got: object) -> None:
+    """Raise ``TypeError`` unless `got` is a bool: what else is true is more often a slip."""
+    if not isinstance(got, bool):
+        raise TypeError(f"{argument}: expected True or False, got {got!r}")
+
+
+def check_number(argument: str, got: object, also: str = "") -> float:
+    """`got` as a float, finite and at least 0. Raises ``TypeError`` or ``ValueError``."""
+    want = f"{argument}: expected a finite number >= 0{also and f' or {also}'}, got"
+    if isinstance(got, bool) or not isinstance(got, int | float):
+        raise TypeError(f"{want} {got!r:.60}")
+    if not 0 <= got <= sys.float_info.max:
+        raise ValueError(f"{want} {got!s:.20}")
+    return float(got)
+
+
+def check_callable(argument: str, got: object, what: str) -> None:
+    """Raise ``TypeError`` unless `got` can be called; `what`: how, for example ``"(model) -> number"``."""
+    if not callable(got):
+        raise TypeError(f"{argument}: expected a callable {what}, got {type(got).__name__}")
+
+
+def check_path(argument: str, got: object, also: str = "") -> None:
+    """Raise ``TypeError`` unless `got` is the name of a file."""
+    if not isinstance(got, str | os.PathLike):
+        raise TypeError(f"{argument}: expected a file name{also and f', {also}'}, got {type(got).__name__}")
+
+
+def check_ascending(argument: str, got: Any, check: Callable[[object], float]) -> tuple[float, ...]:
+    """Shares, each the next larger, as `check` gives them. Raises ``TypeError`` or ``ValueError``."""
+    if isinstance(got, str | bytes | Mapping) or not isinstance(got, Iterable):
+        raise TypeError(f"{argument}: expected a list of ascending numbers in [0, 1), got {got!r}")
+    found = tuple(map(check, got))
+    if not found or any(a >= b for a, b in itertools.pairwise(found)):
+        raise ValueError(f"{argument}: expected ascending numbers in [0, 1), got {got!r}")
+    return found

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from pared import _core
 from pared._cost import weight_uses
+from pared._errors import check_callable, check_number
 from pared._files import replacing
 from pared._finetune import seeded
-from pared._inputs import Example, examples, one_pass
+from pared._inputs import Example, examples, first_run, one_pass
 from pared._io import save
 from pared._report import _bytes, _seconds
 from pared._size import Counter, memory_bytes
@@ -320,17 +321,28 @@ def evaluate(
     """
     if isinstance(models, nn.Module):
         models = {"model": models}
-    if not isinstance(models, Mapping) or not all(isinstance(m, nn.Module) for m in models.values()):
-        raise TypeError(f"models: expected a module, or names and modules, got {type(models).__name__}")
+    if not isinstance(models, Mapping) or not all(
+        isinstance(name, str) and isinstance(m, nn.Module) for name, m in models.items()
+    ):
+        raise TypeError(f"models: expected a module, or names and modules, got {models!r:.200}")
     if not models:
         raise ValueError("models: expected at least one, got an empty mapping")
     check_repeatable(data, "'evaluate'")
     first = next(iter(batches(data, "'evaluate'")))
-    if score is not None and not callable(score):
-        raise TypeError(f"score: expected a callable (model, batch) -> tensor, got {type(score).__name__}")
+    if score is not None:
+        check_callable("score", score, "(model, batch) -> tensor")
+    check_number("seconds", seconds)
+    if distortions is not None:
+        if not isinstance(distortions, Mapping) or not all(isinstance(name, str) for name in distortions):
+            raise TypeError(f"distortions: expected names and functions, got {distortions!r:.200}")
+        for name, function in distortions.items():
+            check_callable(f"distortions[{name!r}]", function, "(tensor) -> tensor")
     inputs = examples(_inputs_of(first) if example_inputs is None else example_inputs)
     chosen = _applicable(first) if distortions is None else dict(distortions)
     with _evaluating(models.values()):
+        for model in models.values():
+            for example in inputs:
+                first_run(model, example)
         per_sample = {n: _scores(m, data, score) for n, m in models.items()}
         robust = {
             n: {d: _scores(m, data, score, (d, f)) for d, f in chosen.items()} for n, m in models.items()

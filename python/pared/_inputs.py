@@ -86,6 +86,16 @@ def run(model: nn.Module, example: Example) -> Any:
         return model(*example.args, **example.kwargs)
 
 
+def first_run(model: nn.Module, example: Example) -> Any:
+    """`run` of the user's own model, whose errors are about the inputs: ``ValueError`` that names them."""
+    try:
+        return run(model, example)
+    except Exception as e:
+        raise ValueError(
+            f"{example.label}: expected inputs that the model runs with, got {type(e).__name__}: {e}"
+        ) from e
+
+
 def leaves(x: Any, path: str = "output", seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any]]:
     """Every tensor and plain value in an output, depth first, with the path to it."""
     if isinstance(x, Tensor) or x is None or isinstance(x, (bool, int, float, complex, str, bytes)):

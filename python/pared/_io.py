@@ -23,6 +23,7 @@ import torch
 
 import pared
 from pared import _format
+from pared._errors import check_flag
 from pared._files import replacing
 from pared._format import (
     Bytes,
@@ -84,6 +85,7 @@ def save(model: torch.nn.Module, path: Path, *, overwrite: bool = True) -> None:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_flag("overwrite", overwrite)
     if hasattr(model, "_orig_mod"):
         raise TypeError(
             "model: expected an uncompiled module, got one from torch.compile: save the one inside"
@@ -548,7 +550,7 @@ def _open(model: torch.nn.Module, opened: dict[str, str]) -> torch.nn.Module:
     except ValueError as e:
         refuse(f"{e}, as in the file")
     missing = [f"{kind} {shorten(name)}" for name, kind in opened.items() if found.get(name) != kind]
-    require(not missing, f"model: expected {', '.join(missing[:_LISTED])}, as in the file, found none")
+    require(not missing, f"model: expected {', '.join(missing[:_LISTED])}, as in the file, got none")
     return model
 
 
@@ -560,9 +562,7 @@ def _match_layers(model: torch.nn.Module, about: _About, stored: Mapping[str, En
     for name, layer in about.layers.items():
         module = modules.get(name)
         if module is None or id(module) in targets:
-            require(
-                module is not None, f"model: expected a layer {shorten(name)}, as in the file, found none"
-            )
+            require(module is not None, f"model: expected a layer {shorten(name)}, as in the file, got none")
             continue
         rule = RULES.get(type(module))
         if rule is None or type(module).__name__ != layer.type:

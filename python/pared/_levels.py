@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pared._accelerate import accelerate
+from pared._errors import check_ascending
 from pared._format import Bytes, Entry, Reader, Writer, expect_list, expect_object, refuse, require
 from pared._io import _collect, load
 from pared._report import Report, report
@@ -49,8 +49,16 @@ class Levels(nn.Module):
 
     def __init__(self, models: Sequence[nn.Module], sparsities: Sequence[float]) -> None:
         super().__init__()
+        listed = isinstance(models, Sequence) and len(models) > 0
+        if not listed or not all(isinstance(m, nn.Module) for m in models):
+            raise TypeError(f"models: expected a list of modules, got {models!r:.200}")
+        plain = parse_pattern("unstructured")
         self.models = nn.ModuleList(models)
-        self.sparsities = tuple(sparsities)
+        self.sparsities = check_ascending(
+            "sparsities", sparsities, lambda s: check_sparsity(s, plain, "sparsities")
+        )
+        if len(self.sparsities) != len(models):
+            raise ValueError(f"sparsities: expected {len(models)}, one for each model, got {sparsities!r}")
         self._ready = tuple(models)  # past ModuleList's own look-up
         self._level = 0
         self.eval()
@@ -143,9 +151,11 @@ def levels(
                 f"{resolve(importance).name!r}"
             )
         parsed = parse_pattern(pattern)
-        wanted = [check_sparsity(s, parsed) if s else 0.0 for s in sparsities]
-        if not wanted or any(a >= b for a, b in itertools.pairwise(wanted)):
-            raise ValueError(f"sparsities: expected ascending numbers in [0, 1), got {sparsities!r}")
+        wanted = check_ascending(
+            "sparsities",
+            sparsities,
+            lambda s: 0.0 if type(s) in (int, float) and s == 0 else check_sparsity(s, parsed, "sparsities"),
+        )
         current, plain = copy_model(unwrap(model)), []
         for sparsity in wanted:
             if sparsity:
@@ -162,6 +172,8 @@ def levels(
                 )
             plain.append(copy_model(current))
     else:
+        if isinstance(model, str) or not isinstance(model, Iterable):
+            raise TypeError(f"model: expected a module or a list of modules, got {type(model).__name__}")
         plain = [unwrap(m) for m in model]
         if not plain:
             raise ValueError("model: expected at least one level, got an empty list")

@@ -26,7 +26,7 @@ from torch import nn
 
 from pared._accelerate import layer_seconds
 from pared._cost import model_seconds, weight_uses
-from pared._errors import choice_error
+from pared._errors import check_ascending, check_callable, check_choice
 from pared._inputs import examples
 from pared._report import _seconds
 from pared._surgery import copy_model
@@ -415,8 +415,7 @@ def measure_options(
 
     `scope` : "layer" or "row", in which weights compete; None: as `pared.prune` has it for the criterion.
     """
-    if cost not in COSTS:
-        raise choice_error("cost", cost, COSTS)
+    check_choice("cost", cost, COSTS)
     if cost != "parameters" and example_inputs is None:
         raise ValueError(f"example_inputs: expected inputs of the model, which cost={cost!r} needs, got None")
     plan = make_plan(
@@ -437,8 +436,8 @@ def measure_options(
     check_repeatable(data, "'search_budget'")
     for target in plan.targets:
         check_finite(target, target.weight)
-    if evaluate is not None and not callable(evaluate):
-        raise TypeError(f"evaluate: expected a callable model -> float, got {type(evaluate).__name__}")
+    if evaluate is not None:
+        check_callable("evaluate", evaluate, "(model) -> float")
     if hasattr(plan.criterion, "reconstruct") and not hasattr(plan.criterion, "settle"):
         raise ValueError(
             "importance: expected a criterion that scores or settles single layers, got "
@@ -493,12 +492,7 @@ def _check_budget(budget: object) -> float:
 def _check_levels(levels: object, plan: Plan) -> tuple[float, ...]:
     if plan.pattern.kind == "nm":
         return (0.0, plan.pattern.rule_sparsity)
-    if isinstance(levels, str) or not isinstance(levels, Sequence) or not levels:
-        raise TypeError(f"levels: expected a list of sparsities, got {levels!r}")
-    found = tuple(check_sparsity(s, plan.pattern) for s in levels)
-    if any(a >= b for a, b in itertools.pairwise(found)):
-        raise ValueError(f"levels: expected ascending numbers in [0, 1), got {levels!r}")
-    return found
+    return check_ascending("levels", levels, lambda s: check_sparsity(s, plan.pattern, "levels"))
 
 
 class _Pruned:

@@ -9,7 +9,6 @@ exactly `initial` at `begin`, and exactly `final` from `end` on.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -100,7 +99,7 @@ class Polynomial(_Ramp):
         super().__post_init__()
         if isinstance(self.power, bool) or not isinstance(self.power, (int, float)):
             raise TypeError(f"power: expected a number > 0, got {type(self.power).__name__}")
-        if not (self.power > 0 and math.isfinite(self.power)):
+        if not 0 < self.power < 1e300:
             raise ValueError(f"power: expected a number > 0, got {self.power!r}")
 
     def _between(self, progress: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,8 @@ from pared._accelerate.pools import pool_all
 from pared._accelerate.residuals import add_residuals
 from pared._accelerate.together import hand_over, share
 from pared._choices import Choices
-from pared._inputs import Example, examples, forked_random, run
+from pared._errors import check_choice, check_flag, check_number, check_path
+from pared._inputs import examples, first_run, forked_random
 from pared._report import _ATTRIBUTE, Report
 from pared._size import disk_bytes, memory_bytes
 from pared._sparsity import bake
@@ -107,13 +107,13 @@ def accelerate(
     TypeError, ValueError : naming the argument; also for example inputs that the model does not run with (the
         model's own error is chained) and for weights that are not finite. Nothing has changed then.
     """
-    target = _check_arguments(model, precision, max_error, min_speedup)
+    target = _check_arguments(model, precision, max_error, min_speedup, fuse, progress, cache)
     formats = _check_formats(formats, precision, target.kind)
     inputs = examples(example_inputs, target.device)
     with _progress(progress) as advance, torch.no_grad(), forked_random(target.device):
         dense = copy_model(model).eval()
         advance("running the example inputs", 0.0)
-        reference = [_reference(dense, e) for e in inputs]
+        reference = [first_run(dense, e) for e in inputs]
         bake(dense)
         opened = open_model(dense, inputs, reference)
         candidates = find_candidates(opened.model, precision)
@@ -181,11 +181,11 @@ def layer_seconds(
 
     `four`: try kernels of 4 bits with a scale for so many inputs, as they would be once it is quantized.
     """
-    target = _check_arguments(model, precision, None, 1.0)
+    target = _check_arguments(model, precision, None, 1.0, True, None, None)
     inputs = examples(example_inputs, target.device)
     with torch.no_grad(), forked_random(target.device):
         dense = copy_model(model).eval()
-        reference = [_reference(dense, e) for e in inputs]
+        reference = [first_run(dense, e) for e in inputs]
         bake(dense)
         opened = open_model(dense, inputs, reference)
         candidates = find_candidates(opened.model, precision)
@@ -211,7 +211,9 @@ def layer_seconds(
     return found
 
 
-def _check_arguments(model: Any, precision: Any, max_error: Any, min_speedup: Any) -> Target:
+def _check_arguments(
+    model: Any, precision: Any, max_error: Any, min_speedup: Any, fuse: Any, progress: Any, cache: Any
+) -> Target:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -224,12 +226,15 @@ def _check_arguments(model: Any, precision: Any, max_error: Any, min_speedup: An
         raise ValueError(
             "model: expected a plain model, got one with accelerated layers; pared.restore it first"
         )
-    if precision not in ("float32", *BUDGET):
-        raise ValueError(f"precision: expected 'float32', 'int8' or 'auto', got {precision!r}")
-    if max_error is not None and not (_is_number(max_error) and max_error >= 0):
-        raise ValueError(f"max_error: expected a number of at least 0 or None, got {max_error!r}")
-    if not (_is_number(min_speedup) and min_speedup >= 0):
-        raise ValueError(f"min_speedup: expected a number of at least 0, got {min_speedup!r}")
+    check_choice("precision", precision, ("float32", *BUDGET))
+    if max_error is not None:
+        check_number("max_error", max_error, also="None")
+    check_number("min_speedup", min_speedup)
+    check_flag("fuse", fuse)
+    if progress is not None:
+        check_flag("progress", progress)
+    if cache is not None and not isinstance(cache, bool):
+        check_path("cache", cache, "a bool or None")
     return target_of(model)
 
 
@@ -238,7 +243,7 @@ def _check_formats(formats: Any, precision: str, device: str) -> Sequence[str]:
     known = tuple(f.name for f in here if precision != "float32" or f.precision == "float32")
     if formats is None:
         return known
-    if isinstance(formats, str) or not isinstance(formats, Sequence):
+    if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
         raise TypeError(f"formats: expected a list of names or None, got {formats!r}")
     for name in formats:
         if name not in known:
@@ -246,19 +251,6 @@ def _check_formats(formats: Any, precision: str, device: str) -> Sequence[str]:
                 f"formats: expected names among {', '.join(known)} with precision={precision!r}, got {name!r}"
             )
     return formats
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
-
-
-def _reference(model: nn.Module, example: Example) -> Any:
-    try:
-        return run(model, example)
-    except Exception as e:
-        raise ValueError(
-            f"{example.label}: expected inputs that the model runs with, got {type(e).__name__}: {e}"
-        ) from e
 
 
 @contextmanager

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from pared import _core
-from pared._errors import choice_error
-from pared._inputs import examples, run
+from pared._errors import check_choice
+from pared._inputs import examples, first_run
 from pared._select import shortlist
 from pared._sparsity import base_type
 from pared.nn import RULES
@@ -237,8 +237,7 @@ def check_options(
         raise TypeError(f"tokens: expected an integer, got {type(tokens).__name__}")
     if isinstance(tokens, int) and tokens < 1:
         raise ValueError(f"tokens: expected at least 1, got {tokens}")
-    if precision not in PRECISIONS:
-        raise choice_error("precision", precision, PRECISIONS)
+    check_choice("precision", precision, PRECISIONS)
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
@@ -274,7 +273,7 @@ def layers(
         try:
             model.eval()
             for example in given:
-                run(model, example)
+                first_run(model, example)
         finally:
             for handle in handles:
                 handle.remove()

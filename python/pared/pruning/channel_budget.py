@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import nn
 
 from pared._errors import choice_error
-from pared._inputs import Example, examples, leaves, run
+from pared._inputs import Example, examples, first_run, leaves, run
 from pared._surgery import copy_model
 from pared._timing import interleave
 from pared.pruning.calibration import _CONVOLUTIONS, LossFn, batches, forward
@@ -260,6 +260,8 @@ def search_channels(
     module = unwrap(model)
     inputs = examples(example_inputs)
     work = copy_model(module).eval()
+    for example in inputs:
+        first_run(work, example)
     groups, kept = _groups(_graph(work, inputs[0]), work, include, exclude)
     if not groups:
         reasons = "; ".join(f"{layer}: {reason}" for layer, reason in kept[:5])

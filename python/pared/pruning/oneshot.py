@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pared._errors import choice_error
+from pared._errors import check_callable, check_choice
 from pared._sparsity import bake, base_type, masked_names, weight_format
 from pared.nn import RULES
 from pared.pruning import auto, calibration, distributed
@@ -58,12 +58,12 @@ def make_plan(
     module = unwrap(model)
     parsed = parse_pattern(pattern)
     criterion = resolve(importance)
-    if scope is not None and scope not in SCOPES:
-        raise choice_error("scope", scope, SCOPES, "None, the criterion's own")
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(
-            f"loss_fn: expected a callable (model, batch) -> scalar, got {type(loss_fn).__name__}"
-        )
+    if scope is not None:
+        check_choice("scope", scope, SCOPES, "None, the criterion's own")
+    if loss_fn is not None:
+        check_callable("loss_fn", loss_fn, "(model, batch) -> scalar")
+    if data is not None and not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise TypeError(f"data: expected an iterable of batches, got {type(data).__name__}")
     if data is None and (criterion.needs_data or criterion.needs_gradients):
         raise ValueError(f"data: expected batches, which {criterion.name!r} needs, got None")
     if loss_fn is None and criterion.needs_gradients:
@@ -206,19 +206,19 @@ def _check_ties(target: Target) -> None:
         )
 
 
-def check_sparsity(sparsity: object, pattern: Pattern) -> float:
-    """The target as a float in [0, 1); the rule's own when it is None and the pattern is N:M."""
+def check_sparsity(sparsity: object, pattern: Pattern, name: str = "sparsity") -> float:
+    """The argument `name` as a float in [0, 1); the rule's own when it is None and the pattern is N:M."""
     if sparsity is None and pattern.kind == "nm":
         return pattern.rule_sparsity
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
         kind = type(sparsity).__name__
-        raise TypeError(f"sparsity: expected a number in [0, 1), the share of weights to remove, got {kind}")
+        raise TypeError(f"{name}: expected a number in [0, 1), the share of weights to remove, got {kind}")
     if not 0 <= sparsity < 1:
         hint = "; 90 % is 0.9" if 1 < sparsity <= 100 else ""
-        raise ValueError(f"sparsity: expected a number in [0, 1), got {sparsity!r}{hint}")
+        raise ValueError(f"{name}: expected a number in [0, 1), got {sparsity!r}{hint}")
     if pattern.kind == "nm" and not math.isclose(sparsity, pattern.rule_sparsity, abs_tol=1e-9):
         want = f"{pattern.rule_sparsity:g} (or None)"
-        raise ValueError(f"sparsity: expected {want}, which pattern {str(pattern)!r} fixes, got {sparsity!r}")
+        raise ValueError(f"{name}: expected {want}, which pattern {str(pattern)!r} fixes, got {sparsity!r}")
     return float(sparsity)
 
 
@@ -409,7 +409,7 @@ def prune(
     Zeros alone are not faster: `pared.accelerate` is the next step. To fine-tune a pruned model with its
     zeros held, use `pared.Pruner`.
     """
-    automatic = pattern == "auto"
+    automatic = isinstance(pattern, str) and pattern == "auto"
     if not automatic and (example_inputs is not None or tokens is not None or device is not None):
         raise ValueError(f"pattern: expected 'auto' with example_inputs, tokens or device, got {pattern!r}")
     if automatic:

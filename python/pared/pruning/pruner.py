@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pared._errors import check_flag
 from pared.pruning.importance import Importance
 from pared.pruning.masks import check_finite, zero
 from pared.pruning.oneshot import (
@@ -115,6 +116,7 @@ class Pruner:
             raise TypeError(f"update_every: expected a number of steps, got {type(update_every).__name__}")
         if update_every < 1:
             raise ValueError(f"update_every: expected a number of steps >= 1, got {update_every}")
+        check_flag("allow_regrowth", allow_regrowth)
         self._plan = make_plan(
             model, pattern, importance, scope, data, loss_fn, include, exclude, keep_first, keep_last
         )
@@ -133,7 +135,7 @@ class Pruner:
         self._before = [int(torch.count_nonzero(w)) for w in weights]
         self._schedule = schedule
         self._update_every = update_every
-        self._allow_regrowth = bool(allow_regrowth)
+        self._allow_regrowth = allow_regrowth
         self.step_count = 0
         self._updated_at: int | None = None
         self._chosen_for = 0.0

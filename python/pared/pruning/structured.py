@@ -26,7 +26,8 @@ from rich.table import Table
 from torch import nn
 
 from pared import ops
-from pared._inputs import Example, compare, examples, leaves, run, tolerance
+from pared._errors import check_callable, check_choice
+from pared._inputs import Example, compare, examples, first_run, leaves, run, tolerance
 from pared._sparsity import weight_format
 from pared._surgery import copy_model
 from pared.pruning import distributed, oneshot
@@ -679,8 +680,9 @@ def prune_channels(
         raise ValueError("ratio: expected at least one filter, got an empty mapping")
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f"round_to: expected an int >= 1, got {round_to!r}")
-    if scope not in ("layer", "global"):
-        raise ValueError(f"scope: expected 'layer' or 'global', got {scope!r}")
+    check_choice("scope", scope, ("layer", "global"))
+    if loss_fn is not None:
+        check_callable("loss_fn", loss_fn, "(model, batch) -> scalar")
     if isinstance(ratio, Mapping) and scope != "layer":
         raise ValueError(f"scope: expected 'layer' with shares for single layers, got {scope!r}")
     for name, layer in module.named_modules():
@@ -690,6 +692,8 @@ def prune_channels(
                 f"permanent first"
             )
     work = copy_model(module).eval()
+    for example in inputs:
+        first_run(work, example)
     groups, kept = _groups(_graph(work, inputs[0]), work, include, exclude)
     if not groups:
         reasons = "; ".join(f"{layer}: {reason}" for layer, reason in kept[:5])
@@ -832,6 +836,9 @@ def _candidates(model: nn.Module, include: Filters, exclude: Filters) -> dict[st
             raise ValueError(
                 f"include: expected a filter that matches a block, got {[str(f) for f in inside]}"
             )
+    for f in outside:
+        if not any(f.matches(n, n, m, modules) for n, m in modules.items() if n):
+            raise ValueError(f"exclude: expected a filter that matches a module, got {str(f)!r}")
     return {n: m for n, m in found.items() if not any(f.matches(n, n, m, modules) for f in outside)}
 
 
@@ -918,12 +925,11 @@ def prune_layers(
     module = unwrap(model)
     if isinstance(n, bool) or not isinstance(n, int):
         raise TypeError(f"n: expected a number of blocks, got {type(n).__name__}")
-    if not callable(importance) and importance not in ("block_influence", "change_rate"):
-        raise ValueError(
-            f"importance: expected 'block_influence', 'change_rate' or a callable (name, module) -> score, "
-            f"got "
-            f"{importance!r}"
-        )
+    if not callable(importance):
+        known = ("block_influence", "change_rate")
+        check_choice("importance", importance, known, "a callable (name, module) -> score")
+    if loss_fn is not None:
+        check_callable("loss_fn", loss_fn, "(model, batch) -> scalar")
     inputs = examples(example_inputs)
     candidates = _candidates(module, include, exclude)
     influence = _Influence()
@@ -969,7 +975,7 @@ def _runs(
 ) -> Iterator[Callable[[], Any]]:
     if data is None:
         for example in inputs:
-            yield functools.partial(run, model, example)
+            yield functools.partial(first_run, model, example)
     else:
         for batch in batches(data, "'prune_layers'"):
             yield functools.partial(forward, model, batch, loss_fn)

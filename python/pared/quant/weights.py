@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pared._checkpoint import Item
-from pared._errors import choice_error
+from pared._errors import check_callable, check_choice, check_flag, check_number, check_path
 from pared._sparsity import weight_format
 from pared.ops import Int8
 from pared.ops.int4 import int4_group
@@ -188,6 +188,18 @@ def quantize(
     chosen, parsed, target_sparsity = _check(
         bits, method, sparsity, pattern, group, scales, activations, observer
     )
+    for name, flag in (
+        ("symmetric", symmetric),
+        ("bias_correction", bias_correction),
+        ("progress", progress),
+    ):
+        check_flag(name, flag)
+    check_number("max_error", max_error)
+    check_number("damping", damping)
+    if loss_fn is not None:
+        check_callable("loss_fn", loss_fn, "(model, batch) -> scalar")
+    if resume is not None:
+        check_path("resume", resume, "or None")
     targets, kept = collect(module, include, exclude, 0, 0)
     assigned = _assign(module, targets, chosen)
     seconds: dict[str, dict[int, float]] = {}
@@ -288,14 +300,11 @@ def _check(
     activations: object,
     observer: object,
 ) -> tuple[int | str | dict[str, int], Pattern, float | None]:
-    if method not in ("gptq", "rtn"):
-        raise choice_error("method", method, ("gptq", "rtn"))
-    if scales is not None and scales not in METHODS:
-        raise choice_error("scales", scales, METHODS, "None")
-    if activations not in ("token", "static"):
-        raise choice_error("activations", activations, ("token", "static"))
-    if observer not in OBSERVERS:
-        raise choice_error("observer", observer, OBSERVERS)
+    check_choice("method", method, ("gptq", "rtn"))
+    if scales is not None:
+        check_choice("scales", scales, METHODS, "None")
+    check_choice("activations", activations, ("token", "static"))
+    check_choice("observer", observer, OBSERVERS)
     if group is not None and (isinstance(group, bool) or not isinstance(group, int)):
         raise TypeError(f"group: expected a number of columns or None, got {type(group).__name__}")
     if isinstance(group, int) and (group < 1 or obs.SPAN % group):
