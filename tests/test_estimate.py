@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,21 @@ def test_another_instruction_set_is_another_machine(measured: list[int]) -> None
         assert _machine.ceilings().isa == isa
     _core.set_isa(before)
     assert len(measured) == len(_core.supported_isas())
+
+
+def test_threads_that_ask_at_once_do_not_measure_each_other(
+    measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(threads: int, measure: Any = _machine.measure) -> _machine.Ceilings:
+        time.sleep(0.05)
+        found: _machine.Ceilings = measure(threads)
+        return found
+
+    monkeypatch.setattr(_machine, "measure", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(_machine.ceilings) for _ in range(4)]
+    assert len({a.result() for a in asked}) == 1
+    assert measured == [1]
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"kind": "pared machine"}', None])

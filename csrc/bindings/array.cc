@@ -121,6 +121,18 @@ const DlExchange* find_exchange(const py::object& tensor_type) {
   return e->major == DlExchange::kMajor && e->tensor_from_object ? e : nullptr;
 }
 
+// A module that somebody has imported, else nothing. Another thread may take it out of sys.modules meanwhile.
+py::object imported(const char* name) {
+  PyObject* modules = PyImport_GetModuleDict();
+#if PY_VERSION_HEX >= 0x030D0000
+  PyObject* found = nullptr;
+  if (PyDict_GetItemStringRef(modules, name, &found) < 0) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(found);
+#else
+  return py::reinterpret_borrow<py::object>(PyDict_GetItemString(modules, name));  // under the GIL
+#endif
+}
+
 std::string type_name(py::handle o) { return py::str(py::type::handle_of(o).attr("__name__")); }
 
 [[noreturn]] void refuse_dtype(const char* name, py::handle dtype) {
@@ -131,7 +143,7 @@ std::string type_name(py::handle o) { return py::str(py::type::handle_of(o).attr
 // numpy's exact type is everybody's; of its subclasses one has elements that do not count.
 bool is_masked(py::handle o) {
   if (Py_TYPE(o.ptr()) == py::detail::npy_api::get().PyArray_Type_) return false;
-  PyObject* ma = PyDict_GetItemString(PyImport_GetModuleDict(), "numpy.ma");
+  const py::object ma = imported("numpy.ma");
   return ma && py::isinstance(o, py::getattr(ma, "MaskedArray"));
 }
 
@@ -204,13 +216,12 @@ TorchNew find_new_tensor(const TorchTypes& torch) {
 const TorchTypes* torch_types() {
   static std::atomic<const TorchTypes*> known{nullptr};  // without the GIL two threads may store equal tables
   if (const TorchTypes* types = known.load(std::memory_order_acquire)) return types;
-  PyObject* modules = PyImport_GetModuleDict();
-  PyObject* torch = PyDict_GetItemString(modules, "torch");
-  if (!torch || !PyObject_HasAttrString(torch, "Tensor") || !PyObject_HasAttrString(torch, "strided") ||
-      !PyObject_HasAttrString(torch, "is_grad_enabled") || !PyObject_HasAttrString(torch, "nn") ||
-      !py::hasattr(py::getattr(py::handle(torch), "nn"), "Parameter"))
+  const py::object torch = imported("torch");
+  const auto has = [&](const char* n) { return py::hasattr(torch, n); };
+  if (!torch || !has("Tensor") || !has("strided") || !has("is_grad_enabled") || !has("nn") ||
+      !py::hasattr(torch.attr("nn"), "Parameter"))
     return nullptr;  // not imported, or still importing
-  auto get = [&](const char* n) { return py::getattr(py::handle(torch), n); };
+  auto get = [&](const char* n) { return py::getattr(torch, n); };
   auto* t = new TorchTypes{get("Tensor"),
                            get("nn").attr("Parameter"),
                            get("strided"),

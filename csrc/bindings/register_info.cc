@@ -11,12 +11,7 @@ namespace pared {
 void register_info(py::module_& m) {
   m.def("isa", [] { return std::string(isa_name(active_isa())); });
   m.def(
-      "set_isa",
-      [](const std::string& name) {
-        const std::string before = isa_name(active_isa());
-        set_active_isa(name);
-        return before;
-      },
+      "set_isa", [](const std::string& name) { return std::string(isa_name(set_active_isa(name))); },
       py::arg("name"));
   m.def("supported_isas", [] {
     std::vector<std::string> out;

@@ -96,8 +96,10 @@ Isa active_isa() {
   return static_cast<Isa>(v);
 }
 
-void set_active_isa(const std::string& name) {
-  g_active.store(static_cast<int>(parse(name, "isa")), std::memory_order_relaxed);
+Isa set_active_isa(const std::string& name) {
+  const Isa wanted = parse(name, "isa");
+  active_isa();  // PARED_ISA may not have been read yet
+  return static_cast<Isa>(g_active.exchange(static_cast<int>(wanted), std::memory_order_relaxed));
 }
 
 std::string cpu_brand() {

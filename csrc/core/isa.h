@@ -21,8 +21,10 @@ std::vector<Isa> supported_isas();
 // Throws ValueError when PARED_ISA names a level that is unknown or unsupported here.
 Isa active_isa();
 
-// Forces a level for the whole process from now on (tests, benches). Throws ValueError as above.
-void set_active_isa(const std::string& name);
+// Forces a level for the whole process from now on (tests, benches); returns the one before. Throws
+// ValueError as above. An operation that another thread has begun may go on with kernels of either level, or
+// of both: what they hand to each other is laid out alike on all levels.
+Isa set_active_isa(const std::string& name);
 
 // The processor's brand string, for reports.
 std::string cpu_brand();

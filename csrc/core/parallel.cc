@@ -204,7 +204,7 @@ OwnPool& own_pool() {
 // torch's are gone too, but libgomp goes on waiting for them: the child's first parallel region would never
 // end (torch's own operations hang there). Where the parent had other threads, the child runs on our pool.
 std::atomic<bool> g_torch_pool_lost{false};
-bool g_forks_with_threads = false;
+std::atomic<bool> g_forks_with_threads{false};
 
 void before_fork() {
 #if defined(__linux__)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ _SAMPLE = 2e-3
 _MIN_SAMPLES, _MAX_SAMPLES, _AGREE = 4, 16, 0.98
 # Reading memory needs twice the last cache, but no more than this of it.
 _MEMORY_BYTES = 256 << 20
+_measuring = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ def ceilings() -> Ceilings:
     More threads are not measured: that takes all of them at the same moment, which a busy machine does not
     give, and what is estimated from it would then be wrong for as long as the file lives.
     """
-    return _ceilings(_core.isa())
+    # Threads that measured at the same time would measure each other.
+    with _measuring:
+        return _ceilings(_core.isa())
 
 
 @lru_cache(maxsize=16)

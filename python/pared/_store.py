@@ -49,6 +49,13 @@ class JsonStore:
 
     def read(self) -> dict[str, Any]:
         """The entries; none where the file is not one of this kind."""
+        entries, problem = self._read()
+        if problem is not None:
+            self._warn(f"ignored, expected a cache that pared wrote ({problem})")
+        return entries
+
+    def _read(self) -> tuple[dict[str, Any], Exception | None]:
+        """The entries, and what is wrong with the file."""
         try:
             data = json.loads(self.path.read_bytes())
             if data["kind"] != self.kind:
@@ -57,12 +64,11 @@ class JsonStore:
             if not isinstance(entries, dict):
                 raise ValueError("expected a dictionary of entries")
         except FileNotFoundError:
-            return {}
+            return {}, None
         # RecursionError: brackets without end. OSError: a folder, no permission.
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-            self._warn(f"ignored, expected a cache that pared wrote ({e})")
-            return {}
-        return entries
+            return {}, e
+        return entries, None
 
     def add(self, entries: Mapping[str, Any]) -> None:
         """Write these entries beside those that are there, where that is possible."""
@@ -71,9 +77,7 @@ class JsonStore:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self._locked():
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # whoever read it has been told
-                    merged = {**self.read(), **entries}
+                merged = {**self._read()[0], **entries}  # whoever read it has been told what is wrong
                 text = json.dumps({"kind": self.kind, "version": self.version, "entries": merged}, indent=1)
                 self._replace(text)
         except OSError as e:

@@ -79,8 +79,9 @@ class _Plan:
         self.norms: list[Any] = [layer.get_submodule(p) for p in structure.norms]
         self.buffers = [(m._buffers, n) for m in self.linears for n in ("packed", "bias")]
         self.parameters = [(m._parameters, n) for m in self.norms for n in ("weight", "bias")]
-        self.held: list[Tensor | None] = []
-        self.native: Any = None
+        # The tensors that the native object was made of, and that object: one value, since several threads
+        # may find both out of date.
+        self.made: tuple[list[Tensor | None], Any] | None = None
 
     def untouched(self) -> bool:
         """Whether the modules are those of the structure, in eval mode, and nothing listens to them."""
@@ -101,10 +102,10 @@ class _Plan:
         now += [d[n] for d, n in self.parameters]
         if _grad_enabled() and any(t is not None and t.requires_grad for t in now):
             return None
-        held = self.held
-        if self.native is None or any(a is not b for a, b in zip(held, now, strict=True)):
+        made = self.made
+        if made is None or any(a is not b for a, b in zip(made[0], now, strict=True)):
             s = self.structure
-            self.native = _core.EncoderLayer(
+            native = _core.EncoderLayer(
                 now[0:12:2],
                 now[1:12:2],
                 [m._act or (s.activation if i == 4 else "") for i, m in enumerate(self.linears)],
@@ -114,8 +115,8 @@ class _Plan:
                 s.scale,
                 s.norm_first,
             )
-            self.held = now
-        return self.native
+            made = self.made = now, native
+        return made[1]
 
 
 class EncoderLayer:
