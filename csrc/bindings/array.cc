@@ -109,7 +109,7 @@ struct TorchTypes {
   std::pair<py::object, DType> dtypes[std::size(kTypes)];
 };
 
-bool is_tensor(py::handle o, const TorchTypes& torch) {
+bool is_tensor_of(py::handle o, const TorchTypes& torch) {
   return PyObject_TypeCheck(o.ptr(), reinterpret_cast<PyTypeObject*>(torch.tensor.ptr()));
 }
 
@@ -346,19 +346,19 @@ std::string Array::shape_text() const {
 
 bool is_tensor(py::handle object) {
   const TorchTypes* torch = torch_types();
-  return torch && is_tensor(object, *torch);
+  return torch && is_tensor_of(object, *torch);
 }
 
 Array parse_array(py::handle object, const char* name) {
   const TorchTypes* torch = torch_types();
-  if (torch && is_tensor(object, *torch)) return parse_torch(object, name, *torch);
+  if (torch && is_tensor_of(object, *torch)) return parse_torch(object, name, *torch);
   if (py::isinstance<py::array>(object)) return parse_numpy(object, name);
   throw TypeError(str(name, ": expected a numpy array or a torch tensor, got ", type_name(object)));
 }
 
 NewArray new_array(py::handle like, DType dtype, const int64_t* shape, int ndim) {
   const TorchTypes* torch = torch_types();
-  if (!torch || !is_tensor(like, *torch)) {
+  if (!torch || !is_tensor_of(like, *torch)) {
     // numpy has no bfloat16: an array of it was refused when it was parsed.
     py::array a(py::dtype(dtype_name(dtype)), std::vector<py::ssize_t>(shape, shape + ndim));
     void* data = a.mutable_data();
@@ -384,7 +384,7 @@ void refuse_grad(std::initializer_list<std::pair<py::handle, const char*>> array
   const TorchTypes* torch = torch_types();
   if (!torch || torch->grad_enabled().is(py::handle(Py_False))) return;
   for (const auto& [object, name] : arrays)
-    if (is_tensor(object, *torch) && attr(object, names().requires_grad).is(py::handle(Py_True)))
+    if (is_tensor_of(object, *torch) && attr(object, names().requires_grad).is(py::handle(Py_True)))
       throw std::runtime_error(str(name,
                                    ": expected a tensor that needs no gradient, got requires_grad=True; "
                                    "pared's operations are for inference: call under torch.no_grad() or "
