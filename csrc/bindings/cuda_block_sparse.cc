@@ -16,9 +16,9 @@ namespace pared {
 namespace {
 
 // values, columns, dtype, block rows, block columns, outputs, cols
-using WeightTuple = std::tuple<uintptr_t, uintptr_t, std::string, int, int, int64_t, int64_t>;
+using BlockSparseTuple = std::tuple<uintptr_t, uintptr_t, std::string, int, int, int64_t, int64_t>;
 
-cuda::BlockSparseWeight weight(const WeightTuple& t) {
+cuda::BlockSparseWeight weight(const BlockSparseTuple& t) {
   const auto& [values, columns, dtype, rows, cols, outputs, inputs] = t;
   const cuda::BlockSparseWeight w{reinterpret_cast<const void*>(values),
                                   reinterpret_cast<const int32_t*>(columns),
@@ -57,7 +57,7 @@ void register_cuda_block_sparse(py::module_& m) {
   m.def("block_sparse_wgmma", &cuda::block_sparse_wgmma, py::arg("device"));
   m.def(
       "block_sparse_product",
-      [](const WeightTuple& w, uintptr_t items, int64_t item_count, int64_t slots, uintptr_t x,
+      [](const BlockSparseTuple& w, uintptr_t items, int64_t item_count, int64_t slots, uintptr_t x,
          int64_t tokens, int64_t x_stride, uintptr_t x_scales, uintptr_t w_scales, uintptr_t bias,
          const std::string& activation, const std::string& dtype, uintptr_t y, int64_t y_stride,
          uintptr_t workspace, int device, uintptr_t stream) {

@@ -17,10 +17,10 @@ namespace pared {
 namespace {
 
 // values, columns, starts, dtype, block columns, outputs, cols, items, item count, order
-using WeightTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, std::string, int, int64_t, int64_t, uintptr_t,
-                               int64_t, uintptr_t>;
+using CsrTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, std::string, int, int64_t, int64_t, uintptr_t,
+                            int64_t, uintptr_t>;
 
-cuda::CsrWeight weight(const WeightTuple& t) {
+cuda::CsrWeight weight(const CsrTuple& t) {
   const auto& [values, columns, starts, dtype, block_cols, outputs, cols, items, item_count, order] = t;
   PARED_CHECK(values % 16 == 0 && columns % 8 == 0, "w: expected memory aligned to 16 and 8 bytes");
   PARED_CHECK(block_cols >= 1 && block_cols < cuda::kCsrIndexSlots && outputs >= 0 && cols >= 0,
@@ -72,7 +72,7 @@ void register_cuda_csr(py::module_& m) {
       "What the host decides; no device is touched.");
   m.def(
       "csr_product",
-      [](const WeightTuple& t, uintptr_t x, int64_t tokens, int64_t x_stride, uintptr_t bias,
+      [](const CsrTuple& t, uintptr_t x, int64_t tokens, int64_t x_stride, uintptr_t bias,
          const std::string& activation, uintptr_t y, int64_t y_stride, uintptr_t workspace,
          int64_t workspace_bytes, int64_t few, int device, uintptr_t stream) {
         const cuda::CsrProduct p{weight(t),

@@ -17,7 +17,7 @@ namespace pared {
 namespace {
 
 // blocks, offsets, format, dtype, outputs, cols, largest block in bytes
-using WeightTuple = std::tuple<uintptr_t, uintptr_t, std::string, std::string, int64_t, int64_t, int64_t>;
+using DecodeTuple = std::tuple<uintptr_t, uintptr_t, std::string, std::string, int64_t, int64_t, int64_t>;
 
 cuda::DecodeFormat parse_format(const std::string& format) {
   if (format == "bitmap16") return cuda::DecodeFormat::bitmap16;
@@ -44,7 +44,7 @@ cuda::DecodeDense dense(const DenseTuple& t) {
           reinterpret_cast<const uint8_t*>(mask)};
 }
 
-cuda::DecodeWeight weight(const WeightTuple& t) {
+cuda::DecodeWeight weight(const DecodeTuple& t) {
   const auto& [blocks, offsets, format, dtype, outputs, cols, largest] = t;
   cuda::DecodeWeight w{reinterpret_cast<const uint8_t*>(blocks),
                        reinterpret_cast<const uint32_t*>(offsets),
@@ -86,7 +86,7 @@ void register_cuda_decode(py::module_& m) {
       "is touched.");
   m.def(
       "decode_product",
-      [](const WeightTuple& w, uintptr_t x, int64_t tokens, int64_t x_stride, uintptr_t scales,
+      [](const DecodeTuple& w, uintptr_t x, int64_t tokens, int64_t x_stride, uintptr_t scales,
          uintptr_t bias, const std::string& activation, uintptr_t y, int64_t y_stride, uintptr_t workspace,
          bool bulk, int device, uintptr_t stream) {
         PARED_CHECK(tokens >= 1, "tokens: expected at least 1, got ", tokens);
@@ -133,7 +133,7 @@ void register_cuda_decode(py::module_& m) {
       py::arg("w"), py::arg("offsets"), py::arg("blocks"), py::arg("device"), py::arg("stream"));
   m.def(
       "decode_expand",
-      [](const WeightTuple& w, uintptr_t scales, uintptr_t out, int device, uintptr_t stream) {
+      [](const DecodeTuple& w, uintptr_t scales, uintptr_t out, int device, uintptr_t stream) {
         const cuda::DecodeWeight given = weight(w);
         py::gil_scoped_release unlocked;
         cuda::decode_expand(given, reinterpret_cast<const float*>(scales), reinterpret_cast<void*>(out),

@@ -14,6 +14,15 @@ set(PARED_CUDA_SOURCES
   select_threshold.cu
   tensor_map.cc)
 list(TRANSFORM PARED_CUDA_SOURCES PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
+# In one unit, as those of _core: pybind11's templates once instead of five times.
+set(PARED_CUDA_BINDINGS
+  cuda_block_sparse.cc
+  cuda_csr.cc
+  cuda_decode.cc
+  cuda_int8.cc
+  cuda_module.cc)
+list(TRANSFORM PARED_CUDA_BINDINGS PREPEND ${CMAKE_CURRENT_LIST_DIR}/../bindings/)
+set_source_files_properties(${PARED_CUDA_BINDINGS} PROPERTIES UNITY_GROUP bindings)
 # Kernels for sm_90a alone.
 set(PARED_CUDA_SM90A_SOURCES
   wgmma/block_sparse.cu)
