@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -432,3 +433,97 @@ def test_separate_projections_keep_their_grids(known_times: None) -> None:
         assert torch.equal(mine.scale, theirs.scale)
         assert mine.activation_scale == theirs.activation_scale
     assert quantized(model.attention) is None  # which of the three is to be said
+
+
+class OwnLinear(nn.Linear):
+    """What transformers' FalconLinear does."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        y = input @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Twice(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2.0 * super().forward(input)
+
+
+class Adapted(nn.Linear):
+    """Computes what nn.Linear does while its second weight is zero."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.more = nn.Parameter(torch.zeros_like(self.weight))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + nn.functional.linear(input, self.more)
+
+
+class WithOption(nn.Linear):
+    def forward(self, input: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return scale * super().forward(input)
+
+
+class NewConv(nn.Conv2d):
+    pass
+
+
+class Subclasses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = NewConv(3, 8, 3)
+        self.own, self.doubled, self.adapted = OwnLinear(32, 32), Twice(32, 32), Adapted(32, 32)
+        self.option, self.unused = WithOption(32, 32), OwnLinear(4, 4)
+        self.again = self.own
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.again(self.own(self.conv(x).flatten(1)))
+        return self.option(self.adapted(self.doubled(y)), scale=0.5)  # type: ignore[no-any-return]
+
+
+def test_subclasses_that_compute_what_torch_does(known_times: None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Subclasses().eval(), torch.randn(5, 3, 4, 4)
+    report = pared.prune(model, 0.5, exclude="unused")
+    assert not any("OwnLinear" in note or "NewConv" in note for note in report.notes)
+    with torch.no_grad():
+        want = model(x)
+    fast = pared.accelerate(model, x, min_speedup=0)
+    assert packed(fast) == {"conv", "own"}
+    assert fast.again is fast.own
+    kinds = {
+        "conv": "NewConv as nn.Conv2d",
+        "own": "OwnLinear as nn.Linear",
+        "again": "OwnLinear as nn.Linear",
+    }
+    assert pared.report(fast).opened == kinds
+    notes = "\n".join(pared.report(fast).notes)
+    for kind in ("Twice", "Adapted", "WithOption"):
+        assert f"no kernel accelerates {kind}" in notes
+    assert type(model.own) is OwnLinear
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), want)
+
+    pared.save(fast, tmp_path / "fast.pared")
+    loaded = pared.load(tmp_path / "fast.pared", Subclasses)
+    assert packed(loaded) == {"conv", "own"}
+    assert torch.equal(loaded(x), fast(x))
+    other = Subclasses()
+    other.own = other.again = nn.Linear(32, 32)  # type: ignore[assignment]
+    with pytest.raises(pared.FormatError, match=r"expected OwnLinear as nn\.Linear 'own'"):
+        pared.load(tmp_path / "fast.pared", other)
+
+    plain = pared.restore(fast)
+    assert [type(m) for m in (plain.conv, plain.own, plain.doubled)] == [nn.Conv2d, nn.Linear, Twice]
+    assert plain.state_dict().keys() == model.state_dict().keys()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), want)
+
+
+def test_subclasses_stay_where_no_kernel_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_times(monkeypatch, lambda name, module: 1.0)
+    model, x = Subclasses().eval(), torch.randn(5, 3, 4, 4)
+    pared.prune(model, 0.5)
+    fast = pared.accelerate(model, x)
+    assert [type(m) for m in (fast.conv, fast.own)] == [NewConv, OwnLinear]
+    assert not pared.report(fast).opened

@@ -186,7 +186,7 @@ def levels(
         for m in plain:
             linears, opened = open_layers(copy_model(m), skip=True)
             fast.append(accelerate(linears, example_inputs, **options))
-            report(fast[-1]).opened = opened
+            report(fast[-1]).opened |= opened
     for other in fast[1:]:
         _share(fast[0], other)
     return Levels(fast, [_sparsity(m) for m in plain])

@@ -143,7 +143,7 @@ def _unknown(module: nn.Module, name: str, what: str) -> str:
     return (
         f"{name}: expected a plain parameter or pruning masks (torch.nn.utils.prune, torch.ao.pruning), got "
         f"an unknown parametrisation of {base_type(module).__name__}: {what}; remove it first, for example "
-        "with torch.nn.utils.parametrize.remove_parametrizations"
+        "with torch.nn.utils.parametrize.remove_parametrizations, or leave the layer out"
     )
 
 

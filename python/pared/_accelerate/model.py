@@ -8,17 +8,19 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pared._accelerate import timing
 from pared._accelerate.layers import Candidate, Variant, listed
 from pared._choices import Choices, Timed
-from pared._inputs import Example, compare_all, described, tolerance
+from pared._inputs import Example, compare, compare_all, described, run_hooked, tolerance
 from pared._report import ModelTime, Report
-from pared._surgery import replace, shared_copy
+from pared._surgery import module_names, replace, shared_copy
 from pared._target import Target
 from pared.nn import DenseWeightError, FoldedBatchNorm2d, Fused, PackedModule
-from pared.pruning.linears import open_layers
+from pared.nn._foreign import foreign
+from pared.pruning.linears import as_plain, open_layers, plain_kind
 
 # Of the largest output, where max_error is not given: what 8 bits may change.
 BUDGET = {"int8": 0.1, "auto": 0.02}
@@ -44,6 +46,7 @@ class Opened:
 
 def open_model(plain: nn.Module, inputs: list[Example], reference: list[Any]) -> Opened:
     model, types = open_layers(shared_copy(plain), skip=True)
+    types |= as_plain(model, _alike(plain, inputs))
     if not types:
         return Opened(plain, plain)
     kinds = " and ".join(sorted({*types.values()} - {"TransformerEncoder"}))
@@ -52,12 +55,39 @@ def open_model(plain: nn.Module, inputs: list[Example], reference: list[Any]) ->
         worst = compare_all(model, inputs, reference)
     except Exception as e:  # a model's code may ask for anything that the module has
         return Opened(plain, plain, notes=[f"{note}the model raises {type(e).__name__}: {e}"])
-    linears = [m for m in model.modules() if type(m) is nn.Linear]
-    allowed = tolerance(len(linears), max(m.in_features for m in linears), worst.eps)
+    layers = [m for m in model.modules() if type(m) in (nn.Linear, nn.Conv2d)]
+    depths = [cast(Tensor, m.weight)[0].numel() for m in layers]
+    allowed = tolerance(len(depths), max(depths), worst.eps)
     if not worst.relative <= allowed:
         difference = f"{worst.relative:.1e} ({worst.where}), more than {allowed:.1e}"
         return Opened(plain, plain, notes=[f"{note}outputs differ by {difference}"])
     return Opened(plain, model, types)
+
+
+def _alike(model: nn.Module, inputs: list[Example]) -> list[str]:
+    """Names of subclasses' modules that compute what nn.Linear or nn.Conv2d do, whenever they are called."""
+    calls: dict[int, bool] = {}  # id of a module -> whether it did in all calls
+
+    def compare_call(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        kind = plain_kind(module)
+        same = kind is not None and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        if same:
+            weight = cast(Tensor, module.weight)
+            depth, eps = weight[0].numel(), torch.finfo(weight.dtype).eps
+            try:
+                expected = cast(Any, kind).forward(module, args[0])
+            except (RuntimeError, TypeError):  # its own forward takes what torch's does not
+                same = False
+            else:
+                same = compare(expected, output).relative <= tolerance(1, depth, eps)
+        calls[id(module)] = calls.get(id(module), True) and same
+
+    some = [m for m in model.modules() if plain_kind(m) is not None and foreign(m) is None]
+    if some:
+        handles = [m.register_forward_hook(compare_call, with_kwargs=True) for m in some]
+        run_hooked(model, inputs, handles)
+    names = module_names(model)
+    return [name for m in some if calls.get(id(m)) for name in names[id(m)]]
 
 
 def runs_kernels(module: nn.Module) -> bool:
@@ -71,7 +101,9 @@ def as_linears(opened: dict[str, str]) -> list[str]:
         if kind != "TransformerEncoder":
             names.setdefault(kind, []).append(name or "(model)")
     return [
-        f"{kind} computes with Linear layers now, which pared.restore takes back: {listed(own)}"
+        f"{kind}, which computes the same and is what pared.restore gives: {listed(own)}"
+        if " as " in kind
+        else f"{kind} computes with Linear layers now, which pared.restore takes back: {listed(own)}"
         for kind, own in names.items()
     ]
 

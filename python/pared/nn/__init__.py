@@ -35,7 +35,7 @@ class Rule:
             raise ValueError(f"formats: expected a tuple of {', '.join(FORMATS)}, got {self.formats!r}")
 
 
-# By exact type: a subclass may compute something else.
+# By exact type: a subclass may compute something else (see `pared.pruning.linears.plain_kind`).
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: Rule(
         Linear,

@@ -4,6 +4,9 @@ nn.MultiheadAttention keeps three projections in one tensor and computes with it
 Conv1D keeps its weight as [in, out]. Masks work on both as they are. Kernels and the removal of heads and
 channels work on Linear layers, and this makes them so, with the same outputs. `pared.accelerate` opens such
 layers itself (`open_layers`) and `pared.restore` closes them again (`close_layers`).
+
+A subclass of nn.Linear or nn.Conv2d with a forward of its own (transformers' FalconLinear) may compute what
+they do: `accelerate` compares its outputs, and makes it one of them (`as_plain`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ from torch.nn import functional
 from pared._sparsity import base_type, weight_format
 from pared.pruning.targets import unwrap
 
-__all__ = ["Attention", "Encoder", "as_linears", "close_layers", "open_layers"]
+__all__ = ["Attention", "Encoder", "as_linears", "as_plain", "close_layers", "open_layers", "plain_kind"]
+
+# What is opened as a subclass of a torch layer, by how it is named in a report.
+_AS = " as nn."
 
 
 class Attention(nn.Module):
@@ -180,6 +186,33 @@ class Encoder(nn.TransformerEncoder):
         return torch.where(kept.unsqueeze(-1), y, empty if self.norm is None else self.norm(empty))
 
 
+def plain_kind(module: nn.Module) -> type[nn.Linear] | type[nn.Conv2d] | None:
+    """nn.Linear or nn.Conv2d for a module of a subclass that holds no more than they do: whether it computes
+    what they do its outputs tell. None for everything else.
+    """
+    kinds: tuple[type[nn.Linear], type[nn.Conv2d]] = (nn.Linear, nn.Conv2d)
+    for kind in kinds:
+        if isinstance(module, kind) and base_type(module) is not kind:
+            same = module._parameters.keys() == {"weight", "bias"} and not (
+                module._buffers or module._modules
+            )
+            return kind if same else None
+    return None
+
+
+def as_plain(model: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """Give modules the class that `plain_kind` says, in place; returns by name what they were."""
+    found = {}
+    for name in names:
+        module = model.get_submodule(name)
+        kind = plain_kind(module)
+        if kind is not None:
+            found[name] = (module, kind, f"{type(module).__name__}{_AS}{kind.__name__}")
+    for module, kind, _ in found.values():
+        module.__class__ = kind
+    return {name: text for name, (_, _, text) in found.items()}
+
+
 def _linear(module: nn.Module) -> nn.Linear:
     weight = cast(torch.Tensor, module.weight)
     bias = cast("nn.Parameter | None", module.bias)
@@ -236,7 +269,7 @@ def open_layers(
 
     Parameters
     ----------
-    only : names of the modules to open; None: all. An encoder around them is opened with them.
+    only : names of the modules to open; None: all but subclasses. An encoder around them is opened with them.
     skip : leave what cannot be opened; otherwise it raises.
 
     Returns
@@ -288,11 +321,15 @@ def open_layers(
             adopt_hooks(new, old)
             model = replace(model, names[id(old)], new)
         opened |= dict.fromkeys(names[id(old)], kind)
+    if only is not None:
+        known = dict(model.named_modules(remove_duplicate=False))
+        opened |= as_plain(model, [name for name in only if name in known])
     return model, opened
 
 
 def close_layers(model: nn.Module, opened: Mapping[str, str]) -> nn.Module:
-    """Put back the modules that `open_layers` opened, with the weights as they are now; in place.
+    """Put back the modules that `open_layers` opened, with the weights as they are now; in place. What was of
+    a subclass of nn.Linear or nn.Conv2d stays one of them.
 
     Parameters
     ----------
@@ -306,7 +343,8 @@ def close_layers(model: nn.Module, opened: Mapping[str, str]) -> nn.Module:
 
     names = module_names(model)
     weights: dict[int, nn.Parameter] = {}
-    for old in dict.fromkeys(model.get_submodule(name) for name in opened):
+    replaced = [name for name, kind in opened.items() if _AS not in kind]
+    for old in dict.fromkeys(model.get_submodule(name) for name in replaced):
         mine = [n for n in names[id(old)] if n in opened]
         if isinstance(old, Encoder):
             old.__class__ = nn.TransformerEncoder  # type: ignore[assignment]

@@ -17,6 +17,7 @@ from pared.nn import RULES
 from pared.pruning import auto, calibration, distributed
 from pared.pruning.calibration import InputNorms, LossFn, MeanGradient
 from pared.pruning.importance import Criterion, Importance, resolve, selection_key
+from pared.pruning.linears import plain_kind
 from pared.pruning.masks import SCOPES, Scored, check_finite, check_writable, choose, nonzeros, score, zero
 from pared.pruning.patterns import Pattern, parse_pattern
 from pared.pruning.report import LayerReport, PruneReport
@@ -304,8 +305,9 @@ def make_report(
     if last and plan.scope == "global":
         more = f" and {len(last) - 3} more" if len(last) > 3 else ""
         notes.append(f"one weight or block is left in {', '.join(last[:3])}{more}: try scope='layer'")
-    for kind in dict.fromkeys(t.type for t in plan.targets if base_type(t.module) not in RULES):
-        names = [t.name for t in plan.targets if t.type == kind]
+    without = [t for t in plan.targets if base_type(t.module) not in RULES and plain_kind(t.module) is None]
+    for kind in dict.fromkeys(t.type for t in without):
+        names = [t.name for t in without if t.type == kind]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         notes.append(f"no kernel accelerates {kind}: zeros in {', '.join(names[:3])}{more} save no time")
     return PruneReport(
