@@ -49,7 +49,7 @@ def test_int8_dynamic(versus: Any, out: int, inputs: int, tokens: int, threads: 
     }
     expected = calls["nn.Linear"]()
     close(calls["pared"](), expected, 0.03)
-    for name, peer in _peers.one_layer(w, bias, x, threads).items():
+    for name, peer in _peers.one_layer(w, bias).peers([x], threads).items():
         calls[name] = peer.make()
         close(torch.as_tensor(calls[name]()), expected, 0.06)
     calls[_peers.BARE] = _peers.int_mm(w, x).make()

@@ -238,7 +238,7 @@ def test_every_peer_computes_the_layer() -> None:
     w, bias, x = (torch.randn(*s, generator=generator) for s in ((48, 64), (48,), (17, 64)))
     expected = torch.nn.functional.linear(x, w, bias)
     with torch.inference_mode():
-        peers = _peers.one_layer(w, bias, x, 1)
+        peers = _peers.one_layer(w, bias).peers([x], 1)
         assert len(peers) >= len(_peers.ENGINES)
         for name, peer in peers.items():
             error = (torch.as_tensor(peer.make()()) - expected).abs().max() / expected.abs().max()

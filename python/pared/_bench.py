@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -229,7 +229,28 @@ def _pruned(w: Tensor, sparsity: float, rows: int = 1) -> Tensor:
 
 def _layer(case: Shape) -> tuple[Tensor, Tensor, Tensor]:
     """Input, weight and bias."""
-    return _normal(case.tokens, case.inp), _normal(case.out, case.inp, seed=2), _normal(case.out, seed=3)
+    return _normal(case.tokens, case.inp), *_weight(case.out, case.inp)
+
+
+@lru_cache(maxsize=1)
+def _weight(out: int, inp: int) -> tuple[Tensor, Tensor]:
+    """And bias, the same for all numbers of tokens."""
+    return _normal(out, inp, seed=2), _normal(out, seed=3)
+
+
+# A layer comes with some numbers of tokens, from cache and from memory, with one thread and several, in one
+# suite after the other: it is packed once for what follows each other, and converted once for all suites.
+@lru_cache(maxsize=1)
+def _packed(
+    pack: Pack, out: int, inp: int, block: tuple[int, int], sparsities: tuple[float, ...]
+) -> list[ops.PackedWeight]:
+    dense, _ = _weight(out, inp)
+    return [pack(_blocks_pruned(dense, s, block)) for s in sparsities]
+
+
+@lru_cache(maxsize=8)
+def _converted(out: int, inp: int) -> _peers.Converted:
+    return _peers.one_layer(*_weight(out, inp))
 
 
 def _blocks_pruned(w: Tensor, sparsity: float, block: tuple[int, int]) -> Tensor:
@@ -293,13 +314,13 @@ def _linear(pack: Pack, block: tuple[int, int] = (1, 1), int8: bool = False) -> 
 
             return _copies(one, packed.nbytes, cold)
 
-        packed = [pack(_blocks_pruned(dense, s, block)) for s in sparsities]
+        packed = _packed(pack, case.out, case.inp, block, tuple(sparsities))
         calls = {"dense": _copies(plain, dense.nbytes, cold)}
         return calls | {str(i): sparse(w) for i, w in enumerate(packed)}, _sizes(packed)
 
     def peers(case: Shape, sparsities: Sequence[float], cold: bool, threads: int) -> dict[str, Call]:
-        x, dense, bias = _layer(case)
-        found = _peers.one_layer(dense, bias, x, threads, int8)
+        x, dense, _ = _layer(case)
+        found = _converted(case.out, case.inp).peers([x], threads, int8)
         if int8:
             found[_peers.BARE] = _peers.int_mm(dense, x)
         calls = {name: _copies(peer.make, peer.nbytes, cold) for name, peer in found.items()}

@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.ao.nn.quantized.modules.linear import LinearPackedParams
 
 ENGINES = [e for e in ("onednn", "x86", "fbgemm") if e in torch.backends.quantized.supported_engines]
 PACKAGES = ("onnx", "onnxruntime", "openvino", "torchao")
@@ -73,19 +74,23 @@ def torch_dynamic(engine: str, model: nn.Module) -> nn.Module:
     return converted
 
 
-def torchao_int8(model: nn.Module, inputs: Inputs) -> Call:
-    """torchao's int8 weights and activations, eager, in every Linear layer."""
+def _another(model: nn.Module) -> nn.Module:
+    """Another one with packed weights of its own; deepcopy alone would unpack them, which takes longer."""
+    memo: dict[int, Any] = {}
+    for m in model.modules():
+        if isinstance(m, LinearPackedParams):
+            memo[id(m)] = mine = copy.copy(m)
+            mine.set_weight_bias(*m._weight_bias())  # type: ignore[no-untyped-call]
+    return copy.deepcopy(model, memo)
+
+
+def torchao_int8(model: nn.Module) -> nn.Module:
+    """A copy with torchao's int8 weights and activations in every Linear layer."""
     with quiet(), torch.inference_mode(False), torch.no_grad():
         quantization = importlib.import_module("torchao.quantization")
         converted = copy.deepcopy(model)
         quantization.quantize_(converted, quantization.Int8DynamicActivationInt8WeightConfig())
-        plain = [t.clone() for t in inputs]
-
-    def call() -> Any:
-        with torch.inference_mode(False), torch.no_grad():
-            return converted(*plain)
-
-    return call
+    return converted
 
 
 def onnx_bytes(model: nn.Module, inputs: Inputs) -> bytes:
@@ -131,13 +136,18 @@ def onnx_runtime(model: bytes, inputs: Inputs, threads: int) -> Call:
     return lambda: session.run(None, feed)[0]
 
 
-def openvino(model: nn.Module, inputs: Inputs, threads: int) -> Call:
-    """OpenVINO on the CPU, float32."""
+def to_openvino(model: nn.Module, inputs: Inputs) -> Any:
+    """The model as OpenVINO's converter makes it."""
     ov = importlib.import_module("openvino")
     with quiet(), torch.inference_mode(False), torch.no_grad():
-        converted = ov.convert_model(model, example_input=tuple(t.clone() for t in inputs))
+        return ov.convert_model(model, example_input=tuple(t.clone() for t in inputs))
+
+
+def openvino(model: Any, inputs: Inputs, threads: int) -> Call:
+    """OpenVINO on the CPU, float32; `model` from `to_openvino`."""
+    ov = importlib.import_module("openvino")
     options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
-    request = ov.Core().compile_model(converted, "CPU", options).create_infer_request()
+    request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
     feed = [t.numpy() for t in inputs]
 
     def call() -> Any:
@@ -161,35 +171,76 @@ class Peer:
     nbytes: int
 
 
-def _peers(
-    model: nn.Module, onnx: Callable[[], bytes], inputs: Inputs, threads: int, int8: bool
-) -> dict[str, Peer]:
-    found = {}
-    weights = sum(p.numel() for p in model.parameters())
-    if installed("onnx", "onnxruntime"):
-        plain = onnx()
-        found["ONNX Runtime float32"] = Peer(lambda: onnx_runtime(plain, inputs, threads), 4 * weights)
+class Converted:
+    """A model as each engine's converter makes it: once, when it is first asked for. Every call that the peers
+    of `peers` make has a copy of the weights.
+
+    Parameters
+    ----------
+    model : float32, in eval mode.
+    onnx : gives it as ONNX.
+    """
+
+    def __init__(self, model: nn.Module, onnx: Callable[[], bytes]) -> None:
+        self._model = model
+        self._onnx = onnx
+        self._made: dict[Any, Any] = {}
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def peers(self, inputs: Inputs, threads: int, int8: bool = True) -> dict[str, Peer]:
+        """Every peer that is there, by name; without `int8` the float32 ones."""
+        weights = sum(p.numel() for p in self._model.parameters())
+        calls: dict[str, Callable[[], Call]] = {}
+        if installed("onnx", "onnxruntime"):
+            calls["ONNX Runtime float32"] = lambda: onnx_runtime(self._plain(), inputs, threads)
+            if int8:
+                calls["ONNX Runtime int8"] = lambda: onnx_runtime(self._small(), inputs, threads)
+        if installed("openvino"):
+            calls["OpenVINO float32"] = lambda: openvino(self._ir(inputs), inputs, threads)
         if int8:
-            small = _to_int8(plain)
-            found["ONNX Runtime int8"] = Peer(lambda: onnx_runtime(small, inputs, threads), weights)
-    if installed("openvino"):
-        found["OpenVINO float32"] = Peer(lambda: openvino(model, inputs, threads), 4 * weights)
-    if int8 and installed("torchao"):
-        found["torchao int8"] = Peer(lambda: torchao_int8(model, inputs), weights)
+            if installed("torchao"):
+                calls["torchao int8"] = partial(self._torchao, inputs)
+            for engine in ENGINES:
+                calls[f"torch int8 dynamic, {engine}"] = partial(self._dynamic, engine, inputs)
+        return {
+            name: Peer(make, 4 * weights if name.endswith("float32") else weights)
+            for name, make in calls.items()
+        }
 
-    def dynamic(engine: str) -> Call:
-        converted = torch_dynamic(engine, model)
-        return lambda: converted(*inputs)
+    def _plain(self) -> bytes:
+        return cast(bytes, self._once("onnx", self._onnx))
 
-    if int8:
-        for engine in ENGINES:
-            found[f"torch int8 dynamic, {engine}"] = Peer(partial(dynamic, engine), weights)
-    return found
+    def _small(self) -> bytes:
+        return cast(bytes, self._once("onnx int8", lambda: _to_int8(self._plain())))
+
+    def _ir(self, inputs: Inputs) -> Any:
+        shapes = tuple(t.shape for t in inputs)
+        return self._once(("openvino", shapes), lambda: to_openvino(self._model, inputs))
+
+    def _torchao(self, inputs: Inputs) -> Call:
+        with torch.inference_mode(False), torch.no_grad():
+            mine = copy.deepcopy(self._once("torchao", lambda: torchao_int8(self._model)))
+            plain = [t.clone() for t in inputs]
+
+        def call() -> Any:
+            with torch.inference_mode(False), torch.no_grad():
+                return mine(*plain)
+
+        return call
+
+    def _dynamic(self, engine: str, inputs: Inputs) -> Call:
+        with torch_engine(engine):
+            mine = _another(self._once(engine, lambda: torch_dynamic(engine, self._model)))
+        return lambda: mine(*inputs)
 
 
 def whole_models(model: nn.Module, inputs: Inputs, threads: int, int8: bool = True) -> dict[str, Call]:
     """Every peer that is there, by name, for a whole model; without `int8` the float32 ones."""
-    found = _peers(model, lambda: onnx_bytes(model, inputs), inputs, threads, int8)
+    found = Converted(model, lambda: onnx_bytes(model, inputs)).peers(inputs, threads, int8)
     return {name: peer.make() for name, peer in found.items()}
 
 
@@ -221,11 +272,9 @@ def onnx_layer(w: torch.Tensor, bias: torch.Tensor) -> bytes:
     return data
 
 
-def one_layer(
-    w: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, threads: int, int8: bool = True
-) -> dict[str, Peer]:
-    """Every peer of ``functional.linear`` that is there, by name; without `int8` the float32 ones."""
-    return _peers(layer_of(w, bias), lambda: onnx_layer(w, bias), [x], threads, int8)
+def one_layer(w: torch.Tensor, bias: torch.Tensor) -> Converted:
+    """The peers of ``functional.linear``."""
+    return Converted(layer_of(w, bias), lambda: onnx_layer(w, bias))
 
 
 def int_mm(w: torch.Tensor, x: torch.Tensor) -> Peer:
