@@ -196,17 +196,66 @@ def test_over_the_budget_an_exact_kernel_takes_the_place(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     "model",
     [
-        plain_model,
         lambda: quantised(bits=8, group=None),
         lambda: quantised(group=16),
         lambda: quantised(symmetric=False),
         lambda: quantised(group=None, activations="static"),
     ],
-    ids=["never quantised", "8 bits", "a group without a kernel", "zero points", "a fixed input"],
+    ids=["8 bits", "a group without a kernel", "zero points", "a fixed input"],
 )
-def test_nothing_is_rounded_to_4_bits(model: Any) -> None:
+def test_nothing_is_rounded_twice(model: Any) -> None:
     fast = converted(model(), torch.randn(7, 130))
     assert formats(fast) == []
+
+
+def test_layers_that_were_not_quantised_are_rounded_where_4_bits_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_times(monkeypatch, lambda name, m: 1.0 if m is None else 0.5)
+    model, x = plain_model(), torch.randn(7, 130)
+    fast = converted(model, x)
+    assert formats(fast) == ["int4"] * 3
+    for old, new in zip(model, fast, strict=True):
+        if isinstance(new, Linear):
+            assert np.array_equal(new.packed_weight().packed, Int4.from_dense(old.weight).packed)
+    for row in pared.report(fast).layers:
+        assert 0 < row.error <= row.bound
+        assert "4-bit weights with 8-bit inputs change its output by" in row.reason
+    back = pared.load(io.BytesIO(saved(fast)), plain_model())
+    assert torch.equal(back(x), fast(x))
+
+
+@pytest.mark.parametrize("precision", ["int8", "auto"])
+def test_4_bits_have_to_be_asked_for(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    set_times(monkeypatch, lambda name, m: 1.0 if m is None else 0.1 if m.format == "int4" else 0.5)
+    for names in (None, ["int8", "csr"]):
+        fast = converted(plain_model(), torch.randn(7, 130), precision=precision, formats=names)
+        assert formats(fast)
+        assert "int4" not in formats(fast)
+
+
+def test_over_the_budget_4_bits_become_8_and_those_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_times(monkeypatch, fastest("int4", "int8", "csr"))
+    model, x = plain_model(), torch.randn(7, 130)
+
+    def with_bits(*names: str, max_error: float = 1.0) -> tuple[list[str], float]:
+        fast = converted(model, x, formats=names, max_error=max_error)
+        return formats(fast), pared.report(fast).relative_error
+
+    every = ("int4", "int8", "csr")
+    (four, most), (_, least) = with_bits(*every), with_bits("int8")
+    assert four == ["int4"] * 3
+    assert most > 3 * least  # or the rest says nothing
+    some, error = with_bits(*every, max_error=0.5 * most)
+    assert error <= 0.5 * most
+    assert "int8" in some
+    assert "csr" not in some
+    eight, error = with_bits(*every, max_error=1.0001 * least)
+    assert (eight, error) == (["int8"] * 3, least)
+    some, error = with_bits(*every, max_error=0.5 * least)
+    assert error <= 0.5 * least
+    assert "csr" in some
+    assert with_bits(*every, max_error=1e-5)[0] == ["csr"] * 3
 
 
 def test_a_weight_that_has_changed_since_is_not_taken_over() -> None:
@@ -243,6 +292,16 @@ def test_a_kernel_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Int4, "from_quantized", classmethod(wrong))
     fast = converted(model, x)
     assert formats(fast) == []
+    assert "more than its bound" in pared.report(fast).layers[0].reason
+
+
+def test_a_rounding_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a step of the weights, and of the inputs, is what rounding may do."""
+    from_dense = Int4.from_dense.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(Int4, "from_dense", classmethod(lambda cls, w, **how: from_dense(cls, 2 * w, **how)))
+    model, x = plain_model(), torch.randn(7, 130)
+    fast = converted(model, x)
+    assert pared.report(fast).layers[0].kernel == "torch"
     assert "more than its bound" in pared.report(fast).layers[0].reason
 
 

@@ -80,7 +80,7 @@ def _another(model: nn.Module) -> nn.Module:
     for m in model.modules():
         if isinstance(m, LinearPackedParams):
             memo[id(m)] = mine = copy.copy(m)
-            mine.set_weight_bias(*m._weight_bias())  # type: ignore[no-untyped-call]
+            mine.set_weight_bias(*m._weight_bias())
     return copy.deepcopy(model, memo)
 
 
@@ -172,8 +172,8 @@ class Peer:
 
 
 class Converted:
-    """A model as each engine's converter makes it: once, when it is first asked for. Every call that the peers
-    of `peers` make has a copy of the weights.
+    """A model as each engine's converter makes it: once, when it is first asked for. Every call that is made
+    from that has a copy of the weights.
 
     Parameters
     ----------

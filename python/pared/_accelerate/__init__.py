@@ -15,7 +15,7 @@ from torch import nn
 
 from pared._accelerate import timing
 from pared._accelerate.attention import attend_all
-from pared._accelerate.bounds import four_of
+from pared._accelerate.bounds import four_of, may_round
 from pared._accelerate.choose import decide, hopeless
 from pared._accelerate.encoder import encode_all
 from pared._accelerate.layers import find_candidates, record_calls, without_kernel
@@ -33,6 +33,7 @@ from pared._surgery import copy_model, tied_parameters
 from pared._target import Target, target_of
 from pared.nn import PackedModule
 from pared.ops._formats import FORMATS
+from pared.ops.int4 import GROUP
 from pared.ops.packed import PackedWeight
 
 __all__ = ["accelerate"]
@@ -90,8 +91,10 @@ def accelerate(
     formats : packed formats to choose from, of ``"csr"``, ``"bsr"`` (blocks of four outputs), ``"dense"``
         (packed once, where torch packs on every call), ``"bitmap"`` (few tokens) and ``"bitmap+csr"`` (both,
         by the tokens of a call), with 8 bits also ``"int8"``, ``"bitmap8"``, ``"bsr8"`` (blocks of 1x4 and
-        4x4) and, for layers that `pared.quantize` has put on a grid of 4 bits, ``"int4"``; None: all that
-        suit a layer's zeros and calls.
+        4x4) and ``"int4"``, for layers that `pared.quantize` has put on a grid of 4 bits; None: all that
+        suit a layer's zeros and calls. With ``"int4"`` in the list, layers that were not quantized are
+        rounded to 4 bits too (to nearest, a scale for 64 inputs); where `max_error` does not allow that, they
+        go to the 8-bit formats of the list, then to its exact ones.
     fuse : fuse activations, fold batch normalisation into convolutions, let linear layers that follow
         each other keep the kernels' own layout between them, let convolutions add the residual behind them,
         and compute attention modules of transformers (``attn_implementation="sdpa"``) with
@@ -108,7 +111,8 @@ def accelerate(
         model's own error is chained) and for weights that are not finite. Nothing has changed then.
     """
     target = _check_arguments(model, precision, max_error, min_speedup, fuse, progress, cache)
-    formats = _check_formats(formats, precision, target.kind)
+    known = _check_formats(formats, precision, target.kind)
+    rounds = formats is not None and "int4" in formats
     inputs = examples(example_inputs, target.device)
     with _progress(progress) as advance, torch.no_grad(), forked_random(target.device):
         dense = copy_model(model).eval()
@@ -131,7 +135,9 @@ def accelerate(
         for i, c in enumerate(candidates):
             advance(f"timing {c.name or type(c.module).__name__}", 0.05 + 0.75 * i / len(candidates))
             c.four, c.target = four_of(c), target
-            decide(c, packed, timed, formats, min_speedup)
+            if rounds and may_round(c):
+                c.four, c.rounds = GROUP, True
+            decide(c, packed, timed, known, min_speedup)
         advance("checking the outputs", 0.8)
         fast = settle(opened, inputs, reference, candidates, report, max_error)
         advance("timing the model", 0.9)
@@ -197,7 +203,7 @@ def layer_seconds(
         for c in candidates:
             if c.refused or hopeless(c):
                 continue
-            c.four, c.trial, c.target = four, True, target
+            c.four, c.rounds, c.target = four, True, target
             decide(c, packed, timed, known, 1.0)
             before = timing.time_layer(c, {}) if c.row.before is None else c.row.before
             found[c.name] = (before, c.row.speedup or 1.0)

@@ -95,6 +95,11 @@ def _rounding(c: Candidate, plain: nn.Module, magnitude: nn.Module, x: Tensor, p
     return rounding
 
 
+def may_round(c: Candidate) -> bool:
+    """Whether a layer can be rounded to 4 bits here: a float Linear layer that no one has rounded before."""
+    return c.foreign is None and isinstance(c.module, nn.Linear) and quantized_weight(c.module) is None
+
+
 def four_of(c: Candidate) -> int | None:
     """Inputs that share a scale where `pared.quantize` has put the layer on a grid of at most 4 bits, and it
     is still there."""
@@ -109,7 +114,7 @@ def _steps_of_four(c: Candidate, weight: Tensor) -> Tensor:
     """By weight (here without signs), how far 4 bits may move it: hardly, from a grid that is taken over."""
     record = quantized_weight(c.module)
     group = c.four or weight.shape[1]
-    if record is not None and not c.trial:
+    if record is not None and not c.rounds:
         steps = off_grid(record.bits) * record.scale
         group = record.group or weight.shape[1]
     else:

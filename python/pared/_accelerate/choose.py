@@ -86,10 +86,7 @@ def decide(
             as_timed = f", as timed for {known.layer}"
         if v.speedup < min_speedup:
             return c.keep_dense(f"{best} is {v.speedup:.2f}x, less than {min_speedup:g}x{as_timed}")
-        if v.quantized:
-            exact = {t: x for t, x in times.items() if not plans[t].quantized and x[1] >= min_speedup}
-            text = _best(exact, plans) if exact else None
-            c.exact = workshop.make(plans[text], exact[text]) if text else None
+        _add_milder(v, workshop, {t: x for t, x in times.items() if x[1] >= min_speedup}, plans)
     except UnfitError as e:
         return c.keep_dense(str(e))
     except torch.OutOfMemoryError:
@@ -165,12 +162,29 @@ class Workshop:
         key = (id(weight), groups, format, id(record))
         if key not in self.packed:
             try:
-                if format == "int4" and c.trial:
-                    return Int4.from_dense(weight, group=cast(int, c.four))
-                self.packed[key] = pack(format, weight.cpu(), groups, record)
+                if format == "int4" and c.rounds:
+                    rounded = Int4.from_dense(weight, group=cast(int, c.four))
+                    self.packed[key] = Int4(torch.from_numpy(rounded.packed))
+                else:
+                    self.packed[key] = pack(format, weight.cpu(), groups, record)
             except ValueError as e:
                 raise ValueError(f"model: layer {c.name!r}: {e}") from e
         return self.packed[key]
+
+
+def _add_milder(
+    v: Variant, workshop: Workshop, times: dict[str, tuple[float, float]], plans: dict[str, Plan]
+) -> None:
+    """Say what takes the place of 4 bits, and of 8: the fastest with more of them, down to none."""
+    for bits in ("int8", "float32") if v.precision == "int4" else ("float32",) if v.quantized else ():
+        these = {t: x for t, x in times.items() if plans[t].precision == bits}
+        while these and v.milder is None:
+            text = _best(these, plans)
+            v.milder = workshop.make(plans[text], these.pop(text))
+            # From a grid of 4 bits that was taken over, 8 bits are a second rounding.
+            if v.milder is not None and bits == "int8" and v.milder.damage >= v.damage:
+                v.milder = None
+        v = v.milder or v
 
 
 def _best(times: dict[str, tuple[float, float]], plans: dict[str, Plan]) -> str:

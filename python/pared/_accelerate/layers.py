@@ -52,6 +52,7 @@ class Variant:
     damage: float = 0.0  # of 8 bits: root mean square of new - dense, relative to dense; 0 for exact kernels
     after: float = 0.0
     speedup: float = 0.0
+    milder: Variant | None = None  # the fastest that does less damage: takes its place where it does too much
 
     @property
     def precision(self) -> str:
@@ -98,11 +99,10 @@ class Candidate:
     chosen: PackedModule | None = None
     fused: int = 0  # steps that `chosen` computes
     variant: Variant | None = None  # what `chosen` is
-    exact: Variant | None = None  # what takes the place of a `variant` of 8 bits that differs too much
     refused: str | None = None  # why it is not even tried
     target: Target = field(default_factory=Target)
     four: int | None = None  # inputs that share a scale, where the layer may have 4 bits
-    trial: bool = False  # that it may have them when it is quantized
+    rounds: bool = False  # to 4 bits itself, whether or not it is on such a grid
     foreign: Foreign | None = None  # what it is, where torch.ao or torchao quantised it
 
     @property
@@ -126,11 +126,12 @@ class Candidate:
         row.reason = reason
 
     def retreat(self, reason: str) -> None:
-        """From 8 bits to the best exact kernel, or to dense."""
-        if self.exact is None:
+        """From 4 bits to 8, from 8 to the best exact kernel, or to dense."""
+        milder = None if self.variant is None else self.variant.milder
+        if milder is None:
             self.keep_dense(reason)
         else:
-            self.choose(self.exact, f"{self.exact.speedup:.2f}x faster than dense; {reason}")
+            self.choose(milder, f"{milder.speedup:.2f}x faster than dense; {reason}")
 
     def keep_dense(self, reason: str) -> None:
         """Give the layer up; what was measured stays in the report."""

@@ -182,16 +182,17 @@ def _retreat(
     quantized: list[Candidate],
     allowed: float,
 ) -> None:
-    """Take as few layers out of 8 bits as bring the outputs within `allowed`, given that all are too many.
+    """Take as few layers out of 4 or 8 bits as bring the outputs within `allowed`, given that all are too
+    many; a step each, from 4 bits to 8, from 8 to none.
 
     In the order of harm for gain: the squared relative error of a layer's output, which adds up over the
-    layers, by the time that its 8 bits save. How many may stay is found by bisection.
+    layers, by the time that its step saves. How many may stay is found by bisection.
     """
 
     def price(c: Candidate) -> float:
         v = cast(Variant, c.variant)
-        other = c.exact.after if c.exact is not None else c.row.before or 0.0
-        return v.damage**2 / max(other - v.after, 1e-9)
+        other, damage = (c.row.before or 0.0, 0.0) if v.milder is None else (v.milder.after, v.milder.damage)
+        return (v.damage**2 - damage**2) / max(other - v.after, 1e-9)
 
     order = sorted(quantized, key=price)
     first = [(c.variant, c.row.reason) for c in order]

@@ -133,7 +133,7 @@ FORMATS: dict[str, Format] = {
             chain=_core.linear_chain_rows,
             devices=("cuda",),
         ),
-        # Only where `pared.quantize` has put the weight on such a grid (`pared.nn.takes_over`).
+        # Only where `pared.quantize` has put the weight on such a grid, or the user names the format.
         Format(
             "int4",
             8,

@@ -12,8 +12,9 @@ from pared._types import Array
 from pared.ops._arrays import integer, is_torch, require_array, word
 from pared.ops.int8 import Activations, IntegerWeight
 
-# Numbers of inputs that may share a scale (csrc/formats/int4.h).
+# Numbers of inputs that may share a scale (csrc/formats/int4.h), and where none is given.
 GROUPS = (32, 64, 128)
+GROUP = 64
 
 
 def int4_group(bits: int, symmetric: bool, group: int | None, activation_scale: float | None) -> int | None:
@@ -37,14 +38,15 @@ class Int4(IntegerWeight):
     that holds NaN or infinity gives NaN.
 
     `pared.accelerate` takes over what ``pared.quantize(model, data, bits=4, group=...)`` has put on such a
-    grid, and does not round to 4 bits by itself.
+    grid. Asked for by name (``formats=["int4", ...]``) it rounds other layers as `from_dense` does, which
+    costs more accuracy than quantizing with data.
     """
 
     __slots__ = ()
     kind: ClassVar[str] = "int4"
 
     @classmethod
-    def from_dense(cls, weight: Array, *, groups: int = 1, group: int = 64) -> Int4:
+    def from_dense(cls, weight: Array, *, groups: int = 1, group: int = GROUP) -> Int4:
         """Quantize a dense weight: ``scale = max|w| / 7`` of a group, ``q = round(w / scale)``.
 
         Parameters
