@@ -5,7 +5,6 @@
 #include "bindings/array.h"
 #include "bindings/register.h"
 #include "bindings/weights.h"
-#include "core/aligned.h"
 #include "core/check.h"
 #include "formats/bitmap8.h"
 #include "formats/bsr8.h"
@@ -23,22 +22,16 @@ bool is_masked(const Array& a) {
 }
 
 // masked: as formats/bitmap8.h stores it, linear weights alone.
-template <class View>
-py::array_t<uint8_t> pack(const View& w, const PackedHeader& header, const ActivationRange& activations,
+py::array_t<uint8_t> pack(const Int8Source& w, const PackedHeader& header, const ActivationRange& activations,
                           bool masked) {
   if (!masked) return packed_array(header, [&](uint8_t* out) { pack_int8(w, activations, header, out); });
   PARED_CHECK(header.kh == 0, "weight: expected [out, in], got a convolution's");
-  Scratch memory;
   Bitmap8Plan plan;
-  Int8Packed dense;
   {
     py::gil_scoped_release unlocked;
-    auto* bytes = memory.get<uint8_t>(header.bytes);
-    pack_int8(w, activations, header, bytes);
-    dense = view_int8(bytes, static_cast<int64_t>(header.bytes));
-    plan = plan_bitmap8(dense);
+    plan = plan_bitmap8(w, header, activations);
   }
-  return packed_array(plan.header, [&](uint8_t* out) { pack_bitmap8(dense, plan, out); });
+  return packed_array(plan.header, [&](uint8_t* out) { pack_bitmap8(w, plan, out); });
 }
 
 // [rows, cols] with unit stride along cols; any row stride.
@@ -57,9 +50,9 @@ void register_int8(py::module_& m) {
         const Array a = parse_array(weight, "weight");
         require_dtype(a, kFloatTypes);
         ConvShape conv;
-        const DenseView view = dense_view(a, conv, groups);
+        const Int8Source source{dense_view(a, conv, groups)};
         const ActivationRange range = parse_activations(activations);
-        return pack(view, plan_int8(view, conv, a.dtype, range), range, masked);
+        return pack(source, plan_int8(source, conv, a.dtype, range), range, masked);
       },
       py::arg("weight"), py::arg("activations") = py::none(), py::arg("masked") = false,
       py::arg("groups") = 1);
@@ -77,8 +70,8 @@ void register_int8(py::module_& m) {
         require_contiguous(s);
         const ActivationRange range = parse_activations(activations);
         const DType t = parse_float_dtype(dtype);
-        return pack(QuantizedView{view, static_cast<const float*>(s.data)}, plan_int8(view, conv, t, range),
-                    range, masked);
+        const Int8Source source{view, static_cast<const float*>(s.data)};
+        return pack(source, plan_int8(source, conv, t, range), range, masked);
       },
       py::arg("q"), py::arg("scales"), py::arg("dtype") = "float32", py::arg("activations") = py::none(),
       py::arg("masked") = false, py::arg("groups") = 1);

@@ -1,5 +1,7 @@
 #include "formats/bitmap8.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -32,11 +34,29 @@ void for_cells_in_parallel(const BitmapShape& s, const F& fn) {
   });
 }
 
-// Vector `v` of a K block of a dense weight; null behind its last unit.
-const int8_t* dense_vector(const Int8Packed& w, const BitmapShape& s, int64_t group, int64_t block,
-                           int64_t v) {
-  const int64_t unit = block * s.block_k + v;
-  return unit < w.units() ? w.weights + (group * w.units() + unit) * kVectorBytes : nullptr;
+// The weight a panel at a time, from several threads: fn(group, bytes, scales, compensation) with the group's
+// vectors behind each other, as the dense format has them.
+template <class F>
+void for_panels(const Int8Source& w, const Bitmap8Plan& plan, const BitmapShape& s, const F& fn) {
+  parallel_for(0, s.groups(), kGroupsPerTask, [&](int64_t g0, int64_t g1) {
+    std::vector<int8_t> bytes(int8_words(plan.dense).per_row() * kVectorBytes);
+    float scales[kInt8Panel];
+    int32_t compensation[kInt8Panel];
+    for (int64_t g = g0; g < g1; ++g) {
+      quantize_panel(w, plan.dense, plan.activations, g, bytes.data(), scales, compensation);
+      fn(g, bytes, scales, compensation);
+    }
+  });
+}
+
+// The bytes of a K block.
+struct Bytes {
+  const int8_t *begin, *end;
+};
+Bytes block_bytes(const std::vector<int8_t>& bytes, const BitmapShape& s, int64_t block) {
+  const auto all = static_cast<int64_t>(bytes.size());
+  return {bytes.data() + block * s.block_k * kVectorBytes,
+          bytes.data() + std::min(all, (block + 1) * s.block_k * kVectorBytes)};
 }
 
 // Calls fn(row, column, q) for every stored element of a cell. The structure has been validated.
@@ -55,24 +75,29 @@ void for_elements(const Bitmap8Packed& w, const BitmapShape& s, int64_t cell, in
 
 }  // namespace
 
-Bitmap8Plan plan_bitmap8(const Int8Packed& w) {
-  const PackedHeader& from = *w.header;
+Bitmap8Plan plan_bitmap8(const Int8Source& w, const PackedHeader& dense, const ActivationRange& activations) {
   Bitmap8Plan plan{};
+  plan.dense = dense;
+  plan.activations = activations;
   PackedHeader& h = plan.header;
-  h = new_header(PackedKind::bitmap8, from.dtype, from.rows, from.cols);
+  h = new_header(PackedKind::bitmap8, dense.dtype, dense.rows, dense.cols);
   h.entry_rows = kBitmapLanes;
   h.block_k = kBitmap8Block;
-  h.nnz = h.entries = from.nnz;
-  PARED_CHECK(h.nnz < kBitmapMaxNonZeros, "weight: expected fewer than 2^32 non-zeros, got ", h.nnz);
-  const BitmapShape s{from.rows, from.cols, kInt8Unit, kBitmap8Block};
+  const BitmapShape s{h.rows, h.cols, kInt8Unit, kBitmap8Block};
   plan.starts.assign(s.groups() * s.blocks() + 1, 0);
-  for_cells_in_parallel(s, [&](int64_t cell, int64_t g, int64_t b) {
-    uint32_t count = 0;
-    for (int64_t v = 0; v < s.vectors_in(b); ++v)
-      if (const int8_t* q = dense_vector(w, s, g, b, v))
-        for (int i = 0; i < kVectorBytes; ++i) count += q[i] != 0;
-    plan.starts[cell] = count;
+  std::atomic<int64_t> nnz{0};
+  for_panels(w, plan, s, [&](int64_t g, const std::vector<int8_t>& bytes, const float*, const int32_t*) {
+    int64_t stored = 0;
+    for (int64_t b = 0; b < s.blocks(); ++b) {
+      const Bytes q = block_bytes(bytes, s, b);
+      const auto count = (q.end - q.begin) - std::count(q.begin, q.end, int8_t{0});
+      plan.starts[s.cell(g, b)] = static_cast<uint32_t>(count);
+      stored += count;
+    }
+    nnz.fetch_add(stored, std::memory_order_relaxed);
   });
+  h.nnz = h.entries = nnz.load();
+  PARED_CHECK(h.nnz < kBitmapMaxNonZeros, "weight: expected fewer than 2^32 non-zeros, got ", h.nnz);
   uint32_t at = 0;
   for (uint32_t& start : plan.starts) {
     const uint32_t count = start;
@@ -94,30 +119,33 @@ Bitmap8Plan plan_bitmap8(const Int8Packed& w) {
   return plan;
 }
 
-void pack_bitmap8(const Int8Packed& w, const Bitmap8Plan& plan, uint8_t* out) {
+void pack_bitmap8(const Int8Source& w, const Bitmap8Plan& plan, uint8_t* out) {
   const PackedHeader& h = plan.header;
   const BitmapShape s{h.rows, h.cols, kInt8Unit, kBitmap8Block};
   std::memset(out, 0, h.values_at);
   std::memset(out + h.values_at + h.nnz, 0, h.bytes - (h.values_at + h.nnz));
-  const Int8Tail tail{plan.scales_at, plan.compensation_at, *w.activations};
+  const Int8Tail tail{plan.scales_at, plan.compensation_at, plan.activations};
   std::memcpy(out + kInt8TailAt, &tail, sizeof(tail));
   std::copy(plan.starts.begin(), plan.starts.end(), reinterpret_cast<uint32_t*>(out + h.starts_at));
-  std::copy_n(w.scales, s.groups() * kInt8Panel, reinterpret_cast<float*>(out + plan.scales_at));
-  std::copy_n(w.compensation, s.groups() * kInt8Panel,
-              reinterpret_cast<int32_t*>(out + plan.compensation_at));
   auto* masks = reinterpret_cast<uint64_t*>(out + h.counts_at);
   auto* values = reinterpret_cast<int8_t*>(out + h.values_at);
-  for_cells_in_parallel(s, [&](int64_t cell, int64_t g, int64_t b) {
-    int8_t* to = values + plan.starts[cell];
-    uint64_t* mask = masks + s.first_vector(g, b);
-    for (int64_t v = 0; v < s.vectors_in(b); ++v)
-      if (const int8_t* q = dense_vector(w, s, g, b, v))
-        for (int i = 0; i < kVectorBytes; ++i)
-          if (q[i] != 0) {
-            mask[v] |= uint64_t{1} << i;
-            *to++ = q[i];
-          }
-  });
+  for_panels(
+      w, plan, s, [&](int64_t g, const std::vector<int8_t>& bytes, const float* scales, const int32_t* sums) {
+        std::copy_n(scales, kInt8Panel, reinterpret_cast<float*>(out + plan.scales_at) + g * kInt8Panel);
+        std::copy_n(sums, kInt8Panel,
+                    reinterpret_cast<int32_t*>(out + plan.compensation_at) + g * kInt8Panel);
+        for (int64_t b = 0; b < s.blocks(); ++b) {
+          int8_t* to = values + plan.starts[s.cell(g, b)];
+          uint64_t* mask = masks + s.first_vector(g, b);
+          const Bytes q = block_bytes(bytes, s, b);
+          for (const int8_t* v = q.begin; v != q.end; v += kVectorBytes, ++mask)
+            for (int i = 0; i < kVectorBytes; ++i)
+              if (v[i] != 0) {
+                *mask |= uint64_t{1} << i;
+                *to++ = v[i];
+              }
+        }
+      });
   seal(h, out);
 }
 

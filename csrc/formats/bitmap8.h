@@ -31,12 +31,16 @@ struct Bitmap8Packed {
 
 struct Bitmap8Plan {
   PackedHeader header;
+  PackedHeader dense;  // of plan_int8
+  ActivationRange activations;
   uint64_t scales_at, compensation_at;
   std::vector<uint32_t> starts;
 };
-// Sizes, from a dense int8 weight; throws ValueError beyond the format's limits.
-Bitmap8Plan plan_bitmap8(const Int8Packed& w);
-void pack_bitmap8(const Int8Packed& w, const Bitmap8Plan& plan, uint8_t* out);
+// Sizes, from the weight and the plan of the dense format; throws ValueError on NaN and infinity and beyond
+// the format's limits. The weight is rounded here and again where it is packed, a panel at a time: all of it
+// in 8 bits would be a quarter of it beside.
+Bitmap8Plan plan_bitmap8(const Int8Source& w, const PackedHeader& dense, const ActivationRange& activations);
+void pack_bitmap8(const Int8Source& w, const Bitmap8Plan& plan, uint8_t* out);
 
 Bitmap8Packed view_bitmap8(const uint8_t* data, int64_t bytes);
 void validate_bitmap8(const Bitmap8Packed& w);

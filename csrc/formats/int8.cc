@@ -41,41 +41,6 @@ struct Layout {
   int64_t units, group_rows, group_panels;
 };
 
-// The buffer around rows that row(n, scale, emit) gives: it sets the row's scale and calls emit(k, q), k in
-// the order of the user's weight.
-template <class Row>
-void write(const ActivationRange& activations, PackedHeader h, uint8_t* out, const Row& row) {
-  std::memset(out, 0, h.bytes);
-  const Layout layout(h);
-  const int64_t panels = layout.panels();
-  Int8Tail tail;
-  tail.compensation_at = h.bytes - round_up(panels * kInt8Panel * sizeof(int32_t), kCacheLine);
-  tail.scales_at = tail.compensation_at - round_up(panels * kInt8Panel * sizeof(float), kCacheLine);
-  tail.activations = activations;
-  std::memcpy(out + kInt8TailAt, &tail, sizeof(tail));
-  auto* weights = reinterpret_cast<int8_t*>(out + h.values_at);
-  auto* scales = reinterpret_cast<float*>(out + tail.scales_at);
-  auto* compensation = reinterpret_cast<int32_t*>(out + tail.compensation_at);
-  std::atomic<int64_t> nnz{0};
-  parallel_for(0, panels, kPanelsPerTask, [&](int64_t p0, int64_t p1) {
-    int64_t stored = 0;
-    for (int64_t n = p0 * kInt8Panel; n < p1 * kInt8Panel; ++n) {
-      const int64_t r = layout.row(n);
-      if (r < 0) continue;
-      int64_t sum = 0;
-      row(r, scales[n], [&](int64_t k, int q) {
-        weights[layout.at(n, layout.words.byte(k))] = static_cast<int8_t>(q);
-        sum += q;
-        stored += q != 0;
-      });
-      compensation[n] = static_cast<int32_t>(sum * activations.zero);
-    }
-    nnz.fetch_add(stored, std::memory_order_relaxed);
-  });
-  h.nnz = h.entries = nnz.load();
-  seal(h, out);
-}
-
 }  // namespace
 
 Int8Words int8_words(const PackedHeader& h) {
@@ -100,11 +65,15 @@ void check_activations(const ActivationRange& a, const char* of) {
               a.zero, ", ", a.high);
 }
 
-PackedHeader plan_int8(const DenseView& w, const ConvShape& conv, DType dtype,
+PackedHeader plan_int8(const Int8Source& source, const ConvShape& conv, DType dtype,
                        const ActivationRange& activations) {
+  const DenseView& w = source.values;
   PARED_CHECK(w.rows >= 0 && w.rows < kMaxSize / 2 && w.cols >= 0 && w.cols <= kInt8MaxCols,
               "weight: expected at most ", kInt8MaxCols,
               " inputs, beyond which int32 sums could overflow, got [", w.rows, ", ", w.cols, "]");
+  for (int64_t n = 0; n < (source.scales ? w.rows : 0); ++n)
+    PARED_CHECK(std::isfinite(source.scales[n]) && source.scales[n] >= 0.0f,
+                "scales: expected finite numbers of at least 0, got ", source.scales[n], " for row ", n);
   check_activations(activations);
   PackedHeader h = new_header(PackedKind::int8, dtype, w.rows, w.cols * w.groups);
   h.channels = conv.channels;
@@ -119,37 +88,69 @@ PackedHeader plan_int8(const DenseView& w, const ConvShape& conv, DType dtype,
   return h;
 }
 
-void pack_int8(const DenseView& w, const ActivationRange& activations, PackedHeader header, uint8_t* out) {
-  std::atomic<int64_t> bad_row{-1};
-  write(activations, header, out, [&](int64_t n, float& scale, const auto& emit) {
-    float largest = 0.0f;
-    bool finite = true;
-    for (int64_t k = 0; k < w.cols; ++k) {
-      const float v = std::fabs(value_at(w.data, n * w.row_stride + k * w.col_stride, w.dtype));
-      finite = finite && v <= FLT_MAX;
-      largest = std::max(largest, v);
+int64_t quantize_panel(const Int8Source& source, const PackedHeader& h, const ActivationRange& activations,
+                       int64_t panel, int8_t* bytes, float* scales, int32_t* compensation) {
+  const Layout layout(h);
+  const DenseView& w = source.values;
+  std::fill_n(bytes, layout.units * kInt8Panel * kInt8Unit, int8_t{0});
+  int64_t stored = 0;
+  for (int64_t n = 0; n < kInt8Panel; ++n) {
+    scales[n] = 0.0f;
+    compensation[n] = 0;
+    const int64_t row = layout.row(panel * kInt8Panel + n);
+    if (row < 0) continue;
+    const auto at = [&](int64_t k) { return row * w.row_stride + k * w.col_stride; };
+    int64_t sum = 0;
+    const auto put = [&](int64_t k, int q) {
+      bytes[layout.at(n, layout.words.byte(k))] = static_cast<int8_t>(q);
+      sum += q;
+      stored += q != 0;
+    };
+    if (source.scales) {
+      scales[n] = source.scales[row];
+      const auto* q = static_cast<const int8_t*>(w.data);
+      for (int64_t k = 0; k < w.cols; ++k) put(k, q[at(k)]);
+    } else {
+      float largest = 0.0f;
+      bool finite = true;
+      for (int64_t k = 0; k < w.cols; ++k) {
+        const float v = std::fabs(value_at(w.data, at(k), w.dtype));
+        finite = finite && v <= FLT_MAX;
+        largest = std::max(largest, v);
+      }
+      PARED_CHECK(finite, "weight: expected finite values, got NaN or infinity in row ", row);
+      if (largest < kSmallestMax) continue;
+      scales[n] = largest / 127.0f;
+      for (int64_t k = 0; k < w.cols; ++k)
+        put(k, static_cast<int>(std::lrintf(value_at(w.data, at(k), w.dtype) / scales[n])));
     }
-    if (!finite) bad_row.store(n, std::memory_order_relaxed);
-    if (!finite || largest < kSmallestMax) return;
-    scale = largest / 127.0f;
-    for (int64_t k = 0; k < w.cols; ++k)
-      emit(k, static_cast<int>(
-                  std::lrintf(value_at(w.data, n * w.row_stride + k * w.col_stride, w.dtype) / scale)));
-  });
-  PARED_CHECK(bad_row.load() < 0, "weight: expected finite values, got NaN or infinity in row ",
-              bad_row.load());
+    compensation[n] = static_cast<int32_t>(sum * activations.zero);
+  }
+  return stored;
 }
 
-void pack_int8(const QuantizedView& w, const ActivationRange& activations, PackedHeader header,
-               uint8_t* out) {
-  const auto* q = static_cast<const int8_t*>(w.q.data);
-  for (int64_t n = 0; n < w.q.rows; ++n)
-    PARED_CHECK(std::isfinite(w.scales[n]) && w.scales[n] >= 0.0f,
-                "scales: expected finite numbers of at least 0, got ", w.scales[n], " for row ", n);
-  write(activations, header, out, [&](int64_t n, float& scale, const auto& emit) {
-    scale = w.scales[n];
-    for (int64_t k = 0; k < w.q.cols; ++k) emit(k, q[n * w.q.row_stride + k * w.q.col_stride]);
+void pack_int8(const Int8Source& w, const ActivationRange& activations, PackedHeader h, uint8_t* out) {
+  std::memset(out, 0, h.values_at);
+  const Layout layout(h);
+  const int64_t panels = layout.panels(), panel_bytes = layout.units * kInt8Panel * kInt8Unit;
+  Int8Tail tail;
+  tail.compensation_at = h.bytes - round_up(panels * kInt8Panel * sizeof(int32_t), kCacheLine);
+  tail.scales_at = tail.compensation_at - round_up(panels * kInt8Panel * sizeof(float), kCacheLine);
+  tail.activations = activations;
+  std::memcpy(out + kInt8TailAt, &tail, sizeof(tail));
+  auto* weights = reinterpret_cast<int8_t*>(out + h.values_at);
+  auto* scales = reinterpret_cast<float*>(out + tail.scales_at);
+  auto* compensation = reinterpret_cast<int32_t*>(out + tail.compensation_at);
+  std::atomic<int64_t> nnz{0};
+  parallel_for(0, panels, kPanelsPerTask, [&](int64_t p0, int64_t p1) {
+    int64_t stored = 0;
+    for (int64_t p = p0; p < p1; ++p)
+      stored += quantize_panel(w, h, activations, p, weights + p * panel_bytes, scales + p * kInt8Panel,
+                               compensation + p * kInt8Panel);
+    nnz.fetch_add(stored, std::memory_order_relaxed);
   });
+  h.nnz = h.entries = nnz.load();
+  seal(h, out);
 }
 
 Int8Packed view_int8(const uint8_t* data, int64_t bytes) {

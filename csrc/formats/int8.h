@@ -66,19 +66,22 @@ struct Int8Packed {
   int64_t panel_bytes() const { return units() * kInt8Panel * kInt8Unit; }
 };
 
-// A weight that is quantized already: q of int8, scales [rows].
-struct QuantizedView {
-  DenseView q;
-  const float* scales;
+// A weight to pack: int8 with its scales [rows]; without scales any floats, which are rounded by output:
+// scale = max|w| / 127, q = round(w / scale). A row whose largest magnitude is below kSmallestMax is zero.
+struct Int8Source {
+  DenseView values;
+  const float* scales = nullptr;
 };
 
-// Sizes and checks: throws ValueError. The weight may have any finite values; to_dense gives `dtype` back.
-PackedHeader plan_int8(const DenseView& w, const ConvShape& conv, DType dtype,
+// Sizes and checks: throws ValueError. to_dense gives `dtype` back.
+PackedHeader plan_int8(const Int8Source& w, const ConvShape& conv, DType dtype,
                        const ActivationRange& activations);
-// Symmetric by output: scale = max|w| / 127, q = round(w / scale). A row whose largest magnitude is below
-// kSmallestMax is zero. Throws ValueError on NaN and infinity.
-void pack_int8(const DenseView& w, const ActivationRange& activations, PackedHeader header, uint8_t* out);
-void pack_int8(const QuantizedView& w, const ActivationRange& activations, PackedHeader header, uint8_t* out);
+// Throws ValueError on NaN and infinity.
+void pack_int8(const Int8Source& w, const ActivationRange& activations, PackedHeader header, uint8_t* out);
+// One panel of it, with the scales and the compensation of its outputs: what pack_int8 would write there, for
+// a format that stores its bytes in another way. Returns the non-zeros; throws as pack_int8.
+int64_t quantize_panel(const Int8Source& w, const PackedHeader& header, const ActivationRange& activations,
+                       int64_t panel, int8_t* bytes, float* scales, int32_t* compensation);
 
 Int8Packed view_int8(const uint8_t* data, int64_t bytes);
 void validate_int8(const Int8Packed& w);

@@ -249,16 +249,16 @@ void linear_eight(Random& r, bool fault, Memory& m, Outcome& out) {
     linear_bsr8(a, view_bsr8(bytes, static_cast<int64_t>(plan.panel.header.bytes)));
   } else {
     const ActivationRange range = some_range(r);
-    const PackedHeader header = plan_int8(q, {}, DType::f32, range);
-    auto* dense = m.dense.get<uint8_t>(header.bytes);
-    pack_int8(QuantizedView{q, m.scales.data()}, range, header, dense);
-    const Int8Packed w = view_int8(dense, static_cast<int64_t>(header.bytes));
+    const Int8Source source{q, m.scales.data()};
+    const PackedHeader header = plan_int8(source, {}, DType::f32, range);
     if constexpr (F == Eight::int8) {
-      linear_int8(a, w);
+      auto* bytes = m.packed.get<uint8_t>(header.bytes);
+      pack_int8(source, range, header, bytes);
+      linear_int8(a, view_int8(bytes, static_cast<int64_t>(header.bytes)));
     } else {
-      const Bitmap8Plan plan = plan_bitmap8(w);
+      const Bitmap8Plan plan = plan_bitmap8(source, header, range);
       auto* bytes = m.packed.get<uint8_t>(plan.header.bytes);
-      pack_bitmap8(w, plan, bytes);
+      pack_bitmap8(source, plan, bytes);
       linear_bitmap8(a, view_bitmap8(bytes, static_cast<int64_t>(plan.header.bytes)));
     }
   }
@@ -402,9 +402,10 @@ void convolution(Random& r, bool fault, Memory& m, Outcome& out) {
     const DenseView q{m.q.data(), DType::i8, filters, cols, cols, 1, s.groups};
     if constexpr (F == Conv::int8) {
       const ActivationRange range = some_range(r);
-      const PackedHeader header = plan_int8(q, conv, DType::f32, range);
+      const Int8Source source{q, m.scales.data()};
+      const PackedHeader header = plan_int8(source, conv, DType::f32, range);
       auto* bytes = m.packed.get<uint8_t>(header.bytes);
-      pack_int8(QuantizedView{q, m.scales.data()}, range, header, bytes);
+      pack_int8(source, range, header, bytes);
       conv2d_int8(a, view_int8(bytes, static_cast<int64_t>(header.bytes)));
     } else {
       const Bsr8Plan plan = plan_bsr8(q, conv, m.scales.data(), r.one_in(2) ? 1 : kQuadRows);
