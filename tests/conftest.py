@@ -134,17 +134,28 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.fail(f"no kernel was dispatched at level {request.param}: this test checks nothing")
 
 
-def seed_of(request: pytest.FixtureRequest) -> int:
+def seed_of(request: pytest.FixtureRequest, name: str = "") -> int:
     """A number that belongs to the test, whatever ran before it in the process; or PARED_TEST_SEED."""
-    return int(os.environ.get("PARED_TEST_SEED", zlib.crc32(request.node.nodeid.encode())))
+    return int(os.environ.get("PARED_TEST_SEED", zlib.crc32((request.node.nodeid + name).encode())))
+
+
+def seed_torch(seed: int) -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(seed)
 
 
 @pytest.fixture(autouse=True)
 def same_numbers(request: pytest.FixtureRequest) -> None:
     """torch's own generator too starts from the test's seed: which tests ran before it is chance."""
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.manual_seed(seed_of(request))
+    seed_torch(seed_of(request))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: Any, request: Any) -> None:
+    """So do fixtures that several tests share: which of these is the first is chance, too."""
+    if fixturedef.scope != "function":
+        seed_torch(seed_of(request, fixturedef.argname))
 
 
 @pytest.fixture
