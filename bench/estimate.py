@@ -132,7 +132,9 @@ def calls_of(
             side = x.shape[-1] // layer.stride
             out = torch.empty(x.shape[0], layer.shape[0], side, side)
             geometry = ((layer.stride,) * 2, (padding,) * 4, (1, 1))
-            calls[f.name] = lambda k=f.conv2d, p=packed, y=out, g=geometry: k(x, p, None, y, *g, "")
+            calls[f.name] = lambda p=packed, y=out, g=geometry: _core.conv2d(
+                x, p, None, *g, None, None, None, y
+            )
     return calls
 
 
