@@ -18,7 +18,8 @@
 //       for each block of outputs:
 //         for each four panels (64 filters):
 //           for each K block (32 KB of weights: they stay in L1 while the block's outputs pass):
-//             for each tile of up to 6 outputs: micro-kernel, sums in L1 or L2
+//             for each tile of up to 6 outputs: micro-kernel, sums in L1 or L2; fetches a share of the next
+//             block
 //               after the last block: scales, bias, activation; planes are transposed a block at a time
 #include "ops/conv_int8.h"
 
@@ -29,6 +30,7 @@
 #include "core/parallel.h"
 #include "kernels/registry.h"
 #include "ops/conv_frame.h"
+#include "ops/gemm_ahead.h"
 
 namespace pared {
 namespace {
@@ -120,14 +122,16 @@ class PixelConvolution {
         const int64_t group = p / w_.group_panels();
         const int64_t end = std::min(p1, (group + 1) * w_.group_panels());
         const int panels = static_cast<int>(std::min<int64_t>(kGemmPanels, end - p));
-        product(n, scales, bytes, first, last, group, p, panels);
+        // What comes next: other panels, or the first ones again for the next outputs.
+        const int64_t next = p + panels < p1 ? p + panels : b + 1 < blocks ? p0 : p + panels;
+        product(n, scales, bytes, first, last, group, p, panels, next);
         p += panels;
       }
     }
   }
 
   void product(int64_t n, const float* scales, const uint8_t* bytes, const Tile* first, const Tile* last,
-               int64_t group, int64_t panel, int panels) const {
+               int64_t group, int64_t panel, int panels, int64_t next_panel) const {
     const Isa isa = active_isa();
     const auto gemm = kernel_for<gemm_u8s8>(isa).fn;
     const auto dequantize = kernel_for<dequantize_store>(isa).fn;
@@ -144,15 +148,22 @@ class PixelConvolution {
     const int64_t element = dtype_size(a_.dtype), plane = a_.out_h * a_.out_w;
     char* y = static_cast<char*>(a_.y) + n * plane * h.rows * element;
     const bool nchw = a_.layout == ImageLayout::nchw;
+    const auto block = [&](int64_t p, int64_t count, const KBlock& k) {
+      return GemmBlock{p, count, k.first_unit, k.units * k.runs};
+    };
+    const int64_t next_panels = std::min<int64_t>(panels, w_.panels() - next_panel);
     for (const KBlock& k : blocks_) {
       const bool done = &k == &blocks_.back();
+      const GemmBlock now = block(panel, panels, k), next = done ? block(next_panel, next_panels, blocks_[0])
+                                                                 : block(panel, panels, *(&k + 1));
       for (const Tile* t = first; t != last; ++t) {
         int32_t* sums = acc + (t->output - first->output) * kWidth;
         gemm[(t->count - 1) * kGemmPanels + panels - 1](
             {bytes + t->byte, step_,
              w_.weights + panel * w_.panel_bytes() + k.first_unit * kInt8Panel * kInt8Unit, w_.panel_bytes(),
              static_cast<int32_t>(k.units), sums, kWidth, k.first_unit > 0, static_cast<int32_t>(k.runs),
-             run_at_.data() + group * group_runs_ + k.run});
+             run_at_.data() + group * group_runs_ + k.run,
+             gemm_ahead(w_.weights, w_.panel_bytes(), next, t - first, last - first, now)});
         if (!done) continue;
         DequantizeArgs d{sums,
                          kWidth,

@@ -19,6 +19,7 @@
 #include "core/aligned.h"
 #include "core/parallel.h"
 #include "kernels/registry.h"
+#include "ops/gemm_ahead.h"
 
 namespace pared {
 namespace {
@@ -33,34 +34,12 @@ constexpr int64_t kFewTokens = 4;
 // From here on threads share the tokens, so that each quantizes its own alone.
 constexpr int64_t kMinTokensPerThread = 32;
 
-constexpr int64_t kLine = kInt8Panel * kInt8Unit;
-static_assert(kLine == kCacheLine, "a unit of a panel is what a prefetch fetches");
+static_assert(kGemmLine == kCacheLine, "a unit of a panel is what a prefetch fetches");
 
 struct Product {
   const int8_t* weights;
   int64_t panels, units, panel_bytes;
 };
-
-// A K block of some panels: units [k, k + units).
-struct Block {
-  int64_t panel, panels, k, units;
-};
-
-// Group g's share of the block that comes next, for the `units` steps of its products: of all its panels
-// where there are few groups, else of one. The weights of a layer that ran long ago come from memory, whose
-// rate only an even stream of requests attains.
-GemmAhead fetch(const Product& w, const Block& next, int64_t g, int64_t groups, const Block& now) {
-  // One group alone has a load for every six products at best; a thinner tile is bound by those.
-  if (groups == 1 || now.units == 0 || next.panels < now.panels) return {};
-  const bool all = groups < now.panels;
-  const int64_t panel = all ? 0 : g * now.panels / groups;
-  const int64_t g0 = all ? 0 : (groups * panel + now.panels - 1) / now.panels;
-  const int64_t g1 = all ? groups : (groups * (panel + 1) + now.panels - 1) / now.panels;
-  const int64_t from = next.units * (g - g0) / (g1 - g0), to = next.units * (g - g0 + 1) / (g1 - g0);
-  return {w.weights + (next.panel + panel) * w.panel_bytes + (next.k + from) * kLine, w.panel_bytes,
-          static_cast<int32_t>(((to - from) * kLine + now.units - 1) / now.units),
-          static_cast<int32_t>(all ? now.panels : 1)};
-}
 
 // Sums of `tokens` rows of bytes with panels [p0, p1); done(token, tokens, panel, panels, acc, stride) takes
 // each tile.
@@ -74,12 +53,12 @@ void run_product(const Product& w, gemm_u8s8::Fn* const* table, const uint8_t* x
   // its panels before this one, which then goes on there.
   const auto block = [&](int64_t i) {
     const int64_t p = p0 + i / blocks * kGemmPanels, b = i % blocks, k = w.units * b / blocks;
-    return Block{p, std::min<int64_t>(kGemmPanels, (p < p1 ? p1 : w.panels) - p), k,
-                 w.units * (b + 1) / blocks - k};
+    return GemmBlock{p, std::min<int64_t>(kGemmPanels, (p < p1 ? p1 : w.panels) - p), k,
+                     w.units * (b + 1) / blocks - k};
   };
-  Block next = block(0);
+  GemmBlock next = block(0);
   for (int64_t i = 1; next.panel < p1; ++i) {
-    const Block now = next;
+    const GemmBlock now = next;
     next = block(i);
     const bool last = next.panel != now.panel;
     for (int64_t g = 0; g < groups; ++g) {
@@ -88,13 +67,13 @@ void run_product(const Product& w, gemm_u8s8::Fn* const* table, const uint8_t* x
       int32_t* to = acc + t0 * acc_stride;
       GemmArgs args{x + t0 * x_stride + now.k * kInt8Unit,
                     x_stride,
-                    w.weights + now.panel * w.panel_bytes + now.k * kLine,
+                    w.weights + now.panel * w.panel_bytes + now.k * kGemmLine,
                     w.panel_bytes,
                     static_cast<int32_t>(now.units),
                     to,
                     acc_stride,
                     now.k > 0};
-      args.ahead = fetch(w, next, g, groups, now);
+      args.ahead = gemm_ahead(w.weights, w.panel_bytes, next, g, groups, now);
       table[(t1 - t0 - 1) * kGemmPanels + now.panels - 1](args);
       if (last) done(t0, t1 - t0, now.panel, static_cast<int>(now.panels), to, acc_stride);
     }
