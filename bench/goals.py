@@ -39,3 +39,15 @@ GOALS: dict[str, dict[str, float]] = {
     "selection, against torch.kthvalue": {"10^8 keys": 35.0},
     "selection, against numpy.partition": {"10^8 keys": 5.0},
 }
+
+_CONVOLUTIONS = (
+    "a non-zero takes 0.77 cycles a vector where loads allow 0.57, strided layers split their planes first "
+    "(10-18 %), rows of 28 waste an eighth of a vector, and the dense calls between leave inputs in memory"
+)
+# suite -> what keeps its kernel from its limit where a cell falls short, as it was found with profiles on Zen
+# 5 (ARCHITECTURE.md has the measurements).
+REASONS = {
+    "conv2d CSR float32, ResNet-50": _CONVOLUTIONS,
+    "conv2d CSR float32, ResNet-50, 8 images": _CONVOLUTIONS,
+    "linear Int8, dynamic": "with 16 tokens half of a call is around the kernel: checks, output, a thread",
+}

@@ -3,7 +3,8 @@
 For each suite, thread count and cache state one table: a line a case, a column a cell, the entry the speed-up
 over the fastest rival. Below: geometric means, also against each baseline alone, the share of the roofline
 limit, the goal, and whether it is reached. A line that falls short of the goal has the limit beside it:
-"2.10 (60 % of 3.5)" is 2.10 times the rival where the roofline model allows 3.50.
+"2.10 (60 % of 3.5)" is 2.10 times the rival where the roofline model allows 3.50. Under the table, for each
+cell that does not reach its goal: how far it is from goal and limit, and why, where that has been found out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.goals import ENOUGH, GOALS, SOURCE
+from bench.goals import ENOUGH, GOALS, REASONS, SOURCE
 
 Row = dict[str, Any]
 
@@ -60,6 +61,26 @@ def _speedup(rows: Sequence[Row], goal: float | None) -> str:
         return f"{mean:.2f}"
     share = geometric_mean(shares)
     return f"{mean:.2f} ({share * 100:.0f} % of {mean / share:.1f})"
+
+
+def shortfalls(suite: str, rows: Sequence[Row]) -> list[str]:
+    """A line for each cell that does not reach its goal, and one with the reason where it is known."""
+    lines = []
+    for cell in _ordered(r["cell"] for r in rows):
+        chosen = [r for r in rows if r["cell"] == cell]
+        goal, reached = verdict(suite, cell, chosen)
+        if goal is None or reached:
+            continue
+        mean = geometric_mean(map(ratio_to_best, chosen))
+        shares = [r["limit_share"] for r in chosen if r["limit_share"] is not None]
+        line = f"{cell}: {mean:.2f} of {goal:g}"
+        if len(shares) == len(chosen):
+            share = geometric_mean(shares)
+            line += f", {share * 100:.0f} % of the machine's limit of {mean / share:.1f}"
+            if mean / share < ENOUGH * goal:
+                line += ", which is below the goal"
+        lines.append(line)
+    return [*lines, f"because {REASONS[suite]}"] if lines and suite in REASONS else lines
 
 
 def _ordered(values: Iterable[Any]) -> list[Any]:
@@ -118,6 +139,8 @@ def render(rows: Sequence[Row], console: Console) -> None:
         plural = "s" if threads > 1 else ""
         console.print(f"\n[bold]{suite}[/] - {threads} thread{plural}, {'cold' if cold else 'warm'}")
         console.print(_table(suite, chosen))
+        for line in shortfalls(suite, chosen):
+            console.print(f"  {line}", highlight=False)
 
 
 def load(path: str | Path) -> list[Row]:

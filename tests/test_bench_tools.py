@@ -132,6 +132,26 @@ def test_what_falls_short_of_its_goal_has_the_limit_beside_it():
     assert "8.00 " in lines["b"]
     assert "(" not in lines["b"]
     assert "(" not in lines["geometric mean"]  # 4.00
+    assert "of 3.4" not in console.file.getvalue()
     rows[1] = row("b", "80 %", 3.0, limit_share=None)
     table.render(rows, console := Console(width=200, file=io.StringIO()))
     assert "2.45 " in console.file.getvalue()  # no limit is known of the mean
+    assert "  80 %: 2.45 of 3.4\n" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(("share", "below"), [(0.5, ""), (0.8, ", which is below the goal")])
+def test_a_cell_that_falls_short_says_by_how_much_and_why(share: float, below: str) -> None:
+    suite = "conv2d CSR float32, ResNet-50"
+    rows = [row("a", "80 %", 2.0, limit_share=share, suite=suite), row("a", "90 %", 5.0, suite=suite)]
+    console = Console(width=400, file=io.StringIO())
+    table.render(rows, console)
+    text = console.file.getvalue()
+    assert (
+        f"  80 %: 2.00 of 3, {100 * share:.0f} % of the machine's limit of {2 / share:.1f}{below}\n" in text
+    )
+    assert "90 %: " not in text
+    assert f"  because {table.REASONS[suite]}" in text
+
+
+def test_every_reason_is_of_a_suite_with_goals() -> None:
+    assert table.REASONS.keys() <= table.GOALS.keys()
