@@ -1,5 +1,5 @@
-"""Bad arguments to what `pared` itself exports, and `pared.schedules`: the table of test_bad_arguments for
-functions that take models. Every bad value is refused by name, and leaves the model as it was."""
+"""Bad arguments to what `pared`, `pared.quant` and `pared.schedules` export: the table of test_bad_arguments
+for functions that take models. Every bad value is refused by name, and leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from test_bad_input import X, fingerprint, good, network, with_nan
 from torch import nn
 
 import pared
-from pared import schedules
+from pared import quant, schedules
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,7 @@ LEVELS = Values(
     }
 )
 PATTERN = Values({**WORD.values, "blocks of nothing": "0x4", "more than all": "5:4", "words": "axb"})
+BITS = Values({**INTEGER.values, "one": 1, "seventeen": 17, "negative": -8})
 DEVICE = Values({"an integer": 3, "an array": ARRAY, "unknown": "nodevice", "an object": object()})
 PATH = Values(
     {"an integer": 3, "None": None, "an object": object(), "an array": ARRAY, "a text file": io.StringIO()}
@@ -101,14 +102,14 @@ ENDS = {"keep_first": COUNT, "keep_last": COUNT}
 NEEDS = {"data": {"importance": "wanda"}, "loss_fn": {"importance": "taylor", "data": good()}}
 
 
-def on_a_model(function: Callable[..., Any]) -> Callable[..., Any]:
+def on_a_model(function: Callable[..., Any], make: Callable[[], nn.Module] = network) -> Callable[..., Any]:
     """`function` on a model of its own, which has to be as it was when the call fails."""
 
     def call(**arguments: Any) -> None:
         if "model" in arguments:
             function(**arguments)
             return
-        model = network()
+        model = make()
         before = fingerprint(model)
         try:
             function(model=model, **arguments)
@@ -130,6 +131,20 @@ def ramp(cls: type, **more: Values) -> Call:
 
 def accelerated() -> nn.Module:
     return pared.accelerate(nn.Sequential(nn.Linear(8, 4)).eval(), X, min_speedup=0, progress=False)
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 4))
+
+
+def quantized_layer() -> nn.Module:
+    layer = nn.Linear(8, 4)
+    pared.quantize(layer, [X], bits=8)
+    return layer
 
 
 CALLS: dict[str, Call] = {
@@ -362,6 +377,52 @@ CALLS: dict[str, Call] = {
         },
         {**NEEDS, "example_inputs": {"cost": "time"}, "precision": {"cost": "time", "example_inputs": X}},
     ),
+    "quant.distributions": Call(
+        on_a_model(quant.distributions),
+        {},
+        {
+            "model": MODEL,
+            "data": BATCHES,
+            "bits": BITS,
+            "loss_fn": OPTIONAL_CALLABLE,
+            "include": FILTERS,
+            "exclude": FILTERS,
+        },
+        {"loss_fn": {"data": good()}},
+    ),
+    "quant.equalize": Call(on_a_model(quant.equalize, plain), {}, {"model": MODEL, "iterations": COUNT}),
+    "quant.finish_qat": Call(
+        on_a_model(lambda model: quant.prepare_qat(model) and quant.finish_qat(model)), {}, {"model": MODEL}
+    ),
+    "quant.int8_weight": Call(
+        quant.int8_weight,
+        {"layer": quantized_layer()},
+        {"layer": Values({**MODEL.values, "plain": nn.Linear(8, 4)})},
+    ),
+    "quant.prepare_qat": Call(
+        on_a_model(quant.prepare_qat),
+        {},
+        {"model": MODEL, "bits": BITS, "include": FILTERS, "exclude": FILTERS},
+    ),
+    "quant.quantized": Call(
+        quant.quantized,
+        {"module": quantized_layer()},
+        {"module": MODEL, "parameter": Values({"an integer": 3, "unknown": "unknown", "an array": ARRAY})},
+    ),
+    "quant.simulate": Call(
+        lambda model: quant.simulate(model).__enter__(), {"model": network()}, {"model": MODEL}
+    ),
+    "quant.smooth": Call(
+        on_a_model(quant.smooth, normed),
+        {"data": good()},
+        {
+            "model": MODEL,
+            "data": Values({**BATCHES.values, "None": None}),
+            "groups": Values({**THINGS, "unknown": {"unknown": ["0"]}, "numbers": {"1": 3}}),
+            "alpha": Values({**NUMBER.values, "None": None, "negative": -0.1, "two": 2.0}),
+            "loss_fn": OPTIONAL_CALLABLE,
+        },
+    ),
     "isa": Call(pared.isa, {}, {}),
     "kernels": Call(pared.kernels, {}, {}),
     "schedules.OneShot": Call(schedules.OneShot, {"sparsity": 0.5}, {"sparsity": SHARE, "at": COUNT}),
@@ -379,12 +440,15 @@ def saved() -> io.BytesIO:
 
 
 def public() -> dict[str, set[str]]:
-    """Every function and class of `pared` and `pared.schedules`, and their methods that take arguments."""
+    """Every function and class of `pared` and these modules, and their methods that take arguments."""
     things = {name: getattr(pared, name) for name in pared.__all__}
-    things |= {f"schedules.{name}": getattr(schedules, name) for name in schedules.__all__}
+    for module in (quant, schedules):
+        prefix = module.__name__.partition(".")[2]
+        things |= {f"{prefix}.{name}": getattr(module, name) for name in module.__all__}
     found = {}
     for name, thing in things.items():
-        if inspect.ismodule(thing) or name in NO_CALLS:
+        made = name.startswith("quant.") and inspect.isclass(thing)  # by functions, for the user to read
+        if inspect.ismodule(thing) or name in NO_CALLS or made:
             continue
         found[name] = parameters(thing)
         for method in vars(thing) if inspect.isclass(thing) else ():
@@ -396,8 +460,8 @@ def public() -> dict[str, set[str]]:
     return found
 
 
-# Raised, not called; and a type's other name.
-NO_CALLS = ("FormatError", "schedules.Schedule")
+# Raised, not called; a type's other name; in the table as pared.quantize.
+NO_CALLS = ("FormatError", "schedules.Schedule", "quant.quantize")
 # Called with what the model takes.
 MADE_OF_TORCH = ("forward", "train")
 

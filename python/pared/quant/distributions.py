@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from pared._errors import check_callable
 from pared._files import replacing
 from pared.pruning import calibration
 from pared.pruning.calibration import LossFn, Observer
@@ -155,6 +156,8 @@ def distributions(
         without a batch.
     """
     bits = check_bits(bits)
+    if loss_fn is not None:
+        check_callable("loss_fn", loss_fn, "(model, batch) -> scalar")
     module = unwrap(model)
     targets, _ = collect(module, include, exclude, 0, 0)
     for target in targets:

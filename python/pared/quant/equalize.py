@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from pared._errors import check_callable
 from pared._inputs import compare
 from pared.pruning import calibration
 from pared.pruning.calibration import _CONVOLUTIONS, LossFn, batches, forward, frozen
+from pared.pruning.reconstruct import check_repeatable
 from pared.pruning.targets import unwrap
 
 __all__ = ["equalize", "smooth"]
@@ -65,6 +67,8 @@ def equalize(model: nn.Module, *, iterations: int = 10) -> list[tuple[str, str]]
     ValueError : there is no such pair.
     """
     module = unwrap(model)
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
+        raise ValueError(f"iterations: expected an int >= 0, got {iterations!r:.60}")
     pairs = _pairs(module)
     if not pairs:
         raise ValueError(
@@ -123,6 +127,9 @@ def smooth(
     module = unwrap(model)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected a number in [0, 1], got {alpha!r}")
+    if loss_fn is not None:
+        check_callable("loss_fn", loss_fn, "(model, batch) -> scalar")
+    check_repeatable(data, "'smooth'")
     names = dict(module.named_modules())
     first = next(iter(batches(data, "'smooth'")))
     found = _readers(module, first, loss_fn) if groups is None else _named(names, groups)
@@ -146,6 +153,9 @@ def smooth(
     finally:
         for handle in handles:
             handle.remove()
+    for name, peak in peaks.items():
+        if not bool(peak.isfinite().all()):
+            raise ValueError(f"data: expected finite activations, got NaN or infinity behind {name!r}")
     done = []
     with frozen(module), torch.no_grad():
         reference = forward(module, first, loss_fn)
@@ -164,6 +174,10 @@ def smooth(
 
 
 def _named(names: Mapping[str, nn.Module], groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    if not isinstance(groups, Mapping) or any(
+        isinstance(r, str) or not isinstance(r, Sequence) for r in groups.values()
+    ):
+        raise TypeError(f"groups: expected the name of a norm -> names of its readers, got {groups!r:.200}")
     for norm, readers in groups.items():
         for name in (norm, *readers):
             if name not in names:

@@ -46,6 +46,10 @@ def quantized(module: nn.Module, parameter: str | None = None) -> QuantizedWeigh
 
     `parameter`: which of its weights, for a layer with several, as nn.MultiheadAttention with `kdim` is.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch module, got {module!r:.60}")
+    if parameter is not None and not (isinstance(parameter, str) and hasattr(module, parameter)):
+        raise ValueError(f"parameter: expected the name of one of the module's own, got {parameter!r}")
     records = _records(module)
     if parameter is not None:
         return records.get(parameter)
@@ -105,6 +109,8 @@ def int8_weight(layer: nn.Linear) -> Int8:
     ------
     ValueError : the layer is not on a symmetric grid of at most 8 bits with one scale a row.
     """
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"layer: expected an nn.Linear, got {layer!r:.60}")
     record = quantized(layer)
     if record is None or record.bits > 8 or not record.symmetric or record.group is not None:
         raise ValueError(
