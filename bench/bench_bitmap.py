@@ -54,10 +54,11 @@ def packed_layer(
     packed: pared.ops.PackedWeight, x: torch.Tensor, bias: torch.Tensor
 ) -> Callable[[int], Callable[[], object]]:
     """The same with a packed weight."""
+    wide = bias.float()  # biases of packed layers are float32
 
     def make(_: int) -> Callable[[], object]:
         mine = copy.deepcopy(packed)
-        return lambda: pared.ops.linear(x, mine, bias)
+        return lambda: pared.ops.linear(x, mine, wide)
 
     return make
 
@@ -72,10 +73,13 @@ def run(
     cold: bool,
     cls: type[pared.ops.PackedWeight],
     others: tuple[type[pared.ops.PackedWeight], ...] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """One row: the layer in format `cls`, beside the dense one and other formats."""
     w, bias, x = pruned(out, inputs, sparsity), torch.randn(out), torch.randn(tokens, inputs)
-    precision = FORMATS[cls.kind].precision
+    w, bias, x = w.to(dtype), bias.to(dtype), x.to(dtype)
+    precision = FORMATS[cls.kind].precision if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+    itemsize = {"float32": 4, "bfloat16": 2}.get(precision, 1)
     weights: dict[str, pared.ops.PackedWeight] = {"pared": cls.from_dense(w)}
     weights |= {f"pared {other.kind}": other.from_dense(w) for other in others}
     calls: dict[str, Callable[[], object]] = {}
@@ -85,7 +89,7 @@ def run(
         *((name, packed_layer(p, x, bias), p.nbytes) for name, p in weights.items()),
     ]:
         calls[name] = rotate(make, nbytes) if cold else make(0)
-        close = 1e-3 if precision == "float32" else 0.1
+        close = {4: 1e-3, 2: 2e-2, 1: 0.1}[itemsize]
         torch.testing.assert_close(calls[name](), expected, rtol=close, atol=close)
     packed = weights["pared"]
     versus(
@@ -96,9 +100,7 @@ def run(
         rivals=("nn.Linear",),
         work=2.0 * tokens * packed.nnz,
         moved=float(packed.nbytes),
-        limit_s=expand_limit(
-            measure(threads), out, inputs, tokens, packed.nbytes, cold, 4 if precision == "float32" else 1
-        ),
+        limit_s=expand_limit(measure(threads), out, inputs, tokens, packed.nbytes, cold, itemsize),
         cold=cold,
         facts={"out": out, "in": inputs, "tokens": tokens, "nnz": packed.nnz, "dtype": precision},
     )
@@ -110,6 +112,16 @@ def run(
 @pytest.mark.parametrize(("out", "inputs"), quick(LARGE, QUICK))
 def test_cold(versus, out: int, inputs: int, tokens: int, sparsity: float, threads: int) -> None:
     run(versus, out, inputs, tokens, sparsity, threads, cold=True, cls=pared.ops.Bitmap)
+
+
+@THREADS
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("tokens", quick(TOKENS, {1}))
+@pytest.mark.parametrize(("out", "inputs"), quick(LARGE, QUICK))
+def test_bfloat16_cold(versus, out: int, inputs: int, tokens: int, sparsity: float, threads: int) -> None:
+    """A model in bfloat16, against torch in bfloat16."""
+    cls, dtype = pared.ops.Bitmap, torch.bfloat16
+    run(versus, out, inputs, tokens, sparsity, threads, cold=True, cls=cls, dtype=dtype)
 
 
 @THREADS

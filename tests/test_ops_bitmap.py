@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_check import check_linear
-from packed_check import HEADER, aligned_copy, checksum, header
+from packed_check import HEADER, aligned_copy, bitmap_bfloat16, checksum, header, to_bfloat16
 
 from pared import _core, nn, ops
 from pared.ops import Bitmap
@@ -84,11 +84,34 @@ def test_any_product(tokens, rows, cols, sparsity, dtype, has_bias, activation, 
     check_linear(y, x, w, bias, activation, str(dtype).removeprefix("torch."))
 
 
-def test_size_is_four_bytes_a_non_zero_and_a_bit_an_element(rng):
+@pytest.mark.parametrize(("dtype", "value"), [("float32", 4), ("float16", 4), ("bfloat16", 2)])
+def test_size_is_the_values_and_a_bit_an_element(rng, dtype, value):
     for sparsity in (0.5, 0.8, 0.9, 0.95):
         for shape in ((768, 768), (3072, 768), (384, 384)):
-            b = Bitmap.from_dense(random_weight(rng, *shape, sparsity))
-            assert b.nbytes <= 4 * b.nnz + shape[0] * shape[1] / 8 + shape[0] + 1024
+            w = torch.from_numpy(random_weight(rng, *shape, sparsity)).to(getattr(torch, dtype))
+            b = Bitmap.from_dense(w)
+            assert b.nbytes <= value * b.nnz + shape[0] * shape[1] / 8 + shape[0] + 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [Bitmap, ops.BitmapCSR])
+def test_weights_of_16_bits_give_the_bits_of_float32(isa, rng, dtype, kind):
+    for tokens in (1, 2, 5, 16, 19):
+        for rows, cols in ((16, 512), (37, 515), (530, 130), (3, 1)):
+            w = torch.from_numpy(random_weight(rng, rows, cols, 0.7)).to(dtype)
+            w[0, 0], w[-1, -1] = torch.finfo(dtype).tiny, -torch.finfo(dtype).max
+            x = torch.from_numpy(rng.standard_normal((tokens, cols)).astype(np.float32)).to(dtype)
+            narrow, wide = kind.from_dense(w), kind.from_dense(w.float())
+            assert narrow.dtype == str(dtype).removeprefix("torch.")
+            assert torch.equal(ops.linear(x, narrow), ops.linear(x, wide))
+
+
+def test_packed_bfloat16_is_what_a_second_implementation_writes(rng):
+    for rows, cols in ((0, 5), (1, 1), (16, 8), (37, 515), (530, 1030), (513, 256)):
+        w = to_bfloat16(random_weight(rng, rows, cols, 0.6))
+        wide = Bitmap.from_dense(w).packed
+        packed = Bitmap.from_dense(torch.from_numpy(w).bfloat16()).packed
+        assert np.array_equal(packed, bitmap_bfloat16(w, wide))
 
 
 def test_same_weight_same_bytes(rng):

@@ -43,8 +43,8 @@ BitmapPlan plan_bitmap(const DenseView& w) {
   PackedHeader& h = plan.header;
   h = new_header(PackedKind::bitmap, w.dtype, w.rows, w.cols);
   h.entry_rows = kBitmapLanes;
-  h.block_k = kBitmapBlock;
-  const BitmapShape s{w.rows, w.cols, 1, kBitmapBlock};
+  h.block_k = kBitmapBlock / bitmap_depth(w.dtype);
+  const BitmapShape s = bitmap_shape(h);
   plan.masks.assign(mask_bytes(s), 0);
   plan.starts.assign(s.groups() * s.blocks() + 1, 0);
   std::atomic<int64_t> bad_row{-1};
@@ -79,27 +79,30 @@ BitmapPlan plan_bitmap(const DenseView& w) {
   h.starts_at = round_up(sizeof(PackedHeader), kCacheLine);
   h.counts_at = round_up(h.starts_at + plan.starts.size() * sizeof(uint32_t), kCacheLine);
   h.values_at = round_up(h.counts_at + plan.masks.size(), kCacheLine);
-  h.bytes = round_up(h.values_at + h.nnz * sizeof(float) + kBitmapSlack, kCacheLine);
+  h.bytes = round_up(h.values_at + h.nnz * dtype_size(bitmap_values(h.dtype)) + kBitmapSlack, kCacheLine);
   return plan;
 }
 
 void pack_bitmap(const DenseView& w, const BitmapPlan& plan, uint8_t* out) {
   const PackedHeader& h = plan.header;
-  const BitmapShape s{w.rows, w.cols, 1, h.block_k};
+  const BitmapShape s = bitmap_shape(h);
   std::memset(out, 0, h.values_at);
   std::copy(plan.starts.begin(), plan.starts.end(), reinterpret_cast<uint32_t*>(out + h.starts_at));
   std::copy(plan.masks.begin(), plan.masks.end(), out + h.counts_at);
-  float* values = reinterpret_cast<float*>(out + h.values_at);
+  uint8_t* const values = out + h.values_at;
+  const DType stored = bitmap_values(h.dtype);
+  const int64_t element = dtype_size(stored);
   // Slack and padding are part of the checksum.
-  std::memset(values + h.nnz, 0, h.bytes - (h.values_at + h.nnz * sizeof(float)));
+  std::memset(values + h.nnz * element, 0, h.bytes - (h.values_at + h.nnz * element));
   parallel_for(0, s.groups(), kGroupsPerTask, [&](int64_t g0, int64_t g1) {
     for (int64_t g = g0; g < g1; ++g)
       for (int64_t b = 0; b < s.blocks(); ++b) {
-        float* to = values + plan.starts[s.cell(g, b)];
+        int64_t to = plan.starts[s.cell(g, b)];
         for_cell(s, g, b, [&](int64_t vector, int64_t at) {
           const uint8_t* mask = &plan.masks[at * 2 * s.depth];
           for_vector(s, g, vector, [&](int64_t r, int64_t c, int i) {
-            if (bit(mask, i)) *to++ = value_at(w.data, r * w.row_stride + c * w.col_stride, w.dtype);
+            const int64_t from = r * w.row_stride + c * w.col_stride;
+            if (bit(mask, i)) store_value(values, to++, stored, value_at(w.data, from, w.dtype));
           });
         });
       }
@@ -113,7 +116,8 @@ BitmapPacked view_bitmap(const uint8_t* data, int64_t bytes) {
               static_cast<int>(h.kind));
   const bool linear = h.channels == 0 && h.kh == 0 && h.kw == 0 && h.groups == 0;
   PARED_CHECK(linear && h.nnz >= 0 && h.nnz < kBitmapMaxNonZeros && h.entries == h.nnz &&
-                  h.entry_rows == kBitmapLanes && h.block_k == kBitmapBlock && h.tile == 0,
+                  h.entry_rows == kBitmapLanes && h.block_k * bitmap_depth(h.dtype) == kBitmapBlock &&
+                  h.tile == 0,
               "packed weight: expected a valid header, got a corrupt one");
   BitmapPacked w;
   w.header = &h;
@@ -123,10 +127,10 @@ BitmapPacked view_bitmap(const uint8_t* data, int64_t bytes) {
               "packed weight: expected a buffer of the size of its matrix, got a corrupt header");
   check_section(h, h.starts_at, (s.groups() * s.blocks() + 1) * sizeof(uint32_t));
   check_section(h, h.counts_at, mask_bytes(s));
-  check_section(h, h.values_at, h.nnz * sizeof(float) + kBitmapSlack);
+  check_section(h, h.values_at, h.nnz * dtype_size(bitmap_values(h.dtype)) + kBitmapSlack);
   w.starts = reinterpret_cast<const uint32_t*>(data + h.starts_at);
   w.masks = data + h.counts_at;
-  w.values = reinterpret_cast<const float*>(data + h.values_at);
+  w.values = data + h.values_at;
   return w;
 }
 
@@ -148,7 +152,7 @@ void validate_bitmap(const BitmapPacked& w) {
             if (!bit(mask, i)) return;
             --outside;
             PARED_CHECK(at < h.nnz, "packed weight: row ", r, ": the masks exceed ", h.nnz, " non-zeros");
-            const float v = w.values[at++];
+            const float v = value_at(w.values, at++, bitmap_values(h.dtype));
             PARED_CHECK(is_stored(v) && std::isfinite(v), "packed weight: row ", r, ": invalid value ", v);
           });
           PARED_CHECK(outside == 0, "packed weight: row group ", g,
@@ -165,14 +169,12 @@ void unpack_bitmap_dense(const BitmapPacked& w, DType dtype, void* out) {
   parallel_for(0, s.groups(), kGroupsPerTask, [&](int64_t g0, int64_t g1) {
     for (int64_t g = g0; g < g1; ++g)
       for (int64_t b = 0; b < s.blocks(); ++b) {
-        const float* from = w.values + w.starts[s.cell(g, b)];
+        int64_t from = w.starts[s.cell(g, b)];
         for_cell(s, g, b, [&](int64_t vector, int64_t at) {
           const uint8_t* mask = w.masks + at * 2 * s.depth;
           for_vector(s, g, vector, [&](int64_t r, int64_t c, int i) {
-            const float v = bit(mask, i) ? *from++ : 0.0f;
-            const int64_t to = r * s.cols + c;
-            if (dtype == DType::f32) static_cast<float*>(out)[to] = v;
-            else static_cast<uint16_t*>(out)[to] = dtype == DType::bf16 ? float_to_bf16(v) : float_to_f16(v);
+            const float v = bit(mask, i) ? value_at(w.values, from++, bitmap_values(w.header->dtype)) : 0.0f;
+            store_value(out, r * s.cols + c, dtype, v);
           });
         });
       }

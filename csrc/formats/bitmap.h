@@ -12,7 +12,9 @@
 //   starts[cell]: first value of the cell, in the order above; the last entry is nnz;
 //   the vectors of a row of cells are rounded up to a multiple of 4; bits outside the matrix are clear;
 //   no zero, denormal, infinity or NaN among the values; kBitmapSlack readable bytes behind them.
-// Size: 4 bytes a non-zero and one bit an element.
+// Float32 and float16 weights are stored as float32 in vectors of depth 1, bfloat16 ones as they are in
+// vectors of depth 2: pairs of inputs, which become two registers of float32 by a shift and a mask.
+// Size: 4 bytes a non-zero, 2 of bfloat16, and one bit an element.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +28,7 @@ namespace pared {
 
 inline constexpr int kBitmapLanes = 16;      // outputs of a vector
 inline constexpr int kBitmapPass = 32;       // groups whose sums stay in L2 while their K blocks go by
-inline constexpr int kBitmapBlock = 512;     // vectors of a K block: 16 tokens of it are 32 KB
+inline constexpr int kBitmapBlock = 512;     // inputs of a K block: 16 tokens of it are 32 KB
 inline constexpr int64_t kBitmapSlack = 64;  // a kernel loads whole vectors of values
 inline constexpr int64_t kBitmapMaxNonZeros = int64_t{1} << 32;  // starts are 32 bits
 
@@ -55,11 +57,19 @@ struct BitmapShape {
 struct BitmapPacked {
   const PackedHeader* header;
   const uint32_t* starts;
-  const uint8_t* masks;  // 2 * depth bytes a vector
-  const float* values;
+  const uint8_t* masks;   // 2 * depth bytes a vector
+  const uint8_t* values;  // of type bitmap_values(header->dtype)
 
-  BitmapShape shape() const { return {header->rows, header->cols, 1, header->block_k}; }
+  BitmapShape shape() const;
 };
+
+// How the values of a weight of that type are stored.
+inline DType bitmap_values(DType weight) { return weight == DType::bf16 ? DType::bf16 : DType::f32; }
+inline int bitmap_depth(DType weight) { return weight == DType::bf16 ? 2 : 1; }
+inline BitmapShape bitmap_shape(const PackedHeader& h) {
+  return {h.rows, h.cols, bitmap_depth(h.dtype), h.block_k};
+}
+inline BitmapShape BitmapPacked::shape() const { return bitmap_shape(*header); }
 
 // Two steps, so that the caller owns the memory: plan (counts, checks, layout), then write.
 struct BitmapPlan {

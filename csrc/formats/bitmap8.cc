@@ -8,7 +8,7 @@
 #include "core/aligned.h"
 #include "core/check.h"
 #include "core/parallel.h"
-#include "kernels/generic/half.h"
+#include "formats/values.h"
 
 namespace pared {
 namespace {
@@ -230,8 +230,7 @@ void unpack_bitmap8_dense(const Bitmap8Packed& w, DType dtype, void* out) {
     for_elements(w, s, cell, g, b, [&](int64_t row, int64_t column, int8_t q) {
       const float v = static_cast<float>(q) * w.scales[row];
       const int64_t i = row * h.cols + column;
-      if (dtype == DType::f32) static_cast<float*>(out)[i] = v;
-      else static_cast<uint16_t*>(out)[i] = dtype == DType::bf16 ? float_to_bf16(v) : float_to_f16(v);
+      store_value(out, i, dtype, v);
     });
   });
 }

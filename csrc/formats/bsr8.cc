@@ -277,11 +277,7 @@ void unpack_bsr8_dense(const Bsr8Packed& w, DType dtype, void* out) {
   for_each_byte(w, [&](int64_t row, int64_t c, int8_t q) {
     const float v = static_cast<float>(q) * w.scales[row];
     const int64_t i = row * cols + c;
-    if (dtype == DType::f32) {
-      static_cast<float*>(out)[i] = v;
-    } else {
-      static_cast<uint16_t*>(out)[i] = dtype == DType::bf16 ? float_to_bf16(v) : float_to_f16(v);
-    }
+    store_value(out, i, dtype, v);
   });
 }
 

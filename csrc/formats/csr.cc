@@ -229,11 +229,7 @@ void unpack_csr_dense(const CsrPacked& w, DType dtype, void* out) {
   std::fill_n(static_cast<uint8_t*>(out), w.header->rows * cols * dtype_size(dtype), uint8_t{0});
   panel_layout::for_each_value(w, [&](int64_t r, int64_t c, float v) {
     const int64_t i = r * cols + c % cols;
-    if (dtype == DType::f32) {
-      static_cast<float*>(out)[i] = v;
-    } else {
-      static_cast<uint16_t*>(out)[i] = dtype == DType::bf16 ? float_to_bf16(v) : float_to_f16(v);
-    }
+    store_value(out, i, dtype, v);
   });
 }
 

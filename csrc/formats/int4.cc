@@ -9,20 +9,12 @@
 #include "core/aligned.h"
 #include "core/check.h"
 #include "core/parallel.h"
-#include "kernels/generic/half.h"
+#include "formats/values.h"
 
 namespace pared {
 namespace {
 
 constexpr int64_t kPerVector = 2 * kInt8Unit;
-
-float value_at(const void* data, int64_t i, DType t) {
-  switch (t) {
-    case DType::f32: return static_cast<const float*>(data)[i];
-    case DType::bf16: return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
-    default: return f16_to_float(static_cast<const uint16_t*>(data)[i]);
-  }
-}
 
 // Byte and shift of q[n][k] within its panel.
 struct Place {
@@ -186,8 +178,7 @@ void unpack_int4_dense(const Int4Packed& w, DType dtype, void* out) {
     for (int64_t k = 0; k < h.cols; ++k) {
       const float v = static_cast<float>(nibble(w, n, k)) * scale_at(w, n, k / w.group);
       const int64_t i = n * h.cols + k;
-      if (dtype == DType::f32) static_cast<float*>(out)[i] = v;
-      else static_cast<uint16_t*>(out)[i] = dtype == DType::bf16 ? float_to_bf16(v) : float_to_f16(v);
+      store_value(out, i, dtype, v);
     }
 }
 

@@ -232,8 +232,7 @@ void unpack_int8_dense(const Int8Packed& w, DType dtype, void* out) {
   for_each_element(w, [&](int64_t row, int64_t k, int8_t q, float scale) {
     const float v = static_cast<float>(q) * scale;
     const int64_t i = row * cols + k;
-    if (dtype == DType::f32) static_cast<float*>(out)[i] = v;
-    else static_cast<uint16_t*>(out)[i] = dtype == DType::bf16 ? float_to_bf16(v) : float_to_f16(v);
+    store_value(out, i, dtype, v);
   });
 }
 

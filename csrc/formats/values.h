@@ -19,6 +19,12 @@ inline float value_at(const void* data, int64_t i, DType t) {
   }
 }
 
+// The same, written: rounded to nearest even.
+inline void store_value(void* data, int64_t i, DType t, float v) {
+  if (t == DType::f32) static_cast<float*>(data)[i] = v;
+  else static_cast<uint16_t*>(data)[i] = t == DType::bf16 ? float_to_bf16(v) : float_to_f16(v);
+}
+
 // Zeros and denormals are not stored: a denormal operand slows a multiply-add a hundredfold on some
 // processors and moves no result by more than 1e-38 of an input.
 inline bool is_stored(float v) { return std::fabs(v) >= FLT_MIN; }

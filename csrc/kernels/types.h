@@ -126,12 +126,13 @@ struct panel_store {
 inline constexpr int kBitmapMaxTokens = 16;
 // Floats between the tokens of `x`: a K block, and a line more so that tokens do not share cache sets.
 inline constexpr int kBitmapStride = 512 + 16;
+template <class Mask, class Value>
 struct BitmapArgs {
-  const uint16_t* masks;  // [groups][vectors]
-  const float* values;    // the non-zeros of all of them
-  const float* end;       // of the non-zeros in the buffer, and 64 readable bytes
-  const float* x;         // [tokens][kBitmapStride], zero up to `vectors`
-  float* acc;             // [groups][tokens][16], 64-byte aligned
+  const Mask* masks;    // [groups][vectors]
+  const Value* values;  // the non-zeros of all of them
+  const Value* end;     // of the non-zeros in the buffer, and 64 readable bytes
+  const float* x;       // [tokens][kBitmapStride], zero up to the inputs of `vectors`
+  float* acc;           // [groups][tokens][16], 64-byte aligned
   int32_t groups;
   int32_t vectors;  // of a group; a multiple of 4
   bool accumulate;  // false: acc is written, not read
@@ -139,9 +140,17 @@ struct BitmapArgs {
 struct bitmap_f32 {
   // One function for each number of tokens, 1..kBitmapMaxTokens, at index tokens - 1. False, as of the other
   // kernels that read masks: the masks ask for more than there is up to `end`, and nothing beyond was read.
-  using Fn = bool(const BitmapArgs&);
+  using Fn = bool(const BitmapArgs<uint16_t, float>&);
   using Table = Fn* const[kBitmapMaxTokens];
   static constexpr const char* doc = "masked weights, expanded in registers, times few tokens, float32";
+};
+
+// The same with bfloat16 non-zeros, whose vectors hold 16 outputs at two inputs: an expansion serves twice as
+// many multiply-adds. The results are bitmap_f32's, bit for bit.
+struct bitmap_bf16 {
+  using Fn = bool(const BitmapArgs<uint32_t, uint16_t>&);
+  using Table = Fn* const[kBitmapMaxTokens];
+  static constexpr const char* doc = "masked bfloat16 weights, expanded in registers, times few tokens";
 };
 
 // Masked bytes (formats/bitmap8.h) of consecutive groups of one K block to the layout of the dense int8

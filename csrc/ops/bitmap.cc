@@ -13,20 +13,20 @@ static_assert(kBitmapBlock < kBitmapStride, "a K block and a line of padding");
 // Expansions that take as long as waking a second thread (10 us), twice over.
 constexpr int64_t kMinVectorsPerThread = 1 << 15;
 
-}  // namespace
-
-void linear_bitmap(const LinearArgs& a, const BitmapPacked& w) {
+// `multiply`: the kernels for 1 to kBitmapMaxTokens tokens.
+template <class Mask, class Value>
+void linear(const LinearArgs& a, const BitmapPacked& w,
+            bool (*const* multiply)(const BitmapArgs<Mask, Value>&)) {
   const BitmapShape s = w.shape();
-  if (a.tokens == 0 || s.rows == 0) return;
   const Isa isa = active_isa();
-  const auto multiply = kernel_for<bitmap_f32>(isa).fn;
+  const auto* values = reinterpret_cast<const Value*>(w.values);
   const auto widen = kernel_for<rows_widen>(isa).fn;
   const auto store = kernel_for<rows_store>(isa).fn;
-  const auto* masks = reinterpret_cast<const uint16_t*>(w.masks);
+  const auto* masks = reinterpret_cast<const Mask*>(w.masks);
   const int64_t element = dtype_size(a.dtype), groups = s.groups();
   const int64_t batches = (a.tokens + kBitmapMaxTokens - 1) / kBitmapMaxTokens;
   // An expansion is worth about four multiply-adds.
-  const int64_t work = groups * s.vectors() * (4 * batches + a.tokens) / 5;
+  const int64_t work = groups * s.vectors() * (4 * batches + s.depth * a.tokens) / 5;
   const int64_t parts = std::min(
       {groups, static_cast<int64_t>(num_threads()), std::max<int64_t>(1, work / kMinVectorsPerThread)});
 
@@ -43,13 +43,13 @@ void linear_bitmap(const LinearArgs& a, const BitmapPacked& w) {
         const auto tokens = static_cast<int32_t>(a.tokens * (i + 1) / batches - first);
         // A weight without inputs has no block; one call with no vectors clears the sums.
         for (int64_t b = 0; b < std::max<int64_t>(s.blocks(), 1); ++b) {
-          const int64_t k = b * s.block_k;
-          const auto vectors = static_cast<int32_t>(s.vectors_in(b));
+          const int64_t k = b * s.block_k * s.depth;
+          const auto vectors = static_cast<int32_t>(s.vectors_in(b)), inputs = vectors * s.depth;
           widen({static_cast<const char*>(a.x) + (first * a.x_stride + k) * element, a.x_stride, a.dtype,
-                 tokens, static_cast<int32_t>(std::min<int64_t>(vectors, s.cols - k)), vectors, x,
+                 tokens, static_cast<int32_t>(std::min<int64_t>(inputs, s.cols - k)), inputs, x,
                  kBitmapStride});
-          check_inside(multiply[tokens - 1]({masks + s.first_vector(g, b), w.values + w.starts[s.cell(g, b)],
-                                             w.values + w.header->nnz, x, acc, static_cast<int32_t>(end - g),
+          check_inside(multiply[tokens - 1]({masks + s.first_vector(g, b), values + w.starts[s.cell(g, b)],
+                                             values + w.header->nnz, x, acc, static_cast<int32_t>(end - g),
                                              vectors, b > 0}));
         }
         const int64_t row = g * kBitmapLanes;
@@ -60,6 +60,16 @@ void linear_bitmap(const LinearArgs& a, const BitmapPacked& w) {
       g = end;
     }
   });
+}
+
+}  // namespace
+
+void linear_bitmap(const LinearArgs& a, const BitmapPacked& w) {
+  if (a.tokens == 0 || w.header->rows == 0) return;
+  const Isa isa = active_isa();
+  if (bitmap_values(w.header->dtype) == DType::bf16)
+    linear<uint32_t, uint16_t>(a, w, kernel_for<bitmap_bf16>(isa).fn);
+  else linear<uint16_t, float>(a, w, kernel_for<bitmap_f32>(isa).fn);
 }
 
 void linear_pair(const LinearArgs& a, const PairPacked& w) {

@@ -66,7 +66,7 @@ def expand_limit(
     its multiply-adds with it, zeros included.
     """
     vectors = out * inputs * itemsize / 64
-    products = 2.0 * out * inputs * tokens / (c.fma if itemsize == 4 else c.dot8)
+    products = 2.0 * out * inputs * tokens / (c.dot8 if itemsize == 1 else c.fma)
     return max(read_limit(c, nbytes, cold), vectors / c.expand, products)
 
 

@@ -42,6 +42,7 @@ def facts_of(weight: Tensor, groups: int = 1) -> Facts:
         n_word_quads,
         taps,
         w.shape[2] if convolution else 0,
+        2 if w.dtype == torch.bfloat16 else 4,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from linear_check import check_linear
-from packed_check import aligned_copy, header
+from packed_check import aligned_copy, bitmap_bfloat16, header, to_bfloat16
 
 from pared import _core, ops
 
@@ -37,6 +37,36 @@ def test_reduction_lengths_and_sparsities(isa, rng):
             w = random_weight(rng, int(rng.choice(ROWS)), cols, sparsity)
             x = rng.standard_normal((int(rng.choice(TOKENS)), cols)).astype(np.float32)
             check_linear(ops.linear(x, ops.Bitmap.from_dense(w)), x, w)
+
+
+def bfloat16(w: np.ndarray) -> ops.Bitmap:
+    return ops.Bitmap(bitmap_bfloat16(w, ops.Bitmap.from_dense(w).packed))
+
+
+def test_bfloat16_weights_give_the_bits_of_float32(isa, rng):
+    """Stored as they are, in pairs of inputs, and widened in registers: the same products and sums."""
+    for tokens in TOKENS:
+        cols, sparsity = int(rng.choice(COLS)), float(rng.choice(SPARSITIES))
+        w = random_weight(rng, int(rng.choice([*ROWS, 513])), cols, sparsity)
+        w = to_bfloat16(w * np.exp2(rng.integers(-100, 50, w.shape)).astype(np.float32))
+        x = rng.standard_normal((tokens, cols)).astype(np.float32)
+        narrow = bfloat16(w)
+        narrow.validate()
+        assert np.array_equal(ops.linear(x, narrow), ops.linear(x, ops.Bitmap.from_dense(w)))
+        check_linear(ops.linear(x, narrow), x, w)
+
+
+def test_every_mask_of_bfloat16(isa, rng):
+    """All 65536 patterns of each half of a vector, with values of their own."""
+    for other in (0, 0xFFFF, 0x5A3C):
+        masks = rng.permutation(1 << 16)
+        both = np.stack([masks | other << 16, masks << 16 | other]).reshape(-1)
+        bits = (both[:, None] >> np.arange(32)) & 1
+        values = (np.arange(1, 33) * bits).astype(np.float32)
+        for block in np.split(values.reshape(-1, 16, 2), 64):
+            w = np.ascontiguousarray(block.transpose(1, 0, 2).reshape(16, -1))
+            x = rng.integers(-8, 9, (2, w.shape[1])).astype(np.float32)
+            assert np.array_equal(ops.linear(x, bfloat16(w)), x @ w.T)
 
 
 @pytest.mark.parametrize("rows", [511, 512, 513, 1040])

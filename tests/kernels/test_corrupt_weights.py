@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from packed_check import HEADER, aligned_copy, header
+from packed_check import HEADER, aligned_copy, bitmap_bfloat16, header, to_bfloat16
 
 from pared import _core, ops
 from pared.ops._formats import FORMATS as ALL
@@ -230,6 +230,9 @@ def weights(rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
             w = rng.standard_normal(shape).astype(np.float32)
             w[rng.random(shape) > 0.2] = 0
             out.append((f"{name}-{len(shape)}d", np.asarray(format.weight.from_dense(w).packed)))
+            if name == "bitmap":
+                w = to_bfloat16(w)
+                out.append(("bitmap-bfloat16", bitmap_bfloat16(w, format.weight.from_dense(w).packed)))
     return out
 
 

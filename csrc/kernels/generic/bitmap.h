@@ -1,12 +1,14 @@
 // Few tokens against masked weights. A vector's non-zeros are loaded from where the popcounts of the masks
 // before it lead to, expanded to their lanes, and multiplied with each token's activation, which is broadcast
 // from memory. E is one level's expansion (Avx512Expand, ...); it looks at the low 16 bits of its mask.
+// 16-bit values become float32 before they are expanded.
 //
 // The limit on Zen 5, one token: moving a mask to its register and expanding take the same port, two cycles a
 // vector; 1.95 were measured in L1. Loading the mask register from memory, shifting four masks apart there,
 // or making it with vptestmd takes 2.0 to 3.8.
 #pragma once
 
+#include "kernels/generic/half.h"
 #include "kernels/generic/simd.h"
 #include "kernels/types.h"
 
@@ -50,11 +52,27 @@ PARED_INLINE bool inside(const Mask* masks, int64_t vectors, const Value* values
   return sum <= room;
 }
 
+// A pair of bfloat16 in each 32-bit lane is two float32, one shifted up, the other with the rest masked off.
+constexpr int kSecondOfPair = static_cast<int>(0xffff0000u);
+
 struct ScalarExpand {
   using S = ScalarF32;
-  static constexpr int kTokens = 4;  // of one pass over a group: what the registers hold
+  using Mask = uint16_t;
+  using Value = float;
+  static constexpr int depth = 1;
+  static constexpr int tokens = 4;  // of one pass over a group: what the registers hold
   static PARED_INLINE void expand(unsigned mask, const float* values, float out[16]) {
     for (int i = 0; i < 16; ++i) out[i] = mask >> i & 1 ? *values++ : 0.0f;
+  }
+};
+
+struct ScalarExpandPairs : ScalarExpand {
+  using Mask = uint32_t;
+  using Value = uint16_t;
+  static constexpr int depth = 2;
+  static PARED_INLINE void expand(uint32_t mask, const uint16_t* values, float out[32]) {
+    for (int i = 0; i < 16; ++i)
+      for (int d = 0; d < 2; ++d) out[16 * d + i] = mask >> (2 * i + d) & 1 ? bf16_to_float(*values++) : 0.0f;
   }
 };
 
@@ -72,7 +90,10 @@ alignas(64) constexpr ExpandTable kExpandTable;
 
 struct Avx2Expand {
   using S = Avx2F32;
-  static constexpr int kTokens = 6;
+  using Mask = uint16_t;
+  using Value = float;
+  static constexpr int depth = 1;
+  static constexpr int tokens = 6;
   static PARED_INLINE __m256 half(unsigned mask, const float* values) {
     const __m256i place = _mm256_cvtepi8_epi32(
         _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpandTable.place[mask & 0xff])));
@@ -84,12 +105,50 @@ struct Avx2Expand {
     out[1] = half(mask >> 8, values + __builtin_popcount(mask & 0xff));
   }
 };
+
+// For each 8-bit mask and byte of eight words: the byte's place, or the sign bit, which clears it.
+struct ExpandWordsTable {
+  uint8_t place[256][16];
+  constexpr ExpandWordsTable() : place() {
+    for (int mask = 0; mask < 256; ++mask)
+      for (int i = 0, n = 0; i < 8; ++i) {
+        const bool set = mask >> i & 1;
+        place[mask][2 * i] = set ? static_cast<uint8_t>(2 * n) : static_cast<uint8_t>(0x80);
+        place[mask][2 * i + 1] = set ? static_cast<uint8_t>(2 * n++ + 1) : static_cast<uint8_t>(0x80);
+      }
+  }
+};
+alignas(64) constexpr ExpandWordsTable kExpandWordsTable;
+
+struct Avx2ExpandPairs : Avx2Expand {
+  using Mask = uint32_t;
+  using Value = uint16_t;
+  static constexpr int depth = 2;
+  static PARED_INLINE __m128i eight(unsigned mask, const uint16_t* values) {
+    return _mm_shuffle_epi8(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(values)),
+        _mm_load_si128(reinterpret_cast<const __m128i*>(kExpandWordsTable.place[mask & 0xff])));
+  }
+  static PARED_INLINE void expand(uint32_t mask, const uint16_t* values, __m256 out[4]) {
+    const uint16_t* at[4];
+    for (int i = 0; i < 4; ++i) at[i] = values + __builtin_popcount(mask & ((1u << (8 * i)) - 1));
+    for (int n = 0; n < 2; ++n) {
+      const __m256i pairs =
+          _mm256_set_m128i(eight(mask >> (16 * n + 8), at[2 * n + 1]), eight(mask >> (16 * n), at[2 * n]));
+      out[n] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+      out[2 + n] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(kSecondOfPair)));
+    }
+  }
+};
 #endif
 
 #if defined(__AVX512F__)
 struct Avx512Expand {
   using S = Avx512F32;
-  static constexpr int kTokens = 16;
+  using Mask = uint16_t;
+  using Value = float;
+  static constexpr int depth = 1;
+  static constexpr int tokens = 16;
   static PARED_INLINE void expand(unsigned mask, const float* values, __m512 out[1]) {
     // Zen 5 lets an expansion wait for the old content of its destination even when it zeroes: five cycles
     // each for one. A fresh zero that the compiler cannot see through keeps them apart.
@@ -99,7 +158,64 @@ struct Avx512Expand {
     out[0] = _mm512_mask_expandloadu_ps(zero, static_cast<__mmask16>(mask), values);
   }
 };
+
+struct Avx512ExpandPairs : Avx512Expand {
+  using Mask = uint32_t;
+  using Value = uint16_t;
+  static constexpr int depth = 2;
+#if defined(__AVX512VBMI2__)
+  static PARED_INLINE void expand(uint32_t mask, const uint16_t* values, __m512 out[2]) {
+    __m512i zero = _mm512_setzero_si512();
+    __asm__("" : "+v"(zero), "+r"(mask));
+    const __m512i pairs = _mm512_mask_expand_epi16(zero, _cvtu32_mask32(mask), _mm512_loadu_si512(values));
+    out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    out[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(kSecondOfPair)));
+  }
+#else
+  // Eight outputs at two inputs.
+  static PARED_INLINE __m512i half(uint32_t mask, const uint16_t* values) {
+    __m512i zero = _mm512_setzero_si512();
+    __asm__("" : "+v"(zero), "+r"(mask));
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+    return _mm512_mask_expand_epi32(zero, static_cast<__mmask16>(mask), _mm512_cvtepu16_epi32(words));
+  }
+  static PARED_INLINE void expand(uint32_t mask, const uint16_t* values, __m512 out[2]) {
+    const __m512i lo = half(mask, values), hi = half(mask >> 16, values + __builtin_popcount(mask & 0xffff));
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+    out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_permutex2var_epi32(lo, even, hi), 16));
+    out[1] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_permutex2var_epi32(lo, odd, hi), 16));
+  }
 #endif
+};
+#endif
+
+// The masks of four vectors, and where their values begin: popcounts of all the masks before, not a sum of
+// single ones, so that there is no chain within a step. Returns where the next vector's begin.
+template <class Value>
+PARED_INLINE const Value* four_vectors(const uint16_t* masks, const Value* values, unsigned mask[4],
+                                       const Value* from[4]) {
+  uint64_t four;
+  __builtin_memcpy(&four, masks, 8);
+  for (int i = 0; i < 4; ++i) {
+    mask[i] = static_cast<unsigned>(four >> (16 * i));
+    from[i] = i == 0 ? values : values + __builtin_popcountll(four << (64 - 16 * i));
+  }
+  return values + __builtin_popcountll(four);
+}
+template <class Value>
+PARED_INLINE const Value* four_vectors(const uint32_t* masks, const Value* values, unsigned mask[4],
+                                       const Value* from[4]) {
+  uint64_t two[2];
+  __builtin_memcpy(two, masks, 16);
+  const Value* const middle = values + __builtin_popcountll(two[0]);
+  for (int i = 0; i < 4; ++i) mask[i] = static_cast<unsigned>(two[i / 2] >> (32 * (i % 2)));
+  from[0] = values;
+  from[1] = values + __builtin_popcount(mask[0]);
+  from[2] = middle;
+  from[3] = middle + __builtin_popcount(mask[2]);
+  return middle + __builtin_popcountll(two[1]);
+}
 
 // Sums that run beside each other for each token: what the latency of a multiply-add needs while an
 // expansion, not the multiply-adds, sets the pace.
@@ -109,8 +225,8 @@ constexpr int partial_sums(int tokens, int vectors) {
 
 // TOKENS tokens of one group, the values behind `values`; returns the values behind the group, or null where
 // the masks lead beyond `end`.
-template <class E, int TOKENS>
-PARED_INLINE const float* bitmap_group(const uint16_t* masks, const float* values, const float* last,
+template <class E, int TOKENS, class Mask = typename E::Mask, class Value = typename E::Value>
+PARED_INLINE const Value* bitmap_group(const Mask* masks, const Value* values, const Value* last,
                                        const float* x, float* acc, int vectors, bool accumulate) {
   using S = typename E::S;
   constexpr int N = kBitmapVector / S::width;
@@ -124,22 +240,25 @@ PARED_INLINE const float* bitmap_group(const uint16_t* masks, const float* value
     const int stop = v + kVectorsPerCheck < vectors ? v + kVectorsPerCheck : vectors;
     if (!inside(masks + v, stop - v, values, last)) return nullptr;
     for (; v < stop; v += 4) {
-      uint64_t four;
-      __builtin_memcpy(&four, masks + v, 8);
+      unsigned mask[4];
+      const Value* from[4];
+      const Value* const next = four_vectors(masks + v, values, mask, from);
       fetch_ahead(masks + v, values);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        // Popcounts of all the masks before, not a sum of single ones: no chain within the step.
-        const float* from = i == 0 ? values : values + __builtin_popcountll(four << (64 - 16 * i));
-        typename S::V w[N];
-        E::expand(static_cast<unsigned>(four >> (16 * i)), from, w);
+        typename S::V w[E::depth][N];
+        E::expand(mask[i], from[i], w[0]);
+#pragma GCC unroll 2
+        for (int d = 0; d < E::depth; ++d) {
+          const int k = E::depth * i + d;
 #pragma GCC unroll 16
-        for (int t = 0; t < TOKENS; ++t) {
-          const auto a = S::set1(x[t * kBitmapStride + v + i]);
-          for (int n = 0; n < N; ++n) sum[i % P][t][n] = S::fma(w[n], a, sum[i % P][t][n]);
+          for (int t = 0; t < TOKENS; ++t) {
+            const auto a = S::set1(x[t * kBitmapStride + E::depth * v + k]);
+            for (int n = 0; n < N; ++n) sum[k % P][t][n] = S::fma(w[d][n], a, sum[k % P][t][n]);
+          }
         }
       }
-      values += __builtin_popcountll(four);
+      values = next;
     }
   }
   for (int t = 0; t < TOKENS; ++t)
@@ -153,12 +272,12 @@ PARED_INLINE const float* bitmap_group(const uint16_t* masks, const float* value
 }
 
 // Tokens [FIRST, TOKENS) of a group, as many at a time as the registers hold, in shares of equal size.
-template <class E, int TOKENS, int FIRST = 0>
-PARED_INLINE const float* bitmap_shares(const uint16_t* masks, const float* values, const float* last,
+template <class E, int TOKENS, int FIRST = 0, class Mask = typename E::Mask, class Value = typename E::Value>
+PARED_INLINE const Value* bitmap_shares(const Mask* masks, const Value* values, const Value* last,
                                         const float* x, float* acc, int vectors, bool accumulate) {
-  constexpr int kLeft = TOKENS - FIRST, kShares = (kLeft + E::kTokens - 1) / E::kTokens;
+  constexpr int kLeft = TOKENS - FIRST, kShares = (kLeft + E::tokens - 1) / E::tokens;
   constexpr int kShare = (kLeft + kShares - 1) / kShares;
-  const float* end = bitmap_group<E, kShare>(masks, values, last, x + FIRST * kBitmapStride,
+  const Value* end = bitmap_group<E, kShare>(masks, values, last, x + FIRST * kBitmapStride,
                                              acc + FIRST * kBitmapVector, vectors, accumulate);
   if constexpr (kShares > 1)
     bitmap_shares<E, TOKENS, FIRST + kShare>(masks, values, last, x, acc, vectors, accumulate);
@@ -166,9 +285,9 @@ PARED_INLINE const float* bitmap_shares(const uint16_t* masks, const float* valu
 }
 
 template <class E, int TOKENS>
-bool bitmap_groups(const BitmapArgs& a) {
-  const uint16_t* masks = a.masks;
-  const float* values = a.values;
+bool bitmap_groups(const BitmapArgs<typename E::Mask, typename E::Value>& a) {
+  const typename E::Mask* masks = a.masks;
+  const typename E::Value* values = a.values;
   float* acc = a.acc;
   for (int g = 0; g < a.groups; ++g) {
     values = bitmap_shares<E, TOKENS>(masks, values, a.end, a.x, acc, a.vectors, a.accumulate);

@@ -83,6 +83,7 @@ class Facts:
     words, word_quads : blocks of 1x4 and of 4x4; of a convolution, by four channels at one tap.
     taps : of a convolution; 0 for a linear weight.
     kernel_rows : of a convolution.
+    element : bytes of a non-zero in a bitmap: 2 of a bfloat16 weight, else 4.
     """
 
     rows: int
@@ -94,6 +95,7 @@ class Facts:
     word_quads: int
     taps: int = 0
     kernel_rows: int = 0
+    element: int = 4
 
     def work(self, kind: str) -> Work:
         """What the weight would make a kernel do, packed in a format with one packing."""
@@ -122,7 +124,7 @@ class Facts:
             nbytes = _panel_bytes(rows, _ceil(cols, 4), entries, height, block_k)
             return Work(rows, cols, nnz, nbytes, entries, height, self.taps, tile, block_k, distinct)
         nbytes = {
-            "bitmap": 4 * nnz + whole // 8,
+            "bitmap": self.element * nnz + whole // 8,
             "bitmap8": nnz + whole // 8,
             "int8": whole,
             "int4": whole * 9 // 16,

@@ -13,7 +13,8 @@ from pared.ops.packed import PackedWeight
 
 
 class Bitmap(PackedWeight):
-    """An unstructured sparse weight for few tokens: 4 bytes a non-zero and one bit an element.
+    """An unstructured sparse weight for few tokens: one bit an element, and 4 bytes a non-zero, 2 where the
+    dense weight is bfloat16.
 
     With one token, or up to about 16, reading the weight is the cost of a linear layer. This format is the
     smallest, and it is read once, in order. More tokens go in batches of 16; `CSR` takes over between 4 and
@@ -79,8 +80,9 @@ class BitmapCSR(PackedWeight):
     """One unstructured weight packed twice: `Bitmap` for few tokens, `CSR` for many.
 
     For layers that are called with both, as a language model's are: prompts, then single tokens. Memory is
-    the sum of the two, about ``10.2 * density + 0.13`` bytes an element. Up to `few_tokens` tokens a call
-    reads the bitmap, where an absent weight counts as a zero: see `Bitmap`.
+    the sum of the two, about ``10.2 * density + 0.13`` bytes an element (``8.2 * density`` where the dense
+    weight is bfloat16). Up to `few_tokens` tokens a call reads the bitmap, where an absent weight
+    counts as a zero: see `Bitmap`.
     """
 
     __slots__ = ()
@@ -102,6 +104,7 @@ class BitmapCSR(PackedWeight):
     def _work(self, tokens: int) -> tuple[str, Work]:
         rows, cols = self.shape
         # The blocks of the zeros are not in the header: as if there were none.
-        facts = Facts(rows, cols, rows * cols, self.nnz, self.nnz, self.nnz, self.nnz)
+        element = 2 if self.dtype == "bfloat16" else 4
+        facts = Facts(rows, cols, rows * cols, self.nnz, self.nnz, self.nnz, self.nnz, element=element)
         kind = "bitmap" if tokens <= self.few_tokens else "csr"
         return kind, facts.work(kind)

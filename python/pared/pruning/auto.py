@@ -94,6 +94,7 @@ def planned_facts(layer: Layer, pattern: Pattern, sparsity: float) -> Facts:
         occupied(4, 4),
         taps,
         layer.shape[2] if layer.kind is nn.Conv2d else 0,
+        layer.item_bytes,
     )
 
 
