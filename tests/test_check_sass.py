@@ -49,6 +49,12 @@ GOOD = {
     "csr_gather_kernelI6__halfLi8E": ["LDG.E.64.CONSTANT R4"],
     "csr_panel_kernelIfLi4E": ["LDS.64 R4, [R2]", "LDGSTS.E.BYPASS.128 [R3]"],
     "quantize_rows_kernelIfLb1E": ["LDG.E.128.CONSTANT R4"],
+    "select_count_kernelI6__half": [
+        "LDG.E.NA.128.CONSTANT R4",
+        "HSET2.GE.AND R45, R44, R24",
+        "ATOMS.POPC.INC.32 RZ, [R48+UR14]",
+    ],
+    "select_count_kernelI13__nv_bfloat16": ["HSET2.BF16_V2.GE.AND R45, R44, R24"],
     "select_gather_kernel": ["LDG.E.NA.128.CONSTANT R4"],
     "select_mask_kernel": ["LDG.E.128 R4"],
 }

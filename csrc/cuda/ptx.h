@@ -86,13 +86,19 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
 
 // ---- shared memory, by its 32-bit address: sums of products of bytes make addresses without a 64-bit step
 
-// T: of one byte or two.
+// T: of one, two or four bytes.
 template <class T>
 __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   uint32_t v;
-  if constexpr (sizeof(T) == 1) asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address));
+  if constexpr (sizeof(T) == 4) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  else if constexpr (sizeof(T) == 1) asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address));
   else asm volatile("ld.shared.u16 %0, [%1];" : "=r"(v) : "r"(address));
   return v;
+}
+
+// Adds one to a word, atomically.
+__device__ __forceinline__ void count_shared(uint32_t address) {
+  asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(address) : "memory");
 }
 
 // ---- cp.async (sm_80): a thread's own copies into shared memory, by groups

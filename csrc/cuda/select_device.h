@@ -72,7 +72,8 @@ static_assert(sizeof(SelectState) <= kSelectStateBytes);
 struct Workspace {
   SelectState* state;
   Member* table;
-  unsigned long long* bins;  // [kSelectPasses][kSelectBins]
+  unsigned long long* bins;        // [kSelectPasses][kSelectBins]
+  unsigned long long* magnitudes;  // [kSelectMagnitudes], of those inside the bracket
   int32_t* sample;
   int32_t* gathered;
   unsigned long long* tile_counts;
@@ -83,6 +84,7 @@ inline Workspace workspace(const SelectPlan& p, void* memory) {
   return {reinterpret_cast<SelectState*>(m),
           reinterpret_cast<Member*>(m + p.table_at),
           reinterpret_cast<unsigned long long*>(m + p.bins_at),
+          reinterpret_cast<unsigned long long*>(m + p.magnitudes_at),
           reinterpret_cast<int32_t*>(m + p.sample_at),
           reinterpret_cast<int32_t*>(m + p.gathered_at),
           reinterpret_cast<unsigned long long*>(m + p.tile_counts_at),
@@ -129,22 +131,31 @@ __device__ __forceinline__ int32_t key_at(const Member& m, int64_t i) {
 inline constexpr int kLoadBytes = 16;
 
 // The elements [begin, begin + n) of a member: `head` up to the first 16-byte boundary of w, `vectors` loads,
-// `tail`.
-struct Tile {
+// `tail`. Size: what n fits in.
+template <class Size>
+struct Piece {
   int64_t begin;
-  int n, head, vectors, tail;
+  Size n, vectors;
+  int head, tail;
 };
+using Tile = Piece<int>;
+// The tiles [tile, end) of a member.
+template <class T, class Size>
+__device__ __forceinline__ Piece<Size> piece_of(const Member& m, int64_t tile, int64_t end) {
+  constexpr int kCount = kLoadBytes / sizeof(T);
+  Piece<Size> p;
+  p.begin = (tile - m.first_tile) * kSelectTile;
+  p.n = static_cast<Size>(min((end - tile) * kSelectTile, m.n - p.begin));
+  const auto misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(m.w) % kLoadBytes);
+  p.head = static_cast<int>(
+      min(p.n, static_cast<Size>(misaligned ? (kLoadBytes - misaligned) / static_cast<int>(sizeof(T)) : 0)));
+  p.vectors = (p.n - p.head) / kCount;
+  p.tail = static_cast<int>(p.n - p.head - p.vectors * kCount);
+  return p;
+}
 template <class T>
 __device__ __forceinline__ Tile tile_of(const Member& m, int64_t tile) {
-  constexpr int kCount = kLoadBytes / sizeof(T);
-  Tile t;
-  t.begin = (tile - m.first_tile) * kSelectTile;
-  t.n = static_cast<int>(min(kSelectTile, m.n - t.begin));
-  const auto misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(m.w) % kLoadBytes);
-  t.head = min(t.n, misaligned ? (kLoadBytes - misaligned) / static_cast<int>(sizeof(T)) : 0);
-  t.vectors = (t.n - t.head) / kCount;
-  t.tail = t.n - t.head - t.vectors * kCount;
-  return t;
+  return piece_of<T, int>(m, tile, tile + 1);
 }
 
 // The keys of one load, whose first element is `i` of the member.
@@ -223,18 +234,29 @@ __device__ __forceinline__ void visit(const Member& m, int64_t tile, Take take, 
   }
 }
 
-// Calls f(member, tile) for this block's share of all tiles: consecutive ones.
+// Calls f(member, tile, end) for this block's share of all tiles: consecutive ones, [tile, end) of a member.
+template <class F>
+__device__ __forceinline__ void for_members(const Workspace& ws, F f) {
+  int64_t tile = ws.tiles * blockIdx.x / gridDim.x;
+  const int64_t last = ws.tiles * (blockIdx.x + 1) / gridDim.x;
+  if (tile == last) return;
+  int64_t at = find_member<&Member::first_tile>(ws.table, ws.members, tile);
+  while (true) {
+    const int64_t next = at + 1 < ws.members ? ws.table[at + 1].first_tile : ws.tiles;
+    const int64_t end = min(last, next);
+    if (tile < end) f(ws.table[at], tile, end);  // no elements, no tiles
+    if (next >= last) return;
+    tile = max(tile, next);
+    ++at;
+  }
+}
+// Calls f(member, tile) for each of them.
 template <class F>
 __device__ __forceinline__ void for_tiles(const Workspace& ws, F f) {
-  int64_t tile = ws.tiles * blockIdx.x / gridDim.x;
-  const int64_t end = ws.tiles * (blockIdx.x + 1) / gridDim.x;
-  if (tile == end) return;
-  int64_t at = find_member<&Member::first_tile>(ws.table, ws.members, tile);
-  Member m = ws.table[at];
-  for (; tile < end; ++tile) {
-    while (at + 1 < ws.members && ws.table[at + 1].first_tile <= tile) m = ws.table[++at];
-    f(m, tile);
-  }
+  for_members(ws, [&](const Member& member, int64_t tile, int64_t end) {
+    const Member m = member;
+    for (; tile < end; ++tile) f(m, tile);
+  });
 }
 
 // ---- a block's own steps
@@ -323,6 +345,55 @@ __device__ __forceinline__ int digit_shift(uint32_t base, uint32_t last) {
 // An addition of one whose result nobody wants becomes ATOMS.POPC.INC: lanes of the same bin do not wait for
 // each other, so that a tensor of mostly one value is no slower.
 __device__ __forceinline__ void count_bin(uint32_t* bins, uint32_t bin) { atomicAdd(&bins[bin], 1u); }
+
+// ---- what a pass over the data has found
+
+// By one thread: the threshold is known, `above` keys are greater and `equal` the same.
+__device__ inline void settle(SelectState& s, int32_t key, unsigned long long above, unsigned long long equal,
+                              unsigned long long k, const SelectResult& result) {
+  s.key = key;
+  s.equal = equal;
+  s.ties = k - above;
+  s.source = Source::none;
+  *result.value = key_value(key);
+  result.counts[0] = static_cast<int64_t>(above);
+  result.counts[1] = static_cast<int64_t>(s.ties);
+  result.counts[2] = static_cast<int64_t>(equal);
+  result.counts[3] = static_cast<int64_t>(s.nans);
+}
+
+// By one thread: the passes of 11 bits find the k-th key among the ordered keys [base, last].
+__device__ inline void search(SelectState& s, unsigned long long k, Source source, uint32_t base,
+                              uint32_t last, unsigned long long before) {
+  s.source = source;
+  s.base = base;
+  s.last = last;
+  s.before = before;
+  s.rank = k - before;
+}
+
+// By one thread, when all have been counted: settles, or says where the passes of 11 bits search. inside(n):
+// what is to be done when the k-th key is inside the bracket, above which there are n.
+template <class Inside>
+__device__ __forceinline__ void conclude(SelectState& s, unsigned long long k, const SelectResult& result,
+                                         Inside inside) {
+  // With hi == lo all equal keys were counted twice.
+  const unsigned long long at_lo = s.lo == s.hi ? 0 : s.at_lo;
+  const unsigned long long before_inside = s.above + s.at_hi, before_lo = before_inside + s.inside;
+  const uint32_t hi = ordered(s.hi), lo = ordered(s.lo);
+  if (k <= s.above) return search(s, k, Source::data, s.ends ? hi + 1 : hi, 0xffffffffu, 0);
+  if (k <= before_inside) return settle(s, s.hi, s.above, s.at_hi, k, result);
+  if (k <= before_lo) return inside(before_inside);
+  if (k <= before_lo + at_lo) return settle(s, s.lo, before_lo, at_lo, k, result);
+  // Without `ends`, keys equal to hi were counted above and those equal to lo not at all.
+  if (s.ends) return search(s, k, Source::data, 0, lo - 1, before_lo + at_lo);
+  search(s, k, Source::data, 0, lo, before_lo);
+}
+
+// The pass over the data for tensors of 16 bits, all of one type, whose keys are magnitudes, by
+// kCountThreads: what is inside the bracket is counted by magnitude and not gathered.
+void launch_select_count(const Workspace& ws, DType dtype, int64_t k, const SelectResult& result, int device,
+                         cudaStream_t stream);
 
 // Narrows [base, last] to what has the picked digit.
 __device__ __forceinline__ void narrow(uint32_t& base, uint32_t& last, uint32_t bin, int shift) {

@@ -16,6 +16,9 @@ inline constexpr int kSelectBlocksPerMultiprocessor = 3;  // 85 registers a thre
 inline constexpr int kSampleThreads = 1024, kSampleEach = 32;
 inline constexpr int64_t kSelectSample = int64_t{kSampleThreads} * kSampleEach;
 inline constexpr int kSelectBins = 2048, kSelectPasses = 3;
+// Magnitudes of 16 bits, each with a counter in a block's shared memory; a block a multiprocessor.
+inline constexpr int kSelectMagnitudes = 1 << 15, kCountThreads = 1024;
+inline constexpr int64_t kCountShared = int64_t{kSelectMagnitudes} * 4 + kCountThreads * 32;  // what is static included
 // Groups up to this length are a thread's each: all pairs of 32 keys are 500 comparisons in registers.
 inline constexpr int kSelectSmallGroup = 32;
 // Half-width of the bracket in standard deviations: it misses once in a million selections, which then read
@@ -34,7 +37,7 @@ struct SelectPlan {
   int64_t capacity;  // gathered keys that there is room for
   uint32_t blocks;   // of a pass over the data: what is resident at once
   // Byte offsets into the workspace, multiples of 256.
-  int64_t table_at, bins_at, sample_at, gathered_at, tile_counts_at, bytes;
+  int64_t table_at, bins_at, magnitudes_at, sample_at, gathered_at, tile_counts_at, bytes;
 
   bool direct() const { return sample == elements; }
 };
@@ -75,6 +78,7 @@ inline SelectPlan plan_select(int64_t members, int64_t elements, int64_t tiles, 
   };
   p.table_at = take(members * kMemberBytes);
   p.bins_at = take(int64_t{kSelectPasses} * kSelectBins * 8);
+  p.magnitudes_at = take(p.direct() ? 0 : int64_t{kSelectMagnitudes} * 8);
   p.sample_at = take(p.sample * 4);
   p.gathered_at = take(p.capacity * 4);
   p.tile_counts_at = take(tiles * 8);

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "core/check.h"
 #include "cuda/device.h"
 #include "cuda/launch.h"
@@ -67,24 +69,6 @@ __device__ Ranked block_select(const int32_t (&keys)[kSampleEach], uint32_t rank
   }
 }
 
-__device__ void write_result(const SelectState& s, Count above, const SelectResult& result) {
-  *result.value = key_value(s.key);
-  result.counts[0] = static_cast<int64_t>(above);
-  result.counts[1] = static_cast<int64_t>(s.ties);
-  result.counts[2] = static_cast<int64_t>(s.equal);
-  result.counts[3] = static_cast<int64_t>(s.nans);
-}
-
-// By one thread: the threshold is known.
-__device__ void settle(SelectState& s, int32_t key, Count above, Count equal, Count k,
-                       const SelectResult& result) {
-  s.key = key;
-  s.equal = equal;
-  s.ties = k - above;
-  s.source = Source::none;
-  write_result(s, above, result);
-}
-
 __global__ void __launch_bounds__(kSampleThreads, 1)
     select_sample_kernel(Workspace ws, int64_t count, int64_t hi_rank, int64_t lo_rank, SelectResult result) {
   PARED_SHARED(SampleShared, shared);
@@ -95,6 +79,8 @@ __global__ void __launch_bounds__(kSampleThreads, 1)
     const int64_t at = direct ? i : sample_position(i, ws.elements);
     const Member m = ws.table[find_member<&Member::first>(ws.table, ws.members, at)];
     ws.sample[i] = key_at(m, at - m.first);
+    static_assert(kSelectMagnitudes == kSelectSample);
+    if (!direct) ws.magnitudes[i] = 0;
   }
   SelectState& s = *ws.state;
   if (!last_block(&s.tickets[0])) return;
@@ -206,27 +192,10 @@ __global__ void __launch_bounds__(kSelectThreads, kSelectBlocksPerMultiprocessor
   if (s.ends) gather<true>(ws, shared);
   else gather<false>(ws, shared);
   if (!last_block(&s.tickets[1]) || threadIdx.x != 0) return;
-  // With hi == lo all equal keys were counted twice.
-  const Count at_lo = s.lo == s.hi ? 0 : s.at_lo;
-  const Count before_inside = s.above + s.at_hi, before_lo = before_inside + s.inside;
-  const uint32_t hi = ordered(s.hi), lo = ordered(s.lo);
-  const auto search = [&](Source source, uint32_t base, uint32_t last, Count before) {
-    s.source = source;
-    s.base = base;
-    s.last = last;
-    s.before = before;
-    s.rank = k - before;
-  };
-  if (k <= s.above) return search(Source::data, s.ends ? hi + 1 : hi, 0xffffffffu, 0);
-  if (k <= before_inside) return settle(s, s.hi, s.above, s.at_hi, k, result);
-  if (k <= before_lo) {
+  conclude(s, k, result, [&](Count before) {
     const bool fits = s.inside <= static_cast<Count>(ws.capacity);
-    return search(fits ? Source::gathered : Source::data, lo + 1, hi - 1, before_inside);
-  }
-  if (k <= before_lo + at_lo) return settle(s, s.lo, before_lo, at_lo, k, result);
-  // Without `ends`, keys equal to hi were counted above and those equal to lo not at all.
-  if (s.ends) return search(Source::data, 0, lo - 1, before_lo + at_lo);
-  search(Source::data, 0, lo, before_lo);
+    search(s, k, fits ? Source::gathered : Source::data, ordered(s.lo) + 1, ordered(s.hi) - 1, before);
+  });
 }
 
 // ---- 11 bits of the ordered keys in [base, last]
@@ -306,7 +275,13 @@ void select_threshold(const std::vector<SelectMember>& members, const SelectPlan
          plan.hi_rank, plan.lo_rank, result);
   if (plan.direct()) return;
   const LaunchPlan pass = {plan.blocks, kSelectThreads};
-  launch("select_gather", select_gather_kernel, pass, stream, ws, static_cast<Count>(k), result);
+  const SelectMember& one = members.front();
+  const bool magnitudes = shared_limit(device) >= kCountShared + 1024 && one.dtype != DType::f32 &&
+                          std::all_of(members.begin(), members.end(), [&](const SelectMember& m) {
+                            return m.key == SelectKey::abs && m.dtype == one.dtype;
+                          });
+  if (magnitudes) launch_select_count(ws, one.dtype, k, result, device, stream);
+  else launch("select_gather", select_gather_kernel, pass, stream, ws, static_cast<Count>(k), result);
   for (int i = 0; i < kSelectPasses; ++i)
     launch("select_radix", select_radix_kernel, pass, stream, ws, i, static_cast<Count>(k), result);
 }

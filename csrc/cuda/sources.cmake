@@ -9,6 +9,7 @@ set(PARED_CUDA_SOURCES
   int8_quantize.cu
   self_check.cu
   select_blocks.cu
+  select_count.cu
   select_groups.cu
   select_mask.cu
   select_threshold.cu

@@ -7,11 +7,12 @@ import pytest
 import selection_reference as ref
 import torch
 
-from pared import _cuda_selection
+from pared import _cuda, _cuda_selection
 from pared.ops import block_mask, nm_mask, select_threshold, topk, topk_mask
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KEYS = ("abs", "identity", "square", "abs_mul")
+HALVES = DTYPES[1:]
 SAMPLE = 1 << 15  # up to here a selection is direct
 
 
@@ -139,6 +140,79 @@ def test_a_bracket_that_misses(backend, rng):
         # What is sampled is all smaller, or all larger, than what is not.
         fooled[position] = fooled[position].abs() * 1e-3 if low else fooled[position].abs() + 100.0
         check(backend, [fooled], k)
+
+
+def magnitudes(rng, n, dtype, kind):
+    """16-bit data of some kind, among them what only a comparison of bits would get wrong."""
+    if kind == "normal":
+        return random(rng, n, dtype)
+    if kind == "half zeros":
+        x = random(rng, n, dtype)
+        x[rng.permutation(n)[: n // 2]] = 0.0
+        x[:40] = -0.0
+        return x
+    if kind == "every bit pattern":  # subnormals, infinities and NaNs
+        bits = rng.integers(0, 1 << 16, n).astype(np.uint16).view(np.int16)
+        return torch.from_numpy(bits).view(dtype)
+    if kind == "NaNs":
+        return random(rng, n, dtype).masked_fill_(torch.from_numpy(rng.random(n) < 0.6), torch.nan)
+    if kind == "infinities":
+        return random(rng, n, dtype).masked_fill_(torch.from_numpy(rng.random(n) < 0.6), -torch.inf)
+    if kind == "subnormals":
+        return torch.from_numpy(rng.integers(0, 120, n).astype(np.int16)).view(dtype)
+    return torch.full((n,), -2.5, dtype=dtype)  # one value
+
+
+KINDS = ("normal", "half zeros", "every bit pattern", "NaNs", "infinities", "subnormals", "one value")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_counted_magnitudes(backend, rng, dtype, kind):
+    n = 2 * SAMPLE + 4099
+    x = magnitudes(rng, n, dtype, kind)
+    numbers_in = n - int(x.isnan().sum())
+    for k in sorted({5, n // 3, n // 2, numbers_in, min(n, numbers_in + 1), n}):
+        check(backend, [x[1:]] if k < n else [x], k, nan="lowest")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_counted_magnitudes_of_many_tensors(backend, rng, dtype):
+    """A block's share begins and ends inside tensors, some of them without elements."""
+    shapes = [(0,), (300, 50), (7,), (), (0, 4), (40000,), (0,), (3, 4, 5), (129,), (0, 1)] * 2
+    xs = [random(rng, s, dtype, 1 / 16) for s in shapes]
+    n = sum(x.numel() for x in xs)
+    assert n > SAMPLE
+    for k in (1, n // 2, n):
+        check(backend, xs, k)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_counted_magnitudes_where_the_bracket_misses(backend, rng, dtype):
+    n = 4 * SAMPLE
+    position = sampled_positions(n)
+    x = random(rng, n, dtype)
+    for low, k in ((True, n // 2), (False, n // 2), (True, 5), (False, n - 5)):
+        fooled = x.clone()
+        fooled[position] = fooled[position].abs() * 1e-3 if low else fooled[position].abs() + 100.0
+        check(backend, [fooled], k)
+
+
+def test_which_selections_count_magnitudes(emulated, monkeypatch, rng):
+    monkeypatch.setattr(_cuda, "_emulated", emulated)
+    n = SAMPLE + 1
+    half, brain = random(rng, n, torch.float16), random(rng, n, torch.bfloat16)
+    for xs, key, kernel in [
+        ([half], "abs", "select_count"),
+        ([brain, brain], "abs", "select_count"),
+        ([half, brain], "abs", "select_gather"),
+        ([brain], "identity", "select_gather"),
+        ([half], "square", "select_gather"),
+        ([half.float()], "abs", "select_gather"),
+    ]:
+        emulated.take_launched()
+        select_threshold(xs, n // 2, key)
+        assert {"select_count", "select_gather"} & emulated.take_launched().keys() == {kernel}
 
 
 def sampled_positions(n):

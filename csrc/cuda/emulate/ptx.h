@@ -37,6 +37,10 @@ uint32_t load_shared(uint32_t address, PARED_HERE) {
   return emulate::aligned(reinterpret_cast<const T*>(emulate::dynamic_shared() + address), PARED_WHERE);
 }
 
+inline void count_shared(uint32_t address, PARED_HERE) {
+  atomicAdd(reinterpret_cast<uint32_t*>(emulate::dynamic_shared() + address), 1u, file, line);
+}
+
 template <int kBytes>
 void copy_async(void* shared, const void* global, int valid = kBytes, PARED_HERE) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);

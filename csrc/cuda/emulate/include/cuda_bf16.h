@@ -36,5 +36,9 @@ inline __nv_bfloat162 __float22bfloat162_rn(float2 f) { return {f.x, f.y}; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {a, b}; }
 inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 a, __nv_bfloat16 b) { return {a, b}; }
 inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) { return {a.x - b.x, a.y - b.y}; }
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+  return {std::fma(float(a.x), float(b.x), float(c.x)), std::fma(float(a.y), float(b.y), float(c.y))};
+}
 inline float __low2float(__nv_bfloat162 b) { return b.x; }
 inline float __high2float(__nv_bfloat162 b) { return b.y; }
+PARED_PAIRS(__nv_bfloat162, __nv_bfloat16)

@@ -52,3 +52,4 @@ inline __half2 __halves2half2(__half a, __half b) { return {a, b}; }
 inline __half2 __hsub2(__half2 a, __half2 b) { return {a.x - b.x, a.y - b.y}; }
 inline float __low2float(__half2 h) { return h.x; }
 inline float __high2float(__half2 h) { return h.y; }
+PARED_PAIRS(__half2, __half)

@@ -372,6 +372,18 @@ constexpr T max(T a, T b) {
   return a < b ? b : a;
 }
 
+// Of pairs of 16-bit numbers, for the headers of their types.
+#define PARED_PAIRS(pair, one)                                                                            \
+  inline pair __habs2(pair v) { return pared_bits<pair>(pared_bits<uint32_t>(v) & 0x7fff7fffu); }         \
+  inline unsigned __hge2_mask(pair a, pair b) {                                                           \
+    return (float(a.x) >= float(b.x) ? 0xffffu : 0) | (float(a.y) >= float(b.y) ? 0xffff0000u : 0);       \
+  }                                                                                                       \
+  inline pair __hmax2_nan(pair a, pair b) {                                                               \
+    const auto larger = [](one c, one d) { return float(c) != float(c) || float(c) > float(d) ? c : d; }; \
+    return {larger(a.x, b.x), larger(a.y, b.y)};                                                          \
+  }                                                                                                       \
+  inline bool __hbeq2(pair a, pair b) { return float(a.x) == float(b.x) && float(a.y) == float(b.y); }
+
 // ---- the runtime's host side, as far as the launchers use it. There is one device, and everything is done
 // at once.
 
