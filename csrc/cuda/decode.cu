@@ -74,24 +74,28 @@ struct Ring {
 
 // ---- pairs of values as the tensor cores take them
 
-template <class Two>
-__device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
-  Two x, y;
-  memcpy(&x, &a, 4);
-  memcpy(&y, &b, 4);
-  const Two difference = __hsub2(x, y);
-  memcpy(&a, &difference, 4);
-  return a;
+template <class To, class From>
+__device__ __forceinline__ To bits_of(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
 }
-// Two signed bytes, in bits 0 to 7 and 16 to 23, as numbers. Exact: 1024 + u has u in its lowest bits; of
-// bfloat16's eight bits the lower seven go to 128 + u, the sign to 128 or 256.
+// Two signed bytes, in bits 0 to 7 and 16 to 23, as numbers: kByteScale<T> of them is one. Exact.
+template <class T>
+constexpr float kByteScale = 1.0f;
+// 1024 + u has u in its lowest bits.
 __device__ __forceinline__ uint32_t pair_of_bytes(uint32_t two, __half) {
-  return subtract<__half2>(ptx::logic<(0xf0 ^ 0xcc) | 0xaa>(two, 0x00800080u, 0x64006400u), 0x64806480u);
+  const uint32_t biased = ptx::logic<(0xf0 ^ 0xcc) | 0xaa>(two, 0x00800080u, 0x64006400u);
+  return bits_of<uint32_t>(__hsub2(bits_of<__half2>(biased), bits_of<__half2>(0x64806480u)));
 }
+// A byte's bits are the number u * 2^-133, below 128 as above it: 2^127 u - 2 is (u - 128) / 64.
+template <>
+constexpr float kByteScale<__nv_bfloat16> = 64.0f;
 __device__ __forceinline__ uint32_t pair_of_bytes(uint32_t two, __nv_bfloat16) {
-  constexpr int kAndOr = (0xf0 & 0xcc) | 0xaa;
-  return subtract<__nv_bfloat162>(ptx::logic<kAndOr>(two, 0x007f007fu, 0x43004300u),
-                                  ptx::logic<kAndOr>(two, 0x00800080u, 0x43004300u));
+  using Two = __nv_bfloat162;
+  return bits_of<uint32_t>(
+      __hfma2(bits_of<Two>(two ^ 0x00800080u), bits_of<Two>(0x7f007f00u), bits_of<Two>(0xc000c000u)));
 }
 
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
@@ -335,6 +339,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? kDecodeResidentMany : 
     const int64_t token = i / kDecodeBlock, output = int64_t{blockIdx.x} * kDecodeBlock + i % kDecodeBlock;
     if (token >= p.tokens || output >= p.w.outputs) continue;
     float y = staged[i];
+    if constexpr (kFormat != DecodeFormat::bitmap16) y *= kByteScale<T>;
     if (p.scales) y = __fmul_rn(y, p.scales[output]);
     if (p.bias) y = __fadd_rn(y, p.bias[output]);
     static_cast<T*>(p.y)[token * p.y_stride + output] = narrow<T>(activate(y, p.activation));
@@ -372,7 +377,10 @@ __global__ void __launch_bounds__(32)
       for (int c = 0; c < 16; ++c) {
         const auto bits = static_cast<uint16_t>(a[c / 4][half + c / 2 % 2 * 2] >> (c % 2 * 16));
         memcpy(row + c, &bits, 2);
-        if (scales) row[c] = narrow<T>(__fmul_rn(static_cast<float>(row[c]), scales[output]));
+        auto value = static_cast<float>(row[c]);
+        if constexpr (kFormat != DecodeFormat::bitmap16) value *= kByteScale<T>;
+        if (scales) value = __fmul_rn(value, scales[output]);
+        if (scales || kFormat != DecodeFormat::bitmap16) row[c] = narrow<T>(value);
       }
       T* const to = out + output * w.cols + column;
       if (wide) {

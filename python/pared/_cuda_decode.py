@@ -124,9 +124,6 @@ class DecodeWeight(KernelWeight):
         at.kernels.decode_expand(self._operand(), address(self.scales), out.data_ptr(), at.device, at.stream)
         return out
 
-    def _input_dtypes(self) -> tuple[torch.dtype, ...]:
-        return (self.dtype,)
-
     def _like(self) -> torch.Tensor:
         return self.blocks
 

@@ -224,9 +224,6 @@ class DeviceCSR(KernelWeight):
         out[(segment // max(1, blocks)).expand_as(col)[real], col[real]] = self.values[:-1][real]
         return out
 
-    def _input_dtypes(self) -> tuple[torch.dtype, ...]:
-        return (self.dtype,)
-
     def _like(self) -> torch.Tensor:
         return self.values
 

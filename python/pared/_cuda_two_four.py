@@ -90,9 +90,6 @@ class DeviceTwoFour(KernelWeight):
         found = torch._cslt_sparse_mm_search(self.compressed, x.t(), transpose_result=True)
         return DeviceTwoFour(self.compressed, self.dtype, self.shape, int(found))
 
-    def _input_dtypes(self) -> tuple[torch.dtype, ...]:
-        return (self.dtype,)
-
     def _like(self) -> torch.Tensor:
         return self.compressed
 

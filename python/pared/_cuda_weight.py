@@ -38,6 +38,10 @@ class KernelWeight(DeviceWeight):
         def shape(self) -> tuple[int, int]:
             """(out, in)."""
 
+        @property
+        def dtype(self) -> torch.dtype:
+            """Of the values; a format that quantizes activations has none."""
+
     def linear(
         self,
         x: torch.Tensor,
@@ -74,9 +78,9 @@ class KernelWeight(DeviceWeight):
         y = self._multiply(place, rows, bias, activation, **options)
         return y.view(*x.shape[:-1], outputs)
 
-    @abstractmethod
     def _input_dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of the activations that it takes."""
+        """Of the activations that it takes: its values' own, unless it quantizes them."""
+        return (self.dtype,)
 
     @abstractmethod
     def _like(self) -> torch.Tensor:

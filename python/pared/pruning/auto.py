@@ -32,6 +32,8 @@ MIN_GAIN = 1.15
 PRECISIONS = ("float32", "int8")
 # By what they cost in accuracy, the least first.
 _CPU = {"float32": ("unstructured", "4x1"), "int8": ("unstructured", "1x4", "4x4")}
+# 64x128 is not among them: what a loaded activation is multiplied with are the 64 rows of a block, however
+# many columns it has, so that by bytes it is no faster than 64x64.
 _CUDA = ("unstructured", "2:4", "64x64", "128x128")
 
 
@@ -117,7 +119,7 @@ def cpu_seconds(layer: Layer, pattern: str | None, sparsity: float, precision: s
 _MEMORY, _LAUNCH = 4.3e12, 4e-6
 _DENSE = {1: 1540e12, 2: 770e12, 4: 50e12}
 _GATHERED = {2: 15.2e12, 4: 11.8e12}  # unstructured products of many tokens
-# Share of the tensor cores' rate that products of blocks reach, by their side.
+# Share of the tensor cores' rate that products of blocks reach, by their rows.
 _BLOCK_SHARE = {64: 0.39, 128: 0.65}
 _TWO_FOUR_GAIN = 1.5
 
@@ -152,8 +154,8 @@ def cuda_seconds(layer: Layer, pattern: str | None, sparsity: float, precision: 
         elif pattern == "2:4":
             found = limit((item / 2 + 1 / 8) * cells, work, _TWO_FOUR_GAIN * rate)
         else:
-            side = parse_pattern(pattern).rows
-            found = limit(item * density * cells, density * work, _BLOCK_SHARE[side] * rate)
+            rows_of_block = parse_pattern(pattern).rows
+            found = limit(item * density * cells, density * work, _BLOCK_SHARE[rows_of_block] * rate)
         total += count * found
     return total
 
