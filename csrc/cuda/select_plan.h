@@ -18,7 +18,7 @@ inline constexpr int64_t kSelectSample = int64_t{kSampleThreads} * kSampleEach;
 inline constexpr int kSelectBins = 2048, kSelectPasses = 3;
 // Magnitudes of 16 bits, each with a counter in a block's shared memory; a block a multiprocessor.
 inline constexpr int kSelectMagnitudes = 1 << 15, kCountThreads = 1024;
-inline constexpr int64_t kCountShared = int64_t{kSelectMagnitudes} * 4 + kCountThreads * 32;  // what is static included
+inline constexpr int64_t kCountShared = int64_t{kSelectMagnitudes} * 4 + kCountThreads * 32;
 // Groups up to this length are a thread's each: all pairs of 32 keys are 500 comparisons in registers.
 inline constexpr int kSelectSmallGroup = 32;
 // Half-width of the bracket in standard deviations: it misses once in a million selections, which then read
