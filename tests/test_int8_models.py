@@ -305,7 +305,8 @@ def test_over_budget_and_without_an_exact_kernel_layers_stay_dense(monkeypatch: 
 
 def test_within_the_budget_as_many_layers_as_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     set_times(monkeypatch, fastest("int8", "csr"))
-    m, x = model(), torch.randn(9, 64)
+    # Its own numbers: with some inputs no single layer in 8 bits is within nine tenths of the error of all.
+    m, x = model(), torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
     every = pared.report(converted(m, x, max_error=1.0)).relative_error
     fast = converted(m, x, max_error=every * 0.9)
     found = formats(fast)
