@@ -74,13 +74,6 @@ struct Ring {
 
 // ---- pairs of values as the tensor cores take them
 
-template <class To, class From>
-__device__ __forceinline__ To bits_of(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(&to, &from, sizeof to);
-  return to;
-}
 // Two signed bytes, in bits 0 to 7 and 16 to 23, as numbers: kByteScale<T> of them is one. Exact.
 template <class T>
 constexpr float kByteScale = 1.0f;

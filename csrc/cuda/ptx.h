@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace pared::cuda {
 
@@ -18,6 +19,15 @@ template <class T>
 struct SameType {
   using type = T;
 };
+
+// The same bits as another type.
+template <class To, class From>
+__device__ __forceinline__ To bits_of(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
 
 }  // namespace pared::cuda
 

@@ -30,14 +30,6 @@ struct Pair<__nv_bfloat16> {
 template <class T>
 using Two = typename Pair<T>::type;
 
-template <class To, class From>
-__device__ __forceinline__ To bits_of(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(&to, &from, sizeof to);
-  return to;
-}
-
 // 0xffff for each half of the word whose magnitude is at least that of `threshold`; a NaN never is, and to a
 // NaN nothing.
 template <class T>

@@ -223,14 +223,37 @@ constexpr int partial_sums(int tokens, int vectors) {
   return tokens * vectors <= 2 ? 4 : tokens * vectors <= 7 ? 2 : 1;
 }
 
+// The same sums as below without registers to fill: a few instructions for the compiler.
+template <class E, int TOKENS, class Mask = typename E::Mask, class Value = typename E::Value>
+const Value* scalar_group(const Mask* masks, const Value* values, const Value* last, const float* x,
+                          float* acc, int vectors, bool accumulate) {
+  for (int i = 0; i < TOKENS * kBitmapVector && !accumulate; ++i) acc[i] = 0.0f;
+  for (int v = 0; v < vectors; ++v) {
+    if (v % kVectorsPerCheck == 0) {
+      const int some = vectors - v < kVectorsPerCheck ? vectors - v : kVectorsPerCheck;
+      if (!inside(masks + v, some, values, last)) return nullptr;
+    }
+    float w[E::depth][kBitmapVector];
+    E::expand(masks[v], values, w[0]);
+    values += __builtin_popcount(masks[v]);
+    for (int d = 0; d < E::depth; ++d)
+      for (int t = 0; t < TOKENS; ++t)
+        for (int n = 0; n < kBitmapVector; ++n)
+          acc[t * kBitmapVector + n] += w[d][n] * x[t * kBitmapStride + E::depth * v + d];
+  }
+  return values;
+}
+
 // TOKENS tokens of one group, the values behind `values`; returns the values behind the group, or null where
 // the masks lead beyond `end`.
 template <class E, int TOKENS, class Mask = typename E::Mask, class Value = typename E::Value>
 PARED_INLINE const Value* bitmap_group(const Mask* masks, const Value* values, const Value* last,
                                        const float* x, float* acc, int vectors, bool accumulate) {
   using S = typename E::S;
+  if constexpr (S::width == 1)
+    return scalar_group<E, TOKENS>(masks, values, last, x, acc, vectors, accumulate);
   constexpr int N = kBitmapVector / S::width;
-  constexpr int P = S::width == 1 ? 1 : partial_sums(TOKENS, N);
+  constexpr int P = partial_sums(TOKENS, N);
   typename S::V sum[P][TOKENS][N];
   for (int p = 0; p < P; ++p)
     for (int t = 0; t < TOKENS; ++t)

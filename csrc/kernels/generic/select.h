@@ -539,7 +539,6 @@ PARED_INLINE int64_t in_narrow_vectors(const SelectBracketArgs& a, int32_t*& out
   if constexpr (NarrowFor<S>::gathers && K::narrow) {
     using N = typename NarrowFor<S>::Type;
     constexpr int64_t step = N::width * S::mask_vectors;
-    if (a.run.n < kNarrowRun) return 0;
     const int64_t whole = a.run.n / step * step;
     auto* const keys = reinterpret_cast<typename N::Key*>(out);
     const int64_t found = loop(N{}, narrow_bounds<N, K::dtype>(a), whole, keys) - keys;
@@ -550,51 +549,68 @@ PARED_INLINE int64_t in_narrow_vectors(const SelectBracketArgs& a, int32_t*& out
   return 0;
 }
 
-template <class S>
-SelectCounts bracket_run(const SelectBracketArgs& a) {
-  return with_key(a.run, [&](auto keyed) {
-    using K = decltype(keyed);
-    constexpr int many = S::mask_vectors;
-    SelectCounts counts = {0, 0, 0, 0, 0};
-    const Bounds<S> b(a);
-    const Bounds<ScalarSelect> one(a);
-    const SelectRun& run = a.run;
-    const int64_t n = run.n, groups = n / (S::width * many) * (S::width * many),
-                  whole = n / S::width * S::width;
-    if (!a.ends) {
-      int64_t above_lo = 0;
-      bool nan = false;
-      int32_t* out = a.out;
-      const int64_t begun =
-          in_narrow_vectors<S, K>(a, out, [&](auto narrow, const auto& bounds, int64_t most, auto* keys) {
-            return bracket_quick<decltype(narrow), K, many>(run, bounds, 0, most, keys, above_lo, nan);
-          });
-      out = bracket_quick<S, K, many>(run, b, begun, groups, out, above_lo, nan);
-      out = bracket_quick<S, K, 1>(run, b, groups, whole, out, above_lo, nan);
-      out = bracket_quick<ScalarSelect, K, 1>(run, one, whole, n, out, above_lo, nan);
-      if (!nan) {
-        counts.inside = out - a.out;
-        counts.above = above_lo - counts.inside;
-        return counts;
-      }
-    }
+template <class S, class K>
+SelectCounts bracket_keyed(const SelectBracketArgs& a) {
+  constexpr int many = S::mask_vectors;
+  SelectCounts counts = {0, 0, 0, 0, 0};
+  const Bounds<S> b(a);
+  const Bounds<ScalarSelect> one(a);
+  const SelectRun& run = a.run;
+  const int64_t n = run.n, groups = n / (S::width * many) * (S::width * many),
+                whole = n / S::width * S::width;
+  if (!a.ends) {
+    int64_t above_lo = 0;
+    bool nan = false;
     int32_t* out = a.out;
     const int64_t begun =
         in_narrow_vectors<S, K>(a, out, [&](auto narrow, const auto& bounds, int64_t most, auto* keys) {
-          return bracket_with_ends<decltype(narrow), K, many>(run, bounds, 0, most, keys, counts);
+          return bracket_quick<decltype(narrow), K, many>(run, bounds, 0, most, keys, above_lo, nan);
         });
-    out = bracket_with_ends<S, K, many>(run, b, begun, groups, out, counts);
-    out = bracket_with_ends<S, K, 1>(run, b, groups, whole, out, counts);
-    out = bracket_with_ends<ScalarSelect, K, 1>(run, one, whole, n, out, counts);
-    counts.inside = out - a.out;
-    if (!a.ends) {
-      counts.above += counts.at_hi;
-      counts.at_hi = counts.at_lo = 0;
-    } else if (a.lo == a.hi) {
-      counts.at_lo = 0;
+    out = bracket_quick<S, K, many>(run, b, begun, groups, out, above_lo, nan);
+    out = bracket_quick<S, K, 1>(run, b, groups, whole, out, above_lo, nan);
+    out = bracket_quick<ScalarSelect, K, 1>(run, one, whole, n, out, above_lo, nan);
+    if (!nan) {
+      counts.inside = out - a.out;
+      counts.above = above_lo - counts.inside;
+      return counts;
     }
-    return counts;
-  });
+  }
+  int32_t* out = a.out;
+  const int64_t begun =
+      in_narrow_vectors<S, K>(a, out, [&](auto narrow, const auto& bounds, int64_t most, auto* keys) {
+        return bracket_with_ends<decltype(narrow), K, many>(run, bounds, 0, most, keys, counts);
+      });
+  out = bracket_with_ends<S, K, many>(run, b, begun, groups, out, counts);
+  out = bracket_with_ends<S, K, 1>(run, b, groups, whole, out, counts);
+  out = bracket_with_ends<ScalarSelect, K, 1>(run, one, whole, n, out, counts);
+  counts.inside = out - a.out;
+  if (!a.ends) {
+    counts.above += counts.at_hi;
+    counts.at_hi = counts.at_lo = 0;
+  } else if (a.lo == a.hi) {
+    counts.at_lo = 0;
+  }
+  return counts;
+}
+
+template <class S>
+SelectCounts bracket_run(const SelectBracketArgs& a) {
+  return with_key(a.run, [&](auto keyed) { return bracket_keyed<S, decltype(keyed)>(a); });
+}
+
+// The runs that narrow vectors are for, and no other.
+inline bool has_narrow_keys(const SelectRun& r) {
+  return r.n >= kNarrowRun && r.dtype != DType::f32 &&
+         (r.key == SelectKey::abs || r.key == SelectKey::identity);
+}
+template <class S>
+SelectCounts bracket_narrow_run(const SelectBracketArgs& a) {
+  const bool abs = a.run.key == SelectKey::abs;
+  if (a.run.dtype == DType::bf16)
+    return abs ? bracket_keyed<S, Keyed<SelectKey::abs, DType::bf16, DType::bf16>>(a)
+               : bracket_keyed<S, Keyed<SelectKey::identity, DType::bf16, DType::bf16>>(a);
+  return abs ? bracket_keyed<S, Keyed<SelectKey::abs, DType::f16, DType::f16>>(a)
+             : bracket_keyed<S, Keyed<SelectKey::identity, DType::f16, DType::f16>>(a);
 }
 
 template <class S>
