@@ -527,3 +527,23 @@ def test_subclasses_stay_where_no_kernel_wins(monkeypatch: pytest.MonkeyPatch) -
     fast = pared.accelerate(model, x)
     assert [type(m) for m in (fast.conv, fast.own)] == [NewConv, OwnLinear]
     assert not pared.report(fast).opened
+
+
+class Bytes(nn.Linear):
+    """How other tools keep 8-bit weights: integers in the place of the parameter."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype) / 127, self.bias)
+
+
+def test_a_subclass_with_integer_weights_is_left_alone(known_times: None) -> None:
+    model, x = nn.Sequential(Bytes(16, 16), nn.ReLU(), OwnLinear(16, 8)).eval(), torch.randn(3, 16)
+    fast = pared.accelerate(model, x, min_speedup=0)
+    assert type(fast[0]) is Bytes
+    assert packed(fast) == {"2"}
+    torch.testing.assert_close(fast(x), model(x).detach())

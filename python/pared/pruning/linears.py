@@ -22,10 +22,19 @@ from torch.nn import functional
 from pared._sparsity import base_type, weight_format
 from pared.pruning.targets import unwrap
 
-__all__ = ["Attention", "Encoder", "as_linears", "as_plain", "close_layers", "open_layers", "plain_kind"]
+__all__ = [
+    "AS_PLAIN",
+    "Attention",
+    "Encoder",
+    "as_linears",
+    "as_plain",
+    "close_layers",
+    "open_layers",
+    "plain_kind",
+]
 
 # What is opened as a subclass of a torch layer, by how it is named in a report.
-_AS = " as nn."
+AS_PLAIN = " as nn."
 
 
 class Attention(nn.Module):
@@ -207,7 +216,7 @@ def as_plain(model: nn.Module, names: Collection[str]) -> dict[str, str]:
         module = model.get_submodule(name)
         kind = plain_kind(module)
         if kind is not None:
-            found[name] = (module, kind, f"{type(module).__name__}{_AS}{kind.__name__}")
+            found[name] = (module, kind, f"{type(module).__name__}{AS_PLAIN}{kind.__name__}")
     for module, kind, _ in found.values():
         module.__class__ = kind
     return {name: text for name, (_, _, text) in found.items()}
@@ -343,7 +352,7 @@ def close_layers(model: nn.Module, opened: Mapping[str, str]) -> nn.Module:
 
     names = module_names(model)
     weights: dict[int, nn.Parameter] = {}
-    replaced = [name for name, kind in opened.items() if _AS not in kind]
+    replaced = [name for name, kind in opened.items() if AS_PLAIN not in kind]
     for old in dict.fromkeys(model.get_submodule(name) for name in replaced):
         mine = [n for n in names[id(old)] if n in opened]
         if isinstance(old, Encoder):
