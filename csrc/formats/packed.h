@@ -25,7 +25,7 @@ struct PackedHeader {
   char magic[8];  // kPackedMagic
   PackedKind kind;
   uint16_t version;
-  DType dtype;         // of the weight as the user gave it; values are stored as float32
+  DType dtype;         // of the weight as the user gave it; how values are stored, the format says
   uint8_t entry_rows;  // output rows that share an offset: 1 or 4
   uint8_t reserved[2];
   uint64_t bytes;      // of the whole buffer
