@@ -94,10 +94,13 @@ sanitize: sanitized
 	PARED_RANDOM_CASES=$${PARED_RANDOM_CASES:-50000} \
 	  $(PYTEST) tests/kernels $$(grep -LE '^(import|from) torch' tests/test_ops_*.py) -p no:cacheprovider $(ARGS)
 
-# The CUDA kernels compiled for the CPU, for tests/cuda.
+# The CUDA kernels compiled for the CPU, for tests/cuda; and once more so that the emulator knows of every access
+# to shared memory, for the bank conflicts.
 emulated: $(VENV)/ready
 	$(CMAKE) -S csrc/cuda/emulate -B build/emulated
 	cmake --build build/emulated
+	$(CMAKE) -S csrc/cuda/emulate -B build/accesses -DPARED_ACCESSES=ON
+	cmake --build build/accesses
 
 sanitize-cuda: $(VENV)/installed-test emulated
 	$(CMAKE) -S csrc/cuda/emulate -B $(SANITIZE)-cuda -DPARED_SANITIZE=ON

@@ -136,7 +136,7 @@ def test_copies_exceed_the_cache():
 
 
 def test_suites_are_found_and_the_most_valuable_come_first():
-    shared = {"__init__", "__main__", "measure", "emulated", "smoke"}
+    shared = {"__init__", "__main__", "measure", "emulated", "smoke", "banks"}
     modules = {p.stem for p in (ROOT / "bench/gpu").glob("*.py")} - shared
     names = [m.__name__.rpartition(".")[2] for m in command.suites("")]
     assert set(names) == modules == set(command.ORDER)

@@ -69,9 +69,9 @@ def this_machine() -> Machine:
     return Machine("cuda", p.name, p.L2_cache_size)
 
 
-def emulated_machine() -> Machine:
-    """The emulator: from here on CPU tensors stand for tensors on a device."""
-    _cuda._emulated = emulated.load()
+def emulated_machine(accesses: bool = False) -> Machine:
+    """The emulator, as `emulated.load` has it: from here on CPU tensors stand for tensors on a device."""
+    _cuda._emulated = emulated.load(accesses)
     return Machine("cpu", "dry run", 1 << 20, dry=True)
 
 

@@ -11,6 +11,7 @@
 #include "cuda/self_check.h"
 
 #ifdef PARED_CUDA_EMULATED
+#include "cuda/emulate/banks.h"
 #include "cuda/emulate/faults.h"
 #endif
 
@@ -117,6 +118,22 @@ PYBIND11_MODULE(PARED_CUDA_MODULE, m, py::mod_gil_not_used()) {
 #else
   m.attr("SANITIZED") = false;
 #endif
+#ifdef PARED_ACCESSES
+  m.attr("ACCESSES") = true;
+#else
+  m.attr("ACCESSES") = false;
+#endif
+  m.def("record_banks", &cuda::emulate::record_banks, py::arg("on"));
+  m.def(
+      "take_banks",
+      [] {
+        py::list uses;
+        for (const cuda::emulate::BankUse& u : cuda::emulate::take_banks())
+          uses.append(py::make_tuple(u.kernel, u.what, u.where, u.offset, u.bytes, u.instructions, u.taken,
+                                     u.least, u.worst));
+        return uses;
+      },
+      "(kernel, what, where, offset, bytes, instructions, taken, least, worst): as emulate::BankUse.");
   m.def("fault_names", &cuda::emulate::fault_names);
   m.def("run_fault", &cuda::emulate::run_fault, py::arg("name"));
 #endif

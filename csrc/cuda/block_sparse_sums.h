@@ -67,10 +67,10 @@ __device__ void store_tile(const BlockSparseProduct& p, const Sum* staged, int64
     const int64_t m = first_token + r, n = first_output + c;
     if (m >= p.tokens || n >= p.w.outputs) continue;
     const int count = p.w.outputs - n < 4 ? static_cast<int>(p.w.outputs - n) : 4;
+    const auto sums = *reinterpret_cast<const Four<Sum>*>(staged + r * T::kSumStride + c);
     Four<Y> out;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      out.at[i] = narrow<Y>(i < count ? finish(p, staged[r * T::kSumStride + c + i], m, n + i) : 0.0f);
+    for (int i = 0; i < 4; ++i) out.at[i] = narrow<Y>(i < count ? finish(p, sums.at[i], m, n + i) : 0.0f);
     store_first(static_cast<Y*>(p.y) + m * p.y_stride + n, out, count);
   }
 }

@@ -229,7 +229,7 @@ inline constexpr int kTurnCols = 32, kTurnThreads = 256;
 
 template <class V>
 __global__ void __launch_bounds__(kTurnThreads) csr_turn_kernel(const CsrProduct p) {
-  constexpr int kTokens = kCsrSlotBytes / sizeof(V), kPitch = kTurnCols + 4 / static_cast<int>(sizeof(V));
+  constexpr int kTokens = kCsrSlotBytes / sizeof(V), kPitch = kTurnCols + 1;
   PARED_SHARED(V[kTokens * kPitch], tile);
   const int64_t first_token = int64_t{blockIdx.x} * kTokens, first_col = int64_t{blockIdx.y} * kTurnCols;
   const auto* x = static_cast<const V*>(p.x);
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(kCsrThreads, 1) csr_panel_kernel(const CsrProd
     const int at = static_cast<int>(__shfl_sync(0xffffffffu, static_cast<int>(row - first_row), r));
     if (at >= 0) {
 #pragma unroll
-      for (int t = 0; t < kMine; ++t) staged[at * kPitch + lane * kMine + t] = sums[r][t];
+      for (int t = 0; t < kMine; ++t) staged[at * kPitch + t * 32 + lane] = sums[r][t];
     }
   }
   __syncthreads();
@@ -346,7 +346,7 @@ __global__ void __launch_bounds__(kCsrThreads, 1) csr_panel_kernel(const CsrProd
     if (first_token + t >= p.tokens) break;
     if (r < left)
       static_cast<V*>(p.y)[(first_token + t) * p.y_stride + first_row + r] =
-          finish<V>(p, staged[r * kPitch + t], first_row + r);
+          finish<V>(p, staged[r * kPitch + t % kMine * 32 + t / kMine], first_row + r);
   }
 }
 

@@ -228,6 +228,12 @@ __device__ __forceinline__ void load_activations(const DecodeProduct& p, int64_t
   for (int s = 0; s < kFragments; ++s) b[s][0] = words[2 * s], b[s][1] = words[2 * s + 1];
 }
 
+// Where the sum of a token and an output lies among those of a block row, [tokens][kDecodeBlock]: lanes of an
+// mma's sums are two tokens apart, and so 16 banks of 32 by their outputs alone.
+__device__ __forceinline__ int sum_at(int token, int output) {
+  return token * kDecodeBlock + (output ^ (token / 2 % 4 * 8));
+}
+
 // Outputs of one block row: adds up what the blocks of threads that share it have found. False for all but
 // the last of them, which has the sums of all, in the order of the splits, in `sums`.
 __device__ bool reduce_splits(const DecodePlan& plan, uint8_t* workspace, float* sums) {
@@ -308,7 +314,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? kDecodeResidentMany : 
     ring.next();
   }
   if (!p.bulk) ptx::copy_wait<0>();
-  __syncthreads();  // the stages are read: their memory takes the sums, [warp][token][output]
+  __syncthreads();  // the stages are read: their memory takes the sums of each warp
   auto* staged = reinterpret_cast<float*>(shared);
   constexpr int kCount = kDecodeBlock * kTiles * 8;
 #pragma unroll
@@ -317,8 +323,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? kDecodeResidentMany : 
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        staged[warp * kCount + (n * 8 + 2 * t + i % 2) * kDecodeBlock + r * 16 + g + i / 2 * 8] =
-            sums[r][n][i];
+        staged[warp * kCount + sum_at(n * 8 + 2 * t + i % 2, r * 16 + g + i / 2 * 8)] = sums[r][n][i];
   __syncthreads();
   for (int i = static_cast<int>(threadIdx.x); i < kCount; i += kThreads) {
     float sum = staged[i];
@@ -329,9 +334,10 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? kDecodeResidentMany : 
   __syncthreads();
   if (plan.splits > 1 && !reduce_splits(plan, p.workspace, staged)) return;
   for (int i = static_cast<int>(threadIdx.x); i < kCount; i += kThreads) {
-    const int64_t token = i / kDecodeBlock, output = int64_t{blockIdx.x} * kDecodeBlock + i % kDecodeBlock;
+    const int token = i / kDecodeBlock, column = i % kDecodeBlock;
+    const int64_t output = int64_t{blockIdx.x} * kDecodeBlock + column;
     if (token >= p.tokens || output >= p.w.outputs) continue;
-    float y = staged[i];
+    float y = staged[sum_at(token, column)];
     if constexpr (kFormat != DecodeFormat::bitmap16) y *= kByteScale<T>;
     if (p.scales) y = __fmul_rn(y, p.scales[output]);
     if (p.bias) y = __fadd_rn(y, p.bias[output]);

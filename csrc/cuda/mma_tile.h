@@ -104,9 +104,11 @@ __device__ __forceinline__ void stage_sums(Sum* staged, const Sum (&sums)[T::kMm
 #pragma unroll
     for (int n = 0; n < T::kMmaN; ++n)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+      for (int half = 0; half < 2; ++half) {
+        const Two two{{sums[m][n][2 * half], sums[m][n][2 * half + 1]}};
         *reinterpret_cast<Two*>(staged + (T::sum_row(m) + half * 8 + g) * T::kSumStride + T::sum_column(n) +
-                                2 * t) = Two{{sums[m][n][2 * half], sums[m][n][2 * half + 1]}};
+                                2 * t) = two;
+      }
 }
 
 }  // namespace pared::cuda

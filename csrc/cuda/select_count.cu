@@ -71,7 +71,8 @@ struct Sums {
 // Where a block's threads count, by 32-bit address.
 struct Shared {
   uint32_t bins;     // [kSelectMagnitudes]
-  uint32_t* staged;  // of this thread: what it has loaded, so that a word can be found by number
+  uint32_t* staged;  // of this thread: what it has loaded, so that a word can be found by number ^ turned
+  int turned;        // 4 for every other four threads, whose two loads change places: eight touch all banks
 };
 
 // Counts the words' keys. A thread sees less than 2^32 keys of a tensor that fits into any memory there is.
@@ -96,11 +97,12 @@ __device__ __forceinline__ void take(const uint4 (&loaded)[kLoads], const Bounds
   }
   if (inside) {
 #pragma unroll
-    for (int u = 0; u < kLoads; ++u) reinterpret_cast<uint4*>(shared.staged)[u] = loaded[u];
+    for (int u = 0; u < kLoads; ++u)
+      *reinterpret_cast<uint4*>(shared.staged + ((4 * u) ^ shared.turned)) = loaded[u];
     const uint32_t staged = ptx::shared_address(shared.staged);
     do {
       const int bit = 31 - __clz(static_cast<int>(inside));
-      const uint32_t word = ptx::load_shared<uint32_t>(staged + 4 * (bit & 15));
+      const uint32_t word = ptx::load_shared<uint32_t>(staged + 4 * ((bit & 15) ^ shared.turned));
       ptx::count_shared(shared.bins + (word >> (bit & 16) << 2 & (kSelectMagnitudes - 1) * 4));
       inside ^= 1u << bit;
     } while (inside);
@@ -185,7 +187,8 @@ __global__ void __launch_bounds__(kCountThreads, 1)
              thread = static_cast<int>(threadIdx.x);
   for (int i = first + thread; i < end; i += kCountThreads) bins[i] = 0;
   __syncthreads();
-  const Shared shared = {ptx::shared_address(bins), bins + kSelectMagnitudes + thread * kStaged * 4};
+  const Shared shared = {ptx::shared_address(bins), bins + kSelectMagnitudes + thread * kStaged * 4,
+                         thread & 4};
   if (s.ends) count<T, true>(ws, bounds, shared);
   else count<T, false>(ws, bounds, shared);
   __syncthreads();

@@ -304,7 +304,7 @@ __device__ __forceinline__ T block_prefix(T v, T* scratch, T& total) {
   return before + inclusive - v;
 }
 
-// Of counts by bin the one with the rank-th key, from the top bin down, 1-based.
+// Of counts by bin, aligned to 16 bytes, the one with the rank-th key, from the top bin down, 1-based.
 template <class C>
 struct Picked {
   uint32_t bin;
@@ -320,8 +320,17 @@ __device__ __forceinline__ Picked<C> pick_bin(const C* bins, C rank, PickScratch
   constexpr int kEach = kSelectBins / kThreads;
   const int top = kSelectBins - 1 - static_cast<int>(threadIdx.x) * kEach;
   C mine[kEach], sum = 0, total;
+  // Several with one load: one at a time, up to eight lanes would be after the same bank.
+  constexpr int kMost = 16 / sizeof(C), kLoad = kEach < kMost ? kEach : kMost;
+  struct alignas(kLoad * sizeof(C)) Several {
+    C at[kLoad];
+  };
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) sum += mine[j] = bins[top - j];
+  for (int j = 0; j < kEach; j += kLoad) {
+    const auto several = *reinterpret_cast<const Several*>(bins + top - j - (kLoad - 1));
+#pragma unroll
+    for (int i = 0; i < kLoad; ++i) sum += mine[j + i] = several.at[kLoad - 1 - i];
+  }
   C above = block_prefix<kThreads>(sum, scratch.sums, total);
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {

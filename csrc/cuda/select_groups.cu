@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kSelectThreads)
 // ---- longer groups, one a block
 
 struct GroupShared {
-  uint32_t bins[kSelectBins];
+  alignas(16) uint32_t bins[kSelectBins];
   PickScratch<kSelectThreads, uint32_t> pick;
 };
 

@@ -40,7 +40,7 @@ __device__ int64_t sample_position(int64_t i, int64_t n) {
 }
 
 struct SampleShared {
-  uint32_t bins[kSelectBins];
+  alignas(16) uint32_t bins[kSelectBins];
   PickScratch<kSampleThreads, uint32_t> pick;
 };
 struct Ranked {
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kSelectThreads, kSelectBlocksPerMultiprocessor
 // ---- 11 bits of the ordered keys in [base, last]
 
 struct RadixShared {
-  uint32_t bins[kSelectBins];
+  alignas(16) uint32_t bins[kSelectBins];
   PickScratch<kSelectThreads, Count> pick;
 };
 

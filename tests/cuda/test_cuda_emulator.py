@@ -30,7 +30,8 @@ def order(emulated, request):
 
 
 def test_every_fault_has_its_test(emulated):
-    assert set(emulated.fault_names()) == FAULTS.keys() | SILENT
+    others = {name for name in emulated.fault_names() if not name.startswith("turns_")}  # test_cuda_banks.py
+    assert others == FAULTS.keys() | SILENT
 
 
 @pytest.mark.parametrize("name", FAULTS)

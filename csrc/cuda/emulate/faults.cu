@@ -75,6 +75,56 @@ __global__ void mbarrier_nobody_completes(Out) {
   if (threadIdx.x == 0) ptx::mbarrier_arrive(&bar);
   ptx::mbarrier_wait(&bar, 0);
 }
+// Conflicts of banks, which are no errors: the turns that an instruction takes are behind `turns_`.
+__global__ void turns_8_load(Out out) {
+  PARED_DYNAMIC_SHARED(s);
+  for (int i = 0; i < 8; ++i) reinterpret_cast<unsigned*>(s)[i * 32 + threadIdx.x % 32] = 0;
+  __syncwarp();
+  out[threadIdx.x] = ptx::load_shared<unsigned>(ptx::shared_address(s) + 32 * (threadIdx.x % 32));
+}
+__global__ void turns_8_matrices(Out out) {
+  PARED_DYNAMIC_SHARED(s);  // rows 128 bytes apart, not swizzled
+  uint32_t r[4];
+  ptx::load_matrices(r, s + 128 * (threadIdx.x % 8) + threadIdx.x / 8 * 16);
+  out[threadIdx.x] = 0;
+}
+__global__ void turns_1_swizzled(Out out) {
+  PARED_DYNAMIC_SHARED(s);
+  uint32_t r[4];
+  ptx::load_matrices(r, s + 128 * (threadIdx.x % 8) + (threadIdx.x / 8 ^ threadIdx.x % 8) * 16);
+  out[threadIdx.x] = 0;
+}
+__global__ void turns_4_copies(Out out) {
+  PARED_DYNAMIC_SHARED(s);
+  ptx::copy_async<16>(s + 64 * threadIdx.x, out);
+  ptx::copy_commit();
+  ptx::copy_wait<0>();
+}
+__global__ void turns_5_counts(Out) {
+  PARED_DYNAMIC_SHARED(s);  // lanes 0 to 4 want words of one bank, the others one word
+  const unsigned word = threadIdx.x < 5 ? 32 * threadIdx.x : 1;
+  reinterpret_cast<unsigned*>(s)[threadIdx.x] = 0;
+  __syncwarp();
+  ptx::count_shared(ptx::shared_address(s) + 4 * word);
+}
+// Plain accesses, of which only some builds know.
+__global__ void turns_16_plain(Out out) {
+  PARED_DYNAMIC_SHARED(s);
+  auto* words = reinterpret_cast<unsigned*>(s);
+  for (unsigned i = 0; i < 16; ++i) words[i * 32 + threadIdx.x] = i;
+  __syncthreads();
+  out[threadIdx.x] = words[16 * threadIdx.x];
+}
+// Threads that skip a turn of a loop meet the others again behind the next barrier.
+__global__ void turns_2_diverged(Out out) {
+  PARED_DYNAMIC_SHARED(s);
+  auto* words = reinterpret_cast<unsigned*>(s);
+  for (unsigned i = threadIdx.x % 2; i < 2; ++i) words[threadIdx.x + 32 * i] = i;
+  __syncthreads();
+  auto* fours = reinterpret_cast<uint4*>(s) + threadIdx.x * 2 % 32;
+  const uint4 four = *fours;
+  out[threadIdx.x] = four.x & 1;
+}
 // Block 0 gives what block 1 reads: wrong when the blocks run in another order.
 __global__ void order_of_blocks(Out out) {
   if (threadIdx.x == 0) out[1 + blockIdx.x] = blockIdx.x == 0 ? 7 : out[1];
@@ -107,6 +157,13 @@ const std::map<std::string, Fault>& faults() {
       PARED_FAULT(bulk_copy_nobody_awaits, 1, 64, 256),
       PARED_FAULT(mbarrier_nobody_completes, 1, 64),
       PARED_FAULT(order_of_blocks, 2, 64),
+      PARED_FAULT(turns_8_load, 1, 32, 1024),
+      PARED_FAULT(turns_8_matrices, 1, 32, 1024),
+      PARED_FAULT(turns_1_swizzled, 1, 32, 1024),
+      PARED_FAULT(turns_4_copies, 1, 32, 2048),
+      PARED_FAULT(turns_5_counts, 1, 32, 1024),
+      PARED_FAULT(turns_16_plain, 1, 32, 2048),
+      PARED_FAULT(turns_2_diverged, 1, 32, 1024),
 #undef PARED_FAULT
   };
   return all;

@@ -1,4 +1,5 @@
-// Kernels with the faults that the emulator is there to find. For its own tests.
+// Kernels with the faults that the emulator is there to find, conflicts of banks among them. For its own
+// tests.
 #pragma once
 
 #include <string>

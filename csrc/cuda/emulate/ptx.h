@@ -33,8 +33,10 @@ inline uint4 load_once(const uint4* p, PARED_HERE) { return emulate::aligned(p, 
 
 inline uint32_t shared_address(const void* p) { return emulate::shared_address(p); }
 template <class T>
-uint32_t load_shared(uint32_t address, PARED_HERE) {
-  return emulate::aligned(reinterpret_cast<const T*>(emulate::dynamic_shared() + address), PARED_WHERE);
+PARED_UNSEEN uint32_t load_shared(uint32_t address, PARED_HERE) {
+  const auto* p = reinterpret_cast<const T*>(emulate::dynamic_shared() + address);
+  emulate::touch(p, sizeof(T), emulate::Touch::read, PARED_WHERE);
+  return emulate::aligned(p, PARED_WHERE);
 }
 
 inline void count_shared(uint32_t address, PARED_HERE) {
@@ -153,6 +155,7 @@ void load_matrices_of(uint32_t (&r)[kCount], const void* row, emulate::Where whe
   if (emulate::lane() < 8 * kCount) {
     if (reinterpret_cast<uintptr_t>(row) % 16) emulate::fail("ldmatrix: misaligned row", where);
     if (!emulate::is_shared(row, 16)) emulate::fail("ldmatrix: a row is not in shared memory", where);
+    emulate::touch(row, 16, emulate::Touch::matrix, where);
   }
   MatrixOperands mine{r, static_cast<const char*>(row)};
   emulate::collective(

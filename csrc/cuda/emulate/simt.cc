@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "cuda/emulate/banks.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -145,11 +146,14 @@ struct Machine {
   std::mutex turn;
   uint64_t order = 0;
   std::map<std::string, int64_t> launched;
+  bool banks = false;   // what record_banks says
+  bool noting = false;  // a thread runs, on its own account, and accesses are to be noted
 
   std::vector<std::unique_ptr<Fiber>> fibers;
   int threads = 0, done = 0;
   Fiber* current = nullptr;
   const std::function<void()>* body = nullptr;
+  const char* kernel = nullptr;
   std::string error;
   Barrier barriers[kBarriers];
   std::vector<BulkCopy> bulk;
@@ -203,6 +207,12 @@ struct Machine {
     __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
     current = nullptr;
+  }
+
+  void note(const void* p, size_t bytes, Touch what, Where where, const void* pc) {
+    const auto* at = static_cast<const unsigned char*>(p);
+    if (!noting || !current || at < dynamic_begin() || at >= static_begin() + kMostStatic) return;
+    note_access(number(current), what, where, pc, static_cast<size_t>(at - dynamic_begin()), bytes);
   }
 
   void wait(State state, Where where) {
@@ -316,6 +326,7 @@ void run_block(Machine& m, const std::vector<int>& order) {
   __asan_poison_memory_region(canary, static_cast<size_t>(m.static_begin() - canary));
 #endif
   m.done = 0;
+  m.noting = m.banks;
   m.bulk.clear();
   for (Barrier& b : m.barriers) b = {};
   for (int i = 0; i < m.threads; ++i) {
@@ -327,6 +338,7 @@ void run_block(Machine& m, const std::vector<int>& order) {
     f.products.assign(1, {});
     start(f);
   }
+  if (m.noting) begin_notes(m.kernel, m.threads);
   while (m.done < m.threads) {
     bool progress = false;
     for (const int i : order) {
@@ -340,6 +352,7 @@ void run_block(Machine& m, const std::vector<int>& order) {
     m.error = stuck(m);
     return;
   }
+  if (m.noting) settle_notes(0, m.threads);
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(canary, kCanary);
 #endif
@@ -376,6 +389,7 @@ bool arrive(Machine& m, int id, int threads, bool predicate, Where where) {
   b.count += predicate;
   if (++b.arrived < threads) return false;
   b.arrived = 0;
+  if (m.noting && threads == m.threads) settle_notes(0, m.threads);
   release(m, id);
   return true;
 }
@@ -407,6 +421,7 @@ void run(const char* kernel, Uint3 grid, Uint3 block, size_t dynamic_shared_byte
   m.threads = static_cast<int>(threads);
   while (m.fibers.size() < threads) m.fibers.push_back(std::make_unique<Fiber>());
   m.body = &thread;
+  m.kernel = kernel;
   m.error.clear();
   m.dynamic_bytes = dynamic_shared_bytes;
   m.shared.resize(kMostShared + kMostStatic + 4096);
@@ -435,6 +450,26 @@ std::map<std::string, int64_t> take_launched() {
   Machine& m = machine();
   const std::lock_guard<std::mutex> lock(m.turn);
   return std::exchange(m.launched, {});
+}
+
+void record_banks(bool on) {
+  Machine& m = machine();
+  const std::lock_guard<std::mutex> lock(m.turn);
+  m.banks = on;
+}
+void touch(const void* p, size_t bytes, Touch what, Where where) {
+  machine().note(p, bytes, what, where, nullptr);
+}
+void touched(const void* p, size_t bytes, Touch what, const void* pc) {
+  machine().note(p, bytes, what, {nullptr, 0}, pc);
+}
+void called(const void* caller) {
+  Machine& m = machine();
+  if (m.banks && m.current) note_call(m.number(m.current), caller);
+}
+void returned() {
+  Machine& m = machine();
+  if (m.banks && m.current) note_return(m.number(m.current));
 }
 
 void fail(const std::string& what, Where where) {
@@ -482,7 +517,10 @@ void collective(const char* kind, uint32_t mask, void* operands, void (*complete
     if (!here(i)) return m.wait(State::warp, where);
     all[i] = m.fibers[first + i]->operands;
   }
+  const bool noting = std::exchange(m.noting, false);  // on behalf of all lanes
   complete(all, mask);
+  m.noting = noting;
+  if (noting && mask == kFullWarp) settle_notes(first, first + 32);
   for (int i = 0; i < 32; ++i)
     if (mask >> i & 1) m.fibers[first + i]->state = State::ready;
 }
@@ -510,6 +548,7 @@ void copy_async(void* shared, const void* global, int bytes, int valid, Where wh
   const auto s = reinterpret_cast<uintptr_t>(shared), g = reinterpret_cast<uintptr_t>(global);
   if (!is_shared(shared, bytes)) fail("cp.async: the destination is not shared memory", where);
   if (s % bytes || (valid && g % bytes)) fail("cp.async: misaligned address", where);
+  touch(shared, bytes, Touch::copy, where);
   std::memset(shared, kPoison, bytes);
   machine().current->groups.back().push_back({shared, global, bytes, valid});
 }

@@ -97,6 +97,16 @@ void defer(std::function<void()> product);
 void close_deferred();
 void run_deferred(int groups_in_flight);
 
+// Accesses to shared memory, for banks.h: of ptx.h and of atomics, which say so; of accesses.cc's builds.
+// Others than those of a thread to shared memory are ignored.
+enum class Touch : uint8_t { read, write, atomic, copy, matrix };
+void touch(const void* p, size_t bytes, Touch what, Where where);
+void touched(const void* p, size_t bytes, Touch what, const void* pc);
+void called(const void* caller);
+void returned();
+// Of a function that says so itself.
+#define PARED_UNSEEN __attribute__((no_sanitize("thread")))
+
 // What `p` points to, after a check of its alignment.
 template <class T>
 const T& aligned(const T* p, Where where) {

@@ -237,12 +237,13 @@ PARED_REDUCE(xor, Xor)
 
 // ---- atomics: one thread runs at a time
 
-#define PARED_ATOMIC(name, expression)                            \
-  template <class T>                                              \
-  T name(T* at, std::common_type_t<T> v, PARED_HERE) {            \
-    const T old = pared::cuda::emulate::aligned(at, PARED_WHERE); \
-    *at = static_cast<T>(expression);                             \
-    return old;                                                   \
+#define PARED_ATOMIC(name, expression)                                                            \
+  template <class T>                                                                              \
+  PARED_UNSEEN T name(T* at, std::common_type_t<T> v, PARED_HERE) {                               \
+    pared::cuda::emulate::touch(at, sizeof(T), pared::cuda::emulate::Touch::atomic, PARED_WHERE); \
+    const T old = pared::cuda::emulate::aligned(at, PARED_WHERE);                                 \
+    *at = static_cast<T>(expression);                                                             \
+    return old;                                                                                   \
   }
 PARED_ATOMIC(atomicAdd, old + v)
 PARED_ATOMIC(atomicSub, old - v)
@@ -255,7 +256,8 @@ PARED_ATOMIC(atomicExch, v)
 PARED_ATOMIC(atomicInc, old >= v ? 0 : old + 1)
 #undef PARED_ATOMIC
 template <class T>
-T atomicCAS(T* at, std::common_type_t<T> compare, std::common_type_t<T> v) {
+PARED_UNSEEN T atomicCAS(T* at, std::common_type_t<T> compare, std::common_type_t<T> v, PARED_HERE) {
+  pared::cuda::emulate::touch(at, sizeof(T), pared::cuda::emulate::Touch::atomic, PARED_WHERE);
   const T old = *at;
   if (old == compare) *at = v;
   return old;
