@@ -71,6 +71,18 @@ def test_conflicts_of_all_accesses(accesses, name, order):
         accesses.set_order(0)
 
 
+@pytest.mark.parametrize("name", ["wgmma_without_fence", "bulk_copy_over_written"])
+def test_engines_do_not_see_what_threads_wrote(accesses, name):
+    accesses.run_fault(name)  # where nothing is noted
+    accesses.record_banks(True)
+    try:
+        with pytest.raises(RuntimeError, match=rf"^{name}: .* shared memory that threads have written"):
+            accesses.run_fault(name)
+    finally:
+        accesses.record_banks(False)
+        accesses.take_banks()
+
+
 def test_nothing_is_counted_unasked(emulated):
     emulated.take_banks()
     emulated.run_fault("turns_8_load")

@@ -105,6 +105,16 @@ def test_large_blocks(backend, place, rng, kernel, block, dtype):
         assert torch.equal(w.linear(on, bias_on, place=place, most=2), split)
 
 
+def test_the_same_row_for_all_tokens(backend, place, rng, kernel):
+    # Rows that overlap, of which the driver makes no tensor map.
+    dense = random_blocks(rng, (64, 128), (64, 64), 1.0, torch.bfloat16)
+    x = torch.from_numpy(rng.standard_normal((1, 128))).to(torch.bfloat16).expand(40, 128)
+    w = DeviceBlocks.from_dense(dense.to(backend.device), (64, 64))
+    on = x[:1].to(backend.device).expand(40, 128)
+    assert on.stride(0) == 0
+    assert_close(w.linear(on, place=place), x, dense)
+
+
 def test_large_int8_blocks(backend, place, rng, kernel):
     q = random_blocks(rng, (300, 512), (128, 128), 0.6, torch.int8)
     scales, bias = torch.rand(300) + 0.1, torch.randn(300)

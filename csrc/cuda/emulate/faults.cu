@@ -125,6 +125,34 @@ __global__ void turns_2_diverged(Out out) {
   const uint4 four = *fours;
   out[threadIdx.x] = four.x & 1;
 }
+// An operand that does not begin where the swizzle does.
+__global__ void wgmma_off_the_swizzle(Out) {
+  PARED_DYNAMIC_SHARED(s);
+  float sums[8][4] = {};
+  ptx::wgmma_f16(sums, ptx::wgmma_operand(s + 128), ptx::wgmma_operand(s));
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+}
+// The engine's operands, written by threads.
+__global__ void wgmma_without_fence(Out) {
+  PARED_DYNAMIC_SHARED(s);
+  for (unsigned i = threadIdx.x; i < 4096; i += 128) reinterpret_cast<unsigned*>(s)[i] = 0;
+  __syncthreads();
+  float sums[8][4] = {};
+  ptx::wgmma_f16(sums, ptx::wgmma_operand(s), ptx::wgmma_operand(s + 8192));
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+}
+__global__ void bulk_copy_over_written(Out out) {
+  PARED_DYNAMIC_SHARED(s);
+  PARED_SHARED(uint64_t, bar);
+  if (threadIdx.x) return;
+  reinterpret_cast<unsigned*>(s)[3] = 1;
+  ptx::mbarrier_init(&bar, 1);
+  ptx::mbarrier_arrive_expect(&bar, 64);
+  ptx::copy_bulk(s, out, 64, &bar);
+  ptx::mbarrier_wait(&bar, 0);
+}
 // Block 0 gives what block 1 reads: wrong when the blocks run in another order.
 __global__ void order_of_blocks(Out out) {
   if (threadIdx.x == 0) out[1 + blockIdx.x] = blockIdx.x == 0 ? 7 : out[1];
@@ -157,6 +185,9 @@ const std::map<std::string, Fault>& faults() {
       PARED_FAULT(bulk_copy_nobody_awaits, 1, 64, 256),
       PARED_FAULT(mbarrier_nobody_completes, 1, 64),
       PARED_FAULT(order_of_blocks, 2, 64),
+      PARED_FAULT(wgmma_off_the_swizzle, 1, 128, 20480),
+      PARED_FAULT(wgmma_without_fence, 1, 128, 16384),
+      PARED_FAULT(bulk_copy_over_written, 1, 64, 256),
       PARED_FAULT(turns_8_load, 1, 32, 1024),
       PARED_FAULT(turns_8_matrices, 1, 32, 1024),
       PARED_FAULT(turns_1_swizzled, 1, 32, 1024),

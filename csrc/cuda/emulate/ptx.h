@@ -215,6 +215,12 @@ struct WgmmaOperands {
 template <int kN, class T>
 void wgmma(typename T::C (&c)[kN][4], uint64_t a, uint64_t b, emulate::Where where) {
   if (a >> 62 != 1 || b >> 62 != 1) emulate::fail("wgmma: expected operands swizzled by 128 bytes", where);
+  // The swizzle goes by address bits: eight rows begin at 1024 bytes, steps inside the first row at 32.
+  for (const uint64_t operand : {a, b})
+    if (const uint64_t within = (operand << 4) & 1023; within >= 128 || within % 32)
+      emulate::fail("wgmma: expected an operand at a multiple of 1024 bytes, and of 32 in its row", where);
+  emulate::read_by_engine(a << 4 & 0x3fc00, 64 * 128, where);
+  emulate::read_by_engine(b << 4 & 0x3fc00, 8 * kN * 128, where);
   emulate::defer([operands = WgmmaOperands<kN, T>{c, a, b}, where]() mutable {
     emulate::collective(
         T::kName, emulate::kFullWarp, &operands,

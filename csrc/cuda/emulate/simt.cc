@@ -146,8 +146,9 @@ struct Machine {
   std::mutex turn;
   uint64_t order = 0;
   std::map<std::string, int64_t> launched;
-  bool banks = false;   // what record_banks says
-  bool noting = false;  // a thread runs, on its own account, and accesses are to be noted
+  bool banks = false;         // what record_banks says
+  bool noting = false;        // a thread runs, on its own account, and accesses are to be noted
+  std::vector<bool> written;  // bytes of shared memory, by threads of this block; where accesses are noted
 
   std::vector<std::unique_ptr<Fiber>> fibers;
   int threads = 0, done = 0;
@@ -212,7 +213,16 @@ struct Machine {
   void note(const void* p, size_t bytes, Touch what, Where where, const void* pc) {
     const auto* at = static_cast<const unsigned char*>(p);
     if (!noting || !current || at < dynamic_begin() || at >= static_begin() + kMostStatic) return;
-    note_access(number(current), what, where, pc, static_cast<size_t>(at - dynamic_begin()), bytes);
+    const auto offset = static_cast<size_t>(at - dynamic_begin());
+    note_access(number(current), what, where, pc, offset, bytes);
+    if (what == Touch::write || what == Touch::atomic)
+      std::fill_n(written.begin() + static_cast<int64_t>(offset), bytes, true);
+  }
+
+  void by_engine(const void* p, int bytes, Where where) {
+    const auto first = written.begin() + (static_cast<const unsigned char*>(p) - dynamic_begin());
+    if (banks && std::find(first, first + bytes, true) != first + bytes)
+      fail("the copy engine or wgmma takes shared memory that threads have written, without a fence", where);
   }
 
   void wait(State state, Where where) {
@@ -339,6 +349,7 @@ void run_block(Machine& m, const std::vector<int>& order) {
     start(f);
   }
   if (m.noting) begin_notes(m.kernel, m.threads);
+  m.written.assign(m.noting ? m.shared.size() : 0, false);
   while (m.done < m.threads) {
     bool progress = false;
     for (const int i : order) {
@@ -594,6 +605,7 @@ void copy_bulk(void* shared, const void* global, int bytes, uint64_t* bar, Where
   if (bytes % 16 || s % 16 || g % 16)
     fail("cp.async.bulk: addresses and size are not multiples of 16", where);
   if (!is_shared(shared, bytes)) fail("cp.async.bulk: the destination is not shared memory", where);
+  machine().by_engine(shared, bytes, where);
   std::memset(shared, kPoison, bytes);
   machine().bulk.push_back({{{shared, global, bytes, bytes}}, bytes, bar});
 }
@@ -604,6 +616,7 @@ void copy_tensor(void* shared, const Matrix& from, int64_t column, int64_t row, 
   const int bytes = from.box_rows * kChunk * kChunks;
   if ((to - dynamic_shared()) % 1024) fail("cp.async.bulk.tensor: expected a multiple of 1024", where);
   if (!is_shared(shared, bytes)) fail("cp.async.bulk.tensor: the destination is not shared memory", where);
+  machine().by_engine(shared, bytes, where);
   std::memset(shared, kPoison, bytes);
   BulkCopy copy{{}, bytes, bar};
   for (int r = 0; r < from.box_rows; ++r)
@@ -620,6 +633,10 @@ uint32_t shared_address(const void* p) {
   const auto* c = static_cast<const unsigned char*>(p);
   if (!is_shared(p, 1)) fail("expected the address of shared memory", {nullptr, 0});
   return static_cast<uint32_t>(c - dynamic_shared());
+}
+
+void read_by_engine(uint64_t address, int bytes, Where where) {
+  machine().by_engine(machine().dynamic_begin() + address, bytes, where);
 }
 
 void defer(std::function<void()> product) {

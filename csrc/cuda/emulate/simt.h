@@ -92,6 +92,11 @@ void copy_tensor(void* shared, const Matrix& from, int64_t column, int64_t row, 
 // Of dynamic shared memory alone, whose first byte is at 0.
 uint32_t shared_address(const void* p);
 
+// Bytes of dynamic shared memory that wgmma reads. The copy engine and wgmma see what threads have written
+// only behind a fence.proxy.async, which no kernel has: that threads wrote there before is an error, found
+// where accesses are noted (banks.h).
+void read_by_engine(uint64_t address, int bytes, Where where);
+
 // wgmma: products of the running thread run when their group is waited for, as late as they can.
 void defer(std::function<void()> product);
 void close_deferred();
