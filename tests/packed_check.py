@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-# csrc/formats/packed.h, version 1.
+# csrc/formats/packed.h, version 2.
 HEADER = np.dtype(
     [
         ("magic", "S8"),

@@ -259,6 +259,27 @@ def test_header_layout(packed):
     assert h["starts_at"] % 64 == h["counts_at"] % 64 == h["values_at"] % 64 == h["offsets_at"] % 64 == 0
 
 
+def test_runs_are_sorted_by_length(packed, rng):
+    """In each row group and K block every row has its place, and those that exist come shortest first."""
+    w = np.asarray(CSR(packed).to_dense())
+    h = header(packed)
+    depth = int(h["block_k"])
+    blocks, groups = -(-200 // depth), 3
+    runs = packed[int(h["counts_at"]) :][: groups * blocks * 16 * 2].reshape(groups, blocks, 16, 2)
+    unsorted = 0
+    for g in range(groups):
+        real = min(16, 40 - 16 * g)
+        for b in range(blocks):
+            counts, slots = runs[g, b].T.astype(int)
+            part = w[16 * g : 16 * g + 16, b * depth : (b + 1) * depth]
+            assert sorted(slots) == list(range(16))
+            assert counts[:real].tolist() == [np.count_nonzero(part[s]) for s in slots[:real]]
+            assert (np.diff(counts[:real]) >= 0).all()
+            assert not counts[real:].any()
+            unsorted += slots.tolist() != sorted(slots)
+    assert unsorted == groups * blocks
+
+
 def check(packed: np.ndarray) -> None:
     CSR(packed).validate()
 
@@ -309,6 +330,8 @@ def test_planted_faults_behind_a_valid_checksum(packed):
     faults = [
         ("counts", 0, section["counts"][0] + 1, "invalid column offset|expected start|counts exceed"),
         ("counts", 0, section["counts"][0] - 1, "invalid column offset|expected start"),
+        ("counts", 1, section["counts"][3], "expected each row once"),
+        ("counts", 1, 16, "expected each row once"),
         ("starts", 1, section["starts"][1] + 1, "expected start"),
         ("values", 5, 0.0, "invalid value"),
         ("values", 5, np.nan, "invalid value"),

@@ -109,15 +109,20 @@ UnitCode unit_code(const PackedHeader& h) {
 }
 
 // Tile and K block by density. The panel block (tile * block_k floats) should fit L1 beside the accumulators
-// and the stream of weights: 40 KB while rows are dense. Below about ten non-zeros a row and block the
-// accumulators' load and store and the mispredicted end of the inner loop cost more than a panel that comes
-// half from L2, so the block gets deeper; a very sparse weight also needs the depth for its size (one count
-// byte a row and block). Bound: tile * block_k * 4 <= 65536, the reach of a 16-bit offset; block_k <= 255.
-// Measured on Zen 5, 384 tokens, speed-up over dense at 50/80/90/95 %: {128, 80} 2.6/5.4/8.1/10.8,
-// {128, 128} 2.2/5.0/8.4/12.2, {64, 240} 2.2/5.0/8.5/12.8, {96, 96} 2.5/5.0/7.4/9.6.
-// The weights of a network's last convolutions, a million and more, meet 7x7 images, of which one is a narrow
-// tile: deeper blocks fit, 15 % faster at 80 % zeros, and cost nothing on wide tiles ({128, 80}: 2316 us for
-// the five of ResNet-50 together, {128, 128}: 1978 us).
+// and the stream of weights: 32 to 40 KB while rows are dense. Below about twenty non-zeros a row and block
+// the accumulators' load and store and the end of the inner loop cost more than a panel that comes partly
+// from L2, so the block gets deeper; a very sparse weight also needs the depth for its size (two bytes a row
+// and block). Bound: tile * block_k * 4 <= 65536, the reach of a 16-bit offset; block_k <= 255.
+// Linear, Zen 5, one thread, time of {128, 80} (50 to 80 % zeros) and {128, 128} over that of others, 768x768
+// with 384 tokens, 3072x768 and 768x3072 with 128:
+//   50 %: {128, 64} 1.00-1.02, {64, 128} 1.00         70 %: {64, 128} 1.01-1.03, {64, 160} 1.01
+//   80 %: {64, 128} 1.05-1.06, {64, 160} 1.04-1.06     90 %: {64, 160} 1.10-1.12, {64, 192} 1.11
+//   95 %: {64, 160} 1.11, {64, 240} 1.13-1.23
+// One tile for all densities lets layers that differ in theirs share a packed input. A 1x1 convolution wants
+// long runs of a channel instead: with 64 positions, 256 bytes, it takes up to twice as long. The weights of
+// a network's last convolutions, a million and more, meet 7x7 images, of which one is a narrow tile: deeper
+// blocks fit, 15 % faster at 80 % zeros, and cost nothing on wide tiles ({128, 80}: 2316 us for the five of
+// ResNet-50 together, {128, 128}: 1978 us).
 constexpr double kDeepConvolution = 1 << 20;
 // The taps of a channel share their elements in a panel of strips (ops/conv_strips.h): 16 channels of a 3x3
 // kernel are 28 KB with tiles of seven vectors, 22 are 25 KB with the four of a 7x7 image. At 90 % zeros, one
@@ -136,8 +141,13 @@ Tiling choose_tiling(int64_t rows, int64_t cols, int64_t nnz, int entry_rows, co
     return {128, static_cast<uint32_t>(std::max(1, channels) * taps)};
   }
   const double density = cells > 0 ? static_cast<double>(nnz) / cells : 1.0;
-  if (density >= 0.14) return {128, conv.kh > 0 && cells >= kDeepConvolution && density < 0.3 ? 128u : 80u};
-  if (density >= 0.04) return {128, 128};
+  if (conv.kh > 0) {
+    if (density >= 0.14) return {128, cells >= kDeepConvolution && density < 0.3 ? 128u : 80u};
+    if (density >= 0.04) return {128, 128};
+    return {64, 240};
+  }
+  if (density >= 0.14) return {64, 128};
+  if (density >= 0.06) return {64, 160};
   return {64, 240};
 }
 

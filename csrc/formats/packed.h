@@ -40,7 +40,7 @@ struct PackedHeader {
   uint64_t checksum;  // of the header (this field zero) and everything behind
 };
 inline constexpr char kPackedMagic[8] = {'P', 'A', 'R', 'E', 'D', 'P', 'K', '1'};
-inline constexpr uint16_t kPackedVersion = 1;
+inline constexpr uint16_t kPackedVersion = 2;
 inline constexpr int64_t kMaxSize = int64_t{1} << 48;  // rows or columns: sums of a few products fit 64 bits
 
 // A header with what every format fills the same way; sizes and sections are the format's.

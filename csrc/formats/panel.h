@@ -5,13 +5,15 @@
 //   rows are cut into groups of kCsrGroup, a group into slots of entry_rows rows, the reduction into K blocks
 //   of block_k units;
 //   starts[g * (blocks + 1) + b]: first entry of group g in block b; block `blocks` is the group's end;
-//   counts[(g * blocks + b) * slots + s]: entries of slot s; their sum is the next start minus this one;
-//   values/offsets: group-major, then block, slot, ascending unit; entry_rows values an entry, row by row;
+//   runs[(g * blocks + b) * slots + i]: the slots of a group and block, each once, and their entries, whose
+//     sum is the next start minus this one. The packer sorts them by length, so that a kernel's inner loops
+//     end where the processor expects it;
+//   values/offsets: group-major, then block, run, ascending unit; entry_rows values an entry, row by row;
 //   offset = (unit % block_k) * tile * 4, at most kMaxOffset, so that even a corrupt one stays inside the
 //   panel buffer; or, where the units are the taps of a convolution's kernel (UnitCode), channel << 8 | tap
 //   with the channel counted from the K block's first, and blocks are whole channels;
 //   a zero value only beside a non-zero of the same entry. What else a value has to be, a format says.
-// Size: 2 bytes an entry and 4 a value, one byte a slot and block, four bytes a group and block.
+// Size: 2 bytes an entry and 4 a value, two bytes a slot and block, four bytes a group and block.
 #pragma once
 
 #include <algorithm>
@@ -23,10 +25,11 @@
 #include "core/check.h"
 #include "core/parallel.h"
 #include "formats/packed.h"
+#include "kernels/types.h"
 
 namespace pared {
 
-inline constexpr int kCsrGroup = 16;
+inline constexpr int kCsrGroup = kPanelMaxSlots;
 inline constexpr int kQuadRows = 4;
 inline constexpr uint32_t kMaxOffset = 0xffff;
 
@@ -54,7 +57,7 @@ struct PanelPacked {
   int64_t units;  // of the reduction
   UnitCode code;
   const uint32_t* starts;
-  const uint8_t* counts;
+  const PanelRun* runs;
   const T* values;
   const uint16_t* offsets;
 
@@ -84,7 +87,7 @@ struct DenseView {
 struct PanelPlan {
   PackedHeader header;
   std::vector<uint32_t> starts;
-  std::vector<uint8_t> counts;
+  std::vector<PanelRun> runs;
 };
 
 namespace panel_layout {
@@ -107,7 +110,12 @@ class Sections {
   size_t end_;
 };
 
-// Fills counts and starts of a plan whose header has rows, entry_rows, tile and block_k, and the header's
+// The first entry of each slot, of runs whose first begins at `start`.
+inline void find_slots(const PanelRun* runs, int slots, uint64_t start, uint64_t* first) {
+  for (int i = 0; i < slots; start += runs[i++].count) first[runs[i].slot] = start;
+}
+
+// Fills runs and starts of a plan whose header has rows, entry_rows, tile and block_k, and the header's
 // entries, sections (from `sections` on) and bytes. new_entries() gives a task's object: its
 // operator()(slot, fn) calls fn(unit, const T* values) for each entry of a slot, units ascending.
 template <class T, class NewEntries>
@@ -116,13 +124,21 @@ void plan_panel(PanelPlan& plan, int64_t units, Sections sections, const NewEntr
   const int64_t groups = (h.rows + kCsrGroup - 1) / kCsrGroup;
   const int64_t blocks = (units + h.block_k - 1) / h.block_k;
   const int slots = kCsrGroup / h.entry_rows;
-  plan.counts.assign(groups * blocks * slots, 0);
+  plan.runs.assign(groups * blocks * slots, {});
   plan.starts.assign(groups * (blocks + 1), 0);
   parallel_for(0, groups, kGroupsPerTask, [&](int64_t g0, int64_t g1) {
     auto entries = new_entries();
-    for (int64_t s = g0 * slots; s < g1 * slots; ++s) {
-      uint8_t* counts = plan.counts.data() + (s / slots * blocks * slots + s % slots);
-      entries(s, [&](int64_t unit, const T*) { ++counts[unit / h.block_k * slots]; });
+    for (int64_t g = g0; g < g1; ++g) {
+      PanelRun* runs = plan.runs.data() + g * blocks * slots;
+      for (int s = 0; s < slots; ++s) {
+        for (int64_t b = 0; b < blocks; ++b) runs[b * slots + s].slot = static_cast<uint8_t>(s);
+        entries(g * slots + s, [&](int64_t unit, const T*) { ++runs[unit / h.block_k * slots + s].count; });
+      }
+      // Slots behind the last row stay where they are, behind those that a kernel is called for.
+      const int64_t rows = std::min<int64_t>(kCsrGroup, h.rows - g * kCsrGroup);
+      for (int64_t b = 0; b < blocks; ++b)
+        std::stable_sort(runs + b * slots, runs + b * slots + (rows + h.entry_rows - 1) / h.entry_rows,
+                         [](PanelRun a, PanelRun b) { return a.count < b.count; });
     }
   });
   int64_t at = 0;
@@ -130,12 +146,12 @@ void plan_panel(PanelPlan& plan, int64_t units, Sections sections, const NewEntr
     for (int64_t b = 0; b <= blocks; ++b) {
       plan.starts[g * (blocks + 1) + b] = static_cast<uint32_t>(at);
       if (b < blocks)
-        for (int s = 0; s < slots; ++s) at += plan.counts[(g * blocks + b) * slots + s];
+        for (int i = 0; i < slots; ++i) at += plan.runs[(g * blocks + b) * slots + i].count;
     }
   PARED_CHECK(at < kMaxNonZeros, "weight: expected fewer than 2^32 stored entries, got ", at);
   h.entries = at;
   h.starts_at = sections.add(plan.starts.size() * sizeof(uint32_t));
-  h.counts_at = sections.add(plan.counts.size());
+  h.counts_at = sections.add(plan.runs.size() * sizeof(PanelRun));
   h.values_at = sections.add(h.entries * h.entry_rows * sizeof(T));
   h.offsets_at = sections.add(h.entries * sizeof(uint16_t));
   h.bytes = sections.bytes();
@@ -149,7 +165,7 @@ void write_panel(const PanelPlan& plan, int64_t units, const UnitCode& code, con
   std::memset(out, 0, h.values_at);
   // Not memcpy: an empty vector's data may be null.
   std::copy(plan.starts.begin(), plan.starts.end(), reinterpret_cast<uint32_t*>(out + h.starts_at));
-  std::copy(plan.counts.begin(), plan.counts.end(), out + h.counts_at);
+  std::copy(plan.runs.begin(), plan.runs.end(), reinterpret_cast<PanelRun*>(out + h.counts_at));
   T* values = reinterpret_cast<T*>(out + h.values_at);
   uint16_t* offsets = reinterpret_cast<uint16_t*>(out + h.offsets_at);
   // Padding between and behind the sections is part of the checksum.
@@ -161,13 +177,15 @@ void write_panel(const PanelPlan& plan, int64_t units, const UnitCode& code, con
   const int64_t blocks = (units + h.block_k - 1) / h.block_k;
   const int slots = kCsrGroup / h.entry_rows;
   parallel_for(0, groups, kGroupsPerTask, [&](int64_t g0, int64_t g1) {
-    std::vector<uint32_t> at(blocks);
+    std::vector<uint64_t> at(blocks * slots);
     auto entries = new_entries();
     for (int64_t g = g0; g < g1; ++g) {
-      std::copy_n(&plan.starts[g * (blocks + 1)], blocks, at.begin());
-      for (int64_t s = g * slots; s < (g + 1) * slots; ++s)
-        entries(s, [&](int64_t unit, const T* v) {
-          const int64_t b = unit / h.block_k, i = at[b]++;
+      for (int64_t b = 0; b < blocks; ++b)
+        find_slots(&plan.runs[(g * blocks + b) * slots], slots, plan.starts[g * (blocks + 1) + b],
+                   &at[b * slots]);
+      for (int s = 0; s < slots; ++s)
+        entries(g * slots + s, [&](int64_t unit, const T* v) {
+          const int64_t b = unit / h.block_k, i = static_cast<int64_t>(at[b * slots + s]++);
           std::copy_n(v, h.entry_rows, values + i * h.entry_rows);
           offsets[i] = code.encode(unit - b * h.block_k);
         });
@@ -192,12 +210,12 @@ PanelPacked<T> view_panel(const PackedHeader& h, int64_t units, const UnitCode& 
   PARED_CHECK(groups == 0 || blocks < bytes / groups,
               "packed weight: expected a buffer of the size of its matrix, got a corrupt header");
   check_section(h, h.starts_at, groups * (blocks + 1) * sizeof(uint32_t));
-  check_section(h, h.counts_at, groups * blocks * w.slots());
+  check_section(h, h.counts_at, groups * blocks * w.slots() * sizeof(PanelRun));
   check_section(h, h.values_at, h.entries * h.entry_rows * sizeof(T));
   check_section(h, h.offsets_at, h.entries * sizeof(uint16_t));
   const auto* data = reinterpret_cast<const uint8_t*>(&h);
   w.starts = reinterpret_cast<const uint32_t*>(data + h.starts_at);
-  w.counts = data + h.counts_at;
+  w.runs = reinterpret_cast<const PanelRun*>(data + h.counts_at);
   w.values = reinterpret_cast<const T*>(data + h.values_at);
   w.offsets = reinterpret_cast<const uint16_t*>(data + h.offsets_at);
   return w;
@@ -218,10 +236,16 @@ void validate_panel(const PanelPacked<T>& w, const NonZeros& non_zeros) {
       PARED_CHECK(w.starts[g * (blocks + 1) + b] == at, "packed weight: row group ", g, " block ", b,
                   ": expected start ", at, ", got ", w.starts[g * (blocks + 1) + b]);
       if (b == blocks) break;
+      unsigned seen = 0;
       for (int s = 0; s < slots; ++s) {
-        const int count = w.counts[(g * blocks + b) * slots + s];
-        const int64_t row = g * kCsrGroup + s * R;
-        PARED_CHECK(at + count <= static_cast<uint64_t>(h.entries) && (count == 0 || row < h.rows),
+        const auto [count, slot] = w.runs[(g * blocks + b) * slots + s];
+        const int64_t row = g * kCsrGroup + slot * R;
+        PARED_CHECK(slot < slots && (seen >> slot & 1) == 0, "packed weight: row group ", g,
+                    ": expected each row once, got slot ", int{slot});
+        seen |= 1u << slot;
+        // Kernels are called for the rows that there are, and as many runs.
+        PARED_CHECK(at + count <= static_cast<uint64_t>(h.entries) &&
+                        (row < h.rows) == (g * kCsrGroup + s * R < h.rows) && (count == 0 || row < h.rows),
                     "packed weight: row group ", g, ": counts exceed the matrix");
         int64_t previous = -1;
         for (int i = 0; i < count; ++i, ++at) {
@@ -251,17 +275,27 @@ void for_each_value(const PanelPacked<T>& w, F fn) {
   const PackedHeader& h = *w.header;
   const int64_t groups = w.groups(), blocks = w.blocks();
   const int slots = w.slots(), R = h.entry_rows;
-  std::vector<uint64_t> at(blocks);
+  struct Range {
+    uint64_t first, count;
+  };
+  std::vector<Range> at(blocks * slots);
   for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t b = 0; b < blocks; ++b) at[b] = w.starts[g * (blocks + 1) + b];
-    for (int s = 0; s < slots; ++s) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      uint64_t first = w.starts[g * (blocks + 1) + b];
+      for (int i = 0; i < slots; ++i) {
+        const auto [count, slot] = w.runs[(g * blocks + b) * slots + i];
+        at[b * slots + slot] = {first, count};
+        first += count;
+      }
+    }
+    for (int s = 0; s < slots; ++s)
       for (int r = 0; r < R && g * kCsrGroup + s * R + r < h.rows; ++r)
-        for (int64_t b = 0; b < blocks; ++b)
-          for (uint64_t i = at[b]; i < at[b] + w.counts[(g * blocks + b) * slots + s]; ++i)
+        for (int64_t b = 0; b < blocks; ++b) {
+          const auto [first, count] = at[b * slots + s];
+          for (uint64_t i = first; i < first + count; ++i)
             if (const T v = w.values[i * R + r]; v != 0)
               fn(g * kCsrGroup + s * R + r, b * h.block_k + w.code.decode(w.offsets[i]), v);
-      for (int64_t b = 0; b < blocks; ++b) at[b] += w.counts[(g * blocks + b) * slots + s];
-    }
+        }
   }
 }
 

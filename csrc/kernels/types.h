@@ -20,16 +20,24 @@ enum class Activation : uint8_t { none, relu, gelu, gelu_tanh, silu };
 inline constexpr int kPanelGroup = 16;     // positions a group; one AVX-512 register of float32
 inline constexpr int kPanelMaxGroups = 8;  // 128 positions: 8 AVX-512 accumulators, 40 KB for 80 units
 
-// Rows of a sparse weight against one K block of the panel: acc[r][m] (+)= sum_i values[i] * panel at
+// What a row of a row group, or a quad of rows, has in a K block.
+struct PanelRun {
+  uint8_t count;  // entries
+  uint8_t slot;   // the row or quad, counted from the group's first
+};
+inline constexpr int kPanelMaxSlots = 16;  // a power of two
+
+// Rows of a sparse weight against one K block of the panel: acc[slot][m] (+)= sum_i values[i] * panel at
 // offsets[i]. One call covers a few rows (a row group) so that it stays in the instruction stream; the
-// epilogue runs between calls while acc is in L1.
+// epilogue runs between calls while acc is in L1. Runs of equal length that follow each other end where the
+// processor expects it.
 template <class T>
 struct PanelArgs {
-  const uint8_t* counts;    // non-zeros of each row in this K block
-  const T* values;          // rows back to back
+  const PanelRun* runs;     // one a row
+  const T* values;          // runs back to back
   const uint16_t* offsets;  // of the units' first positions in the panel, bytes before `scale`
   const T* panel;           // 64-byte aligned
-  T* acc;                   // [rows][vectors * 16], 64-byte aligned
+  T* acc;                   // [kPanelMaxSlots][vectors * 16], 64-byte aligned
   int32_t rows;
   bool accumulate;  // false: acc is written, not read
   // 2^16 times the distance of two units in the panel over the one that the offsets say: 2^16 where they are
@@ -48,7 +56,7 @@ struct csr_panel_f32 {
 };
 
 // The same with four output rows an entry: they share the offset, and a loaded vector serves four
-// multiply-adds. `counts` and `rows` count such quads, `values` holds four a entry, acc has 4 * rows rows.
+// multiply-adds. `runs` and `rows` are of such quads, `values` holds four an entry, acc has 4 rows a slot.
 struct quad_panel_f32 {
   using Fn = void(const CsrPanelArgs&);
   using Table = Fn* const[kPanelMaxGroups];
@@ -103,11 +111,11 @@ struct panel_pack {
   static constexpr const char* doc = "transpose and widen activations into a panel";
 };
 
-// Epilogue: y[position][row] = activation(acc[row][position] + bias[row]), at most 16 rows a call.
+// Epilogue: y[position][row] = activation(acc[row][position] + bias[row]).
 struct PanelStoreArgs {
-  const float* acc;  // [rows][acc_stride]
+  const float* acc;  // [rows, to a multiple of 16][acc_stride]
   int32_t acc_stride;
-  int32_t rows;  // 1..16
+  int32_t rows;
   int32_t positions;
   const float* bias;  // [rows], or null
   Activation activation;

@@ -31,7 +31,7 @@ void linear_shared(const SharedInputs& in, const std::vector<SharedOutput<CsrPac
   std::vector<CsrPacked> weights;
   for (const auto& o : outputs) weights.push_back(o.w);
   const PackedHeader& h = *weights[0].header;
-  const PanelTiles panels = cut_panel_tiles(h, in.tokens);
+  const PanelTiles panels = cut_row_tiles(h, in.tokens);
   const int64_t floats = h.cols * panels.unit_stride;
   const bool whole = outputs.size() > 1 && floats * int64_t{sizeof(float)} <= kWholePanelBytes;
   const auto pack_units = [&](const PanelTile& t, int64_t k0, int64_t units, float* panel) {

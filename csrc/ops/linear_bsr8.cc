@@ -47,7 +47,7 @@ void linear_shared(const SharedInputs& in, const std::vector<SharedOutput<Bsr8Pa
   thread_local QuantizedTile tile;
   panel_products(
       panels.data(), static_cast<int64_t>(panels.size()), word_kernels(*first.header),
-      cut_panel_tiles(*first.header, in.tokens),
+      cut_row_tiles(*first.header, in.tokens),
       [&](const PanelTile& t) {
         tile.reserve(first.units);
         quantize({static_cast<const char*>(in.x) + t.first * in.x_stride * element, in.x_stride, in.dtype,

@@ -80,7 +80,7 @@ void run_stages(const ChainArgs& a, const std::vector<ChainStage>& stages, int64
     const Handed* from = i > 0 ? &handed[i - 1] : nullptr;
     const Handed* to = i < handed.size() ? &handed[i] : nullptr;
     csr_panel_product(
-        stage.w, cut_panel_tiles(*stage.w.header, tokens),
+        stage.w, to ? cut_panel_tiles(*stage.w.header, tokens) : cut_row_tiles(*stage.w.header, tokens),
         [&](const PanelTile& t, int64_t k0, int32_t units, int32_t stride, float* panel) -> const float* {
           if (from) return from->block(t, k0);
           pack_rows({static_cast<const char*>(a.x) + ((begin + t.first) * a.x_stride + k0) * element,

@@ -22,6 +22,12 @@ PanelTiles cut_panel_tiles(const PackedHeader& w, int64_t positions, int64_t ima
   return out;
 }
 
+PanelTiles cut_row_tiles(const PackedHeader& w, int64_t positions) {
+  PanelTiles out = cut_panel_tiles(w, positions);
+  out.store_groups = out.unit_stride > 64 ? 4 : 8;  // 32 KB of sums
+  return out;
+}
+
 void place_taps_in_order(const UnitCode& code, PanelTiles& panels) {
   const int64_t lines = panels.unit_stride / kPanelGroup;
   panels.channel_lines = static_cast<int32_t>(code.taps * lines);

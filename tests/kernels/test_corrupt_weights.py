@@ -24,7 +24,7 @@ def sections(packed: np.ndarray) -> dict[str, np.ndarray]:
     at = {name: int(h[f"{name}_at"]) for name in ("starts", "counts", "values", "offsets")}
     return {
         "starts": packed[at["starts"] : at["counts"]].view(np.uint32),
-        "counts": packed[at["counts"] : at["values"]],
+        "runs": packed[at["counts"] : at["values"]],  # pairs: entries, slot
         "offsets": packed[at["offsets"] :].view(np.uint16),
     }
 
@@ -159,7 +159,7 @@ def test_one_entry_too_many_is_noticed(isa, rng, format):
     good = format.from_dense(rng.standard_normal((16, 40)).astype(np.float32)).packed
     packed = aligned_copy(good)
     h = header(packed)
-    counts = sections(packed)["counts"][: 16 // int(h["entry_rows"])]
+    counts = sections(packed)["runs"][: 2 * (16 // int(h["entry_rows"])) : 2]
     x, out = np.ones((3, 40), np.float32), np.empty((3, 16), np.float32)
     counts[-1] += 1
     with pytest.raises(ValueError, match="expected entries inside the buffer"):

@@ -38,7 +38,7 @@ PARED_INLINE void csr_panel_part(const PanelArgs<typename S::Element>& args) {
   const T* values = args.values;
   const uint16_t* offsets = args.offsets;
   const char* panel = reinterpret_cast<const char*>(args.panel + FIRST * kPanelGroup);
-  T* acc = args.acc + FIRST * kPanelGroup;
+  T* tile = args.acc + FIRST * kPanelGroup;
   const uint64_t scale = SCALE == OffsetScale::multiply      ? args.scale
                          : SCALE == OffsetScale::shift_right ? 16 - __builtin_ctzll(args.scale)
                                                              : __builtin_ctzll(args.scale) - 16;
@@ -49,12 +49,15 @@ PARED_INLINE void csr_panel_part(const PanelArgs<typename S::Element>& args) {
     __builtin_prefetch(
         reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(offsets) + args.offsets_ahead));
   };
-  for (int r = 0; r < args.rows; ++r, acc += VECTORS * kPanelGroup) {
-    int left = args.counts[r];
+  int r = 0;
+  if (args.accumulate)
+    while (r < args.rows && args.runs[r].count == 0) ++r;
+  for (; r < args.rows; ++r) {
+    int left = args.runs[r].count;
+    T* acc = tile + args.runs[r].slot % kPanelMaxSlots * (VECTORS * kPanelGroup);
     V sum[UNROLL][N];
-    const auto add = [&](int u, T value, uint64_t offset) __attribute__((always_inline)) {
+    const auto add = [&](int u, typename S::Value w, uint64_t offset) __attribute__((always_inline)) {
       const T* x = reinterpret_cast<const T*>(panel + scaled<SCALE>(offset, scale));
-      const typename S::Value w = S::value(value);
       V* to = sum[u % UNROLL];
       for (int v = 0; v < N; ++v) to[v] = S::fma(w, S::operand(x + v * S::width), to[v]);
     };
@@ -70,8 +73,9 @@ PARED_INLINE void csr_panel_part(const PanelArgs<typename S::Element>& args) {
       for (int u = 0; u < kStep<UNROLL>; u += 4) {
         uint64_t four;
         __builtin_memcpy(&four, offsets + u, sizeof(four));
+        const typename S::Four w = S::four(values + u);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) add(u + i, values[u + i], four >> offset_bit(i) & 0xffff);
+        for (int i = 0; i < 4; ++i) add(u + i, S::nth(w, i), four >> offset_bit(i) & 0xffff);
       }
     }
     // The rest, each on accumulators of its own where there are several: a single chain would wait out the
@@ -79,7 +83,7 @@ PARED_INLINE void csr_panel_part(const PanelArgs<typename S::Element>& args) {
 #pragma GCC unroll 8
     for (int u = 0; u < kStep<UNROLL> - 1; ++u) {
       if (u >= left) break;
-      add(u, values[u], offsets[u]);
+      add(u, S::value(values[u]), offsets[u]);
     }
     values += left;
     offsets += left;

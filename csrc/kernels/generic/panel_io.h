@@ -258,18 +258,15 @@ template <class IO, class Store>
 PARED_INLINE void store_panel_as(const PanelStoreArgs& a, Store finish) {
   using S = typename IO::S;
   constexpr int W = S::width;
-  for (int r = 0; r < a.rows; r += W) {
-    const int rows = a.rows - r < W ? a.rows - r : W;
-    alignas(64) float bias[W];
-    for (int i = 0; i < W; ++i) bias[i] = a.bias && i < rows ? a.bias[r + i] : 0.0f;
-    const typename S::V b = S::load(bias);
-    const float* acc = a.acc + static_cast<int64_t>(r) * a.acc_stride;
-    for (int m = 0; m < a.positions; m += 4) {
+  for (int m = 0; m < a.positions; m += 4) {
+    const int n = a.positions - m < 4 ? a.positions - m : 4;
+    for (int r = 0; r < a.rows; r += W) {
+      const int rows = a.rows - r < W ? a.rows - r : W;
+      const typename S::V b = a.bias ? IO::load_first(a.bias + r, rows) : S::zero();
       // Positions come in whole groups of 16 and rows in whole groups of kCsrGroup in the accumulator, so the
       // block may be read to its end; what is not real is not stored.
       typename S::V y[4];
-      IO::columns(acc + m, a.acc_stride, y);
-      const int n = a.positions - m < 4 ? a.positions - m : 4;
+      IO::columns(a.acc + static_cast<int64_t>(r) * a.acc_stride + m, a.acc_stride, y);
       for (int c = 0; c < n; ++c) finish(S::add(y[c], b), (m + c) * a.y_stride + r, rows);
     }
   }

@@ -19,13 +19,14 @@ PARED_INLINE void quad_panel_part(const PanelArgs<typename S::Element>& args) {
   const T* values = args.values;
   const uint16_t* offsets = args.offsets;
   const char* panel = reinterpret_cast<const char*>(args.panel + FIRST * S::width);
-  T* acc = args.acc + FIRST * S::width;
-  for (int q = 0; q < args.rows; ++q, acc += 4 * kRow) {
+  T* tile = args.acc + FIRST * S::width;
+  for (int q = 0; q < args.rows; ++q) {
+    T* acc = tile + args.runs[q].slot % (kPanelMaxSlots / 4) * (4 * kRow);
     V sum[4][N];
     for (int r = 0; r < 4; ++r)
       for (int v = 0; v < N; ++v)
         sum[r][v] = args.accumulate ? S::load(acc + r * kRow + v * S::width) : S::zero();
-    for (int left = args.counts[q]; left > 0; --left, values += 4, ++offsets) {
+    for (int left = args.runs[q].count; left > 0; --left, values += 4, ++offsets) {
       const T* x = reinterpret_cast<const T*>(panel + *offsets);
       typename S::Operand column[N];
       for (int v = 0; v < N; ++v) column[v] = S::operand(x + v * S::width);

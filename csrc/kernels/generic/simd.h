@@ -32,6 +32,9 @@ struct ScalarF32 {
     return f;
   }
   static PARED_INLINE Value value(float f) { return set1(f); }
+  using Four = const float*;
+  static PARED_INLINE Four four(const float* p) { return p; }
+  static PARED_INLINE Value nth(Four f, int i) { return value(f[i]); }
   static PARED_INLINE V zero() { return 0.0f; }
   static PARED_INLINE V set1(float f) { return f; }
   static PARED_INLINE V load(const float* p) { return *p; }
@@ -71,6 +74,9 @@ struct Avx2F32 {
   using Value = V;    // a broadcast value
   static PARED_INLINE Operand operand(const float* p) { return loadu(p); }
   static PARED_INLINE Value value(float f) { return set1(f); }
+  using Four = const float*;
+  static PARED_INLINE Four four(const float* p) { return p; }
+  static PARED_INLINE Value nth(Four f, int i) { return value(f[i]); }
   static PARED_INLINE V zero() { return _mm256_setzero_ps(); }
   static PARED_INLINE V set1(float f) { return _mm256_set1_ps(f); }
   static PARED_INLINE V load(const float* p) { return _mm256_load_ps(p); }
@@ -104,6 +110,12 @@ struct Avx512F32 {
   using Value = V;    // a broadcast value
   static PARED_INLINE Operand operand(const float* p) { return loadu(p); }
   static PARED_INLINE Value value(float f) { return set1(f); }
+  // The i-th of four values.
+  using Four = __m128;
+  static PARED_INLINE Four four(const float* p) { return _mm_loadu_ps(p); }
+  static PARED_INLINE Value nth(Four f, int i) {
+    return _mm512_permutexvar_ps(_mm512_set1_epi32(i), _mm512_castps128_ps512(f));
+  }
   static PARED_INLINE V zero() { return _mm512_setzero_ps(); }
   static PARED_INLINE V set1(float f) { return _mm512_set1_ps(f); }
   static PARED_INLINE V load(const float* p) { return _mm512_load_ps(p); }

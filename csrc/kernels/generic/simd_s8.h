@@ -18,6 +18,9 @@ struct ScalarS8 {
   using V = int32_t;
   using Operand = uint32_t;
   using Value = int32_t;
+  using Four = const int32_t*;
+  static PARED_INLINE Four four(const int32_t* p) { return p; }
+  static PARED_INLINE Value nth(Four f, int i) { return value(f[i]); }
   static PARED_INLINE V zero() { return 0; }
   // The panel was written as float32 words: read as bytes, not through another type.
   static PARED_INLINE V load(const int32_t* p) {
@@ -50,6 +53,9 @@ struct Avx2S8 {
     __m256i even, odd;
   };
   using Value = Operand;
+  using Four = const int32_t*;
+  static PARED_INLINE Four four(const int32_t* p) { return p; }
+  static PARED_INLINE Value nth(Four f, int i) { return value(f[i]); }
   static PARED_INLINE V zero() { return _mm256_setzero_si256(); }
   static PARED_INLINE V load(const int32_t* p) {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
@@ -81,6 +87,9 @@ struct Avx512S8 {
     __m512i even, odd;
   };
   using Value = Operand;
+  using Four = const int32_t*;
+  static PARED_INLINE Four four(const int32_t* p) { return p; }
+  static PARED_INLINE Value nth(Four f, int i) { return value(f[i]); }
   static PARED_INLINE V zero() { return _mm512_setzero_si512(); }
   static PARED_INLINE V load(const int32_t* p) { return _mm512_load_si512(p); }
   static PARED_INLINE void store(int32_t* p, V v) { _mm512_store_si512(p, v); }
@@ -108,6 +117,13 @@ struct VnniS8 {
   using V = __m512i;
   using Operand = V;
   using Value = V;
+  using Four = __m128i;
+  static PARED_INLINE Four four(const int32_t* p) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  }
+  static PARED_INLINE Value nth(Four f, int i) {
+    return _mm512_permutexvar_epi32(_mm512_set1_epi32(i), _mm512_castsi128_si512(f));
+  }
   static PARED_INLINE V zero() { return _mm512_setzero_si512(); }
   static PARED_INLINE V load(const int32_t* p) { return _mm512_load_si512(p); }
   static PARED_INLINE void store(int32_t* p, V v) { _mm512_store_si512(p, v); }

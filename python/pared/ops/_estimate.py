@@ -67,7 +67,7 @@ class Work:
 
 def _panel_bytes(rows: int, units: int, entries: int, entry_rows: int, block_k: int) -> int:
     groups, blocks = _ceil(rows, _GROUP), _ceil(units, block_k)
-    return entries * (4 * entry_rows + 2) + groups * (blocks * _GROUP // entry_rows + 4 * (blocks + 1))
+    return entries * (4 * entry_rows + 2) + groups * (2 * blocks * _GROUP // entry_rows + 4 * (blocks + 1))
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,11 @@ class Facts:
             height = 1 if kind == "csr" else 4
             share = nnz / max(1, rows * cols)
             distinct = self.quads / max(1, nnz) if height == 1 else 1.0
-            deep = self.taps > 0 and rows * cols >= _DEEP and share < 0.3
-            tiling = (64, 240) if share < 0.04 else (128, 128 if deep or share < 0.14 else 80)
+            if self.taps > 0:
+                deep = rows * cols >= _DEEP and share < 0.3
+                tiling = (64, 240) if share < 0.04 else (128, 128 if deep or share < 0.14 else 80)
+            else:
+                tiling = (64, 128 if share >= 0.14 else 160 if share >= 0.06 else 240)
             if self.kernel_rows > 1 and self.taps <= 255:  # whole channels
                 units = _DEEP_STRIP_UNITS if rows * cols >= _DEEP else _STRIP_UNITS
                 tiling = (128, max(1, units // self.taps) * self.taps)
