@@ -1,5 +1,6 @@
 #include "core/isa.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -13,7 +14,8 @@
 namespace pared {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512vnni", "avx512vbmi2"};
+constexpr const char* kNames[kIsaCount] = {"scalar", "avx2",       "avxvnni",
+                                           "avx512", "avx512vnni", "avx512vbmi2"};
 
 #if defined(__x86_64__)
 
@@ -26,6 +28,7 @@ uint64_t read_xcr0() {
   return (static_cast<uint64_t>(hi) << 32) | lo;
 }
 
+// The highest level without regard to avxvnni, which has a bit of its own.
 Isa detect() {
   uint32_t a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return Isa::scalar;
@@ -48,15 +51,34 @@ Isa detect() {
   return Isa::avx512vbmi2;
 }
 
+bool detect_avxvnni() {
+#if defined(PARED_AVXVNNI)
+  uint32_t a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+#else
+  return false;  // the compiler did not know it
+#endif
+}
+
 #else
 
 Isa detect() { return Isa::scalar; }
+bool detect_avxvnni() { return false; }
 
 #endif
 
-Isa detected() {
-  static const Isa isa = detect();
-  return isa;
+struct Detected {
+  Isa highest;
+  bool avxvnni;
+};
+
+const Detected& detected() {
+  static const Detected found = [] {
+    const Isa isa = detect();
+    const bool avxvnni = isa >= Isa::avx2 && detect_avxvnni();
+    return Detected{avxvnni ? std::max(isa, Isa::avxvnni) : isa, avxvnni};
+  }();
+  return found;
 }
 
 Isa parse(const std::string& name, const char* what) {
@@ -77,7 +99,7 @@ std::atomic<int> g_active{kUnset};
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
-bool isa_supported(Isa isa) { return isa <= detected(); }
+bool isa_supported(Isa isa) { return isa == Isa::avxvnni ? detected().avxvnni : isa <= detected().highest; }
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> out;
@@ -90,7 +112,7 @@ Isa active_isa() {
   int v = g_active.load(std::memory_order_relaxed);
   if (v == kUnset) {
     const char* env = std::getenv("PARED_ISA");
-    v = static_cast<int>(env && *env ? parse(env, "PARED_ISA") : detected());
+    v = static_cast<int>(env && *env ? parse(env, "PARED_ISA") : detected().highest);
     g_active.store(v, std::memory_order_relaxed);
   }
   return static_cast<Isa>(v);

@@ -7,9 +7,16 @@
 
 namespace pared {
 
-// Ordered: a level contains every level before it on the same architecture.
-enum class Isa : uint8_t { scalar, avx2, avx512, avx512vnni, avx512vbmi2 };
-inline constexpr int kIsaCount = 5;
+// Ordered by what is preferred. A level contains those before it, but for avxvnni: vpdpbusd on 256-bit
+// vectors, without AVX-512 (Alder Lake and later), is no part of the levels behind it, whose first processors
+// lack it.
+enum class Isa : uint8_t { scalar, avx2, avxvnni, avx512, avx512vnni, avx512vbmi2 };
+inline constexpr int kIsaCount = 6;
+
+// Whether code of level `part` runs where `level` is in force.
+constexpr bool isa_contains(Isa level, Isa part) {
+  return part == level || (part < level && part != Isa::avxvnni);
+}
 
 const char* isa_name(Isa isa);
 

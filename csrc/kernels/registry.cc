@@ -16,6 +16,11 @@ namespace pared {
 #define PARED_IF_ISA_avx512vnni(...)
 #define PARED_IF_ISA_avx512vbmi2(...)
 #endif
+#if defined(PARED_AVXVNNI)
+#define PARED_IF_ISA_avxvnni(...) __VA_ARGS__
+#else
+#define PARED_IF_ISA_avxvnni(...)
+#endif
 #define PARED_IF_ISA_scalar(...) __VA_ARGS__
 
 namespace {
@@ -78,7 +83,7 @@ template <class Op>
 const Kernel<Op>& kernel_for(Isa isa) {
   const Kernel<Op>* best = nullptr;
   for (const auto& k : kernels<Op>())
-    if (k.isa <= isa && (!best || k.isa > best->isa)) best = &k;
+    if (isa_contains(isa, k.isa) && (!best || k.isa > best->isa)) best = &k;
   if (!best) throw std::logic_error("an op without a scalar kernel");
   return best->mark();
 }

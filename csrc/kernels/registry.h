@@ -41,7 +41,7 @@ struct Kernel {
 template <class Op>
 const std::vector<Kernel<Op>>& kernels();
 
-// The default kernel of an op: the first listed one of the highest level up to `isa`.
+// The default kernel of an op: the first listed one of the highest level that `isa` contains.
 template <class Op>
 const Kernel<Op>& kernel_for(Isa isa);
 

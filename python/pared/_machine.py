@@ -21,7 +21,7 @@ from pared._timing import last_level_cache
 __all__ = ["Ceilings", "Level", "ceilings", "measure"]
 
 # Of the probes' meaning and of how their results are kept.
-_VERSION = 1
+_VERSION = 2
 # Seconds of one sample: long against the clock and the start of a thread, short against other processes.
 _SAMPLE = 2e-3
 _MIN_SAMPLES, _MAX_SAMPLES, _AGREE = 4, 16, 0.98
@@ -188,4 +188,4 @@ def _kernel_rates() -> tuple[float, float, float]:
 
 def _width() -> int:
     """Floats in a vector of the level in force."""
-    return {"scalar": 1, "avx2": 8}.get(_core.isa(), 16)
+    return {"scalar": 1, "avx2": 8, "avxvnni": 8}.get(_core.isa(), 16)

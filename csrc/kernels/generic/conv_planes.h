@@ -14,6 +14,9 @@ PARED_INLINE float float_of(int32_t v, ScalarS8) { return static_cast<float>(v);
 #if defined(__AVX2__)
 PARED_INLINE __m256 float_of(__m256i v, Avx2S8) { return _mm256_cvtepi32_ps(v); }
 #endif
+#if defined(__AVXVNNI__)
+PARED_INLINE __m256 float_of(__m256i v, AvxVnniS8) { return _mm256_cvtepi32_ps(v); }
+#endif
 #if defined(__AVX512BW__)
 PARED_INLINE __m512 float_of(__m512i v, Avx512S8) { return _mm512_cvtepi32_ps(v); }
 #endif

@@ -51,6 +51,28 @@ struct Avx2Nibbles {
 };
 #endif
 
+#if defined(__AVXVNNI__)
+struct AvxVnniNibbles {
+  static constexpr int tokens = 4, panels = 1;
+  using D = AvxVnniDot;
+  using X = __m256i;
+  static PARED_INLINE X unit(const int8_t* p) {
+    return _mm256_set1_epi32(load_unit(reinterpret_cast<const uint8_t*>(p)));
+  }
+  static PARED_INLINE void split(const uint8_t* p, int8_t*, D::W& low, D::W& high) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    for (int i = 0; i < 2; ++i) {
+      const __m256i v = _mm256_load_si256(reinterpret_cast<const __m256i*>(p) + i);
+      low.v[i] = _mm256_and_si256(v, mask);
+      high.v[i] = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
+    }
+  }
+  static PARED_INLINE void dot(D::Acc& acc, X x, const D::W& w) {
+    for (int i = 0; i < 2; ++i) acc.v[i] = _mm256_dpbusd_avx_epi32(acc.v[i], w.v[i], x);
+  }
+};
+#endif
+
 #if defined(__AVX512F__) && !defined(__AVX512VNNI__)
 struct Avx512Nibbles {
   static constexpr int tokens = 4, panels = 1;

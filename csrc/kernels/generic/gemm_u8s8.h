@@ -78,6 +78,36 @@ struct Avx2Dot {
 };
 #endif
 
+#if defined(__AVXVNNI__)
+// Twelve sums, two vectors of weights and a unit in sixteen registers.
+struct AvxVnniDot {
+  static constexpr int tokens = 6, panels = 1;
+  struct Acc {
+    __m256i v[2];
+  };
+  using W = Acc;
+  using A = __m256i;
+  static PARED_INLINE Acc zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+  static PARED_INLINE W weights(const int8_t* p) {
+    const auto* from = reinterpret_cast<const __m256i*>(p);
+    return {{_mm256_load_si256(from), _mm256_load_si256(from + 1)}};
+  }
+  static PARED_INLINE A unit(const uint8_t* p) { return _mm256_set1_epi32(load_unit(p)); }
+  static PARED_INLINE void dot(Acc& acc, A a, const W& w) {
+    for (int i = 0; i < 2; ++i) acc.v[i] = _mm256_dpbusd_avx_epi32(acc.v[i], a, w.v[i]);
+  }
+  static PARED_INLINE void add(Acc& to, const Acc& from) {
+    for (int i = 0; i < 2; ++i) to.v[i] = _mm256_add_epi32(to.v[i], from.v[i]);
+  }
+  static PARED_INLINE void store(int32_t* p, const Acc& acc, bool accumulate) {
+    for (int i = 0; i < 2; ++i, p += 8) {
+      auto* to = reinterpret_cast<__m256i*>(p);
+      _mm256_store_si256(to, accumulate ? _mm256_add_epi32(acc.v[i], _mm256_load_si256(to)) : acc.v[i]);
+    }
+  }
+};
+#endif
+
 #if defined(__AVX512F__) && !defined(__AVX512VNNI__)
 // Vector i: outputs 8 i ... 8 i + 7, two partial sums each.
 struct Avx512Dot {

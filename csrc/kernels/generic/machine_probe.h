@@ -19,6 +19,51 @@ PARED_INLINE float first_lane(typename S::V v) {
   return lanes[0];
 }
 
+// The same value, for all that the compiler knows another one.
+template <class T>
+PARED_INLINE void renew(const T*& p) {
+  __asm__ volatile("" : "+r"(p) : : "memory");
+}
+#if defined(__AVX2__)
+PARED_INLINE void renew(__m256i& v) { __asm__ volatile("" : "+x"(v)); }
+#endif
+#if defined(__AVX512F__)
+PARED_INLINE void renew(__m512i& v) { __asm__ volatile("" : "+v"(v)); }
+#endif
+
+// Byte products in registers, `all` times 64; ones in the first byte of each unit are counted.
+template <class D>
+float count_dots(int64_t all) {
+  alignas(64) int8_t w[kInt8Panel * kInt8Unit] = {};
+  const uint8_t x[kInt8Unit] = {1, 0, 0, 0};
+  for (int j = 0; j < kInt8Panel; ++j) w[j * kInt8Unit] = 1;
+  const int8_t* known = w;
+  renew(known);  // the compiler is not to see that its vectors are equal
+  const typename D::W weights = D::weights(known);
+  typename D::A unit = D::unit(x);
+  // As many sums as the level's tile has, eight at most: others would go through memory.
+  constexpr int kTile = D::tokens * D::panels, kSums = kTile < 8 ? kTile : 8;
+  typename D::Acc dots[kSums];
+#pragma GCC unroll 8
+  for (int v = 0; v < kSums; ++v) dots[v] = D::zero();
+  int64_t left = all;
+  for (; left >= kSums; left -= kSums)
+#pragma GCC unroll 8
+    for (int v = 0; v < kSums; ++v) {
+      renew(unit);  // or products that are not fused with their sum would be computed once for all
+      D::dot(dots[v], unit, weights);
+    }
+  int64_t counted = 0;
+  alignas(64) int32_t sums[kInt8Panel];
+#pragma GCC unroll 8
+  for (int v = 0; v < kSums; ++v) {
+    if (v < left) D::dot(dots[v], unit, weights);
+    D::store(sums, dots[v], false);
+    for (const int32_t sum : sums) counted += sum;  // all of them, or some would not be computed
+  }
+  return static_cast<float>(counted) / kInt8Panel;
+}
+
 // S: the level's float32 vectors, D: its int8 dot product.
 template <class S, class D>
 void run_probe(const MachineProbeArgs& a) {
@@ -63,25 +108,8 @@ void run_probe(const MachineProbeArgs& a) {
         }
       break;
     case MachineProbe::dot8: {
-      // Every "vector" is 64 byte products in registers; ones in the first byte of each unit are counted.
-      alignas(64) int8_t w[kInt8Panel * kInt8Unit] = {};
-      const uint8_t x[kInt8Unit] = {1, 0, 0, 0};
-      for (int j = 0; j < kInt8Panel; ++j) w[j * kInt8Unit] = 1;
-      const typename D::W weights = D::weights(w);
-      const typename D::A unit = D::unit(x);
-      typename D::Acc dots[N];
-      for (int v = 0; v < N; ++v) dots[v] = D::zero();
-      for (int64_t r = 0; r < a.repeats; ++r)
-        for (int64_t i = 0; i < a.floats; i += step)
-#pragma GCC unroll 8
-          for (int v = 0; v < N; ++v) D::dot(dots[v], unit, weights);
-      int64_t counted = 0;
-      alignas(64) int32_t sums[kInt8Panel];
-      for (int v = 0; v < N; ++v) {
-        D::store(sums, dots[v], false);
-        counted += sums[v];
-      }
-      *a.done = static_cast<float>(counted) / N;
+      // Every "vector" is 64 byte products.
+      *a.done = count_dots<D>(a.repeats * ((a.floats + step - 1) / step) * kProbeVectors) / kProbeVectors;
       return;
     }
   }

@@ -78,6 +78,26 @@ struct Avx2S8 {
 };
 #endif
 
+#if defined(__AVXVNNI__)
+struct AvxVnniS8 {
+  static constexpr int width = 8;
+  using Element = int32_t;
+  using V = __m256i;
+  using Operand = V;
+  using Value = V;
+  static PARED_INLINE V zero() { return Avx2S8::zero(); }
+  static PARED_INLINE V load(const int32_t* p) { return Avx2S8::load(p); }
+  static PARED_INLINE void store(int32_t* p, V v) { Avx2S8::store(p, v); }
+  static PARED_INLINE V add(V a, V b) { return Avx2S8::add(a, b); }
+  static PARED_INLINE V minus(V v, int32_t c) { return Avx2S8::minus(v, c); }
+  static PARED_INLINE Operand operand(const int32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static PARED_INLINE Value value(int32_t word) { return _mm256_set1_epi32(word); }
+  static PARED_INLINE V fma(Value w, Operand x, V sum) { return _mm256_dpbusd_avx_epi32(sum, x, w); }
+};
+#endif
+
 #if defined(__AVX512BW__)
 struct Avx512S8 {
   static constexpr int width = 16;
