@@ -85,6 +85,9 @@ struct AvxVnniS8 {
   using V = __m256i;
   using Operand = V;
   using Value = V;
+  using Four = const int32_t*;
+  static PARED_INLINE Four four(const int32_t* p) { return p; }
+  static PARED_INLINE Value nth(Four f, int i) { return value(f[i]); }
   static PARED_INLINE V zero() { return Avx2S8::zero(); }
   static PARED_INLINE V load(const int32_t* p) { return Avx2S8::load(p); }
   static PARED_INLINE void store(int32_t* p, V v) { Avx2S8::store(p, v); }
