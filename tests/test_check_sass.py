@@ -42,6 +42,12 @@ GOOD = {
         "IDP.2A.LO.U16.U8 R3, R2",
         "IDP.2A.HI.U16.U8 R3, R2",
     ],
+    "decode_kernelI6__halfLNS_12DecodeFormatE3E": [
+        "HMMA.16816.F32 R4, R8",
+        "UBLKCP.S.G [UR4]",
+        "IDP.4A.U8.U8 R3, R2",
+        "R2P PR, R33, 0x7e",
+    ],
     "decode_kernelI13__nv_bfloat16": ["HMMA.16816.F32.BF16 R4", "UBLKCP.S.G [UR4]"],
     "block_sparse_wgmma_kernelI": ["HGMMA.64x128x16.F32.BF16 R24", "@P0 UTMALDG.2D [UR8]"],
     "block_sparse_kernelI": ["HMMA.16816.F32 R4", "LDSM.16.M88.4 R8", "LDGSTS.E.BYPASS.128 [R3]"],

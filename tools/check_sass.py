@@ -37,6 +37,8 @@ EXPECTED = [
     Expect("decode_kernel", (r"UBLKCP\.S\.G",), 90),
     # Selectors and addresses by products of bytes, on the units that multiply.
     Expect("decode_kernelI.*DecodeFormatE[01]E", (r"IDP\.4A", r"IDP\.2A\.LO", r"IDP\.2A\.HI")),
+    # Which pairs are there: predicates of several bits at a time.
+    Expect("decode_kernelI.*DecodeFormatE3E", (r"IDP\.4A", r"R2P")),
     Expect("block_sparse_wgmma_kernel", (r"[HI]GMMA\.64x(64|128)x", r"UTMALDG\.2D"), 90),
     Expect("block_sparse_kernel", (r"[HI]MMA\.", r"LDSM\.16\.M88\.4", COPY)),
     Expect("csr_gather_kernelIf", (LOAD,)),

@@ -143,12 +143,14 @@ def _absent(at: Place, what: str, needs: str) -> None:
 
 
 def _decode(machine: Machine, at: Place) -> Iterator[tuple[str, Check]]:
+    formats: tuple[Format, ...] = ("bitmap16", "pairs16", "bitmap8", "dense8")
+
     def product(format: Format, tokens: int, bulk: bool) -> None:
         for dtype in (torch.float16, torch.bfloat16):
             dense = _random(machine, 200, 328, dtype=dtype, zeros=0.6)
             x = _random(machine, tokens, 328, dtype=dtype)
-            if format == "bitmap16":
-                w = DecodeWeight.from_dense(dense)
+            if format.endswith("16"):
+                w = DecodeWeight.from_dense(dense, format=format)
             else:
                 scales = _random(machine, 200).abs() * 0.01
                 q = (dense.float() * 40).round().clamp(-127, 127).to(torch.int8)
@@ -158,19 +160,20 @@ def _decode(machine: Machine, at: Place) -> Iterator[tuple[str, Check]]:
 
     def same_bytes() -> None:
         w = _random(machine, 200, 328, dtype=torch.bfloat16, zeros=0.6)
-        want = pack_in_torch(w, "bitmap16", None)
-        got = DecodeWeight.from_dense(w)
-        _same("offsets", got.offsets, want[1])
-        _same("blocks", got.blocks, want[0])
+        for format in formats[:2]:
+            want = pack_in_torch(w, format, None)
+            got = DecodeWeight.from_dense(w, format=format)
+            _same("offsets", got.offsets, want[1])
+            _same("blocks", got.blocks, want[0])
 
     def expanded() -> None:
         w = _random(machine, 200, 328, dtype=torch.bfloat16, zeros=0.6)
-        _same("expanded", DecodeWeight.from_dense(w).to_dense() + 0, w + 0)
+        for format in formats[:2]:
+            _same("expanded", DecodeWeight.from_dense(w, format=format).to_dense() + 0, w + 0)
 
     yield "decode pack", same_bytes
     yield "decode expand", expanded
     bulks = (True, False) if at.kernels.bulk_copies(at.device) else (False,)
-    formats: tuple[Format, ...] = ("bitmap16", "bitmap8", "dense8")
     for format in formats:
         for tokens in (1, 7, 16, 32):
             for bulk in bulks:

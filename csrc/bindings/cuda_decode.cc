@@ -23,7 +23,8 @@ cuda::DecodeFormat parse_format(const std::string& format) {
   if (format == "bitmap16") return cuda::DecodeFormat::bitmap16;
   if (format == "bitmap8") return cuda::DecodeFormat::bitmap8;
   if (format == "dense8") return cuda::DecodeFormat::dense8;
-  throw ValueError(str("format: expected one of bitmap16, bitmap8, dense8, got '", format, "'"));
+  if (format == "pairs16") return cuda::DecodeFormat::pairs16;
+  throw ValueError(str("format: expected one of bitmap16, pairs16, bitmap8, dense8, got '", format, "'"));
 }
 
 void require_sizes(int64_t outputs, int64_t cols) {

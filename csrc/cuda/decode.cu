@@ -101,6 +101,13 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
 
 // ---- expansion: the four fragments of row r of a block, as registers
 
+// The inclusive sums over the lanes up to the own one, of bytes that do not carry.
+__device__ __forceinline__ uint32_t scan(uint32_t v) {
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) v = ptx::add_from_left(v, d);
+  return v;
+}
+
 // What limits these kernels is instructions, not memory, wherever an element costs more than about four: the
 // integer units take two cycles for a warp's instruction, products of bytes run beside them, on the units of
 // multiplication. So nothing here tests a bit: a pair of values is two loads that take what lies there, and a
@@ -129,10 +136,7 @@ struct BitmapBlock {
     own = (own & 0x000f000fu) | (own << 4 & 0x0f000f00u);
     // Where the lane's values begin in each: a scan over the lanes. Up to lane 30 no sum exceeds 248; the
     // last lane's inclusive one may carry, and loses the carry again.
-    uint32_t before = own;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) before = ptx::add_from_left(before, d);
-    before -= own;
+    const uint32_t before = scan(own) - own;
     const uint2 starts = reinterpret_cast<const uint2*>(stage + kDecodeMaskBytes)[r];
     const uint32_t values = ptx::shared_address(stage) + kDecodeHeaderBytes;
     uint32_t at[kFragments];
@@ -167,6 +171,36 @@ struct BitmapBlock {
   }
 };
 
+// With few non-zeros most registers are empty, and what is left of the others is worth its place: a register
+// is one load, or none.
+template <class T>
+struct PairBlock {
+  uint2 masks;
+  const unsigned char* stage;
+
+  __device__ explicit PairBlock(const unsigned char* stage)
+      : masks(reinterpret_cast<const uint2*>(stage)[ptx::lane()]), stage(stage) {}
+
+  __device__ __forceinline__ void expand(int r, uint32_t (&a)[kFragments][4]) const {
+    const uint32_t mask = (r < 2 ? masks.x : masks.y) >> (16 * (r % 2));
+    // The lane's pairs in each fragment: of the fragments' four bits, then a byte each, fragments 0, 2, 1, 3.
+    uint32_t own = mask & 0xffff;
+    own -= own >> 1 & 0x5555;
+    own = (own & 0x3333) + (own >> 2 & 0x3333);
+    own = (own & 0x0f0f) | (own & 0xf0f0) << 12;
+    const uint32_t before = scan(own) - own;  // at most 128 in a byte
+    const uint2 starts = reinterpret_cast<const uint2*>(stage + kDecodePairMaskBytes)[r];
+    const uint32_t pairs = ptx::shared_address(stage) + kDecodePairHeaderBytes;
+#pragma unroll
+    for (int s = 0; s < kFragments; ++s) {
+      uint32_t at = __dp2a_lo(s / 2 ? starts.y : starts.x, 1u << (8 * (s % 2)), pairs);
+      at = __dp4a(before, 4u << (8 * (s / 2 + s % 2 * 2)), at);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[s][i] = ptx::take_shared(mask & 1u << (4 * s + i), at);
+    }
+  }
+};
+
 template <class T>
 struct DenseBlock {
   const uint4* values;  // of this lane
@@ -194,6 +228,10 @@ struct BlockOf {
 template <class T>
 struct BlockOf<T, DecodeFormat::bitmap8> {
   using type = BitmapBlock<T, uint8_t>;
+};
+template <class T>
+struct BlockOf<T, DecodeFormat::pairs16> {
+  using type = PairBlock<T>;
 };
 template <class T>
 struct BlockOf<T, DecodeFormat::dense8> {
@@ -338,7 +376,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? kDecodeResidentMany : 
     const int64_t output = int64_t{blockIdx.x} * kDecodeBlock + column;
     if (token >= p.tokens || output >= p.w.outputs) continue;
     float y = staged[sum_at(token, column)];
-    if constexpr (kFormat != DecodeFormat::bitmap16) y *= kByteScale<T>;
+    if constexpr (!kOf16Bits<kFormat>) y *= kByteScale<T>;
     if (p.scales) y = __fmul_rn(y, p.scales[output]);
     if (p.bias) y = __fadd_rn(y, p.bias[output]);
     static_cast<T*>(p.y)[token * p.y_stride + output] = narrow<T>(activate(y, p.activation));
@@ -377,9 +415,9 @@ __global__ void __launch_bounds__(32)
         const auto bits = static_cast<uint16_t>(a[c / 4][half + c / 2 % 2 * 2] >> (c % 2 * 16));
         memcpy(row + c, &bits, 2);
         auto value = static_cast<float>(row[c]);
-        if constexpr (kFormat != DecodeFormat::bitmap16) value *= kByteScale<T>;
+        if constexpr (!kOf16Bits<kFormat>) value *= kByteScale<T>;
         if (scales) value = __fmul_rn(value, scales[output]);
-        if (scales || kFormat != DecodeFormat::bitmap16) row[c] = narrow<T>(value);
+        if (scales || !kOf16Bits<kFormat>) row[c] = narrow<T>(value);
       }
       T* const to = out + output * w.cols + column;
       if (wide) {
@@ -410,6 +448,8 @@ void launch_decode(const DecodeProduct& p, const DecodePlan& plan, cudaStream_t 
   switch (p.w.format) {
     case DecodeFormat::bitmap16:
       return launch_decode<T, DecodeFormat::bitmap16>(p, plan, stream, "decode_bitmap16");
+    case DecodeFormat::pairs16:
+      return launch_decode<T, DecodeFormat::pairs16>(p, plan, stream, "decode_pairs16");
     case DecodeFormat::bitmap8:
       return launch_decode<T, DecodeFormat::bitmap8>(p, plan, stream, "decode_bitmap8");
     default: return launch_decode<T, DecodeFormat::dense8>(p, plan, stream, "decode_dense8");
@@ -424,6 +464,9 @@ void launch_expand(const DecodeWeight& w, const float* scales, void* out, unsign
   switch (w.format) {
     case DecodeFormat::bitmap16:
       return launch("expand_bitmap16", expand_kernel<T, DecodeFormat::bitmap16>, at, stream, w, scales, y,
+                    block_cols);
+    case DecodeFormat::pairs16:
+      return launch("expand_pairs16", expand_kernel<T, DecodeFormat::pairs16>, at, stream, w, scales, y,
                     block_cols);
     case DecodeFormat::bitmap8:
       return launch("expand_bitmap8", expand_kernel<T, DecodeFormat::bitmap8>, at, stream, w, scales, y,

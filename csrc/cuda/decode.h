@@ -16,7 +16,7 @@ struct DecodeWeight {
   const uint8_t* blocks;    // 16-byte aligned; decode_plan.h says what is in them
   const uint32_t* offsets;  // [block rows * block columns + 1], in 16 bytes
   DecodeFormat format;
-  DType dtype;  // of bitmap16's values and of the activations: f16 or bf16
+  DType dtype;  // of 16-bit values and of the activations: f16 or bf16
   int64_t outputs, cols;
   int64_t largest_block;  // in bytes
 };
@@ -44,15 +44,15 @@ void decode_product(const DecodeProduct& a, int device, cudaStream_t stream);
 // with.
 void decode_expand(const DecodeWeight& w, const float* scales, void* out, int device, cudaStream_t stream);
 
-// A dense weight on its way into that layout: 16-bit floats for bitmap16, int8 for the others.
+// A dense weight on its way into that layout: 16-bit floats for bitmap16 and pairs16, int8 for the others.
 struct DecodeDense {
   const void* values;  // [outputs, cols], rows `stride` elements apart
   int64_t outputs, cols, stride;
   DecodeFormat format;
   const uint8_t* mask;  // [outputs, cols] bytes 0 or 1, contiguous: what is kept; null: all
 };
-// Of a bitmap: units[blocks] = the size of each block in 16 bytes; *largest, zero before, the greatest of
-// them.
+// Of a bitmap or of pairs: units[blocks] = the size of each block in 16 bytes; *largest, zero before, the
+// greatest of them.
 void decode_pack_sizes(const DecodeDense& w, int64_t* units, int64_t* largest, int device,
                        cudaStream_t stream);
 // The blocks, at their offsets (of dense8: one after the other).

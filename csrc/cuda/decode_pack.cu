@@ -60,8 +60,8 @@ struct Place {
   }
 };
 
-// units[block]: its size in 16 bytes; *largest: the greatest of them.
-template <class Value>
+// units[block]: its size in 16 bytes; *largest: the greatest of them. kPairs: of pairs16.
+template <class Value, bool kPairs>
 __global__ void __launch_bounds__(kWarps * 32)
     pack_sizes_kernel(const DecodeDense w, int64_t* units, unsigned long long* largest) {
   const Place at(w);
@@ -71,12 +71,13 @@ __global__ void __launch_bounds__(kWarps * 32)
   for (int row = 0; row < kDecodeBlock; row += 8) {
     const Run<Value> run(w, at.output + row, at.column);
 #pragma unroll
-    for (int c = 0; c < kRun; ++c) count += run.at[c] != 0;
+    for (int c = 0; c < kRun; c += kPairs ? 2 : 1) count += run.at[c] != 0 || (kPairs && run.at[c + 1] != 0);
   }
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) count += __shfl_xor_sync(0xffffffffu, count, d);
   if (ptx::lane() != 0) return;
-  const int64_t size = (kDecodeHeaderBytes + count * static_cast<int>(sizeof(Value)) + 15) / 16;
+  constexpr int kHeader = kPairs ? kDecodePairHeaderBytes : kDecodeHeaderBytes;
+  const int64_t size = (kHeader + count * static_cast<int>(sizeof(Value)) * (kPairs ? 2 : 1) + 15) / 16;
   units[at.block] = size;
   atomicMax(largest, static_cast<unsigned long long>(size));
 }
@@ -131,6 +132,43 @@ __global__ void __launch_bounds__(kWarps * 32)
   for (uint32_t i = first + lane; i < (first + kUnit - 1) / kUnit * kUnit; i += 32) values[i] = 0;
 }
 
+__global__ void __launch_bounds__(kWarps * 32)
+    pack_pairs_kernel(const DecodeDense w, const uint32_t* offsets, uint8_t* blocks) {
+  const Place at(w);
+  if (!at.valid) return;
+  const int lane = ptx::lane();
+  uint8_t* const block = blocks + int64_t{offsets[at.block]} * 16;
+  auto* const starts = reinterpret_cast<uint16_t*>(block + kDecodePairMaskBytes);
+  auto* const pairs = reinterpret_cast<uint32_t*>(block + kDecodePairHeaderBytes);
+  uint32_t masks[2] = {}, first = 0;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const Run<uint16_t> low(w, at.output + 16 * r, at.column), high(w, at.output + 16 * r + 8, at.column);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      uint32_t registers[4], count = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Run<uint16_t>& run = i % 2 ? high : low;
+        registers[i] = run.at[column_of(s, i, 0)] | uint32_t{run.at[column_of(s, i, 1)]} << 16;
+        masks[r / 2] |= uint32_t{registers[i] != 0} << (16 * (r % 2) + 4 * s + i);
+        count += registers[i] != 0;
+      }
+      uint32_t before = count;
+#pragma unroll
+      for (int d = 1; d < 32; d *= 2) before = ptx::add_from_left(before, d);
+      if (lane == 0) starts[4 * r + s] = static_cast<uint16_t>(first * 4);
+      uint32_t* to = pairs + first + before - count;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (registers[i] != 0) *to++ = registers[i];
+      first += __shfl_sync(0xffffffffu, before, 31);
+    }
+  }
+  reinterpret_cast<uint2*>(block)[lane] = make_uint2(masks[0], masks[1]);
+  for (uint32_t i = first + lane; i < (first + 3) / 4 * 4; i += 32) pairs[i] = 0;
+}
+
 __global__ void __launch_bounds__(kWarps * 32) pack_dense8_kernel(const DecodeDense w, uint8_t* blocks) {
   const Place at(w);
   if (!at.valid) return;
@@ -164,9 +202,13 @@ void decode_pack_sizes(const DecodeDense& w, int64_t* units, int64_t* largest, i
   if (w.outputs == 0 || w.cols == 0) return;
   const DeviceGuard guard(device, "decode_pack_sizes");
   auto* const most = reinterpret_cast<unsigned long long*>(largest);
-  if (w.format == DecodeFormat::bitmap16)
-    return launch("pack_sizes16", pack_sizes_kernel<uint16_t>, grid(w), stream, w, units, most);
-  launch("pack_sizes8", pack_sizes_kernel<uint8_t>, grid(w), stream, w, units, most);
+  switch (w.format) {
+    case DecodeFormat::bitmap16:
+      return launch("pack_sizes16", pack_sizes_kernel<uint16_t, false>, grid(w), stream, w, units, most);
+    case DecodeFormat::pairs16:
+      return launch("pack_sizes_pairs", pack_sizes_kernel<uint16_t, true>, grid(w), stream, w, units, most);
+    default: return launch("pack_sizes8", pack_sizes_kernel<uint8_t, false>, grid(w), stream, w, units, most);
+  }
 }
 
 void decode_pack(const DecodeDense& w, const uint32_t* offsets, uint8_t* blocks, int device,
@@ -176,6 +218,8 @@ void decode_pack(const DecodeDense& w, const uint32_t* offsets, uint8_t* blocks,
   switch (w.format) {
     case DecodeFormat::bitmap16:
       return launch("pack_bitmap16", pack_bitmap_kernel<uint16_t>, grid(w), stream, w, offsets, blocks);
+    case DecodeFormat::pairs16:
+      return launch("pack_pairs16", pack_pairs_kernel, grid(w), stream, w, offsets, blocks);
     case DecodeFormat::bitmap8:
       return launch("pack_bitmap8", pack_bitmap_kernel<uint8_t>, grid(w), stream, w, offsets, blocks);
     default: return launch("pack_dense8", pack_dense8_kernel, grid(w), stream, w, blocks);

@@ -15,6 +15,10 @@
 //     register i of fragment s; [4 r][4 s] where a fragment's non-zeros begin, uint16, in bytes behind these;
 //     then the non-zeros, 2 bytes or 1, fragments r-major, in a fragment by lane, register, value; zeros up
 //     to 16 bytes;
+//   pairs16: a register's two values are stored where one of them is not zero. [32 lanes][2 r / 2] masks of
+//   32
+//     bits, bit 16 (r % 2) + 4 s + i for register i of fragment (r, s); [4 r][4 s] where a fragment's pairs
+//     begin, as above; then the pairs, 4 bytes, in the same order; zeros up to 16 bytes;
 //   dense8: [4 r][2 halves of s][32 lanes][2 s][8 values], one byte each.
 #pragma once
 
@@ -23,11 +27,17 @@
 
 namespace pared::cuda {
 
-enum class DecodeFormat : uint8_t { bitmap16, bitmap8, dense8 };
+enum class DecodeFormat : uint8_t { bitmap16, bitmap8, dense8, pairs16 };
+// Whether values are 16-bit floats, and not bytes with scales.
+template <DecodeFormat kFormat>
+inline constexpr bool kOf16Bits = kFormat == DecodeFormat::bitmap16 || kFormat == DecodeFormat::pairs16;
 
 inline constexpr int kDecodeBlock = 64;
 inline constexpr int kDecodeMaskBytes = kDecodeBlock * kDecodeBlock / 8;
-inline constexpr int kDecodeHeaderBytes = kDecodeMaskBytes + 16 * 2;
+inline constexpr int kDecodeStartBytes = 16 * 2;
+inline constexpr int kDecodeHeaderBytes = kDecodeMaskBytes + kDecodeStartBytes;
+inline constexpr int kDecodePairMaskBytes = kDecodeMaskBytes / 2;
+inline constexpr int kDecodePairHeaderBytes = kDecodePairMaskBytes + kDecodeStartBytes;
 inline constexpr int kDecodeWarps = 4;
 inline constexpr int kDecodeMaxStages = 4;
 inline constexpr int kDecodeMaxTokens = 32;

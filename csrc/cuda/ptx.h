@@ -106,6 +106,17 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   return v;
 }
 
+// The word there, and the address of the next one, where `some` is not zero; else zero, and the same address.
+__device__ __forceinline__ uint32_t take_shared(uint32_t some, uint32_t& address) {
+  uint32_t v;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u32 %0, 0;\n@p ld.shared.u32 %0, [%1];\n"
+      "@p add.u32 %1, %1, 4;\n}"
+      : "=&r"(v), "+r"(address)
+      : "r"(some));
+  return v;
+}
+
 // Adds one to a word, atomically.
 __device__ __forceinline__ void count_shared(uint32_t address) {
   asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(address) : "memory");

@@ -65,6 +65,8 @@ __global__ void words_kernel(const uint32_t* in, uint32_t* c) {
   reinterpret_cast<uint32_t*>(bytes)[lane] = x;
   __syncwarp();
   const uint32_t at = ptx::shared_address(bytes) + y % 126;
+  uint32_t next = at & 0x78u;  // with a word behind it
+  const uint32_t first_taken = ptx::take_shared(y & 8, next), second_taken = ptx::take_shared(z & 8, next);
   const uint32_t out[] = {ptx::logic<(0xf0 & 0xcc) | 0xaa>(x, y, z),
                           ptx::logic<(0xf0 ^ 0xcc) | 0xaa>(x, y, z),
                           ptx::permute(x, y, z & 0x7777),
@@ -74,7 +76,10 @@ __global__ void words_kernel(const uint32_t* in, uint32_t* c) {
                           ptx::load_shared<uint16_t>(at & ~1u),
                           __dp4a(x, y, z),
                           __dp2a_lo(x, y, z),
-                          __dp2a_hi(x, y, z)};
+                          __dp2a_hi(x, y, z),
+                          first_taken,
+                          second_taken,
+                          next - ptx::shared_address(bytes)};
   for (uint32_t i = 0; i < sizeof(out) / sizeof(out[0]); ++i) c[32 * i + lane] = out[i];
 }
 

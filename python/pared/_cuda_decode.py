@@ -11,10 +11,10 @@ from pared._cuda_weight import KernelWeight, Place, address, dtype_name, require
 if TYPE_CHECKING:
     import torch
 
-Format = Literal["bitmap16", "bitmap8", "dense8"]
+Format = Literal["bitmap16", "pairs16", "bitmap8", "dense8"]
 BLOCK = 64  # outputs and columns of a block; csrc/cuda/decode_plan.h says what is in one
 MASK_BYTES = BLOCK * BLOCK // 8
-HEADER_BYTES = MASK_BYTES + 16 * 2  # and where the fragments begin
+START_BYTES = 16 * 2  # where the fragments begin
 # Two reads of the packed weight. The dense way reads it, writes the dense one and reads that: with 50 % zeros
 # in 16 bits the bytes of four and a half.
 FEW_TOKENS = 64
@@ -28,11 +28,12 @@ class DecodeWeight(KernelWeight):
     ----------
     blocks : uint8, the blocks one after the other.
     offsets : int32, where they begin, in units of 16 bytes; one more than there are blocks.
-    format : "bitmap16" (16-bit non-zeros), "bitmap8" (8-bit non-zeros) or "dense8" (all values, 8-bit).
+    format : "bitmap16" (16-bit non-zeros), "pairs16" (16-bit pairs of columns that are not both zero),
+        "bitmap8" (8-bit non-zeros) or "dense8" (all values, 8-bit).
     dtype : float16 or bfloat16, of activations and outputs.
     shape : (out, in).
     largest : bytes of the largest block.
-    scales : float32 [out] of 8-bit values; None for "bitmap16".
+    scales : float32 [out] of 8-bit values; None for 16-bit ones.
     few_tokens : up to so many tokens the packed weight is multiplied with, beyond it the dense one.
     """
 
@@ -46,10 +47,13 @@ class DecodeWeight(KernelWeight):
     few_tokens: int = FEW_TOKENS
 
     @classmethod
-    def from_dense(cls, weight: torch.Tensor, mask: torch.Tensor | None = None) -> DecodeWeight:
+    def from_dense(
+        cls, weight: torch.Tensor, mask: torch.Tensor | None = None, format: Format | None = None
+    ) -> DecodeWeight:
         """The non-zeros of a float16 or bfloat16 weight [out, in], on its device; -0.0 counts as zero.
 
-        `mask`, bool [out, in]: of those the ones to keep, as `pared.ops.topk_mask` gives it.
+        `mask`, bool [out, in]: of those the ones to keep, as `pared.ops.topk_mask` gives it. `format`:
+        "bitmap16" or "pairs16"; None for the one that should be faster, `faster_format`.
 
         Raises
         ------
@@ -60,7 +64,9 @@ class DecodeWeight(KernelWeight):
         if not isinstance(weight, torch.Tensor) or weight.dtype not in (torch.float16, torch.bfloat16):
             got = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
             raise TypeError(f"weight: expected dtype float16 or bfloat16, got {got}")
-        return cls._pack(weight.detach(), "bitmap16", weight.dtype, None, mask)
+        if format not in (None, "bitmap16", "pairs16"):
+            raise ValueError(f"format: expected 'bitmap16', 'pairs16' or None, got {format!r}")
+        return cls._pack(weight.detach(), format, weight.dtype, None, mask)
 
     @classmethod
     def from_quantized(
@@ -90,7 +96,7 @@ class DecodeWeight(KernelWeight):
     def _pack(
         cls,
         w: torch.Tensor,
-        format: Format,
+        format: Format | None,
         dtype: torch.dtype,
         scales: torch.Tensor | None,
         mask: torch.Tensor | None,
@@ -107,6 +113,7 @@ class DecodeWeight(KernelWeight):
             if mask.shape != w.shape:
                 raise ValueError(f"mask: expected [{outputs}, {cols}], got {list(mask.shape)}")
             require_device("mask", mask, w)
+        format = format or faster_format(w, mask)
         pack = pack_on_device if _cuda.is_device_tensor(w) else pack_in_torch
         blocks, offsets, largest = pack(w, format, mask)
         return cls(blocks, offsets, format, dtype, (outputs, cols), largest, scales)
@@ -176,6 +183,21 @@ class DecodeWeight(KernelWeight):
         return out
 
 
+def faster_format(w: torch.Tensor, mask: torch.Tensor | None = None) -> Format:
+    """Of a 16-bit weight [out, in]. Pairs cost more bytes and fewer instructions: they are worth it where at
+    most a third of them are there, which is 82 % zeros and more at random. Waits for the count.
+    """
+    import torch
+
+    kept = w != 0 if mask is None else (w != 0) & mask
+    cols = w.shape[1]
+    odd = kept[:, 1::2]
+    pairs = torch.count_nonzero(kept[:, : cols - cols % 2 : 2] | odd) + torch.count_nonzero(
+        kept[:, cols - cols % 2 :]
+    )
+    return "pairs16" if 6 * int(pairs) <= w.numel() else "bitmap16"
+
+
 def _activate(y: torch.Tensor, activation: str | None) -> torch.Tensor:
     import torch.nn.functional as f
 
@@ -243,13 +265,14 @@ def pack_in_torch(w: torch.Tensor, format: Format, mask: torch.Tensor | None) ->
     outputs, cols = w.shape
     w = w if mask is None else torch.where(mask, w, 0)
     order = _fragment_order(w.device)
+    packs = {"dense8": _pack_dense, "pairs16": _pack_pairs, "bitmap16": _pack_bitmap, "bitmap8": _pack_bitmap}
     sizes, parts = [], []
     for first in range(0, outputs, BLOCK):  # a row of blocks at a time bounds the memory
         rows = w[first : first + BLOCK]
         padded = torch.zeros(BLOCK, -(-cols // BLOCK) * BLOCK, dtype=w.dtype, device=w.device)
         padded[: rows.shape[0], :cols] = rows
         values = padded.view(BLOCK, -1, BLOCK).transpose(0, 1).reshape(-1, BLOCK * BLOCK)[:, order]
-        size, part = _pack_dense(values) if format == "dense8" else _pack_bitmap(values)
+        size, part = packs[format](values)
         sizes.append(size)
         parts.append(part)
     size = torch.cat(sizes) if sizes else torch.zeros(0, dtype=torch.int64, device=w.device)
@@ -279,20 +302,45 @@ def _pack_bitmap(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     bits = present.view(count, 4, 2, 2, 32, 4, 2).permute(0, 4, 1, 2, 6, 3, 5).reshape(-1, 8).to(torch.uint8)
     bits <<= torch.arange(8, dtype=torch.uint8, device=values.device)
     masks = bits.sum(-1, dtype=torch.uint8).view(count, MASK_BYTES)
-    of_fragments = present.view(count, 16, 256).sum(-1)
+    as_integers = torch.int16 if item == 2 else torch.int8
+    return _behind_masks(masks, present, values.view(as_integers))
+
+
+def _pack_pairs(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for pairs of values."""
+    import torch
+
+    count = values.shape[0]
+    values = torch.where(values == 0, 0, values)  # -0.0
+    words = values.contiguous().view(torch.int32)
+    present = words != 0
+    # [r / 2, r % 2, s / 2, s % 2, lane, register]: a byte for each r % 2, s / 2, a bit for s % 2, register.
+    bits = present.view(count, 2, 2, 2, 2, 32, 4).permute(0, 5, 1, 2, 3, 4, 6).reshape(-1, 8).to(torch.uint8)
+    bits <<= torch.arange(8, dtype=torch.uint8, device=values.device)
+    return _behind_masks(bits.sum(-1, dtype=torch.uint8).view(count, MASK_BYTES // 2), present, words)
+
+
+def _behind_masks(
+    masks: torch.Tensor, present: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sizes and blocks: masks, where the 16 fragments begin, and the values [blocks, n] that are present."""
+    import torch
+
+    count, item = values.shape[0], values.element_size()
+    header = masks.shape[1] + START_BYTES
+    of_fragments = present.view(count, 16, present.shape[1] // 16).sum(-1)
     starts = ((torch.cumsum(of_fragments, 1) - of_fragments) * item).to(torch.int16).view(torch.uint8)
     found = of_fragments.sum(-1)
-    size = HEADER_BYTES + (found * item + 15) // 16 * 16
+    size = header + (found * item + 15) // 16 * 16
     begin = torch.cumsum(size, 0) - size
     out = torch.zeros(int(size.sum()), dtype=torch.uint8, device=values.device)
-    columns = torch.arange(HEADER_BYTES, device=values.device)
+    columns = torch.arange(header, device=values.device)
     out[(begin[:, None] + columns).reshape(-1)] = torch.cat([masks, starts], 1).reshape(-1)
     # Value n of a block goes to place n behind its header.
     rank = torch.arange(int(found.sum()), device=values.device)
     rank -= torch.repeat_interleave(torch.cumsum(found, 0) - found, found)
-    at = torch.repeat_interleave((begin + HEADER_BYTES) // item, found) + rank
-    as_integers = torch.int16 if item == 2 else torch.int8
-    out.view(as_integers)[at] = values[present].view(as_integers)
+    at = torch.repeat_interleave((begin + header) // item, found) + rank
+    out.view(values.dtype)[at] = values[present]
     return size, out
 
 

@@ -12,7 +12,7 @@ from pared import _cuda_decode
 from pared._cuda_decode import DecodeWeight
 from pared._cuda_weight import Place
 
-FORMATS = ("bitmap16", "bitmap8", "dense8")
+FORMATS = ("bitmap16", "pairs16", "bitmap8", "dense8")
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -24,9 +24,9 @@ def place(backend):
 def random_weight(rng, shape, density, format, dtype, device):
     """``(packed, what it stands for in float64)``."""
     keep = torch.from_numpy(rng.random(shape) < density)
-    if format == "bitmap16":
+    if format.endswith("16"):
         w = torch.from_numpy(rng.standard_normal(shape)).to(dtype) * keep
-        return DecodeWeight.from_dense(w.to(device)), w.double()
+        return DecodeWeight.from_dense(w.to(device), format=format), w.double()
     q = torch.from_numpy(rng.integers(-128, 128, shape)).to(torch.int8) * keep
     scales = torch.from_numpy(rng.random(shape[0])).float() + 0.5
     packed = DecodeWeight.from_quantized(q.to(device), scales.to(device), dtype, format)
@@ -107,6 +107,8 @@ def test_what_is_packed_comes_back(backend, place, rng, dtype, n, k):
         assert (
             w.nbytes <= (n + 63) // 64 * ((k + 63) // 64) * (544 + 15 + 4) + 2 * int((dense != 0).sum()) + 4
         )
+        pairs, dense = random_weight(rng, (n, k), density, "pairs16", dtype, backend.device)
+        assert torch.equal(pairs.to_dense(place=place).cpu().double(), dense)
         for format in ("bitmap8", "dense8"):
             q, dense8 = random_weight(rng, (n, k), density, format, dtype, backend.device)
             assert torch.equal(q.to_dense(place=place).cpu(), dense8.float().to(dtype))
@@ -117,15 +119,15 @@ def test_what_is_packed_comes_back(backend, place, rng, dtype, n, k):
 def test_the_device_packs_the_bytes_of_torch(backend, rng, format, n, k):
     for density in (0.0, 0.03, 0.5, 1.0):
         w = torch.from_numpy(rng.standard_normal((n, k + 3))).to(torch.bfloat16)
-        if format != "bitmap16":
+        if not format.endswith("16"):
             w = torch.from_numpy(rng.integers(-128, 128, (n, k + 3))).to(torch.int8)
         w *= torch.from_numpy(rng.random((n, k + 3)) < density)
-        if format == "bitmap16" and w.numel():
+        if format.endswith("16") and w.numel():
             w.view(-1)[0], w.view(-1)[-1] = -0.0, torch.nan
         keep = torch.from_numpy(rng.random((n, k)) < 0.7)
         for first in (0, 1):  # rows at any address
             part = w[:, first : first + k]
-            for mask in (None, keep, keep.T.contiguous().T) if format == "bitmap16" else (None,):
+            for mask in (None, keep, keep.T.contiguous().T) if format.endswith("16") else (None,):
                 want = _cuda_decode.pack_in_torch(part, format, mask)
                 there = None if mask is None else mask.to(backend.device)
                 got = _cuda_decode.pack_on_device(part.to(backend.device), format, there)
@@ -158,26 +160,28 @@ def test_what_the_mask_kernel_selects_is_packed_on_the_device(backend, place, rn
             call()
 
 
-def test_special_values(backend, place):
+@pytest.mark.parametrize("format", ["bitmap16", "pairs16"])
+def test_special_values(backend, place, format):
     w = torch.zeros(64, 64, dtype=torch.float16)
     w[0, 0], w[5, 63], w[63, 1], w[7, 7] = float("inf"), float("nan"), 6e-8, -0.0
-    back = DecodeWeight.from_dense(w.to(backend.device)).to_dense(place=place).cpu()
+    back = DecodeWeight.from_dense(w.to(backend.device), format=format).to_dense(place=place).cpu()
     assert torch.equal(back.nan_to_num(7.0), w.nan_to_num(7.0))
     assert torch.isnan(back).sum() == 1
     x = torch.ones(1, 64, dtype=torch.float16, device=backend.device)
-    y = DecodeWeight.from_dense(w.to(backend.device)).linear(x, place=place).cpu()[0]
+    y = DecodeWeight.from_dense(w.to(backend.device), format=format).linear(x, place=place).cpu()[0]
     assert torch.isinf(y[0])
     assert torch.isnan(y[5])
     assert torch.isfinite(y[[1, 7, 63]]).all()
 
 
-def test_every_position_of_a_block(backend, place):
+@pytest.mark.parametrize("format", ["bitmap16", "pairs16"])
+def test_every_position_of_a_block(backend, place, format):
     # One non-zero at a time would be 4096 launches: 64 diagonals, each value its own power of two or column.
     x = torch.eye(64, dtype=torch.float16)[:32].to(backend.device)
     w = (torch.arange(4096).view(64, 64) % 2039 + 1).to(torch.float16)
     for shift in range(0, 64, 9):
         keep = (torch.arange(64)[:, None] * 5 + torch.arange(64) + shift) % 7 < 3
-        packed = DecodeWeight.from_dense((w * keep).to(backend.device))
+        packed = DecodeWeight.from_dense((w * keep).to(backend.device), format=format)
         got = packed.linear(x, place=place).cpu()
         assert torch.equal(got, (w * keep).T[:32])
 
@@ -218,7 +222,21 @@ def test_nothing_beyond_the_output_is_written(backend, place, rng, monkeypatch):
     assert bool((poison[31 + 185 :] == 7).all())
 
 
-# ---- errors and plans: no kernel runs
+# ---- errors, plans and choices: no kernel runs
+
+
+def test_pairs_are_chosen_where_few_are_there():
+    w = torch.ones(4, 12, dtype=torch.bfloat16)
+    w[:, 4:] = 0  # columns 0 to 3 of 12: a third of the pairs
+    w[:, 6] = -0.0
+    assert _cuda_decode.faster_format(w) == "pairs16"
+    w[3, 11] = 1
+    assert _cuda_decode.faster_format(w) == "bitmap16"
+    keep = torch.ones(4, 12, dtype=torch.bool)
+    keep[3, 11] = False
+    assert _cuda_decode.faster_format(w, keep) == "pairs16"
+    assert _cuda_decode.faster_format(torch.ones(3, 1, dtype=torch.float16)) == "bitmap16"
+    assert _cuda_decode.faster_format(torch.zeros(0, 5, dtype=torch.float16)) == "pairs16"
 
 
 def linear(x, w, *rest):
@@ -242,6 +260,7 @@ def test_bad_input(rng):
             "weight: expected dtype float16 or bfloat16, got torch.float32",
         ),
         (dense, (x[0],), ValueError, r"weight: expected \[out, in\], got shape \[8\]"),
+        (dense, (x, None, "csr"), ValueError, "format: expected 'bitmap16', 'pairs16' or None, got 'csr'"),
         (quantized, (x, ones, torch.float16), TypeError, "q: expected dtype int8, got torch.float16"),
         (quantized, (q, ones, torch.float32), TypeError, "dtype: expected float16 or bfloat16"),
         (quantized, (q, ones[:3], torch.float16), ValueError, r"scales: expected \[4\], got \[3\]"),

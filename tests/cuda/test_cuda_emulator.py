@@ -121,7 +121,7 @@ def test_load_matrices(backend):
 
 def test_words(backend, rng):
     x, y, z = words = rng.integers(0, 1 << 32, (3, 32), dtype=np.uint64)
-    got = check(backend, "words", words.astype(np.uint32).view(np.int32), None, np.zeros((10, 32), np.int32))
+    got = check(backend, "words", words.astype(np.uint32).view(np.int32), None, np.zeros((13, 32), np.int32))
     lanes = np.arange(32)
     eight = np.concatenate([[v >> (8 * i) & 255 for i in range(4)] for v in (x, y)])
     permuted = sum(eight[z >> (4 * i) & 7, lanes] << (8 * i) for i in range(4))
@@ -129,6 +129,7 @@ def test_words(backend, rng):
     at = y % 126
     even = at & ~np.uint64(1)
     bytes_x, bytes_y = eight[:4], eight[4:]
+    taken, some, more = (at & 0x78) // 4, y >> 3 & 1, z >> 3 & 1
     want = [
         (x & y) | z,
         (x ^ y) | z,
@@ -139,6 +140,9 @@ def test_words(backend, rng):
         z + (bytes_x * bytes_y).sum(0),
         z + (x & 0xFFFF) * bytes_y[0] + (x >> 16) * bytes_y[1],
         z + (x & 0xFFFF) * bytes_y[2] + (x >> 16) * bytes_y[3],
+        x[taken] * some,
+        x[taken + some] * more,
+        4 * (taken + some + more),
     ]
     np.testing.assert_array_equal(got.view(np.uint32), np.stack(want).astype(np.uint32))
 

@@ -39,6 +39,12 @@ PARED_UNSEEN uint32_t load_shared(uint32_t address, PARED_HERE) {
   return emulate::aligned(p, PARED_WHERE);
 }
 
+inline uint32_t take_shared(uint32_t some, uint32_t& address, PARED_HERE) {
+  if (!some) return 0;
+  address += 4;
+  return load_shared<uint32_t>(address - 4, file, line);
+}
+
 inline void count_shared(uint32_t address, PARED_HERE) {
   atomicAdd(reinterpret_cast<uint32_t*>(emulate::dynamic_shared() + address), 1u, file, line);
 }
