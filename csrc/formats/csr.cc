@@ -118,6 +118,9 @@ UnitCode unit_code(const PackedHeader& h) {
 //   50 %: {128, 64} 1.00-1.02, {64, 128} 1.00         70 %: {64, 128} 1.01-1.03, {64, 160} 1.01
 //   80 %: {64, 128} 1.05-1.06, {64, 160} 1.04-1.06     90 %: {64, 160} 1.10-1.12, {64, 192} 1.11
 //   95 %: {64, 160} 1.11, {64, 240} 1.13-1.23
+// Quads (blocks of 4x1, dense), the same shapes, time of {96, 96} over that of others:
+//   dense: {64, 160} 1.02-1.13    50 %: {64, 160} 1.05-1.09    70 %: {64, 192} 1.03-1.11
+//   80 %: {64, 192} 1.09-1.12, {64, 240} 1.09-1.13    90 %: {64, 240} 1.16-1.28    95 %: {64, 240} 1.28-1.37
 // One tile for all densities lets layers that differ in theirs share a packed input. A 1x1 convolution wants
 // long runs of a channel instead: with 64 positions, 256 bytes, it takes up to twice as long. The weights of
 // a network's last convolutions, a million and more, meet 7x7 images, of which one is a narrow tile: deeper
@@ -134,13 +137,16 @@ struct Tiling {
 };
 Tiling choose_tiling(int64_t rows, int64_t cols, int64_t nnz, int entry_rows, const ConvShape& conv) {
   const double cells = static_cast<double>(rows) * static_cast<double>(cols);
-  // Four rows of sums, six vectors and a broadcast fill the registers at 96 positions.
-  if (entry_rows == kQuadRows) return {96, 96};
   if (const int taps = coded_taps(entry_rows, conv.kh, conv.kw)) {
     const int channels = (cells >= kDeepConvolution ? kDeepStripUnits : kStripUnits) / taps;
     return {128, static_cast<uint32_t>(std::max(1, channels) * taps)};
   }
   const double density = cells > 0 ? static_cast<double>(nnz) / cells : 1.0;
+  if (entry_rows == kQuadRows) {
+    // Four rows of sums, six vectors and a broadcast fill the registers at 96 positions.
+    if (conv.kh > 0) return {96, 96};
+    return {64, density >= 0.4 ? 160u : density >= 0.15 ? 192u : 240u};
+  }
   if (conv.kh > 0) {
     if (density >= 0.14) return {128, cells >= kDeepConvolution && density < 0.3 ? 128u : 80u};
     if (density >= 0.04) return {128, 128};

@@ -7,9 +7,9 @@
 namespace pared {
 namespace {
 
-// Tokens that go through all stages together: few enough that what lies between two stages stays in the
-// second-level cache, or close to it, and as many as the widest tile.
-constexpr int64_t kTogether = kPanelMaxGroups * kPanelGroup;
+// Tokens that go through all stages together: a tile of a linear weight, which is read once for each tile
+// however many go together. What lies between two stages then stays in the second-level cache, or close to it.
+constexpr int64_t kTogether = 64;
 
 // What one stage leaves for the next: the next one's tiles, each a panel [units][stride] of its own.
 class Handed {
@@ -159,7 +159,7 @@ void linear_chain_csr(const ChainArgs& a, const std::vector<ChainStage>& stages)
   // between stages. With too few tokens for that the stages are shared out one after the other.
   int64_t groups = (vectors * kPanelGroup + kTogether - 1) / kTogether;
   groups = (groups + threads - 1) / threads * threads;
-  if (vectors / groups < kPanelMaxGroups * 3 / 4) return run_stages(a, stages, 0, a.tokens);
+  if (vectors / groups < kTogether / kPanelGroup * 3 / 4) return run_stages(a, stages, 0, a.tokens);
   parallel_for(0, groups, 1, [&](int64_t g0, int64_t g1) {
     for (int64_t g = g0; g < g1; ++g)
       run_stages(a, stages, vectors * g / groups * kPanelGroup,

@@ -114,7 +114,10 @@ class Facts:
             if self.kernel_rows > 1 and self.taps <= 255:  # whole channels
                 units = _DEEP_STRIP_UNITS if rows * cols >= _DEEP else _STRIP_UNITS
                 tiling = (128, max(1, units // self.taps) * self.taps)
-            tile, block_k = (96, 96) if height == 4 else tiling
+            if height == 4:
+                wide = (64, 160 if share >= 0.4 else 192 if share >= 0.15 else 240)
+                tiling = wide if self.taps == 0 else (96, 96)
+            tile, block_k = tiling
             nbytes = _panel_bytes(rows, cols, entries, height, block_k)
             return Work(rows, cols, nnz, nbytes, entries, height, self.taps, tile, block_k, distinct)
         if kind == "bsr8":
