@@ -18,6 +18,7 @@ inline constexpr int kInt8Panel =
 inline constexpr int kInt8Unit = 4;  // bytes of the reduction in a unit
 inline constexpr int kGemmTokens = 6;  // tokens and panels of the largest tile: 24 accumulators, 4 weight
 inline constexpr int kGemmPanels = 4;  // vectors and a broadcast fill AVX-512's 32 registers
+inline constexpr int kGemmUnits = 192;  // of a call's reduction, at most, in all runs together
 
 // Rows of activations to bytes. scale == 0: dynamic and symmetric, each row by its own largest magnitude,
 // s = max|x| / 127, u = round(x * (127 / max|x|)) + 128, round to nearest even; a row whose largest magnitude
@@ -86,7 +87,7 @@ struct GemmArgs {
   int64_t x_stride;
   const int8_t* w;   // [panels][w_stride]: [runs][units][16][4], 64-byte aligned
   int64_t w_stride;  // bytes between panels
-  int32_t units;     // of a run
+  int32_t units;     // of a run; in all runs together at most kGemmUnits
   int32_t* acc;      // 64-byte aligned
   int64_t acc_stride;
   bool accumulate;  // false: acc is written, not read

@@ -25,6 +25,7 @@ constexpr int64_t kMinVectorsPerThread = 1 << 13;
 // Groups that one of several threads takes at a time: two tiles of the dense kernel.
 constexpr int64_t kRunGroups = 2 * kGemmPanels;
 static_assert(kBitmap8Block * kInt8Unit < kBitmap8Stride, "a K block and a line of padding");
+static_assert(kBitmap8Block <= kGemmUnits, "a K block is one call of the micro-kernel");
 
 // A block of tokens in bytes, and where its outputs go.
 struct Tokens {

@@ -36,6 +36,7 @@ namespace pared {
 namespace {
 
 constexpr int64_t kBlockUnits = 128;  // of the reduction: 64 filters by 512 bytes, 32 KB
+static_assert(kBlockUnits <= kGemmUnits, "a block is one call of the micro-kernel");
 constexpr int64_t kBlockOutputs = 192;
 constexpr int64_t kMinWorkPerThread = 1 << 22;  // multiply-adds
 constexpr int64_t kTileBytes = 40 * 1024;       // of what a tile of planes reads: they stay in L1

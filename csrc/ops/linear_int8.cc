@@ -26,7 +26,7 @@ namespace {
 
 constexpr int64_t kBlockBytes = 192 * 1024;  // of quantized tokens
 constexpr int64_t kMaxBlockTokens = 192;
-constexpr int64_t kBlockUnits = 192;  // of the reduction, at most: 64 outputs by 768, 48 KB
+constexpr int64_t kBlockUnits = kGemmUnits;  // at most: 64 outputs by 768, 48 KB
 // Below this many multiply-adds (5 us) a second thread does not pay.
 constexpr int64_t kMinWorkPerThread = 1 << 21;
 // Fewer tokens than this wait for the weights: reading those takes as long as the products of so many.

@@ -2,7 +2,8 @@
 
 namespace pared {
 
+#define PARED_TILE(T, P) gemm_u8s8_tile<Avx512Dot, T, P>
 extern const gemm_u8s8::Table gemm_u8s8_t6p4__avx512;
-const gemm_u8s8::Table gemm_u8s8_t6p4__avx512 = PARED_GEMM_TABLE(Avx512Dot);
+const gemm_u8s8::Table gemm_u8s8_t6p4__avx512 = PARED_GEMM_TILES(PARED_TILE);
 
 }  // namespace pared

@@ -2,7 +2,8 @@
 
 namespace pared {
 
+#define PARED_TILE(T, P) gemm_u8s8_tile<VnniDot, T, P>
 extern const gemm_u8s8::Table gemm_u8s8_t6p4__avx512vnni;
-const gemm_u8s8::Table gemm_u8s8_t6p4__avx512vnni = PARED_GEMM_TABLE(VnniDot);
+const gemm_u8s8::Table gemm_u8s8_t6p4__avx512vnni = PARED_GEMM_TILES(PARED_TILE);
 
 }  // namespace pared

@@ -2,7 +2,8 @@
 
 namespace pared {
 
+#define PARED_TILE(T, P) gemm_u8s8_tile<AvxVnniDot, T, P>
 extern const gemm_u8s8::Table gemm_u8s8_t6p4__avxvnni;
-const gemm_u8s8::Table gemm_u8s8_t6p4__avxvnni = PARED_GEMM_TABLE(AvxVnniDot);
+const gemm_u8s8::Table gemm_u8s8_t6p4__avxvnni = PARED_GEMM_TILES(PARED_TILE);
 
 }  // namespace pared

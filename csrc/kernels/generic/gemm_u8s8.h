@@ -42,6 +42,14 @@ PARED_INLINE int32_t load_unit(const uint8_t* p) {
 #endif
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
+// Eight outputs, whose partial sums lie in twos in `a` and `b`.
+PARED_INLINE void store_pairs(int32_t* p, __m256i a, __m256i b, bool accumulate) {
+  auto* to = reinterpret_cast<__m256i*>(p);
+  __m256i s = _mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xd8);
+  if (accumulate) s = _mm256_add_epi32(s, _mm256_load_si256(to));
+  _mm256_store_si256(to, s);
+}
+
 // Vector i: outputs 4 i ... 4 i + 3, two partial sums each.
 struct Avx2Dot {
   static constexpr int tokens = 2, panels = 1;
@@ -62,18 +70,16 @@ struct Avx2Dot {
   }
   static PARED_INLINE A unit(const uint8_t* p) { return _mm256_cvtepu8_epi16(_mm_set1_epi32(load_unit(p))); }
   static PARED_INLINE void dot(Acc& acc, A a, const W& w) {
-    for (int i = 0; i < 4; ++i) acc.v[i] = _mm256_add_epi32(acc.v[i], _mm256_madd_epi16(a, w.v[i]));
+    for (int i = 0; i < 4; ++i) {
+      acc.v[i] = _mm256_add_epi32(acc.v[i], _mm256_madd_epi16(a, w.v[i]));
+      __asm__ volatile("" : "+x"(acc.v[i]));  // or sums are left to memory: see gemm_wide_tile
+    }
   }
   static PARED_INLINE void add(Acc& to, const Acc& from) {
     for (int i = 0; i < 4; ++i) to.v[i] = _mm256_add_epi32(to.v[i], from.v[i]);
   }
   static PARED_INLINE void store(int32_t* p, const Acc& acc, bool accumulate) {
-    for (int i = 0; i < 4; i += 2, p += 8) {
-      auto* to = reinterpret_cast<__m256i*>(p);
-      __m256i s = _mm256_permute4x64_epi64(_mm256_hadd_epi32(acc.v[i], acc.v[i + 1]), 0xd8);
-      if (accumulate) s = _mm256_add_epi32(s, _mm256_load_si256(to));
-      _mm256_store_si256(to, s);
-    }
+    for (int i = 0; i < 4; i += 2) store_pairs(p + 4 * i, acc.v[i], acc.v[i + 1], accumulate);
   }
 };
 #endif
@@ -224,6 +230,78 @@ PARED_INLINE void gemm_tokens(const GemmArgs& a, int panel) {
   if constexpr (TOKENS % T != 0) gemm_tile<D, TOKENS % T, PANELS>(a, TOKENS - TOKENS % T, panel);
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// TOKENS tokens by V vectors of four outputs; `w` and `acc` begin at the first of them.
+template <int TOKENS, int V>
+PARED_INLINE void gemm_wide_tile(const uint16_t (*x)[kGemmUnits * kInt8Unit], const int8_t* w, int units,
+                                 const int8_t* ahead, int64_t ahead_step, int32_t* acc, int64_t acc_stride,
+                                 bool accumulate) {
+  __m256i sum[TOKENS][V];
+#pragma GCC unroll 8
+  for (int m = 0; m < TOKENS; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[m][v] = _mm256_setzero_si256();
+  for (int i = 0; i < units; ++i, w += kInt8Panel * kInt8Unit, ahead += ahead_step) {
+    __m256i weights[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v)
+      weights[v] = _mm256_cvtepi8_epi16(_mm_load_si128(reinterpret_cast<const __m128i*>(w) + v));
+    __builtin_prefetch(ahead, 0, 2);
+#pragma GCC unroll 8
+    for (int m = 0; m < TOKENS; ++m) {
+      int64_t four;
+      memcpy(&four, x[m] + i * kInt8Unit, sizeof(four));
+      __m256i unit = _mm256_set1_epi64x(four);
+      // In this order: compilers would begin with all products, and have no registers left for the sums.
+      __asm__ volatile("" : "+x"(unit));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        sum[m][v] = _mm256_add_epi32(sum[m][v], _mm256_madd_epi16(unit, weights[v]));
+        __asm__ volatile("" : "+x"(sum[m][v]));
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < TOKENS; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v += 2)
+      store_pairs(acc + m * acc_stride + 4 * v, sum[m][v], sum[m][v + 1], accumulate);
+}
+
+// With 16-bit products: the tokens' bytes are widened first, for all panels (9 KB for six), so that a unit is
+// one broadcast from memory. A quarter of the instructions would be widenings else. Weights are widened in
+// registers, two vectors for six tokens.
+template <int TOKENS, int PANELS>
+void gemm_u8s8_wide(const GemmArgs& args) {
+  const GemmArgs a = args;
+  constexpr int V = TOKENS <= 2 ? 4 : 2;
+  alignas(64) uint16_t wide[TOKENS][kGemmUnits * kInt8Unit];
+  int units = 0;
+  for (int r = 0; r < a.runs; ++r, units += a.units)
+    for (int m = 0; m < TOKENS; ++m) {
+      const uint8_t* from = a.x + m * a.x_stride + a.run_at[r];
+      uint16_t* to = wide[m] + units * kInt8Unit;
+      int i = 0;
+      for (; i + 4 <= a.units; i += 4, from += 16, to += 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                            _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+      for (; i < a.units; ++i, from += 4, to += 4)
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to),
+                         _mm_cvtepu8_epi16(_mm_cvtsi32_si128(load_unit(from))));
+    }
+  for (int p = 0; p < PANELS; ++p) {
+    const int8_t* w = a.w + p * a.w_stride;
+    for (int v = 0; v < 4; v += V) {
+      // The first vectors of a panel fetch; the others ask for one line again and again, which costs nothing.
+      const bool fetch = v == 0 && p < a.ahead.panels;
+      gemm_wide_tile<TOKENS, V>(wide, w + v * 16, units, fetch ? a.ahead.at + p * a.ahead.stride : w,
+                                fetch ? a.ahead.step : 0, a.acc + p * kInt8Panel + v * 4, a.acc_stride,
+                                a.accumulate);
+    }
+  }
+}
+#endif
+
 template <class D, int TOKENS, int PANELS>
 void gemm_u8s8_tile(const GemmArgs& a) {
   constexpr int P = D::panels;
@@ -232,11 +310,10 @@ void gemm_u8s8_tile(const GemmArgs& a) {
 }
 
 // The table's entries in its order.
-#define PARED_GEMM_TOKENS(D, T) \
-  gemm_u8s8_tile<D, T, 1>, gemm_u8s8_tile<D, T, 2>, gemm_u8s8_tile<D, T, 3>, gemm_u8s8_tile<D, T, 4>
-#define PARED_GEMM_TABLE(D)                                                   \
-  {PARED_GEMM_TOKENS(D, 1), PARED_GEMM_TOKENS(D, 2), PARED_GEMM_TOKENS(D, 3), \
-   PARED_GEMM_TOKENS(D, 4), PARED_GEMM_TOKENS(D, 5), PARED_GEMM_TOKENS(D, 6)}
+#define PARED_GEMM_TOKENS(TILE, T) TILE(T, 1), TILE(T, 2), TILE(T, 3), TILE(T, 4)
+#define PARED_GEMM_TILES(TILE)                                                         \
+  {PARED_GEMM_TOKENS(TILE, 1), PARED_GEMM_TOKENS(TILE, 2), PARED_GEMM_TOKENS(TILE, 3), \
+   PARED_GEMM_TOKENS(TILE, 4), PARED_GEMM_TOKENS(TILE, 5), PARED_GEMM_TOKENS(TILE, 6)}
 
 }  // namespace
 }  // namespace pared

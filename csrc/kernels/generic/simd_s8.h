@@ -73,7 +73,10 @@ struct Avx2S8 {
   }
   static PARED_INLINE V fma(const Value& w, const Operand& x, V sum) {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x.even, w.even));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(x.odd, w.odd));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x.odd, w.odd));
+    // In the order written: compilers would begin with the products of all rows, and have no registers left.
+    __asm__ volatile("" : "+x"(sum));
+    return sum;
   }
 };
 #endif
