@@ -60,7 +60,7 @@ class Parts:
         self, x: Tensor, mask: Tensor | None = None, batch_first: bool = True, causal: bool = False
     ) -> Tensor:
         out = torch.full_like(x, torch.nan)
-        self.kernel(x, mask, out, batch_first, causal)
+        assert self.kernel(x, mask, out, batch_first, causal)
         return out
 
     def apart(
@@ -209,9 +209,21 @@ def test_bad_arguments():
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             parts.kernel(*args)
+
+
+@pytest.mark.parametrize("change", [torch.clone, torch.Tensor.half, lambda t: t[:30]])
+def test_other_memory_is_noticed_and_nothing_computed(change):
+    """As module.half() and module.share_memory() give it to a tensor in place."""
+    parts = Parts(("csr",) * 6)
+    parts.norms[0].data = change(parts.norms[0])
+    out = torch.full((2, 3, 40), 7.0)
+    assert not parts.kernel(torch.zeros(2, 3, 40), None, out)
+    assert bool((out == 7).all())
+    parts = Parts(("csr",) * 6)
     parts.linears[2].packed.data = parts.linears[2].packed.clone()
-    with pytest.raises(ValueError, match="packed: expected the memory that the layer was built from"):
-        parts.one(x)
+    assert not parts.kernel(torch.zeros(2, 3, 40), None, out)
+    parts.kernel = parts.build()
+    assert parts.kernel(torch.zeros(2, 3, 40), None, out)
 
 
 # -- modules ---------------------------------------------------------------------------------------
@@ -292,8 +304,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     real = _encoder._Plan.kernel
 
-    def count(plan: Any) -> Any:
-        kernel = real(plan)
+    def count(plan: Any, layer: nn.Module) -> Any:
+        kernel = real(plan, layer)
         seen.append(1)
         return kernel
 

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import stat
 import struct
 import tracemalloc
 import weakref
@@ -753,6 +754,10 @@ def test_links_directories_and_permissions(tmp_path):
     plain = tmp_path / "plain"
     plain.write_bytes(b"")
     assert real.stat().st_mode == plain.stat().st_mode
+    for mode in (0o600, 0o660):  # a private file stays one when it is replaced
+        real.chmod(mode)
+        pared.save(nn.Linear(3, 3), str(real))
+        assert stat.S_IMODE(real.stat().st_mode) == mode
     link = tmp_path / "link.pared"
     link.symlink_to(real)
     pared.save(nn.Linear(4, 4), link)

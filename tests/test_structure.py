@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -210,3 +211,48 @@ def test_a_planted_leak_is_caught(tmp_path, code, message):
 def test_importing_pared_does_not_import_torch():
     code = "import sys, pared, pared.ops; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Programs of their own, in which nobody has set another default.
+PROGRAMS = ("_bench.py", "_peers.py", "_demo/")
+FACTORIES = {
+    *(
+        "arange",
+        "as_tensor",
+        "asarray",
+        "empty",
+        "empty_strided",
+        "eye",
+        "full",
+        "linspace",
+        "normal",
+        "ones",
+    ),
+    *("rand", "randint", "randn", "randperm", "tensor", "zeros"),
+}
+
+
+def on_the_default_device(text: str) -> list[str]:
+    """Calls that make a tensor wherever the caller's default device is."""
+    return [
+        f"{node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and ast.unparse(node.func.value) == "torch"
+        and node.func.attr in FACTORIES
+        and not any(k.arg in ("device", None) for k in node.keywords)
+    ]
+
+
+def test_tensors_are_made_on_a_named_device():
+    package = ROOT / "python" / "pared"
+    files = [f for f in package.rglob("*.py") if not f.relative_to(package).as_posix().startswith(PROGRAMS)]
+    assert files
+    found = {str(f.relative_to(package)): on_the_default_device(f.read_text()) for f in files}
+    assert {f: calls for f, calls in found.items() if calls} == {}
+
+
+def test_a_tensor_on_the_default_device_is_caught():
+    text = 'a = torch.zeros(3, device="cpu")\nb = torch.arange(\n    3,\n)\nc = np.zeros(3)\n'
+    assert on_the_default_device(text) == ["2: torch.arange(3)"]

@@ -245,7 +245,7 @@ def pack_on_device(w: torch.Tensor, format: Format, mask: torch.Tensor | None) -
     count = -(-outputs // BLOCK) * -(-cols // BLOCK)
     if format == "dense8":
         units = torch.full((count,), BLOCK * BLOCK // 16, dtype=torch.int64, device=w.device)
-        most = torch.full((), BLOCK * BLOCK // 16 if count else 0, dtype=torch.int64)
+        most = torch.full((), BLOCK * BLOCK // 16 if count else 0, dtype=torch.int64, device=w.device)
     else:
         units = torch.empty(count, dtype=torch.int64, device=w.device)
         most = torch.zeros((), dtype=torch.int64, device=w.device)
@@ -285,7 +285,8 @@ def _fragment_order(device: torch.device) -> torch.Tensor:
     """Place in a block [64 outputs, 64 columns] of each value, fragments r-major, by lane, register, half."""
     import torch
 
-    r, s, g, t, i, j = torch.meshgrid(*(torch.arange(n) for n in (4, 4, 8, 4, 4, 2)), indexing="ij")
+    axes = (torch.arange(n, device="cpu") for n in (4, 4, 8, 4, 4, 2))
+    r, s, g, t, i, j = torch.meshgrid(*axes, indexing="ij")
     output = 16 * r + g + 8 * (i % 2)
     column = 16 * t + 4 * s + 2 * (i // 2) + j
     return (output * BLOCK + column).reshape(-1).to(device)

@@ -527,7 +527,7 @@ def _layers(model: nn.Module, inputs: Sequence[Example], budget: float) -> tuple
         rows[target.name] = (target.module, target.layer, target.weight, "torch")
     for name, module in model.named_modules():
         if isinstance(module, PackedModule):
-            dense = torch.as_tensor(module.packed_weight().to_dense())
+            dense = torch.as_tensor(module.packed_weight().to_dense(), device="cpu")
             rows[f"{name}.weight" if name else "weight"] = (module, name, dense, module.format)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     given: dict[int, Histogram] = {}

@@ -44,7 +44,7 @@ def activation_of(module: nn.Module) -> str | None:
 
 
 def _by_value(module: nn.Module) -> str | None:
-    x = torch.linspace(-12.0, 12.0, 4801)
+    x = torch.linspace(-12.0, 12.0, 4801, device="cpu")
     with torch.no_grad():
         y = module(x.clone())
     for name, function in ACTIVATIONS.items():

@@ -72,8 +72,8 @@ def save(model: torch.nn.Module, path: Path, *, overwrite: bool = True) -> None:
     ----------
     model : any module; what `pared.accelerate` returned, or a plain one. Not modified.
     path : file name, or a binary file object, which is written from its position on. A named file appears as
-        a
-        whole or not at all: the data goes to a temporary file beside it that then takes its name.
+        a whole or not at all: the data goes to a temporary file beside it that then takes its name, and the
+        permissions of the file that had it.
     overwrite : whether a file of that name may be replaced.
 
     Raises
@@ -659,7 +659,7 @@ def _compare(
 
 
 def _read_tensor(reader: Reader, entry: Entry) -> torch.Tensor:
-    tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+    tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="cpu")
     flat = tensor.reshape(-1).view(torch.uint8).numpy() if entry.size else np.empty(0, np.uint8)
     reader.read(entry, cast(Bytes, flat))
     return tensor
@@ -758,7 +758,7 @@ def _quantized(target: _Target) -> PackedWeight | None:
         None if fixed is None else (fixed[0], int(fixed[1]), int(fixed[2]), int(fixed[3])),
         getattr(target.module, "groups", 1),
     )
-    return kind(torch.as_tensor(packed.packed))
+    return kind(torch.as_tensor(packed.packed, device="cpu"))
 
 
 def _check_complete(model: torch.nn.Module) -> None:
@@ -810,6 +810,7 @@ def _writing(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
             yield path
         return
     target = os.path.realpath(path)  # a link keeps pointing where it does
+    mode = None
     with contextlib.suppress(FileNotFoundError):
         mode = os.stat(target).st_mode
         if not overwrite:
@@ -818,4 +819,6 @@ def _writing(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
             raise ValueError(f"path: expected a regular file, got {os.fspath(path)!r} which is none")
     with replacing(target, overwrite) as temporary, open(temporary, "xb") as file:
         # "x" gives the permissions that the process gives to any new file, which tempfile does not.
+        if mode is not None:
+            os.chmod(temporary, stat.S_IMODE(mode))  # before there is anything to read
         yield file

@@ -551,7 +551,7 @@ class _Pruned:
             matrices = obs.Matrices(target)
             before = matrices.split(target.weight.double())
             if hessians is None:
-                hessians = [torch.eye(1, dtype=torch.float64)] * len(before)
+                hessians = [torch.eye(1, dtype=torch.float64, device="cpu")] * len(before)
                 whole = sum(float(w.square().sum()) for w in before)
             else:
                 whole = sum(

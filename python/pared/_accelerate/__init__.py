@@ -42,6 +42,11 @@ __all__ = ["accelerate"]
 # noise.
 _NEVER_SLOWER = 0.98
 
+AUTOCAST = (
+    "torch.autocast was on and is left out: times and errors are those without it, and accelerated layers "
+    "compute in the dtype of their input; for 16 bits, accelerate model.to(torch.bfloat16)"
+)
+
 
 def accelerate(
     model: nn.Module,
@@ -72,7 +77,7 @@ def accelerate(
         ``FakeSparsity``), or quantised by one: layers of ``torch.ao.nn.quantized.dynamic``, and Linear layers
         with torchao's int8 weights, are taken over in 8 bits, integers and scales as they are, where that is
         faster. Layers between which torch passes quantised tensors (its static quantisation) stay. It is not
-        changed.
+        changed. ``torch.autocast`` is left out.
     example_inputs : a tensor, a tuple (positional arguments), a dict (keyword arguments), or a list of those
         for several shapes. Their shapes decide which kernels win.
     precision : ``"float32"``: exact kernels only, whose outputs differ by rounding. ``"int8"``, ``"auto"``:
@@ -114,7 +119,12 @@ def accelerate(
     known = _check_formats(formats, precision, target.kind)
     rounds = formats is not None and "int4" in formats
     inputs = examples(example_inputs, target.device)
-    with _progress(progress) as advance, torch.no_grad(), forked_random(target.device):
+    with (
+        _progress(progress) as advance,
+        torch.no_grad(),
+        forked_random(target.device),
+        _exact(target) as notes,
+    ):
         dense = copy_model(model).eval()
         advance("running the example inputs", 0.0)
         reference = [first_run(dense, e) for e in inputs]
@@ -164,7 +174,7 @@ def accelerate(
                 note_times(timing.time_models(dense, fast, inputs, report, target), report)
         timed.save()
         report.layers = [c.row for c in candidates]
-        report.notes += [*opened.notes, *without_kernel(opened.model)]
+        report.notes += [*notes, *opened.notes, *without_kernel(opened.model)]
         report.opened = {n: t for n, t in opened.types.items() if runs_kernels(fast.get_submodule(n))}
         report.notes += as_linears(report.opened)
         report.memory_after, report.disk_after = memory_bytes(fast), disk_bytes(fast)
@@ -189,7 +199,7 @@ def layer_seconds(
     """
     target = _check_arguments(model, precision, None, 1.0, True, None, None)
     inputs = examples(example_inputs, target.device)
-    with torch.no_grad(), forked_random(target.device):
+    with torch.no_grad(), forked_random(target.device), _exact(target):
         dense = copy_model(model).eval()
         reference = [first_run(dense, e) for e in inputs]
         bake(dense)
@@ -257,6 +267,14 @@ def _check_formats(formats: Any, precision: str, device: str) -> Sequence[str]:
                 f"formats: expected names among {', '.join(known)} with precision={precision!r}, got {name!r}"
             )
     return formats
+
+
+@contextmanager
+def _exact(target: Target) -> Iterator[list[str]]:
+    """The model's own dtypes; gives what the report has to say about that."""
+    notes = [AUTOCAST] if torch.is_autocast_enabled(target.kind) else []
+    with torch.autocast(target.kind, enabled=False):
+        yield notes
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def time_layer(c: Candidate, variants: dict[str, Variant]) -> float:
 def timing_input(s: Signature) -> Tensor:
     """Normal data without zeros and denormals, which slow some kernels down and speed others up."""
     generator = torch.Generator().manual_seed(len(s.shape))
-    x = torch.randn(s.shape, generator=generator)
+    x = torch.randn(s.shape, generator=generator, device="cpu")
     x += torch.sign(x) * 2.0**-10 + (x == 0)
     return like(s).copy_(x)
 

@@ -238,7 +238,7 @@ class PackedModule(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        device = fn(torch.empty(0, dtype=torch.uint8)).device
+        device = fn(torch.empty(0, dtype=torch.uint8, device=self._device())).device
         self._move(device)
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -96,14 +96,17 @@ class _Plan:
                 return False
         return not (_global._global_forward_hooks or _global._global_forward_pre_hooks)
 
-    def kernel(self) -> Any:
-        """The extension's layer around the tensors as they are now; None where they ask for gradients."""
+    def kernel(self, layer: nn.Module) -> Any:
+        """The extension's layer around the tensors as they are now; None where they ask for gradients, or
+        are no longer what it takes."""
         now: list[Tensor | None] = [d[n] for d, n in self.buffers]
         now += [d[n] for d, n in self.parameters]
         if _grad_enabled() and any(t is not None and t.requires_grad for t in now):
             return None
         made = self.made
         if made is None or any(a is not b for a, b in zip(made[0], now, strict=True)):
+            if structure_of(layer) is None:
+                return None
             s = self.structure
             native = _core.EncoderLayer(
                 now[0:12:2],
@@ -188,12 +191,12 @@ def _one_call(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> T
         if wrong or mask.ndim != 4 or any(a not in (1, b) for a, b in zip(mask.shape, full, strict=True)):
             return None
         mask = mask.expand(full)
-    kernel = plan.kernel()
-    if kernel is None:
-        return None
-    out = x.new_empty(x.shape)
-    kernel(x.contiguous(), mask, out, batch_first, causal)
-    return out
+    out, x = x.new_empty(x.shape), x.contiguous()
+    while (kernel := plan.kernel(layer)) is not None:
+        if kernel(x, mask, out, batch_first, causal):
+            return out
+        plan.made = None  # half() and share_memory() give tensors other memory in place
+    return None
 
 
 # -- what is understood ----------------------------------------------------------------------------
@@ -519,7 +522,10 @@ def _source(s: Structure, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> C
     if all(p.dtype == torch.bool for p in parts):
         hidden = parts[0] if len(parts) == 1 else parts[0] | parts[1]
         return x, hidden.logical_not(), False
-    added = [torch.zeros(p.shape).masked_fill_(p, -torch.inf) if p.dtype == torch.bool else p for p in parts]
+    added = [
+        torch.zeros(p.shape, device=p.device).masked_fill_(p, -torch.inf) if p.dtype == torch.bool else p
+        for p in parts
+    ]
     return x, added[0] if len(added) == 1 else added[0] + added[1], False
 
 

@@ -124,7 +124,7 @@ class Conv2d(PackedModule):
             dense, bias, undo = fold(module, norm)
             weight = None
             if FORMATS[format].precision != "float32":  # the weight's own bits are gone
-                undo["fold_delta"] = torch.empty(0, dtype=torch.int8)
+                undo["fold_delta"] = torch.empty(0, dtype=torch.int8, device="cpu")
         new = cls(
             pack(format, dense if norm is None else dense.cpu(), module.groups) if weight is None else weight,
             bias,
@@ -157,7 +157,7 @@ class Conv2d(PackedModule):
         return cls(weight, bias, *geometry, activation)
 
     def to_module(self) -> nn.Conv2d:
-        w, bias = torch.as_tensor(self.packed_weight().to_dense()).to(self._device()), self.bias
+        w, bias = torch.as_tensor(self.packed_weight().to_dense(), device=self._device()), self.bias
         if "fold_scale" in self._buffers:
             w = unfold_weight(w, self.fold_scale, self.fold_delta).to(self.weight_dtype)
             bias = self.fold_bias

@@ -87,7 +87,7 @@ class Linear(PackedModule):
         return cls(*quantized_parts(module, "Linear", activation_scale, activation_zero, activation_dtype))
 
     def to_module(self) -> nn.Linear:
-        w = torch.as_tensor(FORMATS[self.format].weight(self.packed).to_dense()).to(self._device())
+        w = torch.as_tensor(FORMATS[self.format].weight(self.packed).to_dense(), device=self._device())
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         plain.weight = nn.Parameter(w, self._requires_grad[0])
         if self.bias is not None:

@@ -73,7 +73,7 @@ class Bitmap(PackedWeight):
         from pared._cuda_decode import DecodeWeight
 
         given, device = self._device_dtype(dtype), device_of(device)
-        return DecodeWeight.from_dense(torch.as_tensor(self.to_dense()).to(device, given))
+        return DecodeWeight.from_dense(torch.as_tensor(self.to_dense(), dtype=given, device=device))
 
 
 class BitmapCSR(PackedWeight):

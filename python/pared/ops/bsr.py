@@ -100,7 +100,7 @@ class BSR(PanelWeight):
         from pared._cuda_block_sparse import DeviceBlocks
 
         given, device = self._device_dtype(dtype), device_of(device)
-        dense = torch.as_tensor(self.to_dense()).to(device, given)
+        dense = torch.as_tensor(self.to_dense(), dtype=given, device=device)
         return DeviceBlocks.from_dense(dense, block) if block else DeviceBlocks.found_in(dense)
 
     def _dividing(self, block: tuple[int, int]) -> tuple[int, int]:

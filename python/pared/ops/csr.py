@@ -101,4 +101,4 @@ class TwoFour(CSR):
         from pared._cuda_two_four import DeviceTwoFour
 
         given, device = self._device_dtype(dtype), device_of(device)
-        return DeviceTwoFour.from_dense(torch.as_tensor(self.to_dense()).to(device, given))
+        return DeviceTwoFour.from_dense(torch.as_tensor(self.to_dense(), dtype=given, device=device))

@@ -353,13 +353,13 @@ def _torch_weight(source: Any) -> tuple[Any, Any, str]:
         per_tensor = w.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric)
         if w.dtype != torch.qint8 or not (per_tensor or w.q_per_channel_axis() == 0):
             raise ValueError(f"source: expected qint8 with a scale a tensor or output, got {w.dtype}")
-        zeros = torch.tensor(w.q_zero_point()) if per_tensor else w.q_per_channel_zero_points()
-        scales = torch.tensor(w.q_scale()) if per_tensor else w.q_per_channel_scales()
+        zeros = torch.tensor(w.q_zero_point(), device="cpu") if per_tensor else w.q_per_channel_zero_points()
+        scales = torch.tensor(w.q_scale(), device="cpu") if per_tensor else w.q_per_channel_scales()
         q, dtype = w.int_repr(), "float32"
     elif hasattr(w, "qdata") and hasattr(w, "scale"):
         q, scales, dtype = w.qdata, w.scale, str(w.dtype).removeprefix("torch.")
         given = getattr(w, "zero_point", None)
-        zeros = torch.zeros(1) if given is None else given
+        zeros = torch.zeros(1, device="cpu") if given is None else given
         if getattr(w, "act_pre_scale", None) is not None:
             raise ValueError(
                 "source: expected inputs taken as they come, got scales for them (act_pre_scale)"

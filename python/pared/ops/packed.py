@@ -139,7 +139,7 @@ class PackedWeight:
         if is_torch(self.packed):
             import torch
 
-            out: Array = torch.empty(self.shape, dtype=getattr(torch, self.dtype))
+            out: Array = torch.empty(self.shape, dtype=getattr(torch, self.dtype), device="cpu")
         else:
             out = np.empty(self.shape, dtype=np.float16 if self.dtype == "float16" else np.float32)
         _core.packed_unpack_dense(self.packed, out)

@@ -565,7 +565,7 @@ def _call(
     for shape in shapes:
         own = list(shape)
         own[at] = columns
-        inputs.append(torch.randn(own).to(dtype))
+        inputs.append(torch.randn(own, device="cpu").to(dtype))
 
     def call() -> None:
         for x in inputs:

@@ -190,7 +190,7 @@ class _Moments(Observer):
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean = self.m2 = self.low = self.high = self.dead = torch.empty(0)
+        self.mean = self.m2 = self.low = self.high = self.dead = torch.empty(0, device="cpu")
 
     def output(self, y: torch.Tensor) -> None:
         y = y.reshape(-1, y.shape[-1]).to(torch.float64)
@@ -291,7 +291,7 @@ class Histogram:
     def __init__(self, bins: int, classes: int = 1) -> None:
         self.bins, self.classes = bins, classes
         self.limit = 0.0
-        self.counts = torch.empty(0)
+        self.counts = torch.empty(0, device="cpu")
 
     def add(self, x: torch.Tensor, label: torch.Tensor | None = None) -> None:
         """`x` [n, series], floating point; `label` [n], 0 to classes - 1."""
@@ -438,7 +438,10 @@ class _LabelledHistograms(Observer):
 
     def begin(self, batch: Any, samples: int) -> None:
         super().begin(batch, samples)
-        label = torch.as_tensor(self.labels(batch)).reshape(-1)
+        given = self.labels(batch)
+        label = (given if isinstance(given, torch.Tensor) else torch.as_tensor(given, device="cpu")).reshape(
+            -1
+        )
         if label.is_floating_point() or not label.numel() or int(label.min()) < 0:
             raise ValueError(f"data: expected integer labels >= 0, got {label.dtype}")
         if int(label.max()) >= self.classes:
@@ -781,7 +784,7 @@ class ChangeRate:
                     f"importance: expected layers with units for {self.name!r}, got {target.type} "
                     f"{target.layer!r}; leave it out with exclude"
                 )
-        moved = {t.name: torch.zeros(outputs_of(t), dtype=torch.float64) for t in targets}
+        moved = {t.name: torch.zeros(outputs_of(t), dtype=torch.float64, device="cpu") for t in targets}
         total, processes = 0, distributed.current()
         with distributed.together(processes), frozen(model), torch.no_grad():
             for index, batch in enumerate(batches(data, f"{self.name!r}")):

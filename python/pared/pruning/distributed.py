@@ -70,7 +70,7 @@ class Processes:
 
     def total(self, *counts: int) -> list[int]:
         """Sums of numbers."""
-        return [int(n) for n in self.add_(torch.tensor(counts, dtype=torch.int64)).tolist()]
+        return [int(n) for n in self.add_(torch.tensor(counts, dtype=torch.int64, device="cpu")).tolist()]
 
     def add(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Sums of lists of tensors; a process that saw nothing has fewer of them, or none."""

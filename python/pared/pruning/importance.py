@@ -138,7 +138,7 @@ class Random:
     def score(self, module: nn.Module, statistics: Statistics) -> torch.Tensor:
         name = f"{self.seed}/{statistics.layer}/{statistics.parameter}".encode()
         generator = torch.Generator().manual_seed(zlib.crc32(name))
-        scores = torch.rand(statistics.weight.shape, generator=generator)
+        scores = torch.rand(statistics.weight.shape, generator=generator, device="cpu")
         return scores.to(statistics.weight.device)
 
 

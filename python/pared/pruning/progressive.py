@@ -244,7 +244,9 @@ class _Block:
                     lost += float((a - b).double().square().sum())
                     total += float(a.double().square().sum())
         if processes is not None:
-            lost, total = processes.add_(torch.tensor([lost, total], dtype=torch.float64)).tolist()
+            lost, total = processes.add_(
+                torch.tensor([lost, total], dtype=torch.float64, device="cpu")
+            ).tolist()
         return lost / total if total else 0.0
 
     def _outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

@@ -276,7 +276,7 @@ def _channel_scores(
     if isinstance(criterion, OutputWeight):
         scores = []
         for group in groups:
-            total = torch.zeros(group.channels)
+            total = torch.zeros(group.channels, device="cpu")
             for name, indices in group.consumers.items():
                 weight = _by_input(modules[name])
                 for channel, own in indices.items():
@@ -302,7 +302,7 @@ def _channel_scores(
         rows[scored.target.layer] = x.mean(1) if unit else x.sum(1)
     scores = []
     for group in groups:
-        total = torch.zeros(group.channels)
+        total = torch.zeros(group.channels, device="cpu")
         for name, indices in group.producers.items():
             for channel, own in indices.items():
                 total[channel] += rows[name][own].sum()
@@ -319,8 +319,8 @@ class _GroupFisher:
     """
 
     def __init__(self, group: _Group) -> None:
-        self.sum = torch.zeros(group.channels, dtype=torch.float64)
-        self.sample = torch.zeros(group.channels, dtype=torch.float64)
+        self.sum = torch.zeros(group.channels, dtype=torch.float64, device="cpu")
+        self.sample = torch.zeros(group.channels, dtype=torch.float64, device="cpu")
         self.seen: set[str] = set()
 
     def add(self, layer: str, channels: torch.Tensor, products: torch.Tensor) -> None:
@@ -345,7 +345,7 @@ class _ChannelProducts(Observer):
     ) -> None:
         self.target, self.group, self.first = target, group, first
         self.weight = target.weight
-        self.channels = torch.tensor([c for c, own in indices.items() for _ in own])
+        self.channels = torch.tensor([c for c, own in indices.items() for _ in own], device="cpu")
         self.own = torch.tensor([i for own in indices.values() for i in own], device=self.weight.device)
 
     def gradient(self, g: torch.Tensor, samples: int) -> None:
@@ -555,7 +555,10 @@ def _cut_borders(
         indices, shift = constants.indices[name], shifts[name]
 
         def before(m: nn.Module, args: tuple[Any, ...], own: list[int] = indices) -> tuple[Any, ...]:
-            return (args[0].index_fill(-len(m.kernel_size) - 1, torch.tensor(own), 0.0), *args[1:])  # type: ignore[arg-type]
+            return (
+                args[0].index_fill(-len(m.kernel_size) - 1, torch.tensor(own, device=args[0].device), 0.0),
+                *args[1:],
+            )  # type: ignore[arg-type]
 
         def after(m: nn.Module, args: Any, y: torch.Tensor, s: torch.Tensor = shift) -> torch.Tensor:
             return y + s.to(y.dtype).reshape(-1, *[1] * len(m.kernel_size))  # type: ignore[arg-type]
@@ -957,7 +960,7 @@ def prune_layers(
         scores = {c: influence.sum[c] / influence.count[c] for c in usable}
     else:
         scores = _block_changes(module, usable, influence, inputs, data, loss_fn)
-    order = torch.tensor([-scores[c] for c in usable], dtype=torch.float32)
+    order = torch.tensor([-scores[c] for c in usable], dtype=torch.float32, device="cpu")
     gone = (
         cast("tuple[torch.Tensor, torch.Tensor]", ops.topk(order, n, key="identity"))[1].tolist() if n else []
     )
@@ -1018,6 +1021,8 @@ def _block_changes(
                     norm = float(torch.linalg.vector_norm(base)) or 1.0
                     moved[name] += float(torch.linalg.vector_norm(change)) / norm
     if processes is not None:
-        sums = processes.add_(torch.tensor([moved[name] for name in names], dtype=torch.float64))
+        sums = processes.add_(
+            torch.tensor([moved[name] for name in names], dtype=torch.float64, device="cpu")
+        )
         moved = dict(zip(names, sums.tolist(), strict=True))
     return {name: abs(x) for name, x in moved.items()}

@@ -73,7 +73,7 @@ def fit(x: torch.Tensor, bits: int, *, symmetric: bool = True, method: str = "mi
         return best
     scale, zero = best.scale.clone(), best.zero.clone()
     error = (best.round(x) - x).square().sum(1, keepdim=True)
-    for share in torch.linspace(0.98, 0.3, 35).tolist():
+    for share in torch.linspace(0.98, 0.3, 35, device="cpu").tolist():
         grid = _from_range(low * share, high * share, bits, symmetric)
         other = (grid.round(x) - x).square().sum(1, keepdim=True)
         better = other < error

@@ -70,7 +70,7 @@ class InputRange(Observer):
         self.histogram = Histogram(BINS)
         self.low, self.high = math.inf, -math.inf
         self.count = self.zeros = 0
-        self.powers = torch.zeros(4, dtype=torch.float64)
+        self.powers = torch.zeros(4, dtype=torch.float64, device="cpu")
         self.deviation = 0.0
         self.integers = True
 
@@ -138,7 +138,7 @@ class InputRange(Observer):
         if not zeros:
             counts[BINS // 2] -= self.zeros
         joined = -(-(last - first + 1) // most)
-        padded = torch.zeros(-(-(last - first + 1) // joined) * joined, dtype=torch.int64)
+        padded = torch.zeros(-(-(last - first + 1) // joined) * joined, dtype=torch.int64, device="cpu")
         padded[: last - first + 1] = counts[first : last + 1]
         start = first * width - self.histogram.limit
         return start, joined * width, [int(n) for n in padded.reshape(-1, joined).sum(1)]
@@ -146,7 +146,7 @@ class InputRange(Observer):
     def _bins(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts, and the bins' centres."""
         limit = self.histogram.limit
-        edges = torch.linspace(-limit, limit, BINS + 1, dtype=torch.float64)
+        edges = torch.linspace(-limit, limit, BINS + 1, dtype=torch.float64, device="cpu")
         return self.histogram.counts[0, :, 0].cpu().to(torch.float64), (edges[1:] + edges[:-1]) / 2
 
     def _quantile(self, share: float) -> float:
@@ -187,9 +187,11 @@ class InputRange(Observer):
             .clamp(0, levels - 1)
         )
         filled = (counts > 0) & inside
-        total = torch.zeros(levels, dtype=torch.float64).index_add_(0, group[inside], counts[inside])
-        share = torch.zeros(levels, dtype=torch.float64).index_add_(
-            0, group[filled], torch.ones(int(filled.sum()), dtype=torch.float64)
+        total = torch.zeros(levels, dtype=torch.float64, device="cpu").index_add_(
+            0, group[inside], counts[inside]
+        )
+        share = torch.zeros(levels, dtype=torch.float64, device="cpu").index_add_(
+            0, group[filled], torch.ones(int(filled.sum()), dtype=torch.float64, device="cpu")
         )
         q = torch.where(filled, total[group] / share[group].clamp(min=1), 0.0)
         p, q = p / p.sum(), q / q.sum().clamp(min=1e-300)

@@ -506,7 +506,8 @@ class InputMean(Observer):
     def __init__(self, target: Target) -> None:
         self.target, self.matrices = target, obs.Matrices(target)
         self.sums = [
-            torch.zeros(self.matrices.inputs, dtype=torch.float64) for _ in range(self.matrices.parts)
+            torch.zeros(self.matrices.inputs, dtype=torch.float64, device="cpu")
+            for _ in range(self.matrices.parts)
         ]
         self.rows = [0] * self.matrices.parts
         self.turn = 0
