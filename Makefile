@@ -8,6 +8,7 @@
 #   make lint      ruff, clang-format, mypy --strict;  make format: apply the first two
 #   make sanitize  the kernel tests, and those of operations that need no torch, under the address and
 #                  undefined-behaviour sanitizers
+#   make sanitize-thread  operations called from many threads, and shared by several, under the thread sanitizer
 #   make sanitize-cuda  the CUDA kernels under them, in the emulator
 #   make cuda      compile the CUDA part for sm_80 and sm_90a, and one tile of the CUTLASS products
 #   make cuda-all  the same for every architecture, and all tiles
@@ -40,7 +41,8 @@ SOURCES := CMakeLists.txt pyproject.toml constraints.txt README.md LICENSE $(she
   -o -name '*.cuh' -o -name '*.py' -o -name '*.pyi' -o -name py.typed \) -print)
 CXX_SOURCES = $(shell find csrc tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-huge bench lint format dev sanitized sanitize sanitize-cuda emulated cuda cuda-all clean
+.PHONY: demo test test-huge bench lint format dev sanitized-address sanitized-thread sanitize \
+  sanitize-thread sanitize-cuda emulated cuda cuda-all clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/pared demo $(ARGS)
@@ -72,27 +74,42 @@ dev: $(VENV)/ready
 	  -C editable.verbose=false --editable '.[test]'
 	rm -f $(VENV)/installed-*
 
-# The sanitized extension and a copy of the Python files, apart from what is installed. The interpreter is
-# not sanitized, so the runtime is preloaded; libstdc++ with it, or the first C++ exception finds no
-# __cxa_throw to intercept and aborts. CPython frees little at exit: leak detection would report only that.
+# The sanitized extension and a copy of the Python files, apart from what is installed.
 SANITIZE := build/sanitize
-sanitized: $(VENV)/ready
-	$(CMAKE) -S . -B $(SANITIZE) -DPARED_SANITIZE=ON -DPARED_CUDA=off
-	cmake --build $(SANITIZE)
-	rm -rf $(SANITIZE)/package
-	mkdir $(SANITIZE)/package
-	cp -R python/pared $(SANITIZE)/package/
-	rm -f $(SANITIZE)/package/pared/*.so
-	cmake --install $(SANITIZE) --prefix $(SANITIZE)/package
+sanitized-address sanitized-thread: sanitized-%: $(VENV)/ready
+	$(CMAKE) -S . -B $(SANITIZE)-$* -DPARED_SANITIZE=$* -DPARED_CUDA=off
+	cmake --build $(SANITIZE)-$*
+	rm -rf $(SANITIZE)-$*/package
+	mkdir $(SANITIZE)-$*/package
+	cp -R python/pared $(SANITIZE)-$*/package/
+	rm -f $(SANITIZE)-$*/package/pared/*.so
+	cmake --install $(SANITIZE)-$* --prefix $(SANITIZE)-$*/package
 
-sanitize: sanitized
+# The interpreter is not sanitized, so the runtime is preloaded. With address sanitizer's libstdc++ too, or the first
+# C++ exception finds no __cxa_throw to intercept and aborts. CPython frees little at exit: leak detection would
+# report only that.
+preload = $$($${CXX:-c++} -print-file-name=$(1).so)
+ADDRESS = LD_PRELOAD="$(call preload,libasan) $(call preload,libstdc++)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+
+sanitize: sanitized-address
 	$(PIP) numpy pytest pytest-xdist hypothesis
-	export PYTHONPATH=$(CURDIR)/$(SANITIZE)/package PYTHONDONTWRITEBYTECODE=1 \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)"; \
+	export PYTHONPATH=$(CURDIR)/$(SANITIZE)-address/package PYTHONDONTWRITEBYTECODE=1 $(ADDRESS); \
 	$(BIN)/python -c 'from pared import _core; assert "$(SANITIZE)" in _core.__file__, _core.__file__'; \
 	PARED_RANDOM_CASES=$${PARED_RANDOM_CASES:-50000} \
 	  $(PYTEST) tests/kernels $$(grep -LE '^(import|from) torch' tests/test_ops_*.py) -p no:cacheprovider $(ARGS)
+
+# Four threads of pared's own pool: torch's is not sanitized, so what it synchronises is not seen. One process, whose
+# exit status says whether there were reports; they go straight to the terminal, which pytest has to leave alone. The
+# first command has to report a race, and the tests fork.
+sanitize-thread: sanitized-thread
+	$(PIP) numpy pytest hypothesis
+	export PYTHONPATH=$(CURDIR)/$(SANITIZE)-thread/package:tests PYTHONDONTWRITEBYTECODE=1 PARED_NUM_THREADS=4 \
+	  TSAN_OPTIONS='exitcode=66 die_after_fork=0 suppressions="$(CURDIR)/tests/tsan.supp"' LD_PRELOAD="$(call preload,libtsan)"; \
+	$(BIN)/python tests/planted_race.py; \
+	PARED_RANDOM_CASES=$${PARED_RANDOM_CASES:-2000} \
+	  $(BIN)/python -m pytest -p without_torch --capture=sys tests/test_threads.py tests/kernels/test_random_cases.py \
+	  -p no:cacheprovider $(ARGS)
 
 # The CUDA kernels compiled for the CPU, for tests/cuda; and once more so that the emulator knows of every access
 # to shared memory, for the bank conflicts.
@@ -105,8 +122,7 @@ emulated: $(VENV)/ready
 sanitize-cuda: $(VENV)/installed-test emulated
 	$(CMAKE) -S csrc/cuda/emulate -B $(SANITIZE)-cuda -DPARED_SANITIZE=ON
 	cmake --build $(SANITIZE)-cuda
-	export PARED_EMULATED=$(CURDIR)/$(SANITIZE)-cuda ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)"; \
+	export PARED_EMULATED=$(CURDIR)/$(SANITIZE)-cuda $(ADDRESS); \
 	$(PYTEST) tests/cuda -p no:cacheprovider $(ARGS)
 
 # Compiles without a GPU, and runs what needs none: host logic, and the errors of a machine without a driver. Of the

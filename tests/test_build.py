@@ -134,10 +134,13 @@ def cmake(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_an_unknown_value_of_pared_cuda_is_refused(tmp_path):
-    run = cmake("-S", ROOT, "-B", tmp_path, "-DPARED_CUDA=maybe")
+@pytest.mark.parametrize(
+    ("option", "choices"), [("PARED_CUDA", "auto, on or off"), ("PARED_SANITIZE", "OFF, address or thread")]
+)
+def test_an_unknown_value_of_an_option_is_refused(tmp_path, option, choices):
+    run = cmake("-S", ROOT, "-B", tmp_path, f"-D{option}=maybe")
     assert run.returncode != 0
-    assert "PARED_CUDA: expected auto, on or off, got 'maybe'" in run.stderr
+    assert f"{option}: expected {choices}, got 'maybe'" in run.stderr
 
 
 # ---- versions

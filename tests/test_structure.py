@@ -166,7 +166,7 @@ def kernel_objects() -> list[Path]:
     built = [
         p.parent
         for p in ROOT.glob("build/*/libpared_core.a")
-        if "PARED_SANITIZE:BOOL=OFF" in (p.parent / "CMakeCache.txt").read_text()
+        if re.search(r"^PARED_SANITIZE:\w+=OFF$", (p.parent / "CMakeCache.txt").read_text(), re.M)
     ]
     if not built:
         # A wheel was installed from elsewhere. Where everything is built, this must not pass unseen.

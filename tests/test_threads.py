@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import pickle
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,8 +152,55 @@ WORK: dict[str, Callable[[], list[Call]]] = {
 }
 
 
+FEW, MANY = (3, 1024, 2048), (300, 192, 160)
+
+
+def product(format: Any, tokens: int, rows: int, cols: int) -> Call:
+    return partial(ops.linear, array(tokens, cols), format.from_dense(array(rows, cols)), array(rows))
+
+
+def packing(format: Any) -> Call:
+    weight = array(1024, 1024, density=0.3)
+    return lambda: np.asarray(format.from_dense(weight).packed)
+
+
+def two_layers(format: Any) -> Call:
+    weights = [format.from_dense(array(192, 128)), format.from_dense(array(128, 192))]
+    return partial(ops.linear_chain, array(300, 128), weights, activations=["gelu", None])
+
+
+# One call with work for several threads.
+SHARED: dict[str, Callable[[], Call]] = {
+    **{f"linear {f.__name__}": lambda f=f: product(f, *MANY) for f in LINEAR},
+    **{f"linear {f.__name__}, few tokens": lambda f=f: product(f, *FEW) for f in LINEAR},
+    **{f"packing {f.__name__}": lambda f=f: packing(f) for f in LINEAR},
+    **{
+        f"conv2d {f.__name__}": lambda f=f: partial(
+            ops.conv2d, array(2, 16, 72, 72), f.from_dense(array(64, 16, 3, 3)), stride=2, padding=1
+        )
+        for f in (ops.CSR, ops.BSR, ops.Int8, ops.BSRInt8)
+    },
+    **{f"linear_chain {f.__name__}": lambda f=f: two_layers(f) for f in (ops.CSR, ops.Int8, ops.BSRInt8)},
+    "gemm_s8": lambda: partial(ops.gemm_s8, *((array(n, 256) * 40).astype(np.int8) for n in (300, 192))),
+    "attention": lambda: partial(ops.attention, *(array(2, 4, 128, 32) for _ in range(3))),
+    "max_pool2d": lambda: partial(ops.max_pool2d, array(2, 64, 60, 60), 3, 2, 1),
+    "layer_norm": lambda: partial(ops.layer_norm, array(700, 512)),
+    "select_threshold": lambda: partial(ops.select_threshold, array(2_000_000), 100_000),
+    "topk_mask": lambda: partial(ops.topk_mask, array(2_000_000), 100_000),
+    "topk_mask, rows": lambda: partial(ops.topk_mask, array(1000, 1000), 100, dim=1),
+    "topk": lambda: partial(ops.topk, array(2_000_000), 100_000),
+    "block_mask": lambda: partial(ops.block_mask, array(1000, 1000), 5000),
+    "nm_mask": lambda: partial(ops.nm_mask, array(1000, 1000), 2, 4),
+}
+
+
 def same_bits(got: Any, expected: Any) -> bool:
     return np.array_equal(got, expected)
+
+
+def near(got: Any, expected: Any, products: int) -> bool:
+    """Sums of so many products in another order."""
+    return bool(np.allclose(got, expected, rtol=0, atol=2 * (products + 12) * UNIT * np.abs(expected).max()))
 
 
 def disagreements(
@@ -210,9 +260,55 @@ def test_different_operations_at_once() -> None:
     assert not disagreements([call for work in WORK.values() for call in work()], threads=4, rounds=1)
 
 
-def test_every_public_function_is_there() -> None:
-    told = {word for name in WORK for word in name.replace(",", "").split()}
+@pytest.mark.parametrize("table", [WORK, SHARED], ids=["many callers", "one call"])
+def test_every_public_function_is_there(table: dict[str, Any]) -> None:
+    told = {word for name in table for word in name.replace(",", "").split()}
     assert {n for n in ops.__all__ if n.islower()} <= told
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_threads_that_share_a_call_give_what_one_gives(name: str) -> None:
+    """Without torch two calls of several threads: for the thread sanitizer to look at."""
+    call, threads = SHARED[name](), 1 if torch is None else torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 4):
+            if torch is not None:
+                torch.set_num_threads(n)
+            found.append(call())
+    finally:
+        if torch is not None:
+            torch.set_num_threads(threads)
+    # The tokens that go through a chain together depend on the threads, and the order of a sum on their number.
+    assert near(*found, 128 + 192) if name == "linear_chain CSR" else same_bits(*found)
+
+
+WHICH_ARE_SHARED = """
+import os, sys
+sys.modules["torch"] = None
+sys.path.insert(0, sys.argv[1])
+import test_threads
+
+calls = {name: make() for name, make in test_threads.SHARED.items()}
+calls["a small one"] = test_threads.WORK["linear CSR"]()[0]
+for name, call in calls.items():
+    if os.fork():
+        os.wait()
+    else:  # alone, and without workers until there is work for them
+        assert len(os.listdir("/proc/self/task")) == 1
+        call()
+        print(name, len(os.listdir("/proc/self/task")), sep=": ", flush=True)
+        os._exit(0)
+"""
+
+
+def test_several_threads_share_such_a_call() -> None:
+    env = os.environ | {"PARED_NUM_THREADS": "4", "OPENBLAS_NUM_THREADS": "1"}
+    told = in_new_process(WHICH_ARE_SHARED, str(Path(__file__).parent), env=env).split("\n")
+    threads = {name: int(n) for name, _, n in (line.rpartition(": ") for line in told if line)}
+    assert threads.pop("a small one") == 1
+    assert threads.keys() == SHARED.keys()
+    assert not [name for name, n in threads.items() if n == 1]
 
 
 @contextlib.contextmanager
@@ -244,15 +340,13 @@ def test_a_level_that_changes_meanwhile() -> None:
         _core.set_isa(level)
         everywhere.append([call() for call in calls])
     _core.set_isa(before)
-    # What is the same on every level stays so. The rest are sums in another order, of 64 to 96 products.
+    # What is the same on every level stays so. The rest are sums of 64 to 96 products.
     exact = [all(same_bits(r[i], everywhere[0][i]) for r in everywhere) for i in range(len(calls))]
     assert sum(exact) > len(calls) // 3
 
     def agrees(got: Any, known: tuple[bool, Any]) -> bool:
         is_exact, one = known
-        if is_exact:
-            return same_bits(got, one)
-        return bool(np.allclose(got, one, rtol=0, atol=2 * (96 + 12) * UNIT * np.abs(one).max()))
+        return same_bits(got, one) if is_exact else near(got, one, 96)
 
     known = list(zip(exact, everywhere[0], strict=True))
     with changing_levels():
@@ -310,10 +404,11 @@ assert getattr(sys, "_is_gil_enabled", lambda: True)() == locked
 """
 
 
-def in_new_process(code: str) -> None:
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+def in_new_process(code: str, *arguments: str, env: dict[str, str] | None = None) -> str:
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code, *arguments]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 def test_first_use_by_many_threads_at_once() -> None:
