@@ -115,6 +115,10 @@ __device__ __forceinline__ uint32_t scan(uint32_t v) {
 template <class T, class Value>  // Value: as it is stored
 struct BitmapBlock {
   static constexpr uint32_t kItem = sizeof(Value);
+  static constexpr int kParts = kDecodeParts<kItem>;
+  struct alignas(8 * kParts) Starts {
+    uint32_t at[2 * kParts];
+  };
   // Selectors of permute(first, second, .) where neither value of a pair is there (bytes that loading has
   // made zero), and what is added for the lower one, and for the upper one (the second loaded, where the
   // lower one is there as well).
@@ -128,22 +132,29 @@ struct BitmapBlock {
 
   __device__ __forceinline__ void expand(int r, uint32_t (&a)[kFragments][4]) const {
     const uint32_t mask = r == 0 ? masks.x : r == 1 ? masks.y : r == 2 ? masks.z : masks.w;
-    // The lane's non-zeros in each fragment, a byte each. A nibble of the mask is the lower or upper values
-    // of a fragment's four pairs.
-    uint32_t own = mask - (mask >> 1 & 0x55555555u);
-    own = (own & 0x33333333u) + (own >> 2 & 0x33333333u);
-    own += own >> 8;
-    own = (own & 0x000f000fu) | (own << 4 & 0x0f000f00u);
-    // Where the lane's values begin in each: a scan over the lanes. Up to lane 30 no sum exceeds 248; the
-    // last lane's inclusive one may carry, and loses the carry again.
-    const uint32_t before = scan(own) - own;
-    const uint2 starts = reinterpret_cast<const uint2*>(stage + kDecodeMaskBytes)[r];
-    const uint32_t values = ptx::shared_address(stage) + kDecodeHeaderBytes;
-    uint32_t at[kFragments];
+    // The lane's non-zeros in each part of each fragment, fragments a byte each. A nibble of the mask is the
+    // lower or upper values of a fragment's four pairs.
+    const uint32_t ones = mask - (mask >> 1 & 0x55555555u);
+    uint32_t own[kParts];
+    own[0] = ones & 0x33333333u;
+    if constexpr (kParts == 2) own[1] = ones >> 2 & 0x33333333u;
+    else own[0] += ones >> 2 & 0x33333333u;
+    const uint32_t values = ptx::shared_address(stage) + kDecodeHeaderBytes<kItem>;
+    uint32_t at[kParts][kFragments];
+    const Starts starts = reinterpret_cast<const Starts*>(stage + kDecodeMaskBytes)[r];
 #pragma unroll
-    for (int s = 0; s < kFragments; ++s) {
-      at[s] = __dp2a_lo(s / 2 ? starts.y : starts.x, 1u << (8 * (s % 2)), values);
-      at[s] = __dp4a(before, kItem << (8 * s), at[s]);
+    for (int part = 0; part < kParts; ++part) {
+      own[part] += own[part] >> 8;
+      own[part] = (own[part] & 0x000f000fu) | (own[part] << 4 & 0x0f000f00u);
+      // Where the lane's values begin in each: a scan over the lanes. Up to lane 30 no sum exceeds 248; the
+      // last lane's inclusive one may carry, and loses the carry again.
+      const uint32_t before = scan(own[part]) - own[part];
+#pragma unroll
+      for (int s = 0; s < kFragments; ++s) {
+        const int n = s * kParts + part;
+        at[part][s] = __dp2a_lo(starts.at[n / 2], 1u << (8 * (n % 2)), values);
+        at[part][s] = __dp4a(before, kItem << (8 * s), at[part][s]);
+      }
     }
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
@@ -155,11 +166,11 @@ struct BitmapBlock {
       const uint32_t unit = (kItem >> doubled) * 0x0101u;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        uint32_t& from = at[n / 4 + 2 * half];
+        uint32_t& from = at[n % 4 * kParts / 4][n / 4 + 2 * half];
         const uint32_t first = ptx::load_shared<Value>(from), second = ptx::load_shared<Value>(from + kItem);
         const uint32_t select = half ? __dp2a_hi(weights, bits, kNone) : __dp2a_lo(weights, bits, kNone);
         a[n / 4 + 2 * half][n % 4] = pair(ptx::permute(first, second, select));
-        if (n % 4 < 3) from = __dp4a(bits, unit << (16 * half), from);
+        if ((n + 1) * kParts % 4) from = __dp4a(bits, unit << (16 * half), from);
       }
     }
   }

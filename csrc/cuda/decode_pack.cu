@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kWarps * 32)
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) count += __shfl_xor_sync(0xffffffffu, count, d);
   if (ptx::lane() != 0) return;
-  constexpr int kHeader = kPairs ? kDecodePairHeaderBytes : kDecodeHeaderBytes;
+  constexpr int kHeader = kPairs ? kDecodePairHeaderBytes : kDecodeHeaderBytes<sizeof(Value)>;
   const int64_t size = (kHeader + count * static_cast<int>(sizeof(Value)) * (kPairs ? 2 : 1) + 15) / 16;
   units[at.block] = size;
   atomicMax(largest, static_cast<unsigned long long>(size));
@@ -90,42 +90,46 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int lane = ptx::lane();
   uint8_t* const block = blocks + int64_t{offsets[at.block]} * 16;
   auto* const starts = reinterpret_cast<uint16_t*>(block + kDecodeMaskBytes);
-  auto* const values = reinterpret_cast<Value*>(block + kDecodeHeaderBytes);
+  auto* const values = reinterpret_cast<Value*>(block + kDecodeHeaderBytes<sizeof(Value)>);
+  constexpr int kParts = kDecodeParts<sizeof(Value)>;
   uint32_t masks[4], first = 0;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const Run<Value> low(w, at.output + 16 * r, at.column), high(w, at.output + 16 * r + 8, at.column);
-    uint32_t bits = 0, counts = 0;
+    uint32_t bits = 0, counts[kParts] = {};
 #pragma unroll
     for (int s = 0; s < 4; ++s)
 #pragma unroll
       for (int b = 0; b < 8; ++b) {
         const uint32_t present = (b / 2 % 2 ? high : low).at[column_of(s, b / 2, b % 2)] != 0;
         bits |= present << (s / 2 * 16 + b % 2 * 8 + s % 2 * 4 + b / 2);
-        counts += present << (8 * s);
+        counts[b * kParts / 8] += present << (8 * s);
       }
     masks[r] = bits;
-    // Where the lane's values begin in each fragment: as decode.cu's expand finds them.
-    uint32_t before = counts;
+    // Where the lane's values begin in each part of each fragment: as decode.cu's expand finds them.
+    uint32_t before[kParts], last[kParts];
 #pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const uint32_t left = __shfl_up_sync(0xffffffffu, before, d);
-      if (lane >= d) before += left;
+    for (int part = 0; part < kParts; ++part) {
+      before[part] = counts[part];
+#pragma unroll
+      for (int d = 1; d < 32; d *= 2) before[part] = ptx::add_from_left(before[part], d);
+      before[part] -= counts[part];
+      last[part] = __shfl_sync(0xffffffffu, before[part], 31);
+      counts[part] = __shfl_sync(0xffffffffu, counts[part], 31);
     }
-    before -= counts;
-    const uint32_t last_before = __shfl_sync(0xffffffffu, before, 31),
-                   last_own = __shfl_sync(0xffffffffu, counts, 31);
 #pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      if (lane == 0) starts[4 * r + s] = static_cast<uint16_t>(first * sizeof(Value));
-      Value* to = values + first + (before >> (8 * s) & 0xff);
+    for (int s = 0; s < 4; ++s)
 #pragma unroll
-      for (int b = 0; b < 8; ++b) {
-        const Value v = (b / 2 % 2 ? high : low).at[column_of(s, b / 2, b % 2)];
-        if (v != 0) *to++ = v;
+      for (int part = 0; part < kParts; ++part) {
+        if (lane == 0) starts[(4 * r + s) * kParts + part] = static_cast<uint16_t>(first * sizeof(Value));
+        Value* to = values + first + (before[part] >> (8 * s) & 0xff);
+#pragma unroll
+        for (int b = 8 / kParts * part; b < 8 / kParts * (part + 1); ++b) {
+          const Value v = (b / 2 % 2 ? high : low).at[column_of(s, b / 2, b % 2)];
+          if (v != 0) *to++ = v;
+        }
+        first += (last[part] >> (8 * s) & 0xff) + (counts[part] >> (8 * s) & 0xff);
       }
-      first += (last_before >> (8 * s) & 0xff) + (last_own >> (8 * s) & 0xff);
-    }
   }
   reinterpret_cast<uint4*>(block)[lane] = make_uint4(masks[0], masks[1], masks[2], masks[3]);
   constexpr uint32_t kUnit = 16 / sizeof(Value);

@@ -14,7 +14,8 @@
 //   bitmap16, bitmap8: [32 lanes][4 r] masks of 32 bits, bit 16 (s / 2) + 8 j + 4 (s % 2) + i for value j of
 //     register i of fragment s; [4 r][4 s] where a fragment's non-zeros begin, uint16, in bytes behind these;
 //     then the non-zeros, 2 bytes or 1, fragments r-major, in a fragment by lane, register, value; zeros up
-//     to 16 bytes;
+//     to 16 bytes. Of 2 bytes each fragment is two, registers 0 and 1 and then registers 2 and 3: what 32
+//     lanes want at a time then lies in about 32 words of shared memory where half of the values are there;
 //   pairs16: a register's two values are stored where one of them is not zero. [32 lanes][2 r / 2] masks of
 //   32
 //     bits, bit 16 (r % 2) + 4 s + i for register i of fragment (r, s); [4 r][4 s] where a fragment's pairs
@@ -35,7 +36,10 @@ inline constexpr bool kOf16Bits = kFormat == DecodeFormat::bitmap16 || kFormat =
 inline constexpr int kDecodeBlock = 64;
 inline constexpr int kDecodeMaskBytes = kDecodeBlock * kDecodeBlock / 8;
 inline constexpr int kDecodeStartBytes = 16 * 2;
-inline constexpr int kDecodeHeaderBytes = kDecodeMaskBytes + kDecodeStartBytes;
+template <int kItem>                                     // bytes of a value
+inline constexpr int kDecodeParts = kItem == 2 ? 2 : 1;  // of a fragment
+template <int kItem>
+inline constexpr int kDecodeHeaderBytes = kDecodeMaskBytes + kDecodeParts<kItem> * kDecodeStartBytes;
 inline constexpr int kDecodePairMaskBytes = kDecodeMaskBytes / 2;
 inline constexpr int kDecodePairHeaderBytes = kDecodePairMaskBytes + kDecodeStartBytes;
 inline constexpr int kDecodeWarps = 4;

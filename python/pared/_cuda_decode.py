@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 Format = Literal["bitmap16", "pairs16", "bitmap8", "dense8"]
 BLOCK = 64  # outputs and columns of a block; csrc/cuda/decode_plan.h says what is in one
 MASK_BYTES = BLOCK * BLOCK // 8
-START_BYTES = 16 * 2  # where the fragments begin
 # Two reads of the packed weight. The dense way reads it, writes the dense one and reads that: with 50 % zeros
 # in 16 bits the bytes of four and a half.
 FEW_TOKENS = 64
@@ -303,8 +302,13 @@ def _pack_bitmap(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     bits = present.view(count, 4, 2, 2, 32, 4, 2).permute(0, 4, 1, 2, 6, 3, 5).reshape(-1, 8).to(torch.uint8)
     bits <<= torch.arange(8, dtype=torch.uint8, device=values.device)
     masks = bits.sum(-1, dtype=torch.uint8).view(count, MASK_BYTES)
-    as_integers = torch.int16 if item == 2 else torch.int8
-    return _behind_masks(masks, present, values.view(as_integers))
+    if item == 1:
+        return _behind_masks(masks, present, values, 16)
+
+    def registers_apart(t: torch.Tensor) -> torch.Tensor:  # 0 and 1 of all lanes, then 2 and 3
+        return t.view(count, 16, 32, 2, 4).transpose(2, 3).reshape(count, BLOCK * BLOCK)
+
+    return _behind_masks(masks, registers_apart(present), registers_apart(values.view(torch.int16)), 32)
 
 
 def _pack_pairs(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -318,20 +322,20 @@ def _pack_pairs(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # [r / 2, r % 2, s / 2, s % 2, lane, register]: a byte for each r % 2, s / 2, a bit for s % 2, register.
     bits = present.view(count, 2, 2, 2, 2, 32, 4).permute(0, 5, 1, 2, 3, 4, 6).reshape(-1, 8).to(torch.uint8)
     bits <<= torch.arange(8, dtype=torch.uint8, device=values.device)
-    return _behind_masks(bits.sum(-1, dtype=torch.uint8).view(count, MASK_BYTES // 2), present, words)
+    return _behind_masks(bits.sum(-1, dtype=torch.uint8).view(count, MASK_BYTES // 2), present, words, 16)
 
 
 def _behind_masks(
-    masks: torch.Tensor, present: torch.Tensor, values: torch.Tensor
+    masks: torch.Tensor, present: torch.Tensor, values: torch.Tensor, parts: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sizes and blocks: masks, where the 16 fragments begin, and the values [blocks, n] that are present."""
+    """Sizes and blocks: masks, where `parts` of the values begin, those of [blocks, n] that are present."""
     import torch
 
     count, item = values.shape[0], values.element_size()
-    header = masks.shape[1] + START_BYTES
-    of_fragments = present.view(count, 16, present.shape[1] // 16).sum(-1)
-    starts = ((torch.cumsum(of_fragments, 1) - of_fragments) * item).to(torch.int16).view(torch.uint8)
-    found = of_fragments.sum(-1)
+    header = masks.shape[1] + 2 * parts
+    of_parts = present.view(count, parts, present.shape[1] // parts).sum(-1)
+    starts = ((torch.cumsum(of_parts, 1) - of_parts) * item).to(torch.int16).view(torch.uint8)
+    found = of_parts.sum(-1)
     size = header + (found * item + 15) // 16 * 16
     begin = torch.cumsum(size, 0) - size
     out = torch.zeros(int(size.sum()), dtype=torch.uint8, device=values.device)

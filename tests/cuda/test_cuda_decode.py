@@ -105,7 +105,7 @@ def test_what_is_packed_comes_back(backend, place, rng, dtype, n, k):
         w, dense = random_weight(rng, (n, k), density, "bitmap16", dtype, backend.device)
         assert torch.equal(w.to_dense(place=place).cpu().double(), dense)
         assert (
-            w.nbytes <= (n + 63) // 64 * ((k + 63) // 64) * (544 + 15 + 4) + 2 * int((dense != 0).sum()) + 4
+            w.nbytes <= (n + 63) // 64 * ((k + 63) // 64) * (576 + 15 + 4) + 2 * int((dense != 0).sum()) + 4
         )
         pairs, dense = random_weight(rng, (n, k), density, "pairs16", dtype, backend.device)
         assert torch.equal(pairs.to_dense(place=place).cpu().double(), dense)
