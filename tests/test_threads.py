@@ -279,7 +279,7 @@ def test_threads_that_share_a_call_give_what_one_gives(name: str) -> None:
     finally:
         if torch is not None:
             torch.set_num_threads(threads)
-    # The tokens that go through a chain together depend on the threads, and the order of a sum on their number.
+    # The tokens that go through a chain together depend on the threads, the order of a sum on their number.
     assert near(*found, 128 + 192) if name == "linear_chain CSR" else same_bits(*found)
 
 
