@@ -555,10 +555,8 @@ def _cut_borders(
         indices, shift = constants.indices[name], shifts[name]
 
         def before(m: nn.Module, args: tuple[Any, ...], own: list[int] = indices) -> tuple[Any, ...]:
-            return (
-                args[0].index_fill(-len(m.kernel_size) - 1, torch.tensor(own, device=args[0].device), 0.0),
-                *args[1:],
-            )  # type: ignore[arg-type]
+            where = torch.tensor(own, device=args[0].device)
+            return (args[0].index_fill(-len(m.kernel_size) - 1, where, 0.0), *args[1:])  # type: ignore[arg-type]
 
         def after(m: nn.Module, args: Any, y: torch.Tensor, s: torch.Tensor = shift) -> torch.Tensor:
             return y + s.to(y.dtype).reshape(-1, *[1] * len(m.kernel_size))  # type: ignore[arg-type]
