@@ -227,7 +227,9 @@ def check(samples: Sequence[Sample], console: Console) -> int:
         groups: dict[tuple[int, int], list[tuple[int, int, float]]] = defaultdict(list)
         for s in samples:
             few = s.positions if s.positions < 32 else 32
-            groups[s.threads, few].append(_choice(s, precision))
+            choice = _choice(s, precision)
+            if choice:
+                groups[s.threads, few].append(choice)
         for (threads, n), found in sorted(groups.items()):
             lost = np.array([x[2] for x in found])
             worst = max(worst, float(lost.max()))
@@ -246,11 +248,13 @@ def check(samples: Sequence[Sample], console: Console) -> int:
     return 0
 
 
-def _choice(s: Sample, precision: str) -> tuple[int, int, float]:
-    """Formats timed, formats that could be, and how much slower the fastest of the first is."""
+def _choice(s: Sample, precision: str) -> tuple[int, int, float] | None:
+    """Formats timed, formats that could be, how much slower the fastest of the first is; None without any."""
     known = [n for n in s.seconds if precision != "float32" or FORMATS[n].precision == "float32"]
     # Where a row has no zeros at all a mask is no help, and accelerate does not try one.
     known = [n for n in known if n != "int4" and not (n.startswith("bitmap") and s.density == 1.0)]
+    if not known:
+        return None
     chosen = shortlist(known, s.facts, {s.positions: 1}, s.threads)
     # Two names of one kernel differ by noise alone.
     known = [n for n in known if not chosen.passed_over.get(n, "").startswith("the same")]

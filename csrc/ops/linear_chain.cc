@@ -8,7 +8,8 @@ namespace pared {
 namespace {
 
 // Tokens that go through all stages together: a tile of a linear weight, which is read once for each tile
-// however many go together. What lies between two stages then stays in the second-level cache, or close to it.
+// however many go together. What lies between two stages then stays in the second-level cache, or close to
+// it.
 constexpr int64_t kTogether = 64;
 
 // What one stage leaves for the next: the next one's tiles, each a panel [units][stride] of its own.

@@ -27,8 +27,6 @@ _BLOCK_BYTES, _BLOCK_TOKENS, _INT4_TOKENS = 192 * 1024, 192, 96  # of quantized 
 # (csrc/formats/csr.cc).
 _DEEP = 1 << 20
 _STRIP_UNITS, _DEEP_STRIP_UNITS = 150, 200
-# Ends of loops that a branch predictor keeps apart.
-_LEARNED = 4096
 # Work below which the operations do not wake a second thread.
 _PANEL_WORK, _EXPAND_WORK, _INT8_WORK, _INT4_WORK = 1 << 19, 1 << 15, 1 << 22, 1 << 19
 
@@ -49,8 +47,6 @@ class Work:
     nbytes : of the packed weight.
     taps : of a convolution; 0 for a linear weight.
     tile, block_k : positions and units of a block of a panel format.
-    distinct : share of the rows whose entries lie elsewhere than the row's before: 1 for unstructured zeros,
-        1/4 for blocks of four rows. A loop that ends where the last one did is cheaper.
     """
 
     rows: int
@@ -62,7 +58,6 @@ class Work:
     taps: int = 0
     tile: int = 128
     block_k: int = 80
-    distinct: float = 1.0
 
 
 def _panel_bytes(rows: int, units: int, entries: int, entry_rows: int, block_k: int) -> int:
@@ -105,7 +100,6 @@ class Facts:
             entries = nnz if kind == "csr" else self.quads
             height = 1 if kind == "csr" else 4
             share = nnz / max(1, rows * cols)
-            distinct = self.quads / max(1, nnz) if height == 1 else 1.0
             if self.taps > 0:
                 deep = rows * cols >= _DEEP and share < 0.3
                 tiling = (64, 240) if share < 0.04 else (128, 128 if deep or share < 0.14 else 80)
@@ -119,16 +113,15 @@ class Facts:
                 tiling = wide if self.taps == 0 else (96, 96)
             tile, block_k = tiling
             nbytes = _panel_bytes(rows, cols, entries, height, block_k)
-            return Work(rows, cols, nnz, nbytes, entries, height, self.taps, tile, block_k, distinct)
+            return Work(rows, cols, nnz, nbytes, entries, height, self.taps, tile, block_k)
         if kind == "bsr8":
             height = 4 if 28 * self.word_quads <= 8 * self.words else 1
             entries = self.word_quads if height == 4 else self.words
             tile, block_k = 64, 192
             if height == 1 and entries >= 0.15 * rows * _ceil(cols, 4):
                 tile, block_k = 128, 64
-            distinct = self.word_quads / max(1, self.words) if height == 1 else 1.0
             nbytes = _panel_bytes(rows, _ceil(cols, 4), entries, height, block_k)
-            return Work(rows, cols, nnz, nbytes, entries, height, self.taps, tile, block_k, distinct)
+            return Work(rows, cols, nnz, nbytes, entries, height, self.taps, tile, block_k)
         nbytes = {
             "bitmap": self.element * nnz + whole // 8,
             "bitmap8": nnz + whole // 8,
@@ -201,20 +194,13 @@ def _panel(w: Work, n: int, threads: int, units: int, flops: float) -> tuple[_Ra
     copies = passes * max(1.0, parts / tiles)
     step = 2.0 * _GROUP / c.panel  # one vector's multiply-add
     positions = vectors * _GROUP
-    # Loop ends, a row and K block each: where the entries vary, the processor learns so many of them.
-    ends = w.rows / w.entry_rows * blocks
-    share = min(1.0, w.entries * w.entry_rows / max(1, w.rows * units))
-    varying = w.distinct * min(1.0, math.sqrt(w.block_k * share * (1.0 - share)))
-    missed = max(0.0, ends * varying - _LEARNED)
+    ends = w.rows / w.entry_rows * blocks  # of loops: a row and K block each
     return (
         c,
         (
             w.entries * w.entry_rows * positions * flops,
             w.entries * tiles * step,
             ends * tiles * step,
-            missed * tiles * step,
-            # Then a row's products do not overlap with the next one's, and few vectors wait for each other.
-            w.entries * tiles * step * missed / ends / _ceil(vectors, tiles),
             w.rows * blocks * positions * 4 / c.l1_load,
             units * positions * copies / c.pack,
             w.rows * positions / c.store,
@@ -336,106 +322,33 @@ COEFFICIENTS: dict[str, Terms] = {
     "bitmap": (0.489, 0.0, 0.0761, 0.585, 0.356, 0.961, 1.56, 0.532, 3.09),
     "bitmap8 few": (0.704, 0.331, 0.835, 0.0, 0.834, 4.52, 1.34, 0.942, 7.79),
     "bitmap8 many": (0.478, 0.148, 3.45, 0.0, 0.182, 1.09, 0.0, 12.3, 0.0, 0.0, 6.13),
-    "csr": (0.884, 0.946, 8.54, 40.2, 1.88, 5.53, 1.12, 0.0, 0.0, 0.18, 0.276, 1.62, 0.0, 4.57, 0.783, 1.45),
-    "csr conv": (1.02, 0.0, 0.0, 46.7, 5, 11.3, 0.438, 0.0, 0.0, 1.3, 1.21, 2.37, 0.728, 3.37, 0.0, 1.36),
+    "csr": (0.925, 0.864, 12.7, 6.12, 1.25, 0.0674, 0.742, 0.212, 0.114, 1.77, 0.0, 1.45, 0.735, 3.97),
+    "csr conv": (1.4, 0.0, 11, 3.86, 0.753, 0.0, 0.0, 0.0, 0.0, 2.15, 0.0, 1.91, 0.0, 11.1),
     "int4": (0.0, 0.555, 0.0, 0.231, 1.2, 2.43, 2.76, 0.0, 0.674, 2.1),
     "int8": (0.547, 2.79, 0.0, 0.0, 2.01, 0.734, 4.65, 1.71, 0.437, 2.19),
     "int8 conv": (1.17, 0.0, 0.0, 0.915, 0.0, 1.21, 2.32, 7.17, 0.0, 10.2),
-    "quads": (0.798, 2.1, 6.07, 1.28, 3.96, 5.41, 0.351, 0.0, 0.0, 0.606, 2.78, 2.92, 0.0, 4.16, 0.886, 2.09),
-    "quads conv": (
-        0.974,
-        0.0,
-        0.0,
-        0.0,
-        12.7,
-        5.59,
-        0.497,
-        0.0,
-        0.0,
-        0.0926,
-        2.97,
-        2.89,
-        0.77,
-        3.76,
-        0.0,
-        6.98,
-    ),
+    "quads": (0.723, 2.88, 6.97, 8.1, 1.03, 0.0, 0.0, 0.844, 0.204, 2.6, 0.0848, 0.0716, 1.42, 4.33),
+    "quads conv": (0.955, 0.0, 0.0, 3.94, 0.954, 0.0, 0.0, 0.0, 1.21, 4.12, 0.596, 2.43, 0.0, 12),
     "word quads": (
-        0.89,
-        1.9,
-        11.9,
-        0.0,
-        0.0,
-        8.09,
-        1.97,
-        0.234,
-        1.21,
-        4.66,
-        1.93,
-        0.601,
-        0.71,
-        2.98,
-        0.741,
-        2.1,
         0.68,
-    ),
-    "word quads conv": (
-        1.16,
+        3.59,
         0.0,
-        345,
-        0.0,
-        0.0,
-        2.02,
-        1.01,
-        0.0,
-        4.15,
-        2.9,
-        0.0,
-        3.04,
-        2.21,
-        4.28,
-        0.0,
-        13.6,
-        0.0,
-    ),
-    "words": (
-        1.12,
-        0.994,
-        9.91,
-        79.6,
-        4.03,
-        7.18,
-        3.27,
-        0.457,
-        0.0,
-        3.52,
-        0.0,
-        0.863,
-        0.552,
-        3.03,
-        0.628,
-        1.91,
-        0.0,
-    ),
-    "words conv": (
-        0.342,
-        3.88,
-        65.4,
-        0.0,
-        0.0,
-        0.0,
-        1.39,
-        0.389,
-        13.4,
-        0.0,
-        0.0,
-        24.6,
+        2.23,
         2.16,
-        4.18,
+        0.908,
+        0.397,
+        0.452,
         0.0,
-        16.4,
-        0.0,
+        1.53,
+        0.273,
+        0.376,
+        0.691,
+        2.77,
+        5.18,
     ),
+    "word quads conv": (0.999, 0.0, 262, 0.0, 1.17, 0.148, 1.11, 0.0, 0.0, 3.28, 3.45, 1.77, 0.0, 9.8, 0.0),
+    "words": (0.933, 1.05, 11.2, 5.57, 1.62, 0.706, 2.65, 0.158, 3.72, 5.98, 0.443, 0.943, 0.876, 4.7, 5.23),
+    "words conv": (0.878, 1.13, 50.1, 6.5, 0.832, 1.14, 0.0, 0.0, 0.0, 17.9, 3.46, 0.0, 0.0, 13.6, 0.0),
 }
 
 
