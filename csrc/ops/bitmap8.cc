@@ -35,18 +35,23 @@ struct Tokens {
   int64_t first, count;
 };
 
-// Levels in between do it by general registers, which is too slow to do for every 16 tokens.
-bool expands_in_registers(Isa isa) { return isa == Isa::scalar || isa >= Isa::avx512vbmi2; }
+// The kernel for so many tokens, or null where the level expands a tile for them.
+bitmap_u8s8::Fn* few_tokens(Isa isa, int64_t tokens) {
+  return tokens >= 1 && tokens <= kBitmapMaxTokens ? kernel_for<bitmap_u8s8>(isa).fn[tokens - 1] : nullptr;
+}
 
 class Product {
  public:
-  Product(DType dtype, const SharedOutput<Bitmap8Packed>& out, Isa isa, bool in_registers)
-      : dtype_(dtype), out_(out), w_(out.w), s_(w_.shape()), store_(kernel_for<dequantize_store>(isa).fn) {
-    if (in_registers) {
-      few_ = kernel_for<bitmap_u8s8>(isa).fn;
-    } else {
+  Product(DType dtype, const SharedOutput<Bitmap8Packed>& out, Isa isa, bitmap_u8s8::Fn* few)
+      : dtype_(dtype),
+        out_(out),
+        w_(out.w),
+        s_(w_.shape()),
+        store_(kernel_for<dequantize_store>(isa).fn),
+        few_(few) {
+    if (!few_) {
       // The scalar level has both, as the specification of either.
-      if (expands_in_registers(isa)) fused_ = kernel_for<bitmap_expand_u8s8>(isa).fn;
+      if (isa == Isa::scalar || isa >= Isa::avx512vbmi2) fused_ = kernel_for<bitmap_expand_u8s8>(isa).fn;
       if (!fused_ || isa == Isa::scalar) expand_ = kernel_for<bitmap_expand>(isa).fn;
       gemm_ = kernel_for<gemm_u8s8>(isa).fn;
     }
@@ -72,9 +77,9 @@ class Product {
         const int64_t k = b * s_.block_k * kInt8Unit;
         for (int64_t i = 0; i < t.count; ++i)
           std::memcpy(x + i * kBitmap8Stride, t.bytes + i * t.stride + k, vectors * kInt8Unit);
-        check_inside(few_[t.count - 1]({w_.masks + s_.first_vector(g, b),
-                                        w_.values + w_.starts[s_.cell(g, b)], w_.values + w_.header->nnz, x,
-                                        acc, static_cast<int32_t>(end - g), vectors, b > 0}));
+        check_inside(
+            few_({w_.masks + s_.first_vector(g, b), w_.values + w_.starts[s_.cell(g, b)],
+                  w_.values + w_.header->nnz, x, acc, static_cast<int32_t>(end - g), vectors, b > 0}));
       }
       for (int64_t i = g; i < end; ++i) store(t, 0, t.count, i, 1, acc + (i - g) * group_sums, kInt8Panel);
     });
@@ -145,7 +150,7 @@ class Product {
   const Bitmap8Packed& w_;
   const BitmapShape s_;
   dequantize_store::Fn* store_;
-  bitmap_u8s8::Fn* const* few_ = nullptr;  // or one of the next two, and gemm_:
+  bitmap_u8s8::Fn* few_;  // or one of the next two, and gemm_:
   bitmap_expand::Fn* expand_ = nullptr;
   bitmap_expand_u8s8::Fn* const* fused_ = nullptr;
   gemm_u8s8::Fn* const* gemm_ = nullptr;
@@ -166,18 +171,18 @@ bool share_inputs(const Bitmap8Packed& a, const Bitmap8Packed& b) {
 void linear_shared(const SharedInputs& in, const std::vector<SharedOutput<Bitmap8Packed>>& outputs) {
   const Isa isa = active_isa();
   const auto quantize = kernel_for<quantize_u8>(isa).fn;
-  const bool in_registers = in.tokens <= kBitmapMaxTokens && expands_in_registers(isa);
+  bitmap_u8s8::Fn* const few = few_tokens(isa, in.tokens);
   std::vector<Product> products;
   int64_t groups = 0;
   for (const auto& o : outputs) {
-    products.emplace_back(in.dtype, o, isa, in_registers);
+    products.emplace_back(in.dtype, o, isa, few);
     groups += products.back().groups();
   }
   if (in.tokens == 0 || groups == 0) return;
   const BitmapShape s = outputs[0].w.shape();
   const int64_t stride = int8_row_stride(s.vectors() * kInt8Unit);
   const int64_t most =
-      in_registers ? in.tokens : std::clamp<int64_t>(kBlockBytes / stride, kGemmTokens, kMaxBlockTokens);
+      few ? in.tokens : std::clamp<int64_t>(kBlockBytes / stride, kGemmTokens, kMaxBlockTokens);
   const int64_t blocks = (in.tokens + most - 1) / most;
   const ActivationRange& range = *outputs[0].w.activations;
   const int64_t work = groups * s.vectors() * (4 * blocks + in.tokens) / 5;

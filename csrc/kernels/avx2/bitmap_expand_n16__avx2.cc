@@ -2,6 +2,6 @@
 
 namespace pared {
 
-bool bitmap_expand_n16__avx2(const BitmapExpandArgs& a) { return expand_groups<DepositBytes>(a); }
+bool bitmap_expand_n16__avx2(const BitmapExpandArgs& a) { return expand_groups<Avx2Bytes>(a); }
 
 }  // namespace pared

@@ -21,19 +21,30 @@ struct ScalarBytes {
   }
 };
 
-#if defined(__BMI2__)
-// Eight bytes at a time in general registers: vpexpandb is AVX-512 VBMI2.
-struct DepositBytes {
+#if defined(__AVX2__)
+// Eight bytes at a time by a table of shuffles: vpexpandb is AVX-512 VBMI2. (pdep takes two multiplications'
+// worth of one port for each eight, and 18 cycles and more on Zen 2.)
+PARED_INLINE __m128i expand_eight(uint64_t mask, const int8_t* values) {
+  return _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)),
+                          _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpandTable.place[mask & 0xff])));
+}
+
+// The four quarters of a vector. Where each eight begin is a popcount of its own: no chain.
+PARED_INLINE void expand_quarters(uint64_t mask, const int8_t* values, __m128i out[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const int8_t* low = values + __builtin_popcountll(_bzhi_u64(mask, 16 * i));
+    const int8_t* high = values + __builtin_popcountll(_bzhi_u64(mask, 16 * i + 8));
+    out[i] = _mm_unpacklo_epi64(expand_eight(mask >> 16 * i, low), expand_eight(mask >> (16 * i + 8), high));
+  }
+}
+
+struct Avx2Bytes {
   static PARED_INLINE void expand(uint64_t mask, const int8_t* values, int8_t* out) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i, mask >>= 8) {
-      uint64_t some;
-      __builtin_memcpy(&some, values, 8);
-      const uint64_t places = _pdep_u64(mask, 0x0101010101010101u) * 0xff;
-      some = _pdep_u64(some, places);
-      __builtin_memcpy(out + 8 * i, &some, 8);
-      values += __builtin_popcount(static_cast<unsigned>(mask & 0xff));
-    }
+    __m128i quarters[4];
+    expand_quarters(mask, values, quarters);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) _mm_store_si128(reinterpret_cast<__m128i*>(out) + i, quarters[i]);
   }
 };
 #endif
@@ -86,14 +97,10 @@ struct ScalarByteDot {
   struct Acc {
     uint32_t lane[16];
   };
-  static PARED_INLINE Acc load(const int32_t* p) {
-    Acc a;
-    for (int i = 0; i < 16; ++i) a.lane[i] = static_cast<uint32_t>(p[i]);
-    return a;
-  }
   static PARED_INLINE Acc zero() { return {}; }
-  static PARED_INLINE void store(int32_t* p, const Acc& a) {
-    for (int i = 0; i < 16; ++i) p[i] = static_cast<int32_t>(a.lane[i]);
+  static PARED_INLINE void store(int32_t* p, const Acc& a, bool accumulate) {
+    for (int i = 0; i < 16; ++i)
+      p[i] = static_cast<int32_t>((accumulate ? static_cast<uint32_t>(p[i]) : 0u) + a.lane[i]);
   }
   static PARED_INLINE Acc add(const Acc& a, const Acc&) { return a; }
   static PARED_INLINE W expand(uint64_t mask, const int8_t* values) {
@@ -106,14 +113,40 @@ struct ScalarByteDot {
   }
 };
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The products and sums of D, Avx2Dot or AvxVnniDot of generic/gemm_u8s8.h.
+template <class D>
+struct Avx2ByteDot {
+  static constexpr int kSums = 1;
+  using W = typename D::W;
+  using Acc = typename D::Acc;
+  static PARED_INLINE Acc zero() { return D::zero(); }
+  static PARED_INLINE void store(int32_t* p, const Acc& a, bool accumulate) { D::store(p, a, accumulate); }
+  static PARED_INLINE W expand(uint64_t mask, const int8_t* values) {
+    __m128i quarters[4];
+    expand_quarters(mask, values, quarters);
+    W w;
+    constexpr bool kWiden = sizeof(w.v) == 4 * sizeof(__m256i);  // to 16 bits
+    if constexpr (kWiden) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) w.v[i] = _mm256_cvtepi8_epi16(quarters[i]);
+    } else {
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) w.v[i] = _mm256_set_m128i(quarters[2 * i + 1], quarters[2 * i]);
+    }
+    return w;
+  }
+  static PARED_INLINE void dot(Acc& acc, const uint8_t* x, const W& w) { D::dot(acc, D::unit(x), w); }
+};
+#endif
+
 #if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
 struct Vbmi2Dot {
   static constexpr int kSums = 4;
   using W = __m512i;
   using Acc = __m512i;
-  static PARED_INLINE Acc load(const int32_t* p) { return _mm512_load_si512(p); }
   static PARED_INLINE Acc zero() { return _mm512_setzero_si512(); }
-  static PARED_INLINE void store(int32_t* p, Acc a) { _mm512_store_si512(p, a); }
+  static PARED_INLINE void store(int32_t* p, Acc a, bool accumulate) { VnniDot::store(p, a, accumulate); }
   static PARED_INLINE Acc add(Acc a, Acc b) { return _mm512_add_epi32(a, b); }
   static PARED_INLINE W expand(uint64_t mask, const int8_t* values) { return expand_bytes(mask, values); }
   static PARED_INLINE void dot(Acc& acc, const uint8_t* x, W w) {
@@ -134,7 +167,7 @@ bool bitmap8_groups(const Bitmap8Args& a) {
   for (int g = 0; g < a.groups; ++g, acc += TOKENS * 16) {
     typename D::Acc sum[P][TOKENS];
     for (int p = 0; p < P; ++p)
-      for (int t = 0; t < TOKENS; ++t) sum[p][t] = a.accumulate && p == 0 ? D::load(acc + t * 16) : D::zero();
+      for (int t = 0; t < TOKENS; ++t) sum[p][t] = D::zero();
     const uint8_t* x = a.x;
     for (int v = 0; v < a.vectors;) {
       const int stop = v + kByteVectorsPerCheck < a.vectors ? v + kByteVectorsPerCheck : a.vectors;
@@ -154,17 +187,20 @@ bool bitmap8_groups(const Bitmap8Args& a) {
       typename D::Acc s = sum[0][t];
       if constexpr (P == 2) s = D::add(s, sum[1][t]);
       if constexpr (P == 4) s = D::add(D::add(s, sum[1][t]), D::add(sum[2][t], sum[3][t]));
-      D::store(acc + t * 16, s);
+      D::store(acc + t * 16, s, a.accumulate);
     }
   }
   return true;
 }
 
+// The table's entries that the level has; the others stay null.
+#define PARED_BITMAP8_FOUR(D) \
+  bitmap8_groups<D, 1>, bitmap8_groups<D, 2>, bitmap8_groups<D, 3>, bitmap8_groups<D, 4>
 #define PARED_BITMAP8_TABLE(D)                                                                 \
-  {bitmap8_groups<D, 1>,  bitmap8_groups<D, 2>,  bitmap8_groups<D, 3>,  bitmap8_groups<D, 4>,  \
-   bitmap8_groups<D, 5>,  bitmap8_groups<D, 6>,  bitmap8_groups<D, 7>,  bitmap8_groups<D, 8>,  \
-   bitmap8_groups<D, 9>,  bitmap8_groups<D, 10>, bitmap8_groups<D, 11>, bitmap8_groups<D, 12>, \
-   bitmap8_groups<D, 13>, bitmap8_groups<D, 14>, bitmap8_groups<D, 15>, bitmap8_groups<D, 16>}
+  {PARED_BITMAP8_FOUR(D), bitmap8_groups<D, 5>,  bitmap8_groups<D, 6>,  bitmap8_groups<D, 7>,  \
+   bitmap8_groups<D, 8>,  bitmap8_groups<D, 9>,  bitmap8_groups<D, 10>, bitmap8_groups<D, 11>, \
+   bitmap8_groups<D, 12>, bitmap8_groups<D, 13>, bitmap8_groups<D, 14>, bitmap8_groups<D, 15>, \
+   bitmap8_groups<D, 16>}
 
 // TOKENS tokens by GROUPS groups, whose values are read side by side: a broadcast unit serves all of them,
 // and the products of one vector run beside the expansion of the next. D is a level's dot product of

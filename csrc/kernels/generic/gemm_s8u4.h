@@ -11,19 +11,20 @@ namespace pared {
 namespace {
 
 // A level's way to take nibbles (n = q + 8) apart and multiply them with signed bytes. `room` is scratch;
-// tokens, panels: of the largest tile.
+// tokens, panels: of the largest tile; up to `few` tokens by panels each half of a pair has sums of its own,
+// for few would wait out the latency of a fused product.
 struct ScalarNibbles {
-  static constexpr int tokens = 4, panels = 1;
+  static constexpr int tokens = 4, panels = 1, few = 0;
   using D = ScalarDot;
   using X = const int8_t*;
   static PARED_INLINE X unit(const int8_t* p) { return p; }
-  static PARED_INLINE void split(const uint8_t* p, int8_t* room, D::W& low, D::W& high) {
-    for (int i = 0; i < 64; ++i) {
-      room[i] = static_cast<int8_t>(p[i] & 15);
-      room[64 + i] = static_cast<int8_t>(p[i] >> 4);
-    }
-    low = room;
-    high = room + 64;
+  static PARED_INLINE D::W low(const uint8_t* p, int8_t* room) {
+    for (int i = 0; i < 64; ++i) room[i] = static_cast<int8_t>(p[i] & 15);
+    return room;
+  }
+  static PARED_INLINE D::W high(const uint8_t* p, int8_t* room) {
+    for (int i = 0; i < 64; ++i) room[i] = static_cast<int8_t>(p[i] >> 4);
+    return room;
   }
   static PARED_INLINE void dot(D::Acc& acc, X x, D::W w) {
     for (int j = 0; j < kInt8Panel; ++j)
@@ -33,19 +34,28 @@ struct ScalarNibbles {
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 struct Avx2Nibbles {
-  static constexpr int tokens = 4, panels = 1;
+  static constexpr int tokens = 2, panels = 1, few = 0;
   using D = Avx2Dot;
   using X = __m256i;
   static PARED_INLINE X unit(const int8_t* p) {
     return _mm256_cvtepi8_epi16(_mm_set1_epi32(load_unit(reinterpret_cast<const uint8_t*>(p))));
   }
-  static PARED_INLINE void split(const uint8_t* p, int8_t*, D::W& low, D::W& high) {
+  static PARED_INLINE D::W low(const uint8_t* p, int8_t*) {
     const __m128i mask = _mm_set1_epi8(15);
+    D::W w;
+    for (int i = 0; i < 4; ++i)
+      w.v[i] =
+          _mm256_cvtepi8_epi16(_mm_and_si128(_mm_load_si128(reinterpret_cast<const __m128i*>(p) + i), mask));
+    return w;
+  }
+  static PARED_INLINE D::W high(const uint8_t* p, int8_t*) {
+    const __m128i mask = _mm_set1_epi8(15);
+    D::W w;
     for (int i = 0; i < 4; ++i) {
       const __m128i v = _mm_load_si128(reinterpret_cast<const __m128i*>(p) + i);
-      low.v[i] = _mm256_cvtepi8_epi16(_mm_and_si128(v, mask));
-      high.v[i] = _mm256_cvtepi8_epi16(_mm_and_si128(_mm_srli_epi16(v, 4), mask));
+      w.v[i] = _mm256_cvtepi8_epi16(_mm_and_si128(_mm_srli_epi16(v, 4), mask));
     }
+    return w;
   }
   static PARED_INLINE void dot(D::Acc& acc, X x, const D::W& w) { D::dot(acc, x, w); }
 };
@@ -53,19 +63,23 @@ struct Avx2Nibbles {
 
 #if defined(__AVXVNNI__)
 struct AvxVnniNibbles {
-  static constexpr int tokens = 4, panels = 1;
+  static constexpr int tokens = 6, panels = 1, few = 2;
   using D = AvxVnniDot;
   using X = __m256i;
   static PARED_INLINE X unit(const int8_t* p) {
     return _mm256_set1_epi32(load_unit(reinterpret_cast<const uint8_t*>(p)));
   }
-  static PARED_INLINE void split(const uint8_t* p, int8_t*, D::W& low, D::W& high) {
+  static PARED_INLINE D::W low(const uint8_t* p, int8_t*) {
+    const auto* from = reinterpret_cast<const __m256i*>(p);
     const __m256i mask = _mm256_set1_epi8(15);
-    for (int i = 0; i < 2; ++i) {
-      const __m256i v = _mm256_load_si256(reinterpret_cast<const __m256i*>(p) + i);
-      low.v[i] = _mm256_and_si256(v, mask);
-      high.v[i] = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
-    }
+    return {{_mm256_and_si256(_mm256_load_si256(from), mask),
+             _mm256_and_si256(_mm256_load_si256(from + 1), mask)}};
+  }
+  static PARED_INLINE D::W high(const uint8_t* p, int8_t*) {
+    const auto* from = reinterpret_cast<const __m256i*>(p);
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {{_mm256_and_si256(_mm256_srli_epi16(_mm256_load_si256(from), 4), mask),
+             _mm256_and_si256(_mm256_srli_epi16(_mm256_load_si256(from + 1), 4), mask)}};
   }
   static PARED_INLINE void dot(D::Acc& acc, X x, const D::W& w) {
     for (int i = 0; i < 2; ++i) acc.v[i] = _mm256_dpbusd_avx_epi32(acc.v[i], w.v[i], x);
@@ -75,19 +89,28 @@ struct AvxVnniNibbles {
 
 #if defined(__AVX512F__) && !defined(__AVX512VNNI__)
 struct Avx512Nibbles {
-  static constexpr int tokens = 4, panels = 1;
+  static constexpr int tokens = 4, panels = 1, few = 0;
   using D = Avx512Dot;
   using X = __m512i;
   static PARED_INLINE X unit(const int8_t* p) {
     return _mm512_cvtepi8_epi16(_mm256_set1_epi32(load_unit(reinterpret_cast<const uint8_t*>(p))));
   }
-  static PARED_INLINE void split(const uint8_t* p, int8_t*, D::W& low, D::W& high) {
+  static PARED_INLINE D::W low(const uint8_t* p, int8_t*) {
     const __m256i mask = _mm256_set1_epi8(15);
+    D::W w;
+    for (int i = 0; i < 2; ++i)
+      w.v[i] = _mm512_cvtepi8_epi16(
+          _mm256_and_si256(_mm256_load_si256(reinterpret_cast<const __m256i*>(p) + i), mask));
+    return w;
+  }
+  static PARED_INLINE D::W high(const uint8_t* p, int8_t*) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    D::W w;
     for (int i = 0; i < 2; ++i) {
       const __m256i v = _mm256_load_si256(reinterpret_cast<const __m256i*>(p) + i);
-      low.v[i] = _mm512_cvtepi8_epi16(_mm256_and_si256(v, mask));
-      high.v[i] = _mm512_cvtepi8_epi16(_mm256_and_si256(_mm256_srli_epi16(v, 4), mask));
+      w.v[i] = _mm512_cvtepi8_epi16(_mm256_and_si256(_mm256_srli_epi16(v, 4), mask));
     }
+    return w;
   }
   static PARED_INLINE void dot(D::Acc& acc, X x, const D::W& w) { D::dot(acc, x, w); }
 };
@@ -95,18 +118,19 @@ struct Avx512Nibbles {
 
 #if defined(__AVX512VNNI__)
 struct VnniNibbles {
-  static constexpr int tokens = 6, panels = 2;  // 12 sums in int32, 12 in float32, 4 vectors of weights
+  static constexpr int few = 4, tokens = 6,
+                       panels = 2;  // 12 sums in int32, 12 in float32, 4 vectors of weights
   using D = VnniDot;
   using X = __m512i;
   static PARED_INLINE X unit(const int8_t* p) {
     return _mm512_set1_epi32(load_unit(reinterpret_cast<const uint8_t*>(p)));
   }
-  static PARED_INLINE void split(const uint8_t* p, int8_t*, D::W& low, D::W& high) {
-    const __m512i mask = _mm512_set1_epi8(15), v = _mm512_load_si512(p);
-    low = _mm512_and_si512(v, mask);
-    high = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+  static PARED_INLINE D::W low(const uint8_t* p, int8_t*) {
+    return _mm512_and_si512(_mm512_load_si512(p), _mm512_set1_epi8(15));
   }
-  // The nibbles are the unsigned operand.
+  static PARED_INLINE D::W high(const uint8_t* p, int8_t*) {
+    return _mm512_and_si512(_mm512_srli_epi16(_mm512_load_si512(p), 4), _mm512_set1_epi8(15));
+  }
   static PARED_INLINE void dot(D::Acc& acc, X x, D::W w) { acc = _mm512_dpbusd_epi32(acc, w, x); }
 };
 #endif
@@ -130,8 +154,7 @@ PARED_INLINE void gemm_s8u4_tile(const Int4Args& a, int token, int panel) {
   using S = typename IO::S;
   using D = typename N::D;
   constexpr int W = S::width, V = kInt8Panel / W;
-  // Few sums would wait out the latency of a product: then each half of a pair has its own.
-  constexpr int U = TOKENS * PANELS <= 4 ? 2 : 1;
+  constexpr int U = TOKENS * PANELS <= N::few ? 2 : 1;
   constexpr int64_t kLine = 64;
   typename S::V total[TOKENS][PANELS][V];
   for (int m = 0; m < TOKENS; ++m)
@@ -139,7 +162,7 @@ PARED_INLINE void gemm_s8u4_tile(const Int4Args& a, int token, int panel) {
       for (int v = 0; v < V; ++v) total[m][p][v] = S::zero();
   const int8_t* x = a.x + token * a.x_stride;
   const uint8_t* w = a.w + panel * a.w_stride;
-  alignas(64) int8_t room[PANELS][2 * kLine];
+  alignas(64) int8_t room[PANELS][kLine];
   alignas(64) int32_t sums[kInt8Panel];
   for (int g = 0; g < a.groups; ++g) {
     const uint8_t* scales = w;
@@ -152,17 +175,22 @@ PARED_INLINE void gemm_s8u4_tile(const Int4Args& a, int token, int panel) {
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; ++p) acc[u][m][p] = D::zero();
     for (int i = 0; i < a.pairs; ++i, w += kLine, x += 2 * kInt8Unit) {
-      typename D::W low[PANELS], high[PANELS];
+      typename D::W weights[PANELS];
 #pragma GCC unroll 2
-      for (int p = 0; p < PANELS; ++p) N::split(w + p * a.w_stride, room[p], low[p], high[p]);
+      for (int p = 0; p < PANELS; ++p) weights[p] = N::low(w + p * a.w_stride, room[p]);
 #pragma GCC unroll 6
       for (int m = 0; m < TOKENS; ++m) {
-        const typename N::X first = N::unit(x + m * a.x_stride);
+        const typename N::X unit = N::unit(x + m * a.x_stride);
 #pragma GCC unroll 2
-        for (int p = 0; p < PANELS; ++p) N::dot(acc[0][m][p], first, low[p]);
-        const typename N::X second = N::unit(x + m * a.x_stride + kInt8Unit);
+        for (int p = 0; p < PANELS; ++p) N::dot(acc[0][m][p], unit, weights[p]);
+      }
 #pragma GCC unroll 2
-        for (int p = 0; p < PANELS; ++p) N::dot(acc[U - 1][m][p], second, high[p]);
+      for (int p = 0; p < PANELS; ++p) weights[p] = N::high(w + p * a.w_stride, room[p]);
+#pragma GCC unroll 6
+      for (int m = 0; m < TOKENS; ++m) {
+        const typename N::X unit = N::unit(x + m * a.x_stride + kInt8Unit);
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; ++p) N::dot(acc[U - 1][m][p], unit, weights[p]);
       }
     }
 #pragma GCC unroll 6
@@ -206,7 +234,8 @@ PARED_INLINE void gemm_s8u4_panels(const Int4Args& a, int panel) {
   int m = 0;
   if constexpr (N::tokens > 4)
     for (; m + N::tokens <= a.tokens; m += N::tokens) gemm_s8u4_tile<N, IO, N::tokens, PANELS>(a, m, panel);
-  for (; m + 4 <= a.tokens; m += 4) gemm_s8u4_tile<N, IO, 4, PANELS>(a, m, panel);
+  if constexpr (N::tokens >= 4)
+    for (; m + 4 <= a.tokens; m += 4) gemm_s8u4_tile<N, IO, 4, PANELS>(a, m, panel);
   for (; m + 2 <= a.tokens; m += 2) gemm_s8u4_tile<N, IO, 2, PANELS>(a, m, panel);
   if (m < a.tokens) gemm_s8u4_tile<N, IO, 1, PANELS>(a, m, panel);
 }
