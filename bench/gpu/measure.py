@@ -152,7 +152,7 @@ def not_capturable(calls: Mapping[str, Callable[[int], object]], names: Sequence
 
 def copy_rate(machine: Machine, clock: Clock, rounds: int) -> float:
     """Bytes a second that a copy within the device's memory moves, read and written ones both."""
-    source = torch.ones((1 << 12 if machine.dry else COPY_BYTES) // 4, device=machine.device)
+    source = torch.rand((1 << 12 if machine.dry else COPY_BYTES) // 4, device=machine.device)
     target = torch.empty_like(source)
     copy = {"copy": clock.prepare(lambda i: target.copy_(source), 1, True)}
     return 2 * source.nbytes / sample_rounds(copy, rounds).median("copy")

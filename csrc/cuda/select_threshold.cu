@@ -133,6 +133,7 @@ __device__ void gather(const Workspace& ws, GatherShared& shared) {
   __syncwarp();
   // A thread sees less than 2^32 keys of a tensor that fits into any memory there is.
   uint32_t above = 0, at_hi = 0, at_lo = 0, nans = 0;
+  uint32_t filled = 0;  // of the stage, as this lane's last addition has left it
   const auto flush = [&] {
     __syncwarp();
     const uint32_t n = *count;
@@ -143,6 +144,7 @@ __device__ void gather(const Workspace& ws, GatherShared& shared) {
       if (at + i < static_cast<Count>(ws.capacity)) ws.gathered[at + i] = stage[i];
     __syncwarp();
     if (lane == 0) *count = 0;
+    filled = 0;
     __syncwarp();
   };
   for_tiles(ws, [&](const Member& m, int64_t tile) {
@@ -162,14 +164,16 @@ __device__ void gather(const Workspace& ws, GatherShared& shared) {
             inside |= static_cast<uint32_t>(keys[j] > lo && keys[j] < hi) << j;
           }
           if (!inside) return;
-          uint32_t at = atomicAdd(count, static_cast<uint32_t>(__popc(inside)));
+          const auto mine = static_cast<uint32_t>(__popc(inside));
+          uint32_t at = atomicAdd(count, mine);
+          filled = at + mine;
 #pragma unroll
           for (int j = 0; j < kKeys; ++j)
             if (inside >> j & 1) stage[at++] = keys[j];
         },
         [&] {
-          // The lane that added last sees all of it.
-          if (__any_sync(0xffffffffu, *count > kStage - kStepKeys)) flush();
+          // The lane that added last knows of all of it.
+          if (__any_sync(0xffffffffu, filled > kStage - kStepKeys)) flush();
         });
   });
   flush();

@@ -1,4 +1,6 @@
-"""Bank conflicts of shared memory: the emulator counts them, and kernels have no more than is said."""
+"""What the emulator notes of shared memory: bank conflicts, of which kernels have no more than is said here,
+races, and what the copy engine and wgmma would not see.
+"""
 
 from __future__ import annotations
 
@@ -74,15 +76,27 @@ def test_conflicts_of_all_accesses(accesses, name, order):
         accesses.set_order(0)
 
 
-@pytest.mark.parametrize("name", ["wgmma_without_fence", "bulk_copy_over_written"])
-def test_engines_do_not_see_what_threads_wrote(accesses, name):
+@pytest.mark.parametrize("order", [0, 1, 5])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("wgmma_without_fence", "shared memory that threads have written"),
+        ("bulk_copy_over_written", "shared memory that threads have written"),
+        ("missing_barrier", "a race: it (reads|writes) shared memory that thread"),
+        ("missing_syncwarp", "a race: it (reads|writes) shared memory that thread"),
+        ("filled_while_read", "a race: it (reads|writes) shared memory that thread"),
+    ],
+)
+def test_faults_that_noted_accesses_show(accesses, name, text, order):
     accesses.run_fault(name)  # where nothing is noted
+    accesses.set_order(order)
     accesses.record_banks(True)
     try:
-        with pytest.raises(RuntimeError, match=rf"^{name}: .* shared memory that threads have written"):
+        with pytest.raises(RuntimeError, match=rf"^{name}: .* {text}"):
             accesses.run_fault(name)
     finally:
         accesses.record_banks(False)
+        accesses.set_order(0)
         accesses.take_banks()
 
 

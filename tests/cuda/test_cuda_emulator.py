@@ -21,7 +21,7 @@ FAULTS = {
     "wgmma_off_the_swizzle": "wgmma: expected an operand at a multiple of 1024 bytes",
 }
 # Found where all accesses are noted: test_cuda_banks.py.
-NOTED = {"wgmma_without_fence", "bulk_copy_over_written"}
+NOTED = {"wgmma_without_fence", "bulk_copy_over_written", "missing_syncwarp", "filled_while_read"}
 SILENT = {"shared_never_written", "copy_never_awaited", "missing_barrier", "order_of_blocks"}
 
 

@@ -120,18 +120,36 @@ void settle_notes(int first, int end) {
   for (; first < end; first += kLanes) settle_warp(first, std::min(first + kLanes, end));
 }
 
-std::vector<BankUse> take_banks() {
-  static const char* const kNames[] = {"read", "write", "atomic", "cp.async", "ldmatrix"};
+namespace {
+
+uint64_t offset_of(const void* pc) {
   Dl_info module;
   dladdr(reinterpret_cast<const void*>(&take_banks), &module);
+  return static_cast<uint64_t>(static_cast<const char*>(pc) - static_cast<const char*>(module.dli_fbase));
+}
+
+}  // namespace
+
+std::string place_name(Where where, const void* pc) {
+  if (!pc) {
+    const std::string file = where.file ? where.file : "?";
+    return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line);
+  }
+  static const char kDigits[] = "0123456789abcdef";
+  std::string text;
+  for (uint64_t offset = offset_of(pc) - 1; offset; offset /= 16)
+    text.insert(text.begin(), kDigits[offset % 16]);
+  return "0x" + text;
+}
+
+std::vector<BankUse> take_banks() {
+  static const char* const kNames[] = {"read", "write", "atomic", "cp.async", "ldmatrix"};
   std::vector<BankUse> uses;
   for (const auto& [key, c] : std::exchange(found, {})) {
     const auto& [of, what, file, line, pc, bytes] = key;
     BankUse u{of, kNames[static_cast<int>(what)], "", 0, bytes, c.instructions, c.taken, c.least, c.worst};
-    if (pc)
-      u.offset =
-          static_cast<uint64_t>(static_cast<const char*>(pc) - static_cast<const char*>(module.dli_fbase));
-    else u.where = file.substr(file.rfind('/') + 1) + ":" + std::to_string(line);
+    if (pc) u.offset = offset_of(pc);
+    else u.where = place_name({file.c_str(), line}, nullptr);
     uses.push_back(std::move(u));
   }
   return uses;

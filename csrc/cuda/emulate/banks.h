@@ -44,6 +44,8 @@ std::vector<BankUse> take_banks();
 void note_access(int thread, Touch what, Where where, const void* pc, size_t offset, size_t bytes);
 void note_call(int thread, const void* caller);
 void note_return(int thread);
+// file:line, or of an instruction its offset as addr2line wants it.
+std::string place_name(Where where, const void* pc);
 void begin_notes(const char* kernel, int threads);
 // The threads [first, end) have met.
 void settle_notes(int first, int end);

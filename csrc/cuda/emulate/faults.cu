@@ -75,6 +75,29 @@ __global__ void mbarrier_nobody_completes(Out) {
   if (threadIdx.x == 0) ptx::mbarrier_arrive(&bar);
   ptx::mbarrier_wait(&bar, 0);
 }
+// Lanes of a warp that hand something on without __syncwarp: a shuffle is none.
+__global__ void missing_syncwarp(Out out) {
+  PARED_DYNAMIC_SHARED(s);
+  auto* words = reinterpret_cast<unsigned*>(s);
+  words[threadIdx.x] = threadIdx.x;
+  const unsigned other = __shfl_xor_sync(kFullWarp, threadIdx.x, 1);
+  out[threadIdx.x] = words[other];
+}
+// A stage that is filled again while lanes may still read it.
+__global__ void filled_while_read(Out out) {
+  PARED_DYNAMIC_SHARED(s);
+  PARED_SHARED(uint64_t, bar);
+  if (threadIdx.x == 0) ptx::mbarrier_init(&bar, 1);
+  __syncthreads();
+  const unsigned word = reinterpret_cast<unsigned*>(s)[threadIdx.x];
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_arrive_expect(&bar, 64);
+    ptx::copy_bulk(s, out, 64, &bar);
+  }
+  ptx::mbarrier_wait(&bar, 0);
+  __syncthreads();
+  out[threadIdx.x] = word;
+}
 // Conflicts of banks, which are no errors: the turns that an instruction takes are behind `turns_`.
 __global__ void turns_8_load(Out out) {
   PARED_DYNAMIC_SHARED(s);
@@ -188,6 +211,8 @@ const std::map<std::string, Fault>& faults() {
       PARED_FAULT(wgmma_off_the_swizzle, 1, 128, 20480),
       PARED_FAULT(wgmma_without_fence, 1, 128, 16384),
       PARED_FAULT(bulk_copy_over_written, 1, 64, 256),
+      PARED_FAULT(missing_syncwarp, 1, 32, 256),
+      PARED_FAULT(filled_while_read, 1, 32, 256),
       PARED_FAULT(turns_8_load, 1, 32, 1024),
       PARED_FAULT(turns_8_matrices, 1, 32, 1024),
       PARED_FAULT(turns_1_swizzled, 1, 32, 1024),

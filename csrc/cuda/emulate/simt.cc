@@ -15,6 +15,7 @@
 
 #include "core/check.h"
 #include "cuda/emulate/banks.h"
+#include "cuda/emulate/races.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -105,6 +106,7 @@ struct Fiber {
 };
 
 struct Barrier {
+  Races::Rounds rounds;
   int arrived = 0, threads = 0, count = 0;
   Where where = {nullptr, 0};
 };
@@ -114,6 +116,8 @@ struct BulkCopy {
   std::vector<Copy> pieces;
   int bytes;
   uint64_t* bar;
+  int thread = 0;  // that asked for it, in this round
+  uint32_t round = 0;
 };
 
 // The 64 bits of an mbarrier.
@@ -136,18 +140,17 @@ void write(uint64_t* bar, MBarrier b) {
   std::memcpy(bar, &b, sizeof b);
 }
 
-std::string at(Where w) {
-  const std::string file = w.file ? w.file : "?";
-  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(w.line);
-}
+std::string at(Where w) { return place_name(w, nullptr); }
 
 // The one machine: kernels of two Python threads take turns.
 struct Machine {
   std::mutex turn;
   uint64_t order = 0;
   std::map<std::string, int64_t> launched;
-  bool banks = false;         // what record_banks says
-  bool noting = false;        // a thread runs, on its own account, and accesses are to be noted
+  bool banks = false;   // what record_banks says
+  bool noting = false;  // a thread runs, on its own account, and accesses are to be noted
+  Races races;
+  std::map<const uint64_t*, Races::Rounds> through;  // mbarriers
   std::vector<bool> written;  // bytes of shared memory, by threads of this block; where accesses are noted
 
   std::vector<std::unique_ptr<Fiber>> fibers;
@@ -214,9 +217,25 @@ struct Machine {
     const auto* at = static_cast<const unsigned char*>(p);
     if (!noting || !current || at < dynamic_begin() || at >= static_begin() + kMostStatic) return;
     const auto offset = static_cast<size_t>(at - dynamic_begin());
-    note_access(number(current), what, where, pc, offset, bytes);
+    const int thread = number(current);
+    note_access(thread, what, where, pc, offset, bytes);
+    race(races.access(thread, offset, bytes, what, where, pc), pc, where);
     if (what == Touch::write || what == Touch::atomic)
       std::fill_n(written.begin() + static_cast<int64_t>(offset), bytes, true);
+  }
+
+  void race(const std::string& text, const void* pc, Where where) {
+    if (!text.empty()) fail(pc ? text + " (here in " + place_name(where, pc) + ")" : text, where);
+  }
+  // The copy engine writes on behalf of the thread that asks.
+  void engine_writes(const void* p, int bytes, Where where) {
+    by_engine(p, bytes, where);
+    if (!noting) return;
+    const auto offset = static_cast<size_t>(static_cast<const unsigned char*>(p) - dynamic_begin());
+    race(races.access(number(current), offset, static_cast<size_t>(bytes), Touch::copy, where, nullptr),
+         nullptr, where);
+    bulk.back().thread = number(current);
+    bulk.back().round = races.round(number(current));
   }
 
   void by_engine(const void* p, int bytes, Where where) {
@@ -315,6 +334,7 @@ bool deliver_bulk(Machine& m) {
     });
     if (!wanted) continue;
     for (const Copy& piece : c->pieces) deliver(piece);
+    if (m.noting) Races::give_round(c->thread, c->round, m.through[c->bar]);
     MBarrier b = read(c->bar);
     b.bytes -= c->bytes;
     write(c->bar, b);
@@ -348,7 +368,8 @@ void run_block(Machine& m, const std::vector<int>& order) {
     f.products.assign(1, {});
     start(f);
   }
-  if (m.noting) begin_notes(m.kernel, m.threads);
+  m.through.clear();
+  if (m.noting) begin_notes(m.kernel, m.threads), m.races.begin(m.threads);
   m.written.assign(m.noting ? m.shared.size() : 0, false);
   while (m.done < m.threads) {
     bool progress = false;
@@ -378,6 +399,7 @@ void release(Machine& m, int id) {
     if (f.state != State::barrier || f.barrier != id) continue;
     f.state = State::ready;
     f.result = m.barriers[id].count;
+    if (m.noting) m.races.take(i, m.barriers[id].rounds);
   }
 }
 
@@ -398,9 +420,13 @@ bool arrive(Machine& m, int id, int threads, bool predicate, Where where) {
   b.where = where;
   if (b.arrived == 0) b.count = 0;
   b.count += predicate;
+  if (m.noting) {
+    if (b.arrived == 0) b.rounds.clear();
+    m.races.give(m.number(m.current), b.rounds);
+  }
   if (++b.arrived < threads) return false;
   b.arrived = 0;
-  if (m.noting && threads == m.threads) settle_notes(0, m.threads);
+  if (m.noting && threads == m.threads) settle_notes(0, m.threads), m.races.all_met();
   release(m, id);
   return true;
 }
@@ -493,7 +519,10 @@ void fail(const std::string& what, Where where) {
 
 int barrier(int id, int threads, bool predicate, Where where) {
   Machine& m = machine();
-  if (arrive(m, id, threads, predicate, where)) return m.barriers[id].count;
+  if (arrive(m, id, threads, predicate, where)) {
+    if (m.noting) m.races.take(m.number(m.current), m.barriers[id].rounds);
+    return m.barriers[id].count;
+  }
   m.current->barrier = id;
   m.wait(State::barrier, where);
   return m.current->result;
@@ -532,6 +561,12 @@ void collective(const char* kind, uint32_t mask, void* operands, void (*complete
   complete(all, mask);
   m.noting = noting;
   if (noting && mask == kFullWarp) settle_notes(first, first + 32);
+  if (noting && std::strcmp(kind, "__syncwarp") == 0) {
+    std::vector<int> lanes;
+    for (int i = 0; i < 32; ++i)
+      if (mask >> i & 1) lanes.push_back(first + i);
+    m.races.met(lanes);
+  }
   for (int i = 0; i < 32; ++i)
     if (mask >> i & 1) m.fibers[first + i]->state = State::ready;
 }
@@ -587,6 +622,8 @@ void mbarrier_init(uint64_t* bar, int count, Where where) {
 void mbarrier_arrive(uint64_t* bar, int transaction_bytes, Where where) {
   MBarrier b = read(bar);
   if (b.pending == 0) fail("mbarrier: more arrivals than expected", where);
+  Machine& m = machine();
+  if (m.noting) m.races.give(m.number(m.current), m.through[bar]);
   --b.pending;
   b.bytes += transaction_bytes;
   write(bar, b);
@@ -594,10 +631,12 @@ void mbarrier_arrive(uint64_t* bar, int transaction_bytes, Where where) {
 
 void mbarrier_wait(uint64_t* bar, int parity, Where where) {
   Machine& m = machine();
-  if (read(bar).phase != static_cast<unsigned>(parity)) return;
-  m.current->mbarrier = bar;
-  m.current->parity = parity;
-  m.wait(State::mbarrier, where);
+  if (read(bar).phase == static_cast<unsigned>(parity)) {
+    m.current->mbarrier = bar;
+    m.current->parity = parity;
+    m.wait(State::mbarrier, where);
+  }
+  if (m.noting) m.races.take(m.number(m.current), m.through[bar]);
 }
 
 void copy_bulk(void* shared, const void* global, int bytes, uint64_t* bar, Where where) {
@@ -605,9 +644,9 @@ void copy_bulk(void* shared, const void* global, int bytes, uint64_t* bar, Where
   if (bytes % 16 || s % 16 || g % 16)
     fail("cp.async.bulk: addresses and size are not multiples of 16", where);
   if (!is_shared(shared, bytes)) fail("cp.async.bulk: the destination is not shared memory", where);
-  machine().by_engine(shared, bytes, where);
   std::memset(shared, kPoison, bytes);
   machine().bulk.push_back({{{shared, global, bytes, bytes}}, bytes, bar});
+  machine().engine_writes(shared, bytes, where);
 }
 
 void copy_tensor(void* shared, const Matrix& from, int64_t column, int64_t row, uint64_t* bar, Where where) {
@@ -616,7 +655,6 @@ void copy_tensor(void* shared, const Matrix& from, int64_t column, int64_t row, 
   const int bytes = from.box_rows * kChunk * kChunks;
   if ((to - dynamic_shared()) % 1024) fail("cp.async.bulk.tensor: expected a multiple of 1024", where);
   if (!is_shared(shared, bytes)) fail("cp.async.bulk.tensor: the destination is not shared memory", where);
-  machine().by_engine(shared, bytes, where);
   std::memset(shared, kPoison, bytes);
   BulkCopy copy{{}, bytes, bar};
   for (int r = 0; r < from.box_rows; ++r)
@@ -627,6 +665,7 @@ void copy_tensor(void* shared, const Matrix& from, int64_t column, int64_t row, 
                              static_cast<int>(std::clamp<int64_t>(left, 0, kChunk))});
     }
   machine().bulk.push_back(std::move(copy));
+  machine().engine_writes(shared, bytes, where);
 }
 
 uint32_t shared_address(const void* p) {
