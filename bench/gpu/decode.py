@@ -9,6 +9,7 @@ import torch
 
 import pared
 from bench.gpu.measure import Case, Goal, Machine, copies_of
+from pared._cuda_decode import DecodeWeight, Format
 from pared._cuda_sparse import DeviceCSR
 
 SHAPES = [(8192, 8192), (28672, 8192)]
@@ -50,6 +51,13 @@ def linear(
         make = {"bitmap8": pared.ops.Bitmap8, "int8wo": pared.ops.Int8WeightOnly}[format]
         first = make.from_dense(w.cpu()).to(machine.device)
     quick = copies_of(first, copies)
+    calls = {"pared": lambda i: pared.ops.linear(x, quick[i])}
+    if isinstance(first, DecodeWeight) and format == "bitmap" and (zeros > 0.5 or machine.dry):
+        other: Format = (
+            "pairs16" if first.format == "bitmap16" else "bitmap16"
+        )  # what faster_format did not take
+        others = copies_of(DecodeWeight.from_dense(w, format=other), copies)
+        calls[other] = lambda i: pared.ops.linear(x, others[i])
     ws = [w, *(w.clone() for _ in range(copies - 1))]
 
     def check() -> None:
@@ -62,10 +70,7 @@ def linear(
     return Case(
         suite=f"decode {format}",
         name=f"{outputs} x {inputs}, {zeros:.0%} zeros, {tokens} tokens",
-        calls={
-            "pared": lambda i: pared.ops.linear(x, quick[i]),
-            "cuBLAS bf16": lambda i: torch.nn.functional.linear(x, ws[i]),
-        },
+        calls=calls | {"cuBLAS bf16": lambda i: torch.nn.functional.linear(x, ws[i])},
         copies=copies,
         goals=[Goal(["cuBLAS bf16"], goal)],
         nbytes=quick[0].nbytes + 2 * tokens * (inputs + outputs),
