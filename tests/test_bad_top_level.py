@@ -1,10 +1,12 @@
-"""Bad arguments to what `pared`, `pared.quant` and `pared.schedules` export: the table of test_bad_arguments
-for functions that take models. Every bad value is refused by name, and leaves the model as it was."""
+"""Bad arguments to what `pared` and its modules for models (quant, schedules, training, callbacks) export:
+the table of test_bad_arguments for functions that take models. Every bad value is refused by name, and leaves
+the model as it was."""
 
 from __future__ import annotations
 
 import inspect
 import io
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,11 +25,12 @@ from _bad_values import (
     parameters,
     refusals,
 )
-from test_bad_input import X, fingerprint, good, network, with_nan
+from test_bad_input import X, fingerprint, good, loss_fn, network, with_nan
 from torch import nn
 
 import pared
-from pared import quant, schedules
+from pared import callbacks, quant, schedules, training
+from pared.pruning.targets import collect
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +91,12 @@ PATH = Values(
     {"an integer": 3, "None": None, "an object": object(), "an array": ARRAY, "a text file": io.StringIO()}
 )
 
+ABOVE_0 = Values({**AT_LEAST_0.values, "nothing": 0.0})
+STEPS = Values({**COUNT.values, "nothing": 0})
+OPTIMIZER = Values({**THINGS, "a class": torch.optim.SGD, "a list": [3]})
+TENSOR = Values({**THINGS, "None": None, "a list": [1.0], "integers": torch.zeros(2, 5, dtype=torch.int64)})
+LOGITS, LABELS = torch.zeros(4, 3), torch.arange(4) % 3
+
 PRUNING = {
     "pattern": PATTERN,
     "importance": WORD,
@@ -97,6 +106,8 @@ PRUNING = {
     "include": FILTERS,
     "exclude": FILTERS,
 }
+# Among the options of what these call.
+OTHERS_HAVE_IT = {"unknown": Values({"an integer": 3, "None": None})}
 ENDS = {"keep_first": COUNT, "keep_last": COUNT}
 # What is looked at where it is needed.
 NEEDS = {"data": {"importance": "wanda"}, "loss_fn": {"importance": "taylor", "data": good()}}
@@ -121,6 +132,9 @@ def on_a_model(function: Callable[..., Any], make: Callable[[], nn.Module] = net
     return call
 
 
+GRID = quant.Grid(torch.ones(1), torch.zeros(1), 8)
+
+
 def ramp(cls: type, **more: Values) -> Call:
     return Call(
         cls,
@@ -139,6 +153,21 @@ def plain() -> nn.Module:
 
 def normed() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 4))
+
+
+def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+
+def scan() -> training.Sensitivity:
+    return training.Sensitivity(1.0, (0.5, 0.9), {"0.weight": (0.9, 0.5)}, {"0.weight": 96})
+
+
+def input_range() -> quant.InputRange:
+    targets, _ = collect(network(), None, None, 0, 0)
+    seen = quant.InputRange(targets[0])
+    seen.input(X)
+    return seen
 
 
 def quantized_layer() -> nn.Module:
@@ -178,8 +207,8 @@ CALLS: dict[str, Call] = {
             "schedule": CALLABLE,
             **PRUNING,
             **ENDS,
-            "optimizer": Values({**THINGS, "a class": torch.optim.SGD, "a list": [3]}),
-            "update_every": COUNT,
+            "optimizer": OPTIMIZER,
+            "update_every": STEPS,
             "allow_regrowth": FLAG,
         },
         NEEDS,
@@ -423,12 +452,197 @@ CALLS: dict[str, Call] = {
             "loss_fn": OPTIONAL_CALLABLE,
         },
     ),
+    "quant.ActivationGrid.round": Call(quant.ActivationGrid(0.1, 0, "int8").round, {"x": X}, {"x": TENSOR}),
+    "quant.DistributionReport.to_json": Call(
+        quant.DistributionReport(8, ()).to_json, {"indent": 2}, {"indent": NOTHING}
+    ),
+    "quant.DistributionReport.to_html": Call(
+        quant.DistributionReport(8, ()).to_html,
+        {"path": os.devnull},
+        {
+            "path": PATH,
+            "title": Values({"an integer": 3, "None": None, "an object": object(), "bytes": b"a"}),
+        },
+    ),
+    "quant.Grid.codes": Call(GRID.codes, {"x": X}, {"x": TENSOR}),
+    "quant.Grid.round": Call(GRID.round, {"x": X}, {"x": TENSOR}),
+    "quant.QuantReport.from_dict": Call(
+        quant.QuantReport.from_dict,
+        {"data": quant.QuantReport("rtn", None, ()).to_dict()},
+        {"data": Values({**THINGS, "None": None, "nothing": {}, "other keys": {"a": 1}})},
+    ),
+    "quant.QuantReport.to_json": Call(quant.QuantReport("rtn", None, ()).to_json, {}, {"indent": NOTHING}),
+    "quant.QuantizedWeight.codes": Call(
+        lambda matrix: quant.quantized(quantized_layer()).codes(matrix),
+        {"matrix": torch.zeros(4, 8)},
+        {"matrix": Values({**TENSOR.values, "of other rows": torch.zeros(3, 8), "a vector": torch.zeros(8)})},
+    ),
+    "quant.InputRange.input": Call(lambda x: input_range().input(x), {"x": X}, {"x": TENSOR}),
+    "quant.InputRange.range": Call(
+        lambda **options: input_range().range(**options),
+        {"method": "percentile"},
+        {"method": WORD, "bits": BITS, "share": Values({**SHARE.but("one").values, "too low": 0.4})},
+    ),
+    "quant.InputRange.grid": Call(
+        lambda **options: input_range().grid(**options),
+        {"method": "mse"},
+        {"method": WORD, "bits": BITS, "symmetric": FLAG},
+    ),
     "isa": Call(pared.isa, {}, {}),
     "kernels": Call(pared.kernels, {}, {}),
     "schedules.OneShot": Call(schedules.OneShot, {"sparsity": 0.5}, {"sparsity": SHARE, "at": COUNT}),
     "schedules.Linear": ramp(schedules.Linear),
     "schedules.Exponential": ramp(schedules.Exponential),
-    "schedules.Polynomial": ramp(schedules.Polynomial, power=Values({**AT_LEAST_0.values, "nothing": 0.0})),
+    "training.FineTune": Call(
+        training.FineTune,
+        {"loss": loss_fn, "optimizer": optimizer, "steps": 3},
+        {
+            "loss": CALLABLE,
+            "optimizer": CALLABLE,
+            "steps": STEPS,
+            "data": Values({"an integer": 3, "an object": object(), "one batch": X}),
+            "scheduler": OPTIONAL_CALLABLE,
+            "clip": ABOVE_0.but("None"),
+            "every": STEPS,
+        },
+    ),
+    "training.Movement": Call(
+        on_a_model(training.Movement), {}, {"model": MODEL, "include": FILTERS, "exclude": FILTERS}
+    ),
+    "training.Proximal": Call(
+        on_a_model(training.Proximal),
+        {"optimizer": optimizer(network()), "strength": 0.1},
+        {
+            "model": MODEL,
+            "optimizer": OPTIMIZER,
+            "strength": ABOVE_0,
+            "penalty": WORD,
+            "include": FILTERS,
+            "exclude": FILTERS,
+        },
+    ),
+    "training.RigL": Call(
+        on_a_model(training.RigL),
+        {"sparsity": 0.5},
+        {
+            "model": MODEL,
+            "sparsity": SHARE,
+            "optimizer": OPTIMIZER,
+            "share": SHARE,
+            "update_every": STEPS,
+            "end": STEPS,
+            "include": FILTERS,
+            "exclude": FILTERS,
+        },
+    ),
+    "training.SlimmingPenalty": Call(
+        on_a_model(training.SlimmingPenalty),
+        {},
+        {"model": Values({**MODEL.values, "without norms": nn.Linear(2, 2)}), "strength": ABOVE_0},
+    ),
+    "training.Sensitivity.to_json": Call(
+        lambda indent: scan().to_json(indent), {"indent": 2}, {"indent": NOTHING}
+    ),
+    "training.Sensitivity.plot": Call(lambda path: scan().plot(path), {"path": os.devnull}, {"path": PATH}),
+    "training.UntilReport.to_json": Call(
+        training.UntilReport(1.0, 0.9, 0.5, 1.0, ()).to_json, {"indent": 2}, {"indent": NOTHING}
+    ),
+    "training.allocate": Call(
+        training.allocate,
+        {"scan": scan(), "sparsity": 0.5},
+        {"scan": Values({**THINGS, "None": None}), "sparsity": SHARE},
+    ),
+    "training.distillation_loss": Call(
+        training.distillation_loss,
+        {"student": LOGITS, "teacher": LOGITS, "labels": LABELS},
+        {
+            "student": TENSOR,
+            "teacher": Values({**TENSOR.values, "of another shape": LOGITS[:3]}),
+            "labels": Values(
+                {
+                    **THINGS,
+                    "numbers": LOGITS,
+                    "too few": LABELS[:2],
+                    "too large": LABELS + 7,
+                    "negative": LABELS - 4,
+                    "by class": torch.zeros(4, 3, dtype=torch.int64),
+                }
+            ),
+            "temperature": ABOVE_0,
+            "alpha": Values({**AT_LEAST_0.values, "two": 2.0}),
+        },
+    ),
+    "training.feature_loss": Call(
+        training.feature_loss,
+        {"student": [LOGITS, X], "teacher": [LOGITS, X]},
+        {
+            "student": Values({**THINGS, "None": None, "none": [], "numbers": [1.0, 2.0]}),
+            "teacher": Values(
+                {
+                    **THINGS,
+                    "None": None,
+                    "none": [],
+                    "numbers": [1.0, 2.0],
+                    "too few": [LOGITS],
+                    "of other shapes": [X, LOGITS],
+                }
+            ),
+        },
+    ),
+    "training.prune_until": Call(
+        on_a_model(training.prune_until),
+        {"evaluate": evaluate, "rounds": 2},
+        {
+            "model": MODEL,
+            "evaluate": CALLABLE,
+            "max_drop": AT_LEAST_0,
+            "retrain": OPTIONAL_CALLABLE,
+            "start": SHARE,
+            "rate": Values({**ABOVE_0.values, "one": 1.0}),
+            "rounds": STEPS,
+            "rewind": Values({**THINGS, "nothing": {}, "numbers": dict.fromkeys(network().state_dict(), 3)}),
+            "optimizer": OPTIMIZER,
+            **PRUNING,
+            **OTHERS_HAVE_IT,
+            "schedule": FLAG,
+        },
+        NEEDS,
+    ),
+    "training.sensitivity": Call(
+        on_a_model(training.sensitivity),
+        {"evaluate": evaluate, "ratios": [0.5]},
+        {
+            "model": MODEL,
+            "evaluate": CALLABLE,
+            "ratios": LEVELS,
+            **{k: v for k, v in PRUNING.items() if k != "scope"},
+            **OTHERS_HAVE_IT,
+            "scope": FLAG,
+        },
+        NEEDS,
+    ),
+    "callbacks.TrainerPruner": Call(
+        lambda **options: callbacks.TrainerPruner(**options),
+        {"schedule": schedules.OneShot(0.5)},
+        {
+            "schedule": CALLABLE,
+            "resume": PATH.but("None"),
+            **OTHERS_HAVE_IT,
+            "model": OPTIMIZER,
+            "optimizer": OPTIMIZER,
+        },
+    ),
+    "callbacks.LightningPruner": Call(
+        lambda **options: callbacks.LightningPruner(**options),
+        {"schedule": schedules.OneShot(0.5)},
+        {"schedule": CALLABLE, **OTHERS_HAVE_IT, "model": OPTIMIZER, "optimizer": OPTIMIZER},
+    ),
+    "callbacks.LightningPruner.load_state_dict": Call(
+        lambda state_dict: callbacks.LightningPruner(schedules.OneShot(0.5)).load_state_dict(state_dict),
+        {"state_dict": {}},
+        {"state_dict": Values({**THINGS, "a list": [3]})},
+    ),
+    "schedules.Polynomial": ramp(schedules.Polynomial, power=ABOVE_0),
 }
 
 
@@ -442,17 +656,19 @@ def saved() -> io.BytesIO:
 def public() -> dict[str, set[str]]:
     """Every function and class of `pared` and these modules, and their methods that take arguments."""
     things = {name: getattr(pared, name) for name in pared.__all__}
-    for module in (quant, schedules):
+    for module in (quant, schedules, training, callbacks):
         prefix = module.__name__.partition(".")[2]
         things |= {f"{prefix}.{name}": getattr(module, name) for name in module.__all__}
     found = {}
     for name, thing in things.items():
-        made = name.startswith("quant.") and inspect.isclass(thing)  # by functions, for the user to read
-        if inspect.ismodule(thing) or name in NO_CALLS or made:
+        if inspect.ismodule(thing) or name in NO_CALLS:
             continue
-        found[name] = parameters(thing)
+        if name not in RESULTS:
+            found[name] = parameters(thing)
         for method in vars(thing) if inspect.isclass(thing) else ():
             function = getattr(thing, method)
+            if f"{name}.{method}" in CALLED_BACK or method.startswith("on_"):  # by trainers
+                continue
             if not method.startswith("_") and method not in MADE_OF_TORCH and callable(function):
                 taken = parameters(function) - {"self"}
                 if taken:
@@ -462,6 +678,17 @@ def public() -> dict[str, set[str]]:
 
 # Raised, not called; a type's other name; in the table as pared.quantize.
 NO_CALLS = ("FormatError", "schedules.Schedule", "quant.quantize")
+# Made by functions, for the user to read.
+RESULTS = (
+    *(f"quant.{name}" for name in quant.__all__ if inspect.isclass(getattr(quant, name))),
+    *(f"training.{name}" for name in ("Round", "Sensitivity", "UntilReport")),
+)
+# By pared alone, with what is its own.
+CALLED_BACK = (
+    "training.FineTune.run",
+    "training.Movement.score",
+    *(f"quant.InputRange.{name}" for name in ("reduce", "bars", "squared_error")),
+)
 # Called with what the model takes.
 MADE_OF_TORCH = ("forward", "train")
 

@@ -138,7 +138,7 @@ def test_the_proximal_step_is_the_minimiser_and_makes_zeros() -> None:
         norm = w.norm(dim=dim, keepdim=True)
         want = w * (1 - 0.135 * math.sqrt(w.shape[dim]) / norm).clamp(min=0)
         torch.testing.assert_close(model[0].weight.detach(), want)
-    with pytest.raises(ValueError, match="penalty: expected 'l1', 'outputs' or 'inputs', got 'l2'"):
+    with pytest.raises(ValueError, match="penalty: expected 'l1', 'outputs', 'inputs', got 'l2'"):
         Proximal(mlp(), optimizer, 1.0, penalty="l2")
 
 

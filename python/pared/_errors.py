@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import itertools
 import os
 import sys
@@ -13,9 +14,12 @@ __all__ = [
     "check_ascending",
     "check_callable",
     "check_choice",
+    "check_count",
     "check_flag",
+    "check_known",
     "check_number",
     "check_path",
+    "check_positive",
     "choice_error",
     "close_matches",
 ]
@@ -62,6 +66,34 @@ def check_number(argument: str, got: object, also: str = "") -> float:
     if not 0 <= got <= sys.float_info.max:
         raise ValueError(f"{want} {got!s:.20}")
     return float(got)
+
+
+def check_positive(argument: str, got: object) -> float:
+    """`got` as a float, finite and above 0. Raises ``TypeError`` or ``ValueError``."""
+    number = check_number(argument, got)
+    if not number:
+        raise ValueError(f"{argument}: expected a number > 0, got {got!r}")
+    return number
+
+
+def check_count(argument: str, got: object, what: str) -> int:
+    """`got`, an int of at least 1; `what` it counts. Raises ``TypeError`` or ``ValueError``."""
+    if isinstance(got, bool) or not isinstance(got, int):
+        raise TypeError(f"{argument}: expected a number of {what}, got {type(got).__name__}")
+    if got < 1:
+        raise ValueError(f"{argument}: expected a number of {what} >= 1, got {got}")
+    return got
+
+
+def check_known(options: Mapping[str, object], function: Callable[..., object], taken: Iterable[str]) -> None:
+    """Raise ``TypeError`` for the first of `options` that `function` lacks, or that is one of `taken`."""
+    known = inspect.signature(function).parameters.keys() - set(taken)
+    for name, value in options.items():
+        if name not in known:
+            what = f"an option of pared.{function.__name__} ({', '.join(sorted(known))})"
+            near = close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{name}: expected {what}, got {value!r:.60}{hint}")
 
 
 def check_callable(argument: str, got: object, what: str) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from pared._checkpoint import Checkpoint, Item
-from pared.pruning.calibration import batches
+from pared._errors import check_callable, check_count, check_positive
+from pared.pruning.calibration import batches, check_batches
 from pared.pruning.pruner import Pruner
 
 __all__ = ["FineTune", "seeded"]
@@ -63,15 +64,16 @@ class FineTune:
     every: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("loss", "optimizer"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"{name}: expected a callable, got {type(getattr(self, name)).__name__}")
+        check_callable("loss", self.loss, "(model, batch) -> scalar")
+        check_callable("optimizer", self.optimizer, "(parameters) -> optimizer")
         for name in ("steps", "every"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a number of steps >= 1, got {value!r}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip: expected a number > 0 or None, got {self.clip!r}")
+            check_count(name, getattr(self, name), "steps")
+        if self.data is not None:
+            check_batches(self.data)
+        if self.scheduler is not None:
+            check_callable("scheduler", self.scheduler, "(optimizer) -> scheduler, or None")
+        if self.clip is not None:
+            check_positive("clip", self.clip)
 
     def run(self, model: nn.Module, pruner: Pruner, data: Iterable[Any], done: Checkpoint, name: str) -> None:
         """Train `model`, whose zeros `pruner` holds; what `done` has under `name` is not done again."""

@@ -18,6 +18,15 @@ __all__ = ["Exponential", "Linear", "OneShot", "Polynomial", "Schedule"]
 Schedule: TypeAlias = Callable[[int], float]
 
 
+def check_schedule(schedule: object) -> None:
+    """Raise ``TypeError`` unless `schedule` can be called, and is no class."""
+    if isinstance(schedule, type) or not callable(schedule):
+        got = f"the class {schedule.__name__}" if isinstance(schedule, type) else type(schedule).__name__
+        raise TypeError(
+            f"schedule: expected a callable step -> sparsity, such as a pared.schedules object, got {got}"
+        )
+
+
 def _check_sparsity(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number in [0, 1), got {type(value).__name__}")

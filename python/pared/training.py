@@ -30,13 +30,24 @@ from torch import nn
 from torch.nn import functional
 
 from pared import ops
+from pared._errors import (
+    check_ascending,
+    check_callable,
+    check_choice,
+    check_count,
+    check_known,
+    check_number,
+    check_path,
+    check_positive,
+)
 from pared._finetune import FineTune
 from pared.pruning.importance import Importance, Statistics
 from pared.pruning.masks import keep_count, zero
 from pared.pruning.oneshot import check_sparsity, prune
 from pared.pruning.patterns import parse_pattern
-from pared.pruning.pruner import Pruner, _zero_state
+from pared.pruning.pruner import Pruner, _zero_state, check_optimizers
 from pared.pruning.targets import Filters, collect, unwrap
+from pared.quant.grid import check_tensor
 from pared.schedules import OneShot
 
 __all__ = [
@@ -54,14 +65,6 @@ __all__ = [
     "prune_until",
     "sensitivity",
 ]
-
-
-def _positive(name: str, value: object, *, zero_too: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero_too):
-        raise ValueError(f"{name}: expected a number {'>=' if zero_too else '>'} 0, got {value!r}")
-    return float(value)
 
 
 # ---------------------------------------------------------------- losses and penalties
@@ -85,9 +88,11 @@ def distillation_loss(
     student, teacher : logits [n, classes]; no gradient reaches the teacher.
     labels : [n], int64; None leaves the second term out (and alpha at 1).
     """
-    t = _positive("temperature", temperature)
-    if not 0 <= alpha <= 1:
+    t = check_positive("temperature", temperature)
+    if check_number("alpha", alpha) > 1:
         raise ValueError(f"alpha: expected a number in [0, 1], got {alpha!r}")
+    check_tensor("student", student)
+    check_tensor("teacher", teacher)
     if student.shape != teacher.shape:
         raise ValueError(
             f"teacher: expected logits of shape {list(student.shape)}, got {list(teacher.shape)}"
@@ -104,7 +109,19 @@ def distillation_loss(
     )
     if labels is None:
         return soft
-    return alpha * soft + (1 - alpha) * functional.cross_entropy(student, labels)
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
+        got = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise TypeError(f"labels: expected an int64 tensor or None, got {got}")
+    if labels.shape != student.shape[:1]:
+        raise ValueError(f"labels: expected shape {list(student.shape[:1])}, got {list(labels.shape)}")
+    try:
+        hard = functional.cross_entropy(student, labels)
+    except IndexError:
+        low, high = (int(v) for v in torch.aminmax(labels))
+        raise ValueError(
+            f"labels: expected classes from 0 to {student.shape[1] - 1}, got numbers from {low} to {high}"
+        ) from None
+    return alpha * soft + (1 - alpha) * hard
 
 
 def feature_loss(
@@ -120,10 +137,9 @@ def feature_loss(
     student, teacher : outputs of the same layers of both models, of equal shapes: a tensor, or one a layer
         (hidden states, or what forward hooks kept); no gradient reaches the teacher.
     """
-    students = [student] if isinstance(student, torch.Tensor) else list(student)
-    teachers = [teacher] if isinstance(teacher, torch.Tensor) else list(teacher)
-    if not students or len(students) != len(teachers):
-        raise ValueError(f"teacher: expected {len(students) or 'one or more'} layers, got {len(teachers)}")
+    students, teachers = _layers("student", student), _layers("teacher", teacher)
+    if len(students) != len(teachers):
+        raise ValueError(f"teacher: expected {len(students)} layers, got {len(teachers)}")
     terms = []
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
         if s.shape != t.shape:
@@ -134,6 +150,17 @@ def feature_loss(
     return torch.stack(terms).mean()
 
 
+def _layers(name: str, given: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    if not isinstance(given, torch.Tensor | Sequence):
+        raise TypeError(f"{name}: expected a tensor or one a layer, got {type(given).__name__}")
+    found = [given] if isinstance(given, torch.Tensor) else list(given)
+    if not found:
+        raise ValueError(f"{name}: expected one or more layers, got none")
+    for i, one in enumerate(found):
+        check_tensor(f"{name}[{i}]", one)
+    return found
+
+
 class SlimmingPenalty:
     """``strength * sum |gamma|`` over the BatchNorm layers: add it to the loss, then prune by "bn_scale".
 
@@ -141,7 +168,7 @@ class SlimmingPenalty:
     """
 
     def __init__(self, model: nn.Module, strength: float = 1e-4) -> None:
-        self.strength = _positive("strength", strength)
+        self.strength = check_positive("strength", strength)
         norms = nn.modules.batchnorm._BatchNorm
         self.scales = [m.weight for m in unwrap(model).modules() if isinstance(m, norms) and m.affine]
         if not self.scales:
@@ -176,9 +203,9 @@ class Proximal:
         include: Filters = None,
         exclude: Filters = None,
     ) -> None:
-        if penalty not in ("l1", "outputs", "inputs"):
-            raise ValueError(f"penalty: expected 'l1', 'outputs' or 'inputs', got {penalty!r}")
-        self.strength, self.penalty, self.optimizer = _positive("strength", strength), penalty, optimizer
+        check_choice("penalty", penalty, ("l1", "outputs", "inputs"))
+        (self.optimizer,) = check_optimizers([optimizer])
+        self.strength, self.penalty = check_positive("strength", strength), penalty
         self.targets, _ = collect(unwrap(model), include, exclude, 0, 0)
 
     def step(self) -> None:
@@ -274,10 +301,11 @@ class RigL:
         exclude: Filters = None,
     ) -> None:
         self.sparsity = check_sparsity(sparsity, parse_pattern("unstructured"))
-        if not 0 <= share < 1:
+        if check_number("share", share) >= 1:
             raise ValueError(f"share: expected a number in [0, 1), got {share!r}")
-        if update_every < 1 or end < 1:
-            raise ValueError(f"update_every, end: expected steps >= 1, got {update_every} and {end}")
+        check_count("update_every", update_every, "steps")
+        check_count("end", end, "steps")
+        check_optimizers([] if optimizer is None else [optimizer])
         module = unwrap(model)
         self.targets, _ = collect(module, include, exclude, 0, 0)
         self.optimizer, self.share, self.update_every, self.end = optimizer, share, update_every, end
@@ -398,19 +426,23 @@ def prune_until(
     UntilReport
     """
     module = unwrap(model)
-    drop, rate = _positive("max_drop", max_drop, zero_too=True), _positive("rate", rate)
+    drop, rate = check_number("max_drop", max_drop), check_positive("rate", rate)
+    check_callable("evaluate", evaluate, "(model) -> number")
+    if retrain is not None:
+        check_callable("retrain", retrain, "(model, pruner), or None")
+    check_count("rounds", rounds, "rounds")
+    check_known(options, Pruner, ("model", "schedule", "optimizer"))
+    check_optimizers(optimizer)
     pattern = parse_pattern(options.get("pattern", "unstructured"))
     if pattern.kind == "nm":
         raise ValueError(
             f"pattern: expected one whose sparsity can grow, got {str(pattern)!r}; use pared.prune"
         )
-    sparsity = check_sparsity(start, pattern)
+    sparsity = check_sparsity(start, pattern, "start")
     if not rate < 1:
         raise ValueError(f"rate: expected a number in (0, 1), got {rate!r}")
-    if rewind is not None and (missing := sorted(dict(module.named_parameters()).keys() - rewind.keys())):
-        raise ValueError(
-            f"rewind: expected a state_dict of the model, got one without {', '.join(missing[:3])}"
-        )
+    if rewind is not None:
+        _check_rewind(module, rewind)
     baseline = _metric(evaluate, module)
     done: list[Round] = []
     best, reached, metric = _snapshot(module), 0.0, baseline
@@ -444,6 +476,18 @@ def prune_until(
 
 def _snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def _check_rewind(model: nn.Module, state: object) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"rewind: expected a state_dict of the model, got {type(state).__name__}")
+    for name, p in model.named_parameters():
+        if name not in state:
+            raise ValueError(f"rewind: expected a state_dict of the model, got one without {name}")
+        own = state[name]
+        if not isinstance(own, torch.Tensor) or own.shape != p.shape:
+            got = list(own.shape) if isinstance(own, torch.Tensor) else type(own).__name__
+            raise ValueError(f"rewind: expected {name!r} of shape {list(p.shape)}, got {got}")
 
 
 def _rewind(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
@@ -491,6 +535,7 @@ class Sensitivity:
 
     def plot(self, path: str) -> None:
         """One line a layer, metric against ratio, as an image; needs matplotlib."""
+        check_path("path", path)
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -523,8 +568,10 @@ def sensitivity(
     importance, include, exclude, options : as in `pared.prune`.
     """
     module = unwrap(model)
-    if not ratios:
-        raise ValueError("ratios: expected at least one, got none")
+    check_callable("evaluate", evaluate, "(model) -> number")
+    pattern = parse_pattern(options.get("pattern", "unstructured"))
+    ratios = check_ascending("ratios", ratios, lambda r: check_sparsity(r, pattern, "ratios"))
+    check_known(options, prune, ("model", "sparsity", "scope", "importance", "include", "exclude"))
     targets, _ = collect(module, include, exclude, 0, 0)
     baseline = _metric(evaluate, module)
     metrics: dict[str, tuple[float, ...]] = {}
@@ -549,6 +596,8 @@ def allocate(scan: Sensitivity, sparsity: float) -> dict[str, float]:
     Greedy: again and again the step to a layer's next ratio that costs least metric per removed weight.
     Losses of single layers are taken to add up. Returns ratios by tensor name, 0 for layers that stay.
     """
+    if not isinstance(scan, Sensitivity):
+        raise TypeError(f"scan: expected what sensitivity gives, got {type(scan).__name__}")
     target = check_sparsity(sparsity, parse_pattern("unstructured"))
     total = sum(scan.weights.values())
     chosen = dict.fromkeys(scan.metrics, -1)

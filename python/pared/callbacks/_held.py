@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pared._errors import check_known
 from pared.pruning.pruner import Pruner
 from pared.pruning.report import PruneReport
-from pared.schedules import Schedule
+from pared.schedules import Schedule, check_schedule
 from pared.training import Movement
 
 __all__ = ["Held"]
@@ -26,11 +27,13 @@ class Held:
     """
 
     def __init__(self, schedule: Schedule, options: dict[str, Any]) -> None:
+        check_schedule(schedule)
         for name in ("model", "optimizer"):
             if name in options:
                 raise TypeError(
                     f"{name}: expected none, the trainer has it, got {type(options[name]).__name__}"
                 )
+        check_known(options, Pruner, ("model", "schedule", "optimizer"))
         self.schedule, self.options = schedule, options
         self.pruner: Pruner | None = None
         self.report: PruneReport | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from pared.callbacks._held import Held
@@ -87,4 +88,8 @@ class LightningPruner(_base()):  # type: ignore[misc]  # whichever of the two is
         return self._held.saved()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"state_dict: expected what state_dict() gave, a mapping, got {type(state_dict).__name__}"
+            )
         self._held.state = state_dict or None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pared._errors import check_path
 from pared.callbacks._held import Held
 from pared.pruning.pruner import Pruner
 from pared.pruning.report import PruneReport
@@ -54,6 +55,8 @@ class TrainerPruner(TrainerCallback):  # type: ignore[misc, unused-ignore]  # a 
         self, schedule: Schedule, *, resume: str | os.PathLike[str] | None = None, **options: Any
     ) -> None:
         self._held = Held(schedule, options)
+        if resume is not None:
+            check_path("resume", resume, "or None")
         self._resume = None if resume is None else Path(resume)
 
     @property

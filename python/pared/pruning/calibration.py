@@ -193,7 +193,18 @@ class StopForward(Exception):
     """Raised by a hook when the rest of the forward pass is not needed."""
 
 
-def batches(data: object, why: str) -> Iterator[Any]:
+def check_batches(data: object) -> None:
+    """Raise ``TypeError`` where `data` cannot be gone through, or is one batch and not several."""
+    if isinstance(data, torch.Tensor | Mapping):
+        raise TypeError(
+            f"data: expected an iterable of batches, got one {type(data).__name__}; for a single batch: "
+            f"[batch]"
+        )
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise TypeError(f"data: expected an iterable of batches, got {type(data).__name__}")
+
+
+def batches(data: Any, why: str) -> Iterator[Any]:
     """The batches of `data`, at least one.
 
     Raises
@@ -203,17 +214,9 @@ def batches(data: object, why: str) -> Iterator[Any]:
     """
     if data is None:
         raise ValueError(f"data: expected batches, which {why} needs, got None")
-    if isinstance(data, torch.Tensor | Mapping):
-        raise TypeError(
-            f"data: expected an iterable of batches, got one {type(data).__name__}; for a single batch: "
-            f"[batch]"
-        )
-    try:
-        iterator = iter(data)  # type: ignore[call-overload]
-    except TypeError:
-        raise TypeError(f"data: expected an iterable of batches, got {type(data).__name__}") from None
+    check_batches(data)
     count = 0
-    for batch in iterator:
+    for batch in data:
         count += 1
         yield batch
     if not count:

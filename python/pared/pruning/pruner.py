@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pared._errors import check_flag
+from pared._errors import check_count, check_flag
 from pared.pruning.importance import Importance
 from pared.pruning.masks import check_finite, zero
 from pared.pruning.oneshot import (
@@ -24,11 +24,24 @@ from pared.pruning.oneshot import (
 )
 from pared.pruning.report import PruneReport
 from pared.pruning.targets import Filters, Target
-from pared.schedules import Schedule
+from pared.schedules import Schedule, check_schedule
 
 __all__ = ["Pruner"]
 
 _VERSION = 1
+
+
+def check_optimizers(optimizer: object) -> list[torch.optim.Optimizer]:
+    """One optimiser or several as a list, None as none. Raises ``TypeError``."""
+    given = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    optimizers: list[torch.optim.Optimizer] = []
+    for one in given if optimizer is not None else []:
+        if not isinstance(one, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer: expected a torch.optim.Optimizer or a list of them, got {type(one).__name__}"
+            )
+        optimizers.append(one)
+    return optimizers
 
 
 class Pruner:
@@ -107,15 +120,8 @@ class Pruner:
         update_every: int = 1,
         allow_regrowth: bool = False,
     ) -> None:
-        if isinstance(schedule, type) or not callable(schedule):
-            got = f"the class {schedule.__name__}" if isinstance(schedule, type) else type(schedule).__name__
-            raise TypeError(
-                f"schedule: expected a callable step -> sparsity, such as a pared.schedules object, got {got}"
-            )
-        if isinstance(update_every, bool) or not isinstance(update_every, int):
-            raise TypeError(f"update_every: expected a number of steps, got {type(update_every).__name__}")
-        if update_every < 1:
-            raise ValueError(f"update_every: expected a number of steps >= 1, got {update_every}")
+        check_schedule(schedule)
+        check_count("update_every", update_every, "steps")
         check_flag("allow_regrowth", allow_regrowth)
         self._plan = make_plan(
             model, pattern, importance, scope, data, loss_fn, include, exclude, keep_first, keep_last
@@ -148,14 +154,7 @@ class Pruner:
         bake_targets(self._plan.targets)
 
     def _checked_optimizers(self, optimizer: object) -> list[torch.optim.Optimizer]:
-        given = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-        optimizers: list[torch.optim.Optimizer] = []
-        for one in given if optimizer is not None else []:
-            if not isinstance(one, torch.optim.Optimizer):
-                raise TypeError(
-                    f"optimizer: expected a torch.optim.Optimizer or a list of them, got {type(one).__name__}"
-                )
-            optimizers.append(one)
+        optimizers = check_optimizers(optimizer)
         trained = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
         if optimizers and not any(id(t.tensor) in trained for t in self._plan.targets):
             raise ValueError(

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from pared._errors import check_callable
+from pared._errors import check_callable, check_path
 from pared._files import replacing
 from pared.pruning import calibration
 from pared.pruning.calibration import LossFn, Observer
@@ -94,6 +94,9 @@ class DistributionReport:
         """
         from pared.quant._plots import page
 
+        check_path("path", path)
+        if not isinstance(title, str):
+            raise TypeError(f"title: expected a string, got {type(title).__name__}")
         with replacing(path) as temporary:
             Path(temporary).write_text(page(self, title), encoding="utf-8")
 

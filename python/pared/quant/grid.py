@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Grid", "GridRounding", "QuantizedWeight", "check_bits", "fit", "steps"]
+__all__ = ["Grid", "GridRounding", "QuantizedWeight", "check_bits", "check_tensor", "fit", "steps"]
 
 METHODS = ("minmax", "mse")
 
@@ -24,6 +24,13 @@ def check_bits(bits: object, argument: str = "bits") -> int:
     if not 2 <= bits <= 16:
         raise ValueError(f"{argument}: expected 2 to 16 bits, got {bits}")
     return bits
+
+
+def check_tensor(argument: str, got: object) -> None:
+    """Raise ``TypeError`` unless `got` is a tensor of a floating-point dtype."""
+    if not isinstance(got, torch.Tensor) or not got.is_floating_point():
+        what = got.dtype if isinstance(got, torch.Tensor) else type(got).__name__
+        raise TypeError(f"{argument}: expected a floating-point tensor, got {what}")
 
 
 def steps(bits: int, symmetric: bool) -> tuple[int, int]:
@@ -42,6 +49,7 @@ class Grid:
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """Integer codes of `x`, as floating point."""
+        check_tensor("x", x)
         low, high = steps(self.bits, self.symmetric)
         return (torch.round(x / self.scale) + self.zero).clamp(low, high)
 
@@ -125,6 +133,9 @@ class QuantizedWeight:
 
     def codes(self, matrix: torch.Tensor) -> torch.Tensor:
         """Integer codes of the weight as a matrix [outputs, columns]; int8 up to 8 bits, else int32."""
+        check_tensor("matrix", matrix)
+        if matrix.ndim != 2 or len(matrix) != len(self.scale):
+            raise ValueError(f"matrix: expected shape [{len(self.scale)}, columns], got {list(matrix.shape)}")
         group = self.group or max(1, matrix.shape[1])
         scale = self.scale.repeat_interleave(group, 1)[:, : matrix.shape[1]]
         zero = self.zero.repeat_interleave(group, 1)[:, : matrix.shape[1]]

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from pared._errors import choice_error
+from pared._errors import check_choice, check_flag, check_number
 from pared.pruning.calibration import INPUT, Observer
 from pared.pruning.criteria import Histogram
 from pared.pruning.distributed import Processes
 from pared.pruning.patterns import Pattern
 from pared.pruning.targets import Target
+from pared.quant.grid import check_bits, check_tensor
 
 __all__ = ["OBSERVERS", "ActivationGrid", "Distribution", "InputRange"]
 
@@ -31,6 +32,7 @@ class ActivationGrid:
     dtype: str
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
+        check_tensor("x", x)
         low, high = (-128, 127) if self.dtype == "int8" else (0, 255)
         codes = (torch.round(x / self.scale) + self.zero).clamp(low, high)
         return (codes - self.zero) * self.scale
@@ -75,6 +77,7 @@ class InputRange(Observer):
         self.integers = True
 
     def input(self, x: torch.Tensor) -> None:
+        check_tensor("x", x)
         flat = x.reshape(-1, 1).to(torch.float64)
         if not flat.numel():
             return
@@ -104,9 +107,11 @@ class InputRange(Observer):
     # Ranges
 
     def range(self, method: str, bits: int = 8, share: float = 0.9999) -> tuple[float, float]:
-        """The part of the range that the grid should cover."""
-        if method not in OBSERVERS:
-            raise choice_error("observer", method, OBSERVERS)
+        """The part of the range that the grid should cover; a percentile's `share` lies between its ends."""
+        check_choice("method", method, OBSERVERS)
+        check_bits(bits)
+        if not 0.5 < check_number("share", share) <= 1:
+            raise ValueError(f"share: expected a number in (0.5, 1], got {share!r}")
         if method == "minmax":
             return self.low, self.high
         if method == "percentile":
@@ -119,6 +124,7 @@ class InputRange(Observer):
 
     def grid(self, method: str, *, symmetric: bool = False, bits: int = 8) -> ActivationGrid:
         """Grid of 8 bits: uint8 for inputs >= 0, or with a zero point; int8 when `symmetric`."""
+        check_flag("symmetric", symmetric)
         low, high = self.range(method, bits)
         low, high = min(low, 0.0), max(high, 0.0)
         if symmetric and low < 0:

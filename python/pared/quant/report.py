@@ -78,6 +78,10 @@ class QuantReport:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantReport:
         """What `to_dict` gave."""
+        if not isinstance(data, Mapping):
+            raise TypeError(f"data: expected what to_dict gave, got {type(data).__name__}")
+        if missing := {"method", "observer", "layers", "kept"} - data.keys():
+            raise ValueError(f"data: expected what to_dict gave, got a mapping without {min(missing)!r}")
         layers = []
         for own in data["layers"]:
             grid = own["activation"]
