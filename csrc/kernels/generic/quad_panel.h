@@ -10,35 +10,65 @@
 namespace pared {
 namespace {
 
-// Vectors [FIRST, FIRST + N) of a tile of VECTORS position groups.
-template <class S, int VECTORS, int FIRST, int N>
-PARED_INLINE void quad_panel_part(const PanelArgs<typename S::Element>& args) {
+// RUNS quads side by side, with vectors [FIRST, FIRST + N) of a tile of VECTORS position groups. `at`: the
+// first entry of the first quad; returns that behind the last.
+template <class S, int VECTORS, int FIRST, int N, int RUNS>
+PARED_INLINE int64_t quad_panel_runs(const PanelArgs<typename S::Element>& args, const PanelRun* runs,
+                                     int64_t at) {
   using V = typename S::V;
   using T = typename S::Element;
   constexpr int kRow = VECTORS * kPanelGroup;  // elements
-  const T* values = args.values;
-  const uint16_t* offsets = args.offsets;
   const char* panel = reinterpret_cast<const char*>(args.panel + FIRST * S::width);
-  T* tile = args.acc + FIRST * S::width;
-  for (int q = 0; q < args.rows; ++q) {
-    T* acc = tile + args.runs[q].slot % (kPanelMaxSlots / 4) * (4 * kRow);
-    V sum[4][N];
+  T* acc[RUNS];
+  int64_t next[RUNS];
+  V sum[RUNS][4][N];
+  int common = runs[0].count;
+  for (int i = 0; i < RUNS; ++i) {
+    acc[i] = args.acc + FIRST * S::width + runs[i].slot % (kPanelMaxSlots / 4) * (4 * kRow);
+    next[i] = at;
+    at += runs[i].count;
+    common = runs[i].count < common ? runs[i].count : common;
     for (int r = 0; r < 4; ++r)
       for (int v = 0; v < N; ++v)
-        sum[r][v] = args.accumulate ? S::load(acc + r * kRow + v * S::width) : S::zero();
-    for (int left = args.runs[q].count; left > 0; --left, values += 4, ++offsets) {
-      const T* x = reinterpret_cast<const T*>(panel + *offsets);
-      typename S::Operand column[N];
-      for (int v = 0; v < N; ++v) column[v] = S::operand(x + v * S::width);
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) {
-        const typename S::Value w = S::value(values[r]);
-        for (int v = 0; v < N; ++v) sum[r][v] = S::fma(w, column[v], sum[r][v]);
-      }
-    }
-    for (int r = 0; r < 4; ++r)
-      for (int v = 0; v < N; ++v) S::store(acc + r * kRow + v * S::width, sum[r][v]);
+        sum[i][r][v] = args.accumulate ? S::load(acc[i] + r * kRow + v * S::width) : S::zero();
   }
+  const auto add = [&](int i) __attribute__((always_inline)) {
+    const int64_t e = next[i]++;
+    const T* x = reinterpret_cast<const T*>(panel + args.offsets[e]);
+    const T* values = args.values + 4 * e;
+    typename S::Operand column[N];
+    for (int v = 0; v < N; ++v) column[v] = S::operand(x + v * S::width);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const typename S::Value w = S::value(values[r]);
+      for (int v = 0; v < N; ++v) sum[i][r][v] = S::fma(w, column[v], sum[i][r][v]);
+    }
+  };
+  for (int left = common; left > 0; --left) {
+#pragma GCC unroll 4
+    for (int i = 0; i < RUNS; ++i) add(i);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < RUNS; ++i) {
+    for (int left = runs[i].count - common; left > 0; --left) add(i);
+    for (int r = 0; r < 4; ++r)
+      for (int v = 0; v < N; ++v) S::store(acc[i] + r * kRow + v * S::width, sum[i][r][v]);
+  }
+  return at;
+}
+
+// With few vectors several quads go side by side: the four or eight chains of multiply-adds of one would wait
+// for each other (4 cycles, two a cycle). They are of nearly equal length, and each sum stays in its order,
+// so that an output does not depend on how many positions go with it.
+template <class S, int VECTORS, int FIRST, int N>
+PARED_INLINE void quad_panel_part(const PanelArgs<typename S::Element>& args) {
+  constexpr int kRuns = S::width == kPanelGroup && N <= 2 ? 4 / N : 1;
+  int q = 0;
+  int64_t at = 0;
+  for (; q + kRuns <= args.rows; q += kRuns)
+    at = quad_panel_runs<S, VECTORS, FIRST, N, kRuns>(args, args.runs + q, at);
+  if constexpr (kRuns > 1)
+    for (; q < args.rows; ++q) at = quad_panel_runs<S, VECTORS, FIRST, N, 1>(args, args.runs + q, at);
 }
 
 // The whole tile, at most WIDEST vectors at a time: what the registers hold beside four rows of sums. Parts
