@@ -1,11 +1,15 @@
 #include "ops/panel_product.h"
 
+#include <algorithm>
+
 namespace pared {
 
 PanelTiles cut_panel_tiles(const PackedHeader& w, int64_t positions, int64_t images) {
   const int64_t max_vectors = w.tile / kPanelGroup;
   const int64_t vectors = (positions + kPanelGroup - 1) / kPanelGroup;
-  const int64_t tiles = (vectors + max_vectors - 1) / max_vectors;
+  // One vector too many goes with the last full tile, whose panel may be wider than the weight's.
+  const bool widened = w.entry_rows == 1 && max_vectors < kPanelMaxGroups && vectors % max_vectors == 1;
+  const int64_t tiles = std::max<int64_t>(1, (vectors + max_vectors - 1) / max_vectors - (widened ? 1 : 0));
   PanelTiles out;
   out.unit_stride = w.tile;
   out.tiles.reserve(images * tiles);

@@ -20,6 +20,7 @@ __all__ = ["COEFFICIENTS", "Facts", "Work", "estimate", "kernel_of", "terms"]
 # The layout of the panels (csrc/formats/panel.h) and of the token blocks (csrc/ops).
 _GROUP = 16  # positions in a vector, and rows in a row group
 _ACCUMULATORS = 64 * 1024  # of one pass over the rows
+_MOST_VECTORS = 8  # of a tile
 _BATCH = 16  # tokens that share an expanded vector
 _TOKENS = 6  # of the dense int8 micro-kernel
 _BLOCK_BYTES, _BLOCK_TOKENS, _INT4_TOKENS = 192 * 1024, 192, 96  # of quantized tokens
@@ -183,7 +184,10 @@ class _Rates:
 def _panel(w: Work, n: int, threads: int, units: int, flops: float) -> tuple[_Rates, Terms]:
     """What every panel product does. `flops`: operations of an entry's row and position."""
     vectors = _ceil(n, _GROUP)
-    tiles = _ceil(vectors, w.tile / _GROUP)
+    full = w.tile // _GROUP
+    tiles = _ceil(vectors, full)
+    if w.entry_rows == 1 and full < _MOST_VECTORS and vectors % full == 1:  # goes with the last full tile
+        tiles = max(1, tiles - 1)
     blocks = max(1, _ceil(units, w.block_k))
     groups = _ceil(w.rows, _GROUP)
     work = (w.entries * w.entry_rows + (4 + blocks) * _GROUP * groups) * vectors * _GROUP
