@@ -489,6 +489,30 @@ def test_tied_weights_count_once_and_stay_tied() -> None:
     ) in report.dense
 
 
+class Experts(nn.Module):
+    """A mixture with its experts stacked, as transformers keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.stack = nn.Linear(8, 2), nn.Parameter(torch.randn(2, 8, 8))
+        self.token, self.up = nn.Parameter(torch.randn(1, 1, 8)), nn.ConvTranspose2d(4, 4, 2)
+        self.norm = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+
+
+def test_matrices_that_no_layer_knows_are_named() -> None:
+    report = pared.prune(Experts(), 0.5, exclude="norm")
+    assert report.dense == (
+        ("norm.weight", "excluded"),
+        ("stack", "no layer of Experts is pruned"),
+        ("up.weight", "no layer of ConvTranspose2d is pruned"),
+    )
+    assert "left dense (no layer of Experts is pruned): stack" in str(report)
+    assert pared.prune(Experts(), 0.5, include="router").dense == (("norm.weight", "not included"),)
+    assert ("stack", "no layer of Experts is pruned") not in pared.prune(
+        Experts(), 0.5, exclude=["norm", "stack"]
+    ).dense
+
+
 def test_embeddings_on_request() -> None:
     for include in ("wte", "head", nn.Embedding, re.compile("^head$")):
         model = Tied()

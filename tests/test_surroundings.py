@@ -6,6 +6,7 @@ import copy
 import io
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _models import set_times
@@ -158,3 +159,41 @@ def test_converted_in_place_after_a_call(ours_is_faster, case, change):
     assert float((got.float() - want).abs().max()) <= (0.05 if dtype.itemsize == 2 else 1e-6) * float(
         want.abs().max()
     )
+
+
+# -- numpy's own numbers and layouts
+
+
+def test_convolutions_configured_with_numpys_integers(ours_is_faster):
+    two, one = np.int64(2), np.int32(1)
+    layer = nn.Conv2d(8, 16, 3, stride=two, padding=(one, one), dilation=one)
+    model, x = nn.Sequential(layer, nn.ReLU()).eval(), torch.randn(2, 8, 9, 9)
+    pared.prune(model, 0.8)
+    fast = pared.accelerate(model, x)
+    assert isinstance(fast[0], PackedModule)
+    check(fast, model, x)
+    w = pared.ops.CSR.from_dense(layer.weight.detach())
+    assert torch.equal(pared.ops.conv2d(x, w, stride=two), pared.ops.conv2d(x, w, stride=2))
+    with pytest.raises(TypeError, match="stride: expected an int or a pair of ints"):
+        pared.ops.conv2d(x, w, stride=np.True_)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_errors_about_strides_say_what_to_call(kind):
+    dense, x = np.ones((4, 6), np.float32), np.asfortranarray(np.ones((3, 6), np.float32))
+    image, kernel = (
+        np.ones((2, 8, 8, 3), np.float32).transpose(0, 3, 2, 1)[:, :, ::2],
+        np.ones((4, 3, 3, 3), np.float32),
+    )
+    hint = r"call numpy\.ascontiguousarray\(\)"
+    if kind == "torch":
+        x, image, hint = torch.from_numpy(x), torch.from_numpy(image), r"call \.contiguous\(\)"
+    for call in (
+        lambda: pared.ops.linear(x, pared.ops.CSR.from_dense(dense)),
+        lambda: pared.ops.topk_mask(x, 3),
+        lambda: pared.ops.topk_mask(x, 3, dim=1),
+        lambda: pared.ops.conv2d(image, pared.ops.CSR.from_dense(kernel)),
+        lambda: pared.ops.max_pool2d(image, 2),
+    ):
+        with pytest.raises(ValueError, match=hint):
+            call()

@@ -245,7 +245,7 @@ void refuse_negation(py::handle o, const char* name) {
 
 Array parse_torch(py::handle o, const char* name, const TorchTypes& torch) {
   Array a;
-  a.name = name;
+  a.name = name, a.tensor = true;
   if (exchange_torch(o, torch, a)) {
     refuse_negation(o, name);
     return a;
@@ -344,6 +344,10 @@ std::string Array::shape_text() const {
   return s + "]";
 }
 
+const char* Array::copy_hint() const {
+  return tensor ? "call .contiguous()" : "call numpy.ascontiguousarray()";
+}
+
 bool is_tensor(py::handle object) {
   const TorchTypes* torch = torch_types();
   return torch && is_tensor_of(object, *torch);
@@ -411,8 +415,8 @@ void require_shape(const Array& a, std::initializer_list<int64_t> expected) {
 }
 
 void require_contiguous(const Array& a) {
-  PARED_CHECK(a.contiguous(), a.name,
-              ": expected contiguous memory, got strides that are not; call .contiguous()");
+  PARED_CHECK(a.contiguous(), a.name, ": expected contiguous memory, got strides that are not; ",
+              a.copy_hint());
 }
 
 void require_writable(const Array& a) { PARED_CHECK(a.writable, a.name, ": expected writable memory"); }
@@ -439,15 +443,15 @@ Rows fold_rows(const Array& a) {
   Rows r{1, a.shape[a.ndim - 1], 0};
   const bool empty = a.size() == 0;
   PARED_CHECK(empty || r.cols == 1 || a.strides[a.ndim - 1] == 1, a.name,
-              ": expected the last dimension contiguous, got stride ", a.strides[a.ndim - 1],
-              "; call .contiguous()");
+              ": expected the last dimension contiguous, got stride ", a.strides[a.ndim - 1], "; ",
+              a.copy_hint());
   r.stride = r.cols;
   bool first = true;
   for (int i = a.ndim - 2; i >= 0; --i) {
     if (!empty && a.shape[i] != 1) {
-      PARED_CHECK(
-          first || a.strides[i] == r.stride * r.rows, a.name,
-          ": expected leading dimensions that fold into one, got strides that do not; call .contiguous()");
+      PARED_CHECK(first || a.strides[i] == r.stride * r.rows, a.name,
+                  ": expected leading dimensions that fold into one, got strides that do not; ",
+                  a.copy_hint());
       if (first) r.stride = a.strides[i];
       first = false;
     }

@@ -24,11 +24,13 @@ struct Array {
   int64_t shape[kMaxDims];
   int64_t strides[kMaxDims];  // in elements
   bool writable = true;
+  bool tensor = false;  // of torch
 
   int64_t size() const;
   int64_t bytes() const { return size() * dtype_size(dtype); }
   bool contiguous() const;  // C order; axes of size 1 may have any stride
   std::string shape_text() const;
+  const char* copy_hint() const;  // how the user makes a contiguous one
 };
 
 bool is_tensor(py::handle object);  // of torch

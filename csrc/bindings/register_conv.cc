@@ -67,8 +67,8 @@ ImageLayout layout_of(const Array& x, const Array& y) {
                       stride_is(y, 0, y.shape[1] * y.shape[2] * y.shape[3]);
   PARED_CHECK(y_nchw || y_nhwc, "out: expected contiguous or channels-last memory");
   const bool x_nchw = is_nchw(x), x_nhwc = nhwc_pixel_stride(x) > 0;
-  PARED_CHECK(x_nchw || x_nhwc,
-              "x: expected contiguous planes or channels-last memory, got other strides; call .contiguous()");
+  PARED_CHECK(x_nchw || x_nhwc, "x: expected contiguous planes or channels-last memory, got other strides; ",
+              x.copy_hint());
   // One pixel an image, in and out, is a row of tokens: the same memory, and the pixels' way is the faster.
   const bool pixels = x.shape[2] * x.shape[3] == 1 && y.shape[2] * y.shape[3] == 1;
   if (x_nhwc && y_nhwc && (pixels || !(x_nchw && y_nchw))) return ImageLayout::nhwc;

@@ -68,7 +68,7 @@ void register_pool(py::module_& m) {
         require_shape(ay, {ax.shape[0], ax.shape[1], out_h, out_w});
         PARED_CHECK(
             ax.size() == 0 || ((width == 1 || ax.strides[3] == 1) && (height == 1 || ax.strides[2] == width)),
-            "x: expected contiguous planes, got other strides; call .contiguous()");
+            "x: expected contiguous planes, got other strides; ", ax.copy_hint());
         require_disjoint(ay, ax);
         PoolImages args{};
         MaxPoolArgs& p = args.plane;

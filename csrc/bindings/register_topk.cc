@@ -170,7 +170,7 @@ class Sources {
   static void require_layout(const Array& a, bool rows) {
     if (rows && a.ndim == 2) {
       PARED_CHECK(a.size() == 0 || a.shape[1] == 1 || a.strides[1] == 1, a.name,
-                  ": expected contiguous rows, got stride ", a.strides[1], "; call .contiguous()");
+                  ": expected contiguous rows, got stride ", a.strides[1], "; ", a.copy_hint());
     } else {
       require_contiguous(a);
     }

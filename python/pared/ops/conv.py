@@ -19,8 +19,12 @@ IntPair = int | Sequence[int]
 
 def int_pair(value: Any, name: str, least: int = 1) -> tuple[int, int]:
     """An int, or a pair of ints, as a pair (height, width). Raises ``TypeError`` or ``ValueError``."""
-    pair = (value, value) if isinstance(value, int) else value
-    if isinstance(pair, Sequence) and len(pair) == 2 and all(type(v) is int for v in pair):
+    pair = (value, value) if isinstance(value, (int, np.integer)) else value
+    if (
+        isinstance(pair, Sequence)
+        and len(pair) == 2
+        and all(type(v) is int or isinstance(v, np.integer) for v in pair)
+    ):
         height, width = (integer(v, name, least, 2**31 - 1) for v in pair)
         return height, width
     raise TypeError(f"{name}: expected an int or a pair of ints (height, width), got {value!r}")

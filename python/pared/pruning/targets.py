@@ -17,6 +17,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 
 from pared._errors import close_matches
 from pared._sparsity import base_type, effective_weight, parameter_of
@@ -249,6 +250,18 @@ def _find(modules: dict[str, nn.Module]) -> list[Target]:
     return list(found.values())
 
 
+def _unknown(model: nn.Module) -> dict[str, str]:
+    """Names of matrices in modules that have no prunable tensor, the stacked experts of a mixture of
+    transformers for example, and of their layers."""
+    return {
+        f"{layer}.{name}" if layer else name: layer
+        for layer, module in model.named_modules()
+        if next(_parameters(module), None) is None and not isinstance(module, ParametrizationList)
+        for name, tensor in module.named_parameters(recurse=False)
+        if sum(n > 1 for n in tensor.shape) > 1
+    }
+
+
 def collect(
     model: nn.Module, include: object, exclude: object, keep_first: object, keep_last: object
 ) -> tuple[list[Target], list[tuple[str, str]]]:
@@ -283,9 +296,11 @@ def collect(
     for matcher in inside:
         if not any(matcher.selects(t, modules) for t in targets):
             raise _no_match(matcher, names, modules, "a prunable weight")
+    unknown = _unknown(model)
+    places = {**{name: name for name in modules if name}, **unknown}
     for matcher in outside:
         if not any(matcher.selects(t, modules) for t in targets) and not any(
-            matcher.matches(name, name, module, modules) for name, module in modules.items() if name
+            matcher.matches(name, layer, modules[layer], modules) for name, layer in places.items()
         ):
             raise _no_match(matcher, names, modules, "a module or a weight")
     # '*' and 'model.*' do not mean the embeddings; a filter that selects nothing else does.
@@ -304,6 +319,13 @@ def collect(
             kept.append((target.name, f"{tied}an embedding needs an include filter of its own"))
         else:
             chosen.append(target)
+
+    if not inside:
+        kept += [
+            (name, f"no layer of {type(modules[layer]).__name__} is pruned")
+            for name, layer in unknown.items()
+            if not any(m.matches(name, layer, modules[layer], modules) for m in outside)
+        ]
 
     layers = list(dict.fromkeys(t.layer for t in chosen))
     if first + last:
