@@ -40,6 +40,13 @@ GOALS: dict[str, dict[str, float]] = {
     "selection, against numpy.partition": {"10^8 keys": 5.0},
 }
 
+_RIVAL = (
+    "the rival, oneDNN with a prepacked weight, which eager torch does not use, is at 76 % of a dense limit"
+)
+_LINEAR = (
+    "hot and from L1 a non-zero takes 0.70 cycles a vector at 50 % zeros and 0.78 to 0.82 at 80 and 90 %, where "
+    f"loads allow 0.56: the sums of a row and block come and go; packing and storing are a tenth; {_RIVAL}"
+)
 _CONVOLUTIONS = (
     "a non-zero takes 0.77 cycles a vector where loads allow 0.57, strided layers split their planes first "
     "(10-18 %), rows of 28 waste an eighth of a vector, and the dense calls between leave inputs in memory"
@@ -47,6 +54,10 @@ _CONVOLUTIONS = (
 # suite -> what keeps its kernel from its limit where a cell falls short, as it was found with profiles on Zen
 # 5 (ARCHITECTURE.md has the measurements).
 REASONS = {
+    "linear CSR float32, >= 128 tokens": _LINEAR,
+    "linear chain CSR float32, >= 128 tokens": f"GELU to 8 ulp takes 16 cycles a vector; {_LINEAR}",
+    "linear blocks 4x1 float32, >= 128 tokens": f"the sums of four rows and a block come and go; {_RIVAL}",
+    "linear Dense float32, >= 128 tokens": _RIVAL,
     "conv2d CSR float32, ResNet-50": _CONVOLUTIONS,
     "conv2d CSR float32, ResNet-50, 8 images": _CONVOLUTIONS,
     "linear Int8, dynamic": "with 16 tokens half of a call is around the kernel: checks, output, a thread",

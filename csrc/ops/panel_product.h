@@ -46,8 +46,8 @@ struct PanelTiles {
 };
 
 // The positions of each image cut into tiles for `w`, of nearly equal numbers of vectors: 128 positions are
-// 64 + 64, not 96 + 32, because a short tile pays the same loads of weights for less work. For the same reason
-// 65 are one of 80 where a full one has 64: two would take up to 1.57 times as long as 64 positions.
+// 64 + 64, not 96 + 32, because a short tile pays the same loads of weights for less work. For the same
+// reason 65 are one of 80 where a full one has 64: two would take up to 1.57 times as long as 64 positions.
 //
 // The panel is as wide as the widest tile: in one of full stride narrower tiles would leave sets of the L1
 // cache unused. Two to seven vectors instead of eight run up to 1.07 times as fast so, 7x7 images and 16
