@@ -8,6 +8,7 @@ bare product, without quantization, scales and bias.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,9 @@ from pared._peers import ENGINES
 from pared._timing import rotate
 
 TOKENS = [16, 128, 384]
+# oneDNN, which torchao's products go through, adds pairs of them in 16 bits where it is held below VNNI:
+# outputs are off by a tenth.
+MAY_SATURATE = ("onednn", "torchao int8") if "ONEDNN_MAX_CPU_ISA" in os.environ else ()
 COLD = [(768, 768), (3072, 768), (768, 3072), (4096, 4096)]
 
 
@@ -51,7 +55,8 @@ def test_int8_dynamic(versus: Any, out: int, inputs: int, tokens: int, threads: 
     close(calls["pared"](), expected, 0.03)
     for name, peer in _peers.one_layer(w, bias).peers([x], threads).items():
         calls[name] = peer.make()
-        close(torch.as_tensor(calls[name]()), expected, 0.06)
+        if not name.endswith(MAY_SATURATE):
+            close(torch.as_tensor(calls[name]()), expected, 0.06)
     calls[_peers.BARE] = _peers.int_mm(w, x).make()
     versus(
         calls,
