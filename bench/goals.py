@@ -44,7 +44,7 @@ _RIVAL = (
     "the rival, oneDNN with a prepacked weight, which eager torch does not use, is at 76 % of a dense limit"
 )
 _LINEAR = (
-    "hot and from L1 a non-zero takes 0.70 cycles a vector at 50 % zeros and 0.78 to 0.82 at 80 and 90 %, where "
+    "from L1 a non-zero takes 0.70 cycles a vector at 50 % zeros and 0.78 to 0.82 at 80 and 90 %, where "
     f"loads allow 0.56: the sums of a row and block come and go; packing and storing are a tenth; {_RIVAL}"
 )
 _CONVOLUTIONS = (
