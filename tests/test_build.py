@@ -87,6 +87,26 @@ def test_the_extension_links_neither_torch_nor_python():
         assert library not in needs
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("info", 0, "not installed: pared.ops works on numpy arrays"),
+        ("bench", 1, "this needs torch: pip install torch"),
+        ("demo", 1, "this needs torch and scikit-learn"),
+    ],
+)
+def test_the_command_line_without_torch_and_scikit_learn(command, code, said):
+    without = "import sys; sys.modules.update(torch=None, sklearn=None); "
+    run = subprocess.run(
+        [sys.executable, "-c", f"{without} from pared.__main__ import main; main()", command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == code, run.stderr
+    assert said in run.stdout + run.stderr
+
+
 # ---- building
 
 
