@@ -16,8 +16,8 @@ enum class Activation : uint8_t;
 inline constexpr int kInt8Panel =
     16;                              // outputs of a weight vector: 16 outputs by 4 of the reduction, 64 bytes
 inline constexpr int kInt8Unit = 4;  // bytes of the reduction in a unit
-inline constexpr int kGemmTokens = 6;  // tokens and panels of the largest tile: 24 accumulators, 4 weight
-inline constexpr int kGemmPanels = 4;  // vectors and a broadcast fill AVX-512's 32 registers
+inline constexpr int kGemmTokens = 6;   // tokens and panels of the largest tile: 24 accumulators, 4 weight
+inline constexpr int kGemmPanels = 4;   // vectors and a broadcast fill AVX-512's 32 registers
 inline constexpr int kGemmUnits = 192;  // of a call's reduction, at most, in all runs together
 
 // Rows of activations to bytes. scale == 0: dynamic and symmetric, each row by its own largest magnitude,

@@ -175,8 +175,8 @@ struct bitmap_expand {
   static constexpr const char* doc = "masked int8 weights to a dense tile";
 };
 
-// The int8 counterpart of bitmap_f32: expanded in registers and multiplied as gemm_u8s8 does. Entries for more
-// tokens than pay at a level are null: bitmap_expand and gemm_u8s8 do it in two steps.
+// The int8 counterpart of bitmap_f32: expanded in registers and multiplied as gemm_u8s8 does. Entries for
+// more tokens than pay at a level are null: bitmap_expand and gemm_u8s8 do it in two steps.
 inline constexpr int kBitmap8Stride = 4 * 128 + 64;  // bytes between the tokens of `x`
 struct Bitmap8Args {
   const uint64_t* masks;
