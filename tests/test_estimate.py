@@ -221,6 +221,16 @@ def test_a_folder_that_cannot_be_written_is_no_hindrance(
     assert _machine.ceilings().fma == CEILINGS.fma
 
 
+def test_a_user_without_a_home_is_no_hindrance(measured: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number that no user has."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    with pytest.raises(RuntimeError):
+        Path.home()
+    assert _machine.ceilings().fma == CEILINGS.fma
+
+
 def test_the_machine_is_really_measured() -> None:
     c = _machine.measure(1)
     assert c.isa == _core.isa()

@@ -74,12 +74,14 @@ def ceilings() -> Ceilings:
 def _ceilings(isa: str) -> Ceilings:
     from pared import __version__
 
-    store = JsonStore(user_cache() / "machine.json", "pared machine", _VERSION, warn=False)
+    folder = user_cache()
+    store = JsonStore(folder / "machine.json", "pared machine", _VERSION, warn=False) if folder else None
     key = f"{_core.cpu_brand()} | {isa} | {__version__}"
-    known = _parse(store.read().get(key))
+    known = _parse(store.read().get(key)) if store else None
     if known is None or known.threads != 1 or known.isa != isa:
         known = measure(1)
-        store.add({key: dataclasses.asdict(known)})
+        if store:
+            store.add({key: dataclasses.asdict(known)})
     return known
 
 

@@ -23,10 +23,18 @@ except ImportError:  # Windows: a file is still replaced as a whole, but the lat
 __all__ = ["JsonStore", "user_cache"]
 
 
-def user_cache() -> Path:
-    """The folder for what pared keeps about this machine: ``$XDG_CACHE_HOME/pared`` or ``~/.cache/pared``."""
+def user_cache() -> Path | None:
+    """The folder for what pared keeps about this machine: ``$XDG_CACHE_HOME/pared`` or ``~/.cache/pared``.
+
+    None where the user has no home, as in a container that runs under a number alone.
+    """
     given = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(given if os.path.isabs(given) else Path.home() / ".cache") / "pared"
+    if os.path.isabs(given):
+        return Path(given) / "pared"
+    try:
+        return Path.home() / ".cache" / "pared"
+    except RuntimeError:
+        return None
 
 
 class JsonStore:
