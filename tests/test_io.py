@@ -747,6 +747,12 @@ def test_overwriting(tmp_path):
     assert os.listdir(tmp_path) == ["model.pared"]
 
 
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    """Not the temporary file, which nobody has heard of."""
+    with pytest.raises(FileNotFoundError, match=r"model\.pared: expected a folder that exists: '.*missing'"):
+        pared.save(nn.Linear(3, 3), tmp_path / "missing" / "model.pared")
+
+
 def test_links_directories_and_permissions(tmp_path):
     real = tmp_path / "folder" / "real.pared"
     real.parent.mkdir()

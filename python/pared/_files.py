@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -18,8 +19,11 @@ def replacing(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[
     Raises
     ------
     FileExistsError : a file of that name was there first, and `overwrite` is False.
+    FileNotFoundError : there is no such folder.
     """
     folder, name = os.path.split(os.fspath(path))
+    if not os.path.isdir(folder or os.curdir):
+        raise FileNotFoundError(errno.ENOENT, f"{name}: expected a folder that exists", folder)
     temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(6)}.tmp")
     try:
         yield temporary
