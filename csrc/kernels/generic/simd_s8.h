@@ -29,8 +29,10 @@ struct ScalarS8 {
     return v;
   }
   static PARED_INLINE void store(int32_t* p, V v) { *p = v; }
-  static PARED_INLINE V add(V a, V b) { return a + b; }
-  // Modulo 2^32.
+  // Modulo 2^32, as vectors are: a corrupt weight may add to what memory held before.
+  static PARED_INLINE V add(V a, V b) {
+    return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+  }
   static PARED_INLINE V minus(V v, int32_t c) {
     return static_cast<int32_t>(static_cast<uint32_t>(v) - static_cast<uint32_t>(c));
   }
@@ -38,7 +40,8 @@ struct ScalarS8 {
   static PARED_INLINE Value value(int32_t word) { return word; }
   static PARED_INLINE V fma(Value w, Operand x, V sum) {
     for (int i = 0; i < 32; i += 8)
-      sum += static_cast<int8_t>(static_cast<uint32_t>(w) >> i) * static_cast<int32_t>((x >> i) & 0xffu);
+      sum = add(sum,
+                static_cast<int8_t>(static_cast<uint32_t>(w) >> i) * static_cast<int32_t>((x >> i) & 0xffu));
     return sum;
   }
 };
