@@ -32,7 +32,8 @@ export PATH := $(BIN):$(PATH)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # A file's tests share what its fixtures made, so they stay in one process. The threads of several processes share
 # the cores: one that waits has to let go of its core.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# Without restarts: xdist waits for ever for the files of a worker that crashed, instead of naming the test.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart=0
 CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DPARED_WERROR=ON
 
 # Folders are listed too: their time changes when a file is added or removed.
