@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 
 __all__ = ["replacing"]
@@ -20,10 +21,14 @@ def replacing(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[
     ------
     FileExistsError : a file of that name was there first, and `overwrite` is False.
     FileNotFoundError : there is no such folder.
+    ValueError : something else has that name, a folder or a device; /dev/null is not to become a file.
     """
     folder, name = os.path.split(os.fspath(path))
     if not os.path.isdir(folder or os.curdir):
         raise FileNotFoundError(errno.ENOENT, f"{name}: expected a folder that exists", folder)
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError(f"path: expected a regular file, got {os.fspath(path)!r} which is none")
     temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(6)}.tmp")
     try:
         yield temporary

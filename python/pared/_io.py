@@ -815,8 +815,6 @@ def _writing(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
         mode = os.stat(target).st_mode
         if not overwrite:
             raise FileExistsError(f"path: expected a new file, got {os.fspath(path)!r} which exists")
-        if not stat.S_ISREG(mode):
-            raise ValueError(f"path: expected a regular file, got {os.fspath(path)!r} which is none")
     with replacing(target, overwrite) as temporary, open(temporary, "xb") as file:
         # "x" gives the permissions that the process gives to any new file, which tempfile does not.
         if mode is not None:
