@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import inspect
 import io
-import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -458,7 +458,7 @@ CALLS: dict[str, Call] = {
     ),
     "quant.DistributionReport.to_html": Call(
         quant.DistributionReport(8, ()).to_html,
-        {"path": os.devnull},
+        {"path": "page.html"},
         {
             "path": PATH,
             "title": Values({"an integer": 3, "None": None, "an object": object(), "bytes": b"a"}),
@@ -543,7 +543,7 @@ CALLS: dict[str, Call] = {
     "training.Sensitivity.to_json": Call(
         lambda indent: scan().to_json(indent), {"indent": 2}, {"indent": NOTHING}
     ),
-    "training.Sensitivity.plot": Call(lambda path: scan().plot(path), {"path": os.devnull}, {"path": PATH}),
+    "training.Sensitivity.plot": Call(lambda path: scan().plot(path), {"path": "page.png"}, {"path": PATH}),
     "training.UntilReport.to_json": Call(
         training.UntilReport(1.0, 0.9, 0.5, 1.0, ()).to_json, {"indent": 2}, {"indent": NOTHING}
     ),
@@ -712,6 +712,11 @@ def test_what_is_missing_is_seen() -> None:
     del one["save"], one["Report.from_json"]
     one["load"] = one["load"]._replace(kinds={"path": PATH})
     assert sorted(missing(one)) == ["Report.from_json", "load(model)", "save"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # what calls write goes there
 
 
 @pytest.mark.parametrize("name", CALLS)
