@@ -18,7 +18,16 @@ namespace {
 
 #define PARED_INLINE inline __attribute__((always_inline))
 
-struct ScalarF32 {
+// Four values that lie together, and the i-th of them, broadcast: from memory, where a level has nothing
+// better.
+template <class S, class Element>
+struct FourInMemory {
+  using Four = const Element*;
+  static PARED_INLINE Four four(const Element* p) { return p; }
+  static PARED_INLINE auto nth(Four f, int i) { return S::value(f[i]); }
+};
+
+struct ScalarF32 : FourInMemory<ScalarF32, float> {
   static constexpr int width = 1;
   using V = float;
   using Element = float;
@@ -32,9 +41,6 @@ struct ScalarF32 {
     return f;
   }
   static PARED_INLINE Value value(float f) { return set1(f); }
-  using Four = const float*;
-  static PARED_INLINE Four four(const float* p) { return p; }
-  static PARED_INLINE Value nth(Four f, int i) { return value(f[i]); }
   static PARED_INLINE V zero() { return 0.0f; }
   static PARED_INLINE V set1(float f) { return f; }
   static PARED_INLINE V load(const float* p) { return *p; }
@@ -66,7 +72,7 @@ struct ScalarF32 {
 };
 
 #if defined(__AVX2__)
-struct Avx2F32 {
+struct Avx2F32 : FourInMemory<Avx2F32, float> {
   static constexpr int width = 8;
   using V = __m256;
   using Element = float;
@@ -74,9 +80,6 @@ struct Avx2F32 {
   using Value = V;    // a broadcast value
   static PARED_INLINE Operand operand(const float* p) { return loadu(p); }
   static PARED_INLINE Value value(float f) { return set1(f); }
-  using Four = const float*;
-  static PARED_INLINE Four four(const float* p) { return p; }
-  static PARED_INLINE Value nth(Four f, int i) { return value(f[i]); }
   static PARED_INLINE V zero() { return _mm256_setzero_ps(); }
   static PARED_INLINE V set1(float f) { return _mm256_set1_ps(f); }
   static PARED_INLINE V load(const float* p) { return _mm256_load_ps(p); }
@@ -110,7 +113,6 @@ struct Avx512F32 {
   using Value = V;    // a broadcast value
   static PARED_INLINE Operand operand(const float* p) { return loadu(p); }
   static PARED_INLINE Value value(float f) { return set1(f); }
-  // The i-th of four values.
   using Four = __m128;
   static PARED_INLINE Four four(const float* p) { return _mm_loadu_ps(p); }
   static PARED_INLINE Value nth(Four f, int i) {

@@ -12,15 +12,12 @@
 namespace pared {
 namespace {
 
-struct ScalarS8 {
+struct ScalarS8 : FourInMemory<ScalarS8, int32_t> {
   static constexpr int width = 1;
   using Element = int32_t;
   using V = int32_t;
   using Operand = uint32_t;
   using Value = int32_t;
-  using Four = const int32_t*;
-  static PARED_INLINE Four four(const int32_t* p) { return p; }
-  static PARED_INLINE Value nth(Four f, int i) { return value(f[i]); }
   static PARED_INLINE V zero() { return 0; }
   // The panel was written as float32 words: read as bytes, not through another type.
   static PARED_INLINE V load(const int32_t* p) {
@@ -48,7 +45,7 @@ struct ScalarS8 {
 
 #if defined(__AVX2__)
 // 16-bit halves: bytes 0 and 2 of each word in `even`, 1 and 3 in `odd`.
-struct Avx2S8 {
+struct Avx2S8 : FourInMemory<Avx2S8, int32_t> {
   static constexpr int width = 8;
   using Element = int32_t;
   using V = __m256i;
@@ -56,9 +53,6 @@ struct Avx2S8 {
     __m256i even, odd;
   };
   using Value = Operand;
-  using Four = const int32_t*;
-  static PARED_INLINE Four four(const int32_t* p) { return p; }
-  static PARED_INLINE Value nth(Four f, int i) { return value(f[i]); }
   static PARED_INLINE V zero() { return _mm256_setzero_si256(); }
   static PARED_INLINE V load(const int32_t* p) {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
@@ -85,15 +79,12 @@ struct Avx2S8 {
 #endif
 
 #if defined(__AVXVNNI__)
-struct AvxVnniS8 {
+struct AvxVnniS8 : FourInMemory<AvxVnniS8, int32_t> {
   static constexpr int width = 8;
   using Element = int32_t;
   using V = __m256i;
   using Operand = V;
   using Value = V;
-  using Four = const int32_t*;
-  static PARED_INLINE Four four(const int32_t* p) { return p; }
-  static PARED_INLINE Value nth(Four f, int i) { return value(f[i]); }
   static PARED_INLINE V zero() { return Avx2S8::zero(); }
   static PARED_INLINE V load(const int32_t* p) { return Avx2S8::load(p); }
   static PARED_INLINE void store(int32_t* p, V v) { Avx2S8::store(p, v); }
@@ -108,7 +99,7 @@ struct AvxVnniS8 {
 #endif
 
 #if defined(__AVX512BW__)
-struct Avx512S8 {
+struct Avx512S8 : FourInMemory<Avx512S8, int32_t> {
   static constexpr int width = 16;
   using Element = int32_t;
   using V = __m512i;
@@ -116,9 +107,6 @@ struct Avx512S8 {
     __m512i even, odd;
   };
   using Value = Operand;
-  using Four = const int32_t*;
-  static PARED_INLINE Four four(const int32_t* p) { return p; }
-  static PARED_INLINE Value nth(Four f, int i) { return value(f[i]); }
   static PARED_INLINE V zero() { return _mm512_setzero_si512(); }
   static PARED_INLINE V load(const int32_t* p) { return _mm512_load_si512(p); }
   static PARED_INLINE void store(int32_t* p, V v) { _mm512_store_si512(p, v); }
