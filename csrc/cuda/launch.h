@@ -19,14 +19,16 @@ struct LaunchPlan {
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const LaunchPlan& plan, cudaStream_t stream,
             Arguments... arguments) {
+  // For more than 48 KB of shared memory, static and dynamic together, a kernel has to ask, once a device;
+  // asking again costs less than remembering. Of kernels with dynamic shared memory none has 16 KB besides.
+  constexpr size_t kUnasked = size_t{48 - 16} << 10;
+  const bool asks = plan.dynamic_shared > kUnasked;
 #ifdef PARED_CUDA_EMULATED
   static_cast<void>(stream);
   emulate::run(name, {plan.grid.x, plan.grid.y, plan.grid.z}, {plan.block.x, plan.block.y, plan.block.z},
-               plan.dynamic_shared, [&] { kernel(static_cast<Parameters>(arguments)...); });
+               plan.dynamic_shared, asks, [&] { kernel(static_cast<Parameters>(arguments)...); });
 #else
-  // Above 48 KB a kernel has to ask, once a device; asking again costs less than remembering.
-  constexpr size_t kGranted = size_t{48} << 10;
-  if (plan.dynamic_shared > kGranted)
+  if (asks)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(plan.dynamic_shared)),
           name);

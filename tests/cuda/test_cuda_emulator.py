@@ -14,6 +14,7 @@ FAULTS = {
     "lane_outside_its_mask": "the calling lane is not in its mask",
     "reads_outside_the_mask": "a shuffle reads from a lane that is not in its mask",
     "different_shuffles": r"32 threads \(the first is 1\) wait at __shfl_sync",
+    "more_static_than_thought": "53248 bytes of static and dynamic shared memory, where 49152 are granted",
     "writes_behind_shared": "wrote behind its dynamic shared memory",
     "misaligned_load": "misaligned address",
     "bulk_copy_nobody_awaits": "a bulk copy for which nobody has waited",

@@ -45,6 +45,13 @@ __global__ void copy_never_awaited(Out out) {
   ptx::copy_commit();
   out[threadIdx.x] = reinterpret_cast<unsigned*>(s)[threadIdx.x];
 }
+// 20 KB static and 32 KB dynamic: whether a launch asks for more than is granted, the latter alone decides.
+__global__ void more_static_than_thought(Out out) {
+  PARED_DYNAMIC_SHARED(s);
+  PARED_SHARED(unsigned[5120], words);
+  words[threadIdx.x] = s[threadIdx.x] = 1;
+  out[threadIdx.x] = words[threadIdx.x];
+}
 __global__ void writes_behind_shared(Out) {
   PARED_DYNAMIC_SHARED(s);
   s[256 + threadIdx.x % 8] = 1;
@@ -202,6 +209,7 @@ const std::map<std::string, Fault>& faults() {
       PARED_FAULT(different_shuffles, 1, 64),
       PARED_FAULT(shared_never_written, 1, 64),
       PARED_FAULT(copy_never_awaited, 1, 64, 256),
+      PARED_FAULT(more_static_than_thought, 1, 64, 32768),
       PARED_FAULT(writes_behind_shared, 1, 64, 256),
       PARED_FAULT(missing_barrier, 1, 64, 256),
       PARED_FAULT(misaligned_load, 1, 64),

@@ -60,7 +60,7 @@ namespace {
 
 constexpr size_t kStack = size_t{256} << 10;       // reserved; only touched pages are taken
 constexpr size_t kMostShared = size_t{227} << 10;  // sm_90; sm_80 has 163 KB
-constexpr size_t kMostStatic = size_t{48} << 10;
+constexpr size_t kMostStatic = size_t{48} << 10;   // and of all, where a kernel does not ask for more
 constexpr size_t kCanary = 64;
 constexpr unsigned char kPoison = 0xff, kCanaryByte = 0xa5;
 constexpr int kBarriers = 16;
@@ -162,7 +162,7 @@ struct Machine {
   Barrier barriers[kBarriers];
   std::vector<BulkCopy> bulk;
   std::vector<unsigned char> shared;
-  size_t dynamic_bytes = 0, static_used = 0;
+  size_t dynamic_bytes = 0, static_used = 0, granted = 0;
   std::map<const Slot*, size_t> slots;
 #if defined(__x86_64__)
   void* scheduler;
@@ -444,7 +444,7 @@ std::vector<int64_t> ordered(int64_t n, uint64_t seed, uint64_t salt) {
 
 }  // namespace
 
-void run(const char* kernel, Uint3 grid, Uint3 block, size_t dynamic_shared_bytes,
+void run(const char* kernel, Uint3 grid, Uint3 block, size_t dynamic_shared_bytes, bool asks,
          const std::function<void()>& thread) {
   Machine& m = machine();
   const std::lock_guard<std::mutex> lock(m.turn);
@@ -453,7 +453,8 @@ void run(const char* kernel, Uint3 grid, Uint3 block, size_t dynamic_shared_byte
   if (threads == 0 || threads > 1024 || block.z > 64) refuse(str("a block of ", threads, " threads"));
   if (blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     refuse(str("a grid of ", grid.x, " x ", grid.y, " x ", grid.z, " blocks"));
-  if (dynamic_shared_bytes > kMostShared) refuse(str(dynamic_shared_bytes, " bytes of shared memory"));
+  if (dynamic_shared_bytes > (asks ? kMostShared : kMostStatic))
+    refuse(str(dynamic_shared_bytes, " bytes of shared memory"));
   ++m.launched[kernel];
   m.threads = static_cast<int>(threads);
   while (m.fibers.size() < threads) m.fibers.push_back(std::make_unique<Fiber>());
@@ -461,6 +462,7 @@ void run(const char* kernel, Uint3 grid, Uint3 block, size_t dynamic_shared_byte
   m.kernel = kernel;
   m.error.clear();
   m.dynamic_bytes = dynamic_shared_bytes;
+  m.granted = asks ? kMostShared : kMostStatic;
   m.shared.resize(kMostShared + kMostStatic + 4096);
   m.slots.clear();
   m.static_used = 0;
@@ -576,6 +578,11 @@ void* static_shared(const Slot& slot, size_t align) {
   const auto [entry, fresh] = m.slots.try_emplace(&slot, (m.static_used + align - 1) / align * align);
   if (fresh) m.static_used = entry->second + slot.bytes;
   if (m.static_used > kMostStatic) fail("more than 48 KB of static shared memory", {nullptr, 0});
+  // The dynamic begins at the next multiple of its alignment.
+  if (const size_t all = (m.static_used + 1023) / 1024 * 1024 + m.dynamic_bytes;
+      m.dynamic_bytes && all > m.granted)
+    fail(str(all, " bytes of static and dynamic shared memory, where ", m.granted, " are granted"),
+         {nullptr, 0});
   return m.static_begin() + entry->second;
 }
 

@@ -30,8 +30,9 @@ struct Where {
 // ---- for launch.h and the bindings
 
 // Runs the grid to its end. Throws std::runtime_error that names the kernel when the configuration is one
-// that a GPU refuses, or when its threads do what the opening comment calls an error.
-void run(const char* kernel, Uint3 grid, Uint3 block, size_t dynamic_shared,
+// that a GPU refuses, or when its threads do what the opening comment calls an error. asks: for more shared
+// memory than the 48 KB that every kernel is granted.
+void run(const char* kernel, Uint3 grid, Uint3 block, size_t dynamic_shared, bool asks,
          const std::function<void()>& thread);
 
 // 0: threads and blocks in their order; 1: in reverse; others: the seed of a random order, anew for each
