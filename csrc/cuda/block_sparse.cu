@@ -105,8 +105,8 @@ int wgmma_rows(const BlockSparseProduct& p, int device) {
   const int64_t limit = int64_t{1} << 31;  // of the copy engine's coordinates
   if (!block_sparse_wgmma(device) || forced == 0 || p.w.block_rows < 64 ||
       p.w.block_cols * item_bytes % kStepBytes || block_sparse_tile(p.tokens) == kBlockSparseFewTokens ||
-      p.w.cols * item_bytes >= limit || p.tokens >= limit ||
-      p.x_stride < p.w.cols)  // of rows that overlap there is no tensor map
+      p.w.cols * item_bytes >= limit || p.tokens >= limit || p.x_stride < p.w.cols ||
+      !p.w.values)  // of rows that overlap, or no block, there is no tensor map
     return 0;
   if (forced > 0) return forced;
   // The larger reads the blocks half as often, where it leaves no multiprocessor idle.

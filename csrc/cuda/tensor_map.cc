@@ -12,7 +12,7 @@ CUtensorMap tensor_map(const void* base, int64_t row_bytes, int64_t rows, int64_
 #ifdef PARED_CUDA_EMULATED
   // What the driver refuses.
   constexpr int64_t kSizes = int64_t{1} << 32, kStrides = int64_t{1} << 40;
-  if (reinterpret_cast<uintptr_t>(base) % 16 || row_bytes < 1 || row_bytes > kSizes || rows < 1 ||
+  if (!base || reinterpret_cast<uintptr_t>(base) % 16 || row_bytes < 1 || row_bytes > kSizes || rows < 1 ||
       rows > kSizes || stride % 16 || stride < row_bytes || stride >= kStrides || box_rows < 1 ||
       box_rows > 256)
     throw std::runtime_error(std::string(what) + ": cuTensorMapEncodeTiled: invalid value");

@@ -235,7 +235,7 @@ class DeviceBlocks(KernelWeight):
             slots,
             rows.data_ptr(),
             tokens,
-            rows.stride(0),
+            rows.stride(0) if cols else 0,  # torch gives rows without elements any stride
             address(scales),
             address(self.scales),
             address(bias),

@@ -115,6 +115,18 @@ def test_the_same_row_for_all_tokens(backend, place, rng, kernel):
     assert_close(w.linear(on, place=place), x, dense)
 
 
+@pytest.mark.parametrize("inputs", [0, 128])
+def test_large_blocks_of_which_there_is_none(backend, place, kernel, inputs):
+    # Values without an address, of which the driver makes no tensor map.
+    w = DeviceBlocks.from_dense(
+        torch.zeros(100, inputs, dtype=torch.float16, device=backend.device), (64, 64)
+    )
+    assert w.values.data_ptr() == 0
+    bias = torch.arange(100.0, device=backend.device)
+    got = w.linear(torch.ones(40, inputs, dtype=torch.float16, device=backend.device), bias, place=place)
+    assert torch.equal(got, bias.half().expand(40, 100))
+
+
 def test_large_int8_blocks(backend, place, rng, kernel):
     q = random_blocks(rng, (300, 512), (128, 128), 0.6, torch.int8)
     scales, bias = torch.rand(300) + 0.1, torch.randn(300)
