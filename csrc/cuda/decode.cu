@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? kDecodeResidentMany : 
   PARED_SHARED(uint64_t[kDecodeWarps * kMaxStages], barriers);
   const int warp = static_cast<int>(threadIdx.x) / 32, g = ptx::lane() / 4, t = ptx::lane() % 4;
   Ring ring{shared + warp * plan.stages * plan.stage_bytes, barriers + warp * kMaxStages, plan.stage_bytes,
-            plan.stages, p.bulk};
+            plan.stages, p.bulk && ptx::kBulkCopies};
   ring.init();
   // The warps of a block of threads take turns on its part of the row.
   const int64_t begin = plan.block_cols * blockIdx.y / plan.splits + warp,
@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? kDecodeResidentMany : 
     issue();
     ring.next();
   }
-  if (!p.bulk) ptx::copy_wait<0>();
+  if (!ring.bulk) ptx::copy_wait<0>();
   __syncthreads();  // the stages are read: their memory takes the sums of each warp
   auto* staged = reinterpret_cast<float*>(shared);
   constexpr int kCount = kDecodeBlock * kTiles * 8;

@@ -149,6 +149,12 @@ __device__ __forceinline__ void copy_wait() {
 
 // ---- mbarrier and bulk copies (sm_90)
 
+// Whether this code has bulk copies: code for sm_80 can run on a later device that has them.
+#if __CUDA_ARCH__ >= 900
+inline constexpr bool kBulkCopies = true;
+#else
+inline constexpr bool kBulkCopies = false;
+#endif
 // Before others use the barrier: fence_barrier_init by the initialising thread, then a block barrier.
 __device__ __forceinline__ void mbarrier_init(uint64_t* bar, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals)

@@ -14,6 +14,8 @@
 
 namespace pared::cuda::ptx {
 
+inline constexpr bool kBulkCopies = true;
+
 inline int lane() { return emulate::lane(); }
 
 template <int kTable>
