@@ -68,7 +68,6 @@ void require_tokens(int64_t tokens) {
 }  // namespace
 
 void register_cuda_decode(py::module_& m) {
-  m.attr("DECODE_MAX_TOKENS") = cuda::kDecodeMaxTokens;
   m.def("bulk_copies", &cuda::bulk_copies, py::arg("device"));
   m.def("shared_limit", &cuda::shared_limit, py::arg("device"));
   m.def(
@@ -86,10 +85,21 @@ void register_cuda_decode(py::module_& m) {
       "(padded tokens, block rows, block columns, splits, stages, shared bytes, workspace bytes); no device "
       "is touched.");
   m.def(
+      "decode_workspace",
+      [](int64_t tokens, int64_t outputs, int64_t cols, int64_t largest_block, int multiprocessors,
+         int64_t shared_limit) {
+        PARED_CHECK(tokens >= 1, "tokens: expected at least 1, got ", tokens);
+        return cuda::decode_workspace_bytes(tokens, outputs, cols, largest_block, multiprocessors,
+                                            shared_limit);
+      },
+      py::arg("tokens"), py::arg("outputs"), py::arg("cols"), py::arg("largest_block"),
+      py::arg("multiprocessors"), py::arg("shared_limit"),
+      "Bytes for a product of any number of tokens; no device is touched.");
+  m.def(
       "decode_product",
       [](const DecodeTuple& w, uintptr_t x, int64_t tokens, int64_t x_stride, uintptr_t scales,
          uintptr_t bias, const std::string& activation, uintptr_t y, int64_t y_stride, uintptr_t workspace,
-         bool bulk, int device, uintptr_t stream) {
+         int64_t workspace_bytes, bool bulk, int device, uintptr_t stream) {
         PARED_CHECK(tokens >= 1, "tokens: expected at least 1, got ", tokens);
         const cuda::DecodeProduct p{weight(w),
                                     reinterpret_cast<const void*>(x),
@@ -102,12 +112,17 @@ void register_cuda_decode(py::module_& m) {
                                     y_stride,
                                     reinterpret_cast<uint8_t*>(workspace),
                                     bulk};
+        const int64_t needed =
+            cuda::decode_workspace_bytes(tokens, p.w.outputs, p.w.cols, p.w.largest_block,
+                                         cuda::multiprocessors(device), cuda::shared_limit(device));
+        PARED_CHECK(workspace % 16 == 0 && workspace_bytes >= needed, "workspace: expected ", needed,
+                    " aligned bytes, got ", workspace_bytes);
         py::gil_scoped_release unlocked;
         cuda::decode_product(p, device, reinterpret_cast<cudaStream_t>(stream));
       },
       py::arg("w"), py::arg("x"), py::arg("tokens"), py::arg("x_stride"), py::arg("scales"), py::arg("bias"),
-      py::arg("activation"), py::arg("y"), py::arg("y_stride"), py::arg("workspace"), py::arg("bulk"),
-      py::arg("device"), py::arg("stream"));
+      py::arg("activation"), py::arg("y"), py::arg("y_stride"), py::arg("workspace"),
+      py::arg("workspace_bytes"), py::arg("bulk"), py::arg("device"), py::arg("stream"));
   m.def(
       "decode_pack_sizes",
       [](const DenseTuple& w, uintptr_t units, uintptr_t largest, int device, uintptr_t stream) {

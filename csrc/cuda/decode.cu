@@ -490,11 +490,6 @@ void launch_expand(const DecodeWeight& w, const float* scales, void* out, unsign
 
 }  // namespace
 
-DecodePlan decode_plan(const DecodeWeight& w, int64_t tokens, int device) {
-  return plan_decode(tokens, w.outputs, w.cols, w.largest_block, multiprocessors(device),
-                     shared_limit(device));
-}
-
 void decode_product(const DecodeProduct& p, int device, cudaStream_t stream) {
   if (p.tokens == 0 || p.w.outputs == 0) return;
   const DeviceGuard guard(device, "decode_product");
@@ -503,7 +498,8 @@ void decode_product(const DecodeProduct& p, int device, cudaStream_t stream) {
     some.tokens = std::min<int64_t>(kDecodeMaxTokens, p.tokens - first);
     some.x = static_cast<const uint16_t*>(p.x) + first * p.x_stride;
     some.y = static_cast<uint16_t*>(p.y) + first * p.y_stride;
-    const DecodePlan plan = decode_plan(p.w, some.tokens, device);
+    const DecodePlan plan = plan_decode(some.tokens, p.w.outputs, p.w.cols, p.w.largest_block,
+                                        multiprocessors(device), shared_limit(device));
     if (plan.splits > 1)
       check(cudaMemsetAsync(p.workspace, 0, static_cast<size_t>(plan.counters_bytes), stream),
             "decode_product");

@@ -32,12 +32,11 @@ struct DecodeProduct {
   Activation activation;
   void* y;  // [tokens, outputs] in w.dtype
   int64_t y_stride;
-  uint8_t* workspace;
-  bool bulk;  // sm_90's bulk copies, where bulk_copies(device) says that there are any
+  uint8_t* workspace;  // 16-byte aligned
+  bool bulk;           // sm_90's bulk copies, where bulk_copies(device) says that there are any
 };
-// What a launch will use; for the workspace's size. More than kDecodeMaxTokens are as many launches as it
-// takes, one after the other, in the workspace of the largest.
-DecodePlan decode_plan(const DecodeWeight& w, int64_t tokens, int device);
+// More than kDecodeMaxTokens are as many launches as it takes, one after the other, in the same workspace of
+// decode_workspace_bytes().
 void decode_product(const DecodeProduct& a, int device, cudaStream_t stream);
 
 // The dense weight [outputs, cols] in w.dtype, times `scales` where given: what many tokens are multiplied

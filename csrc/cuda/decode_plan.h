@@ -97,4 +97,17 @@ inline DecodePlan plan_decode(int64_t tokens, int64_t outputs, int64_t cols, int
   return p;
 }
 
+// Bytes for a product of any number of tokens, whose launches take kDecodeMaxTokens each and the rest: the
+// rest may have the more splits, and so need more.
+inline int64_t decode_workspace_bytes(int64_t tokens, int64_t outputs, int64_t cols, int64_t largest_block,
+                                      int multiprocessors, int64_t shared_limit) {
+  const auto bytes = [&](int64_t some) {
+    return some ? plan_decode(some, outputs, cols, largest_block, multiprocessors, shared_limit)
+                      .workspace_bytes
+                : 0;
+  };
+  const int64_t rest = tokens % kDecodeMaxTokens;
+  return std::max(tokens > rest ? bytes(kDecodeMaxTokens) : 0, bytes(rest));
+}
+
 }  // namespace pared::cuda

@@ -155,8 +155,8 @@ class DecodeWeight(KernelWeight):
             y = torch.nn.functional.linear(rows, dense, None if bias is None else bias.to(rows.dtype))
             return _activate(y, activation)
         out = torch.empty((tokens, outputs), dtype=rows.dtype, device=rows.device)
-        *_, needed = at.kernels.plan_decode(
-            min(tokens, at.kernels.DECODE_MAX_TOKENS),
+        needed: int = at.kernels.decode_workspace(
+            tokens,
             outputs,
             cols,
             self.largest,
@@ -175,6 +175,7 @@ class DecodeWeight(KernelWeight):
             out.data_ptr(),
             outputs,
             address(memory),
+            needed,
             at.kernels.bulk_copies(at.device) if bulk is None else bulk,
             at.device,
             at.stream,

@@ -103,8 +103,6 @@ def int8_product(
     stream: int,
 ) -> None: ...
 
-DECODE_MAX_TOKENS: int
-
 _DecodeWeight = tuple[int, int, str, str, int, int, int]
 
 def bulk_copies(device: int) -> bool: ...
@@ -112,6 +110,9 @@ def shared_limit(device: int) -> int: ...
 def plan_decode(
     tokens: int, outputs: int, cols: int, largest_block: int, multiprocessors: int, shared_limit: int
 ) -> tuple[int, int, int, int, int, int, int]: ...
+def decode_workspace(
+    tokens: int, outputs: int, cols: int, largest_block: int, multiprocessors: int, shared_limit: int
+) -> int: ...
 def decode_product(
     w: _DecodeWeight,
     x: int,
@@ -123,6 +124,7 @@ def decode_product(
     y: int,
     y_stride: int,
     workspace: int,
+    workspace_bytes: int,
     bulk: bool,
     device: int,
     stream: int,

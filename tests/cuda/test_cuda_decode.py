@@ -84,6 +84,30 @@ def test_every_count_of_tokens(backend, place, rng):
         assert_close(got, x, dense)
 
 
+@pytest.mark.parametrize("tokens", [33, 48])
+def test_the_tokens_beyond_whole_launches_are_split_where_the_others_are_not(backend, place, rng, tokens):
+    # Block rows for all places of 32 tokens, and for half of those of fewer.
+    sms = backend.module.multiprocessors(0)
+    w, dense = random_weight(rng, (64 * (2 * sms - 1), 1024), 0.05, "pairs16", torch.float16, backend.device)
+    x = torch.from_numpy(rng.standard_normal((tokens, 1024))).to(torch.float16)
+    whole, rest = (
+        backend.module.plan_decode(t, *w.shape, w.largest, sms, backend.module.shared_limit(0))[-1]
+        for t in (32, tokens - 32)
+    )
+    assert rest > whole == 0
+    assert_close(w.linear(x.to(backend.device), place=place), x, dense)
+
+
+def test_48_kb_of_dynamic_shared_memory_and_the_static_besides(backend, place, rng):
+    dense = torch.zeros(64, 64, dtype=torch.bfloat16)
+    dense.view(-1)[:1200] = 1
+    w = DecodeWeight.from_dense(dense.to(backend.device), format="bitmap16")
+    shared = backend.module.plan_decode(1, 64, 64, w.largest, 132, 227 << 10)[5]
+    assert shared == 48 << 10
+    x = torch.from_numpy(rng.standard_normal((1, 64))).to(torch.bfloat16)
+    assert_close(w.linear(x.to(backend.device), place=place), x, dense.double())
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_long_reduction_is_split_in_a_fixed_order(backend, place, rng, format):
     w, dense = random_weight(rng, (70, 64 * 33 + 5), 0.4, format, torch.float16, backend.device)
@@ -272,7 +296,7 @@ def test_bad_input(rng):
 
 def test_plans(emulated):
     for tokens in (1, 8, 9, 16, 17, 32):
-        for outputs in (1, 64, 4096, 28672):
+        for outputs in (1, 64, 4096, 12800, 28672):
             for cols in (0, 1, 64, 8192, 65536):
                 for largest in (512, 4608, 8704):
                     for sms, limit in ((1, 99 << 10), (108, 163 << 10), (132, 227 << 10)):
@@ -286,4 +310,10 @@ def test_plans(emulated):
                         assert stages in (2, 3, 4)
                         assert max(stages * 4 * largest, 4 * 64 * padded * 4) <= shared <= limit - 2048
                         assert (workspace > 0) == (splits > 1)
+                        for times in (0, 2):
+                            all_bytes = emulated.decode_workspace(
+                                32 * times + tokens, outputs, cols, largest, sms, limit
+                            )
+                            most = emulated.plan_decode(32, outputs, cols, largest, sms, limit)[-1]
+                            assert all_bytes == max(workspace, most if times else 0)
     assert emulated.plan_decode(1, 8192, 8192, 4608, 132, 227 << 10)[3] >= 2
