@@ -220,7 +220,7 @@ def _csr(machine: Machine, at: Place) -> Iterator[tuple[str, Check]]:
         _close(DeviceCSR.from_dense(w).linear(x, few=few), x, w)
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for tokens, few, kind in ((3, 16, "gathers"), (70, 0, "panels")):
+        for tokens, few, kind in ((3, 16, "gathers"), (8, 16, "gathers for 8"), (70, 0, "panels")):
             yield f"csr {str(dtype)[6:]}, {kind}", partial(product, dtype, tokens, few)
 
 

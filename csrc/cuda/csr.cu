@@ -103,12 +103,19 @@ constexpr int kLoadsAhead = 8;  // of activations, a thread
 template <class V>
 constexpr int kFoursAhead = sizeof(V) == 2 ? 4 : 2;  // of entries, a lane: 64 bytes or 48
 
-// The panel of K blocks [b0, b1): [slots][kTokens], zeros in each block's last slot and for tokens beyond.
+// Tokens of a slot that one load takes. The others are in a plane of their own: of slots of 32 bytes, a load
+// could want only every other 16.
 template <class V, int kTokens>
-__device__ __forceinline__ void load_panel(V* panel, const CsrProduct& p, int64_t first_token, int b0,
-                                           int b1) {
+constexpr int kTogether = kTokens * sizeof(V) > 16 ? 16 / sizeof(V) : kTokens;
+
+// The panel of K blocks [b0, b1): [planes][slots][kTogether], planes `plane` elements apart, zeros in each
+// block's last slot and for tokens beyond.
+template <class V, int kTokens>
+__device__ __forceinline__ void load_panel(V* panel, int plane, const CsrProduct& p, int64_t first_token,
+                                           int b0, int b1) {
   const int block_cols = p.w.block_cols, slots = block_cols + 1;
   const auto* x = static_cast<const V*>(p.x);
+  using Part = Pack<V, kTogether<V, kTokens>>;
   constexpr int kAhead = kLoadsAhead / kTokens;  // blocks whose loads are under way together
   for (int k = static_cast<int>(threadIdx.x); k < slots; k += kCsrThreads)
     for (int first = b0; first < b1; first += kAhead) {
@@ -124,21 +131,29 @@ __device__ __forceinline__ void load_panel(V* panel, const CsrProduct& p, int64_
       }
 #pragma unroll
       for (int u = 0; u < kAhead; ++u)
-        if (first + u < b1)
-          *reinterpret_cast<Pack<V, kTokens>*>(panel + (int64_t{first + u - b0} * slots + k) * kTokens) =
-              out[u];
+#pragma unroll
+        for (int t = 0; t < kTokens; t += kTogether<V, kTokens>)
+          if (first + u < b1)
+            *reinterpret_cast<Part*>(panel + t / kTogether<V, kTokens> * plane +
+                                     ((first + u - b0) * slots + k) * kTogether<V, kTokens>) =
+                *reinterpret_cast<const Part*>(&out[u].at[t]);
     }
 }
 
 template <class V, int kTokens>
-__device__ __forceinline__ void gather(float (&sums)[kTokens], const Entries<V>& e, const V* panel,
+__device__ __forceinline__ void gather(float (&sums)[kTokens], const Entries<V>& e, const V* panel, int plane,
                                        int first) {
+  constexpr int kPart = kTogether<V, kTokens>;
 #pragma unroll
   for (int i = 0; i < kCsrFour; ++i) {
     const float v = e.value(i);
-    const auto x = *reinterpret_cast<const Pack<V, kTokens>*>(panel + (e.column(i) - first) * kTokens);
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) sums[t] = __fmaf_rn(v, widen(x.at[t]), sums[t]);
+    for (int part = 0; part < kTokens; part += kPart) {
+      const auto x = *reinterpret_cast<const Pack<V, kPart>*>(panel + part / kPart * plane +
+                                                              (e.column(i) - first) * kPart);
+#pragma unroll
+      for (int t = 0; t < kPart; ++t) sums[part + t] = __fmaf_rn(v, widen(x.at[t]), sums[part + t]);
+    }
   }
 }
 
@@ -151,6 +166,7 @@ __global__ void __launch_bounds__(kCsrThreads, 2) csr_gather_kernel(const CsrPro
   constexpr int kAhead = kFoursAhead<V>;
   const int block_cols = p.w.block_cols, slots = block_cols + 1;
   const int blocks = p.w.blocks, range = p.w.range_blocks;
+  const int plane = chunk * slots * kTogether<V, kTokens>;
   int loaded = -1;
   for (int64_t at = blockIdx.x; at < p.w.item_count; at += gridDim.x) {
     const CsrItem item = p.w.items[at];
@@ -167,7 +183,7 @@ __global__ void __launch_bounds__(kCsrThreads, 2) csr_gather_kernel(const CsrPro
       const int b1 = end_of_both < blocks ? end_of_both : blocks;
       __syncthreads();  // the panel is read, the totals are zero
       if (loaded != b0) {
-        load_panel<V, kTokens>(panel, p, first_token, b0, b1);
+        load_panel<V, kTokens>(panel, plane, p, first_token, b0, b1);
         loaded = b0;
         __syncthreads();
       }
@@ -193,7 +209,7 @@ __global__ void __launch_bounds__(kCsrThreads, 2) csr_gather_kernel(const CsrPro
           }
 #pragma unroll
           for (int i = 0; i < kAhead; ++i)
-            if (inside[i]) gather<V, kTokens>(sums, entries[i], panel, slot);
+            if (inside[i]) gather<V, kTokens>(sums, entries[i], panel, plane, slot);
         }
         fours = next;
 #pragma unroll

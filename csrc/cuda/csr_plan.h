@@ -10,6 +10,9 @@
 //   values  [fours][4], columns [fours][4]: uint16, slot within an index range, kCsrIndexSlots slots that
 //     begin at a block.
 //
+// The entries of a block are in any order; one in which value j of eight consecutive fours asks for eight
+// different slots modulo 8 has fewest bank conflicts.
+//
 // One more four of zeros lies behind the last, so that kernels may load ahead.
 #pragma once
 

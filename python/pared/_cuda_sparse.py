@@ -19,6 +19,7 @@ FOUR = 4  # entries that are loaded together
 GROUP, WARPS = 64, 16  # rows whose order balances warps; warps of a block of threads
 THREADS = 32 * WARPS
 INDEX_SLOTS = 1 << 16
+BANKS = 8  # of 16 bytes in shared memory: the activations of a column at eight tokens of 16 bits
 SUMS = 128  # rows times warps that share one, of an item
 ITEMS_PER_MULTIPROCESSOR = 4
 MOST_FOURS = (1 << 32) - (1 << 14)  # kernels count them in 32 bits, and some steps ahead
@@ -74,6 +75,56 @@ def row_order(row_fours: NDArray[np.int64]) -> NDArray[np.int32]:
     rank[1::2] = rank[1::2, ::-1].copy()
     order = by_length[:, rank.T.reshape(-1)] + GROUP * np.arange(groups)[:, None]
     return np.where(order < n, order, -1).astype(np.int32).reshape(-1)
+
+
+def _places(segment: torch.Tensor, bank: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Where entries lie among the fours, so that those which neighbouring lanes take at a time are in as many
+    banks as can be: value j of four f asks for bank ``(f + 2 j) % BANKS``.
+
+    Parameters
+    ----------
+    segment, bank : [n], int64, of each entry, ordered by segment.
+    starts : [segments + 1], int64, in fours.
+
+    Returns
+    -------
+    [n], int64, without a place twice; what a bank has too many of takes what others leave.
+    """
+    import torch
+
+    def rank(group: torch.Tensor) -> torch.Tensor:
+        """The entries before each in its group; groups are consecutive."""
+        at = torch.arange(group.numel(), device=group.device)
+        first = torch.ones_like(group, dtype=torch.bool)
+        first[1:] = group[1:] != group[:-1]
+        return at - at[first][torch.cumsum(first, 0) - 1]
+
+    size = starts.diff()
+    by_bank = torch.argsort(segment * BANKS + bank, stable=True)
+    segment, bank = segment[by_bank], bank[by_bank]
+    number = rank(segment * BANKS + bank)
+    begin, length = starts[segment], size[segment]
+    # Of each segment's places, those of value 0 of all fours first, then those of value 1, ...
+    place = torch.full_like(segment, -1)
+    left = number.clone()
+    for j in range(FOUR):
+        first = (bank - 2 * j - begin) % BANKS
+        count = (length - first + BANKS - 1).clamp(min=0) // BANKS
+        here = (left >= 0) & (left < count)
+        place[here] = (j * length + first + BANKS * left)[here]
+        left -= count
+    place = torch.where(place < 0, place, FOUR * begin + place)
+    # The others: one of each bank, then the second of each, ...
+    over = (place < 0).nonzero()[:, 0]
+    over = over[torch.argsort((segment * INDEX_SLOTS + number)[over], stable=True)]
+    free = torch.ones(FOUR * int(starts[-1]), dtype=torch.bool, device=place.device)
+    free[place[place >= 0]] = False
+    before = torch.cumsum(free, 0) - free.to(torch.int64)
+    place[over] = free.nonzero()[:, 0][before[FOUR * begin[over]] + rank(segment[over])]
+    within = place - FOUR * begin
+    to = torch.empty_like(place)
+    to[by_bank] = FOUR * (begin + within % length) + within // length
+    return to
 
 
 @dataclass(frozen=True)
@@ -145,10 +196,10 @@ class DeviceCSR(KernelWeight):
         slot = torch.full((total + 1, FOUR), block_cols, dtype=torch.int64, device=device)
         slot[:total] = pads[:, None]
         packed = torch.zeros((total + 1) * FOUR, dtype=values.dtype, device=device)
-        rank = torch.arange(values.numel(), device=device)
-        to = starts[segment] * FOUR + rank - (torch.cumsum(count, 0) - count)[segment]
+        own = block % per_range * slots + cols - block * block_cols
+        to = _places(segment, own % BANKS, starts)
         packed[to] = values
-        slot.view(-1)[to] = block % per_range * slots + cols - block * block_cols
+        slot.view(-1)[to] = own
         numbers = row_fours.astype(np.int64)
         return cls(
             packed.view(-1, FOUR),

@@ -3,6 +3,8 @@ meets no infinity, work that is shared equally."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -185,6 +187,34 @@ def test_views_and_leading_dimensions(backend, place, rng):
             got = w.linear(on[..., first : first + 61], few=few)
             assert got.shape == (2, 3, 40)
             assert_close(got.reshape(6, 40), x[..., first : first + 61].reshape(6, 61), dense)
+
+
+@pytest.mark.parametrize(("density", "most"), [(0.5, 1.4), (0.2, 1.65), (0.1, 1.85)])
+def test_neighbouring_lanes_want_different_banks(emulated, rng, density, most):
+    # Ordered by column it is 2.5 turns. 1 would take as many columns of each bank in every block of a row.
+    w = torch.from_numpy(rng.random((40, 3000)) < density).float()
+    packed = DeviceCSR.from_dense(w, place=Place(emulated, 0, 0))
+    assert torch.equal(packed.to_dense(), w)
+    starts = packed.starts[:: (packed.starts.numel() - 1) // 40].tolist()
+    turns = loads = 0
+    for begin, end in pairwise(starts):
+        for first in range(begin, end, 8):
+            for lanes in packed.columns[first : min(first + 8, end)].T:
+                turns += int(torch.bincount(lanes.unique() & 7).max())
+                loads += 1
+    assert turns <= most * loads
+
+
+@given(st.lists(st.lists(st.integers(0, 7), max_size=40), max_size=6))
+@settings(deadline=None, max_examples=100)
+def test_every_entry_has_a_place_of_its_own(segments):
+    starts = torch.tensor([0] + [-(-len(s) // 4) for s in segments]).cumsum(0)
+    segment = torch.tensor([i for i, s in enumerate(segments) for _ in s], dtype=torch.int64)
+    bank = torch.tensor([b for s in segments for b in s], dtype=torch.int64)
+    places = _cuda_sparse._places(segment, bank, starts)
+    assert places.unique().numel() == places.numel()
+    assert bool((places >= 4 * starts[segment]).all())
+    assert bool((places < 4 * starts[segment + 1]).all())
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
