@@ -73,6 +73,13 @@ def test_a_bad_environment_is_one_line_and_exit_code_2(variable: str, value: str
     assert done.stderr.count("\n") == 1
 
 
+def test_a_closed_output_is_no_error() -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m pared info >&-"], capture_output=True, timeout=600, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_info_names_the_machine_and_every_kernel(run: Run) -> None:
     code, out, err = run("info")
     assert (code, err) == (0, "")
@@ -100,10 +107,13 @@ def test_without_arguments_the_help_is_printed(run: Run) -> None:
         (["bench", "--shape", "8,8"], "'--shape': expected out,in,tokens"),
         (["bench", "--shape", "8,0,8"], "'--shape': expected out,in,tokens"),
         (["bench", "--shape", "a,b,c"], "'--shape': expected out,in,tokens"),
+        (["bench", "--shape", "99999999999,9,9"], "'--shape': expected a layer that fits into"),
+        (["bench", "--shape", "9,9,99999999999"], "'--shape': expected a layer that fits into"),
         (["bench", "--sparsity", "1.0"], "'--sparsity': expected numbers in [0, 1)"),
         (["bench", "--sparsity", "nan"], "'--sparsity': expected numbers in [0, 1)"),
         (["bench", "--sparsity", "0.5,"], "'--sparsity': expected numbers in [0, 1)"),
         (["bench", "--threads", "0"], "--threads"),
+        (["bench", "--threads", "4097"], "--threads"),
         (["bench", "--suite", "gemv"], "'--suite': expected csr, blocks"),
         (
             ["bench", "--suite", "conv", "--shape", "8,8,8"],

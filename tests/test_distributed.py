@@ -102,6 +102,20 @@ def test_what_one_process_raises_all_raise(name: str, text: str, results: list[d
     assert text in first
 
 
+def test_sharded_weights_are_pruned_where_they_are_whole(results: list[dict[str, Any]]) -> None:
+    expected = JOBS["magnitude"](everything())
+    for result in results:
+        weights, texts = result["sharded"]["weights"], result["sharded"]["texts"]
+        check(weights, {name: expected[name] for name in weights})
+        assert len(weights) == 8
+        pruned, accelerated, saved, stepped = texts
+        assert "expected the whole weight of Conv2d" in pruned
+        assert accelerated == saved
+        assert "got a model in FullyShardedDataParallel" in saved
+        assert "as when the pruner was made" in stepped
+        assert all("summon_full_params" in text for text in (pruned, stepped))
+
+
 def test_a_single_process_reduces_nothing(tmp_path: Path) -> None:
     assert distributed.current() is None
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -197,3 +197,194 @@ def test_errors_about_strides_say_what_to_call(kind):
     ):
         with pytest.raises(ValueError, match=hint):
             call()
+
+
+# -- transformers
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.inner(**inputs)
+
+
+@pytest.fixture
+def bert() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=50, **size)).eval()
+    pared.prune(model, 0.8)
+    return model
+
+
+def test_save_pretrained_goes_through_the_plain_model(ours_is_faster, bert, tmp_path):
+    tokens = {"input_ids": torch.arange(12).reshape(2, 6)}
+    fast = pared.accelerate(bert, tokens)
+    file = io.BytesIO()
+    pared.save(fast, file)
+    file.seek(0)
+    inside = pared.accelerate(Wrapper(bert), tokens).inner
+    for model in (fast, copy.deepcopy(fast), pared.load(file, lambda: copy.deepcopy(bert)), inside):
+        with pytest.raises(ValueError, match=r"save_pretrained: .*pared\.restore"):
+            model.save_pretrained(tmp_path / "accelerated")
+    assert not (tmp_path / "accelerated").exists()
+    pared.restore(fast).save_pretrained(tmp_path / "plain")
+    again = type(bert).from_pretrained(tmp_path / "plain")
+    assert all(torch.equal(p, bert.state_dict()[name]) for name, p in again.state_dict().items())
+    dense = pared.accelerate(bert, tokens, min_speedup=1e9)
+    dense.save_pretrained(tmp_path / "dense")  # nothing was converted
+
+
+# -- autocast inside the model
+
+
+class Casting(nn.Module):
+    """As transformers' Trainer leaves a model: a forward that turns autocast on itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.inner(x).float()
+        return self.head(y)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_model_that_turns_autocast_on(precision):
+    model = Casting().eval()
+    pared.prune(model, 0.8)
+    fast = pared.accelerate(model, INPUTS[0], precision, min_speedup=0, max_error=0.5)
+    kernels = {row.name: row for row in pared.report(fast).layers}
+    for name in ("inner.0", "inner.2", "inner.4"):
+        assert kernels[name].kernel == "torch"
+        assert kernels[name].reason.startswith("called under torch.autocast, which the model turns on")
+    assert isinstance(fast.head, PackedModule)
+    check(fast, model, INPUTS[0], 1e-4 if precision == "float32" else 0.1)
+
+
+def test_autocast_that_changes_nothing(ours_is_faster):
+    model, x = mlp().bfloat16(), INPUTS[0].bfloat16()
+    pared.prune(model, 0.8)
+    forward = torch.autocast("cpu", dtype=torch.bfloat16)(type(model).forward)
+    inside = type("Inside", (nn.Sequential,), {"forward": forward})(*model).eval()
+    fast = pared.accelerate(inside, x)
+    assert all(row.kernel != "torch" for row in pared.report(fast).layers)
+    assert torch.equal(fast(x), pared.accelerate(model, x)(x))
+
+
+# -- weights that are not whole, or not plain
+
+
+class Opaque(torch.Tensor):
+    """A weight of another tool's tensor class, as torchao and fully_shard make them."""
+
+
+@pytest.fixture
+def sharded() -> nn.Sequential:
+    """As FullyShardedDataParallel(use_orig_params=True) leaves weights outside a call."""
+    model = mlp()
+    model[0].weight = nn.Parameter(model[0].weight.detach().reshape(-1)[:700])
+    return model
+
+
+def test_shards_are_not_pruned(sharded):
+    before = copy.deepcopy(sharded.state_dict())
+    for call in (
+        lambda: pared.prune(sharded, 0.5),
+        lambda: pared.Pruner(sharded, pared.schedules.OneShot(0.5)),
+    ):
+        with pytest.raises(ValueError, match=r"'0\.weight': expected the whole weight.*\[700\].*summon_full"):
+            call()
+    del sharded[0].weight
+    sharded[0].weight = torch.zeros(48, 24)  # use_orig_params=False: a view of what all layers share
+    with pytest.raises(ValueError, match=r"'0\.weight': weight: expected a parameter .*summon_full"):
+        pared.prune(sharded, 0.5)
+    del before["0.weight"]
+    assert all(torch.equal(t, sharded.state_dict()[name]) for name, t in before.items())
+
+
+def test_a_pruner_whose_weights_were_sharded_since(sharded):
+    model = mlp()
+    pruner = pared.Pruner(model, pared.schedules.OneShot(0.5))
+    whole = model[0].weight
+    model[0].weight = sharded[0].weight
+    before = copy.deepcopy(model.state_dict())
+    for call in (pruner.step, pruner.finalize):
+        with pytest.raises(ValueError, match=r"'0\.weight' with shape \[48, 24\].*\[700\].*summon_full"):
+            call()
+    assert pruner.step_count == 0
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    model[0].weight = nn.Parameter(whole.detach().as_subclass(Opaque), requires_grad=False)
+    with pytest.raises(ValueError, match="got a Opaque of shape"):
+        pruner.step()
+    model[0].weight = whole
+    pruner.step()
+    assert pruner.finalize().sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_weights_of_another_class_are_not_pruned():
+    model = mlp()
+    model[2].weight = nn.Parameter(model[2].weight.detach().as_subclass(Opaque))
+    with pytest.raises(ValueError, match=r"'2\.weight': expected a plain tensor, got the subclass Opaque"):
+        pared.prune(model, 0.5)
+    assert pared.prune(model, 0.5, exclude="2").sparsity == pytest.approx(0.5, abs=0.01)
+
+
+# -- code that writes to a converted layer, or compiles it
+
+
+@pytest.fixture
+def packed(ours_is_faster) -> nn.Sequential:
+    model = mlp()
+    pared.prune(model, 0.8)
+    return pared.accelerate(model, INPUTS[0])
+
+
+def test_weights_of_converted_layers_are_not_written_to(packed):
+    want, zeros = packed(INPUTS[0]), torch.zeros(48, 24)
+    for name, value in (("weight", zeros), ("bias", torch.zeros(48))):
+        with pytest.raises(TypeError, match=f"{name}: expected none to be set.*pared.restore"):
+            setattr(packed[0], name, nn.Parameter(value))
+    with pytest.raises(pared.nn.DenseWeightError, match="packed"):
+        packed[0].weight.data = zeros
+    with pytest.raises(pared.nn.DenseWeightError, match="packed"):
+        packed[0].weight.data.mul_(2)
+    assert torch.equal(packed(INPUTS[0]), want)
+    packed[0].bias = torch.zeros(48)  # a buffer, as it was
+    assert not torch.equal(packed(INPUTS[0]), want)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_scripting_is_refused_and_tracing_is_not(packed):
+    with pytest.raises(TypeError, match=r"torch\.jit\.script: .*accelerated Linear; torch\.jit\.trace"):
+        torch.jit.script(packed)
+    traced = torch.jit.trace(packed, INPUTS[0])
+    assert torch.equal(torch.jit.freeze(traced)(INPUTS[0]), packed(INPUTS[0]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_torch_func_is_named(packed):
+    for call in (
+        lambda: torch.func.vmap(packed)(INPUTS[0]),
+        lambda: torch.func.jvp(packed, (INPUTS[0],), (INPUTS[0],)),
+    ):
+        with pytest.raises(TypeError, match=r"x: .*without, such as torch\.func's vmap and jvp pass"):
+            call()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own
+def test_a_file_into_layers_of_another_library(packed):
+    file = io.BytesIO()
+    pared.save(packed, file)
+    file.seek(0)
+    quantized = torch.ao.quantization.quantize_dynamic(mlp(), {nn.Linear}, torch.qint8)
+    with pytest.raises(
+        pared.FormatError, match=r"expected 'Linear', as in the file, got torch\.ao\..*\.Linear"
+    ):
+        pared.load(file, quantized)

@@ -6,6 +6,7 @@ As a program: ``python two_processes.py RANK STORE OUT``, twice; each writes wha
 from __future__ import annotations
 
 import copy
+import io
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional as F
 
 import pared
@@ -148,6 +150,31 @@ def failures(rank: int) -> dict[str, str]:
     return found
 
 
+def sharded() -> dict[str, Any]:
+    """The Pruner in FullyShardedDataParallel: where it finds whole weights, and what it says elsewhere."""
+    model = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=True)
+    texts = []
+
+    def refused(call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except ValueError as error:
+            texts.append(str(error))
+
+    refused(lambda: pared.prune(model, 0.5))
+    refused(lambda: pared.accelerate(model, everything()[0][0]))
+    refused(lambda: pared.save(model, io.BytesIO()))
+    with FullyShardedDataParallel.summon_full_params(model):
+        pruner = pared.Pruner(model, pared.schedules.OneShot(0.5))
+        pruner.step()
+    refused(pruner.step)
+    with FullyShardedDataParallel.summon_full_params(model):
+        pruner.finalize()
+    with FullyShardedDataParallel.summon_full_params(model):
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {"texts": texts, "weights": weights}
+
+
 def main(rank: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -158,7 +185,8 @@ def main(rank: int, store: str, out: str) -> None:
         states["by one"] = pruned("magnitude", loss_fn=None)(share(rank))
     with process_group(None):
         states["alone"] = pruned("wanda")(share(rank))
-    torch.save({"states": states, "failures": failures(rank)}, f"{out}.{rank}")
+    found = {"states": states, "failures": failures(rank), "sharded": sharded()}
+    torch.save(found, f"{out}.{rank}")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -281,8 +281,8 @@ Array parse_torch(py::handle o, const char* name, const TorchTypes& torch) {
   Py_XDECREF(pointer);
   PyErr_Clear();
   if (!a.data && a.size() > 0)
-    throw TypeError(
-        str(name, ": expected a tensor with memory of its own, got a ", type_name(o), " without"));
+    throw TypeError(str(name, ": expected a tensor with memory of its own, got a ", type_name(o), " without",
+                        pointer ? "" : ", such as torch.func's vmap and jvp pass"));
   return a;
 }
 

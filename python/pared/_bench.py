@@ -5,6 +5,7 @@ A short look for users; ``make bench`` measures everything, with the project's g
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -199,6 +200,17 @@ class Row:
         """GFLOP/s on the non-zeros."""
         total = float(np.prod(self.case[:2])) * (self.case.kernel**2 if isinstance(self.case, Image) else 1)
         return self.case.flops * self.nonzeros / total * 1e-9 / self.sparse_s
+
+
+def check_fits(case: Shape) -> None:
+    """Raise ``ValueError`` for a layer whose weight and activations are larger than the machine's memory."""
+    needed = 4 * (case.out * case.inp + case.tokens * (case.inp + case.out))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"expected a layer that fits into {memory / 1e9:.0f} GB of memory, got {case}, which takes "
+            f"{needed / 1e9:.0f} GB"
+        )
 
 
 def parse_sparsities(text: str) -> list[float]:

@@ -41,13 +41,14 @@ from pared._fusion import activation_of, leads_to
 from pared._report import _ATTRIBUTE, Report
 from pared._residual import residual_block
 from pared._sparsity import bake
-from pared._surgery import adopt_hooks, copy_model, module_names, replace
+from pared._surgery import adopt_hooks, check_whole, copy_model, module_names, replace
 from pared.nn import RULES, FoldedBatchNorm2d, Fused, Linear, MaxPool2d, PackedModule, ResidualBlock
 from pared.nn._attention import attend, attending
 from pared.nn._base import ACTIVATIONS
 from pared.nn._encoder import encoding, fuse_layer
 from pared.nn._fold import can_fold
 from pared.nn._foreign import hides_weights
+from pared.nn._pretrained import refuse_pretrained
 from pared.ops._formats import FORMATS
 from pared.ops.int8 import IntegerWeight
 from pared.ops.packed import PackedWeight
@@ -163,6 +164,7 @@ def load(path: Path, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> 
     for name in about.encoders:
         _encode(module, name)
     _check_complete(module)
+    refuse_pretrained(module)
     if about.report is not None:
         setattr(module, _ATTRIBUTE, about.report)
         module.requires_grad_(False)  # for inference, as accelerate returns it
@@ -307,6 +309,7 @@ def _encode(model: torch.nn.Module, name: str) -> None:
 
 def _collect(model: torch.nn.Module, writer: Writer) -> dict[str, Any]:
     """Give the writer every tensor once; returns the metadata that goes with them."""
+    check_whole(model)
     for prefix, module in model.named_modules():
         if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
             raise ValueError(f"model: {prefix or 'the root'}: expected tensors only, got extra state")
@@ -567,6 +570,8 @@ def _match_layers(model: torch.nn.Module, about: _About, stored: Mapping[str, En
         rule = RULES.get(type(module))
         if rule is None or type(module).__name__ != layer.type:
             found = type(module).__name__
+            if found == layer.type:  # another library's: torch.ao's quantized Linear, for example
+                found = f"{type(module).__module__}.{found}"
             refuse(f"model: layer {name!r}: expected {shorten(layer.type)}, as in the file, got {found}")
         if layer.format not in rule.formats:
             known = ", ".join(rule.formats)

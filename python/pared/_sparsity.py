@@ -31,6 +31,10 @@ __all__ = [
 ]
 
 
+# What to do where the weights of a model are in parts.
+SHARDS = "prune before FullyShardedDataParallel wraps the model, or in its summon_full_params(model)"
+
+
 def base_type(module: nn.Module) -> type[nn.Module]:
     """The module's class without the subclass that ``torch.nn.utils.parametrize`` puts in front of it."""
     return parametrize.type_before_parametrizations(module)
@@ -54,7 +58,12 @@ def weight_format(module: nn.Module, name: str = "weight") -> str:
     if f"{name}_orig" in module._parameters and f"{name}_mask" in module._buffers:
         return "torch.nn.utils.prune"
     if isinstance(getattr(module, name, None), torch.Tensor):
-        inputs = sorted(key for key in module._parameters if key.startswith(f"{name}_")) or ["no parameter"]
+        inputs = sorted(key for key in module._parameters if key.startswith(f"{name}_"))
+        if not inputs:
+            raise ValueError(
+                f"{name}: expected a parameter of {base_type(module).__name__}, got a tensor that is no "
+                f"parameter; {SHARDS}"
+            )
         raise ValueError(_unknown(module, name, f"a tensor computed from {', '.join(inputs)}"))
     known = sorted(key for key, value in module._parameters.items() if value is not None) or ["none"]
     raise ValueError(

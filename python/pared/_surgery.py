@@ -15,6 +15,7 @@ from pared._report import _ATTRIBUTE
 from pared.nn import FoldedBatchNorm2d, Fused, MaxPool2d, PackedModule, ResidualBlock
 from pared.nn._attention import attending, detach
 from pared.nn._encoder import encoding, separate
+from pared.nn._pretrained import permit_pretrained
 
 __all__ = ["copy_model", "module_names", "replace", "restore", "shared_copy", "tied_parameters"]
 
@@ -27,11 +28,22 @@ _HOOKS = (
 )
 
 
+def check_whole(model: nn.Module) -> None:
+    """Raise ``ValueError`` for a model whose modules hold shards of their weights."""
+    # By name: importing torch.distributed.fsdp takes a second.
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise ValueError(
+            "model: expected whole weights, got a model in FullyShardedDataParallel; load its full state "
+            "dict (torch.distributed.checkpoint.state_dict) into a plain model"
+        )
+
+
 def copy_model(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy that also works where modules hold computed tensors, as attached masks leave them.
 
     `replaced`: id of an object -> what the copy has in its place.
     """
+    check_whole(model)
     memo = dict(replaced or {})
     keep = []  # ids in the memo stay valid only while their objects live
     for module in model.modules():
@@ -122,6 +134,7 @@ def restore(model: nn.Module) -> nn.Module:
 
     plain = copy.deepcopy(model)
     vars(plain).pop(_ATTRIBUTE, None)
+    permit_pretrained(plain)
     weights: dict[int, nn.Parameter] = {}  # packed buffers that several layers share
     biases: dict[int, nn.Parameter] = {}
     names = module_names(plain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -202,7 +203,7 @@ def bench(
         ),
     ] = False,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Torch's own default if not given.")
+        int | None, typer.Option("--threads", min=1, max=4096, help="Torch's own default if not given.")
     ] = None,
     seconds: Annotated[
         float | None, typer.Option("--seconds", min=0.01, help="For each case: 3, or 1 with --quick.")
@@ -232,6 +233,8 @@ def bench(
         odd = [s for s in chosen if shapes and not isinstance(_bench.SUITES[s].cases[0], _bench.Shape)]
         if odd:
             raise ValueError(f"expected suites of Linear layers, got {', '.join(odd)}")
+        for layer in shapes:
+            _bench.check_fits(layer)
     with _argument("--sparsity"):
         sparsities = None if sparsity is None else _bench.parse_sparsities(sparsity)
     if peers:
@@ -284,6 +287,8 @@ def _require(*packages: str) -> None:
 
 def main() -> None:
     """Run the command line; an error is one line on stderr, exit code 2 for bad arguments."""
+    if sys.stdout is None:  # closed by the shell, with >&-
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
     try:
         code = app(standalone_mode=False)
     except _UsageError as e:

@@ -32,6 +32,7 @@ from pared._sparsity import bake
 from pared._surgery import copy_model, tied_parameters
 from pared._target import Target, target_of
 from pared.nn import PackedModule
+from pared.nn._pretrained import refuse_pretrained
 from pared.ops._formats import FORMATS
 from pared.ops.int4 import GROUP
 from pared.ops.packed import PackedWeight
@@ -181,6 +182,7 @@ def accelerate(
         advance("done", 1.0)
     fast.eval().requires_grad_(False)
     setattr(fast, _ATTRIBUTE, report)
+    refuse_pretrained(fast)
     return fast
 
 

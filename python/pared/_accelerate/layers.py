@@ -224,6 +224,13 @@ def record_calls(model: nn.Module, inputs: list[Example], candidates: list[Candi
                     "between layers; kernels take and give floats"
                 )
                 return
+            if c.foreign is None and casts(x, c.module):
+                c.refused = (
+                    "called under torch.autocast, which the model turns on itself, as transformers' Trainer "
+                    "makes it with bf16=True (accelerate.utils.extract_model_from_parallel(model, "
+                    "keep_fp32_wrapper=False) takes that back); kernels compute in the dtype of their input"
+                )
+                return
             if x not in serial:
                 serial[x] = next(count)
             c.inputs.append(serial[x])
@@ -250,6 +257,15 @@ def record_calls(model: nn.Module, inputs: list[Example], candidates: list[Candi
             c.successor = proposed.successor.name if proposed.successor else None
         c.row.calls = sum(c.calls.values())
         c.row.inputs = [list(s.shape) for s in c.calls]
+
+
+def casts(x: Tensor, layer: nn.Module) -> bool:
+    """Whether ``torch.autocast`` changes what a Linear layer or convolution computes from `x` here."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return False
+    wanted = torch.get_autocast_dtype(kind)
+    return x.dtype != wanted or cast(Tensor, layer.weight).dtype != wanted
 
 
 def watched_calls(

@@ -59,6 +59,14 @@ class WeightStandIn(Tensor):
         self.layer = layer
         return self
 
+    @property
+    def data(self) -> Tensor:
+        raise DenseWeightError(self.layer)
+
+    @data.setter
+    def data(self, value: Any) -> None:  # torch would give the stand-in, not the layer, other numbers
+        raise DenseWeightError(self.layer)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"WeightStandIn(shape={list(self.shape)}, dtype={self.dtype}, of={type(self.layer).__name__})"
 
@@ -232,6 +240,20 @@ class PackedModule(nn.Module):
                 return torch.empty(self.weight_shape, dtype=self.weight_dtype, device="meta")
             return WeightStandIn(self)
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias") and isinstance(value, nn.Parameter):
+            raise TypeError(
+                f"{name}: expected none to be set, got a parameter; {type(self).__name__} holds a packed "
+                f"{self.format} weight for inference: set it on the plain layer that pared.restore gives"
+            )
+        super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> Self:
+        raise TypeError(
+            f"torch.jit.script: expected plain layers, got an accelerated {type(self).__name__}; "
+            "torch.jit.trace and torch.export take it"
+        )
 
     def train(self, mode: bool = True) -> Self:
         """Does nothing: an accelerated layer is always in eval mode."""

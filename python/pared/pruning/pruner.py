@@ -100,6 +100,12 @@ class Pruner:
     same everywhere; statistics of `data` are reduced over the processes. Steps that a ``GradScaler`` skips
     still count as steps. Parameters stay the same objects and are written in place,
     between the backward passes, so autograd, compiled models and mixed precision go on as before.
+    FullyShardedDataParallel has whole weights in its ``summon_full_params(model)`` only, where the pruner is
+    made, stepped and finalized; `optimizer` is left out then. ``fully_shard`` has none to write to.
+
+    Averages of the weights (``torch.optim.swa_utils.AveragedModel``) over steps between which masks changed
+    are not zero where the weights are: ``average.module.get_parameter(name).data.mul_(mask)`` for `masks`,
+    before `finalize`.
     """
 
     def __init__(
@@ -138,6 +144,7 @@ class Pruner:
             check_sparsity(final, self._plan.pattern)
         self._optimizers = self._checked_optimizers(optimizer)
         weights = [target.weight for target in self._plan.targets]
+        self._shapes = [w.shape for w in weights]
         self._before = [int(torch.count_nonzero(w)) for w in weights]
         self._schedule = schedule
         self._update_every = update_every
@@ -186,6 +193,7 @@ class Pruner:
             raise RuntimeError(
                 "step: expected a pruner that is not finalized; make a new one to prune further"
             )
+        self._check_whole()
         step = self.step_count + 1
         wanted = self._scheduled(step)
         due = self._updated_at is None or step - self._updated_at >= self._update_every
@@ -196,6 +204,16 @@ class Pruner:
         self.step_count = step
         if chooses or not self._allow_regrowth:
             self._apply()
+
+    def _check_whole(self) -> None:
+        for target, shape in zip(self._plan.targets, self._shapes, strict=True):
+            tensor = target.tensor
+            if tensor.shape != shape or type(tensor.detach()) is not torch.Tensor:
+                raise ValueError(
+                    f"model: expected {target.name!r} with shape {list(shape)}, as when the pruner was made, "
+                    f"got a {type(tensor).__name__} of shape {list(tensor.shape)}; weights that "
+                    "FullyShardedDataParallel shards are whole in its summon_full_params(model)"
+                )
 
     def _scheduled(self, step: int) -> float:
         value = self._schedule(step)
@@ -248,6 +266,7 @@ class Pruner:
         that the schedule asks for at the last step.
         """
         if not self._finalized:
+            self._check_whole()
             wanted = self._scheduled(self.step_count) if self.step_count else 0.0
             if wanted > self._chosen_for:
                 self._dropped = self._choose(wanted)

@@ -20,7 +20,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from pared._errors import close_matches
-from pared._sparsity import base_type, effective_weight, parameter_of
+from pared._sparsity import SHARDS, base_type, effective_weight, parameter_of
 
 __all__ = ["Filter", "Filters", "Target", "collect", "unwrap"]
 
@@ -111,6 +111,13 @@ def _parameters(module: nn.Module) -> Iterator[str]:
         yield from (name for group in module._all_weights for name in group if name.startswith("weight"))
     elif isinstance(module, nn.RNNCellBase):
         yield from ("weight_ih", "weight_hh")
+
+
+def _dimensions(module: nn.Module) -> int:
+    """Of the module's own prunable tensors."""
+    return 2 + sum(
+        isinstance(module, kind) * n for kind, n in ((nn.Conv1d, 1), (nn.Conv2d, 2), (nn.Conv3d, 3))
+    )
 
 
 def _prefixes(name: str) -> list[str]:
@@ -224,6 +231,16 @@ def _memory(module: nn.Module, parameter: str, qualified: str) -> tuple[tuple[ob
         return alone, f"{qualified!r}: {error}"
     if isinstance(tensor, UninitializedParameter) or tensor.is_meta:
         return alone, f"model: expected weights with values, got {qualified!r} without any (lazy or meta)"
+    if type(tensor.detach()) is not torch.Tensor:
+        return alone, (
+            f"{qualified!r}: expected a plain tensor, got the subclass {type(tensor).__name__}; prune before "
+            "the model is quantized or sharded (torchao, fully_shard)"
+        )
+    if tensor.ndim != _dimensions(module):
+        return alone, (
+            f"{qualified!r}: expected the whole weight of {base_type(module).__name__}, got a tensor of "
+            f"shape {list(tensor.shape)}, as sharding leaves on each process; {SHARDS}"
+        )
     if not tensor.numel():
         return alone, None
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.device), None
