@@ -322,6 +322,19 @@ def test_smoke_finds_a_wrong_kernel(monkeypatch, capfd):
     assert "FAIL\tgemm_s8\tRuntimeError: sums: " in out
 
 
+def test_smoke_in_one_process(monkeypatch, capfd):
+    from bench.gpu import smoke
+
+    monkeypatch.setattr(_cuda, "_emulated", None)  # put back after the test
+    monkeypatch.setattr(smoke, "checks", lambda machine: iter([("good", lambda: None), ("bad", None)]))
+    assert smoke.main(["--dry-run", "--work"]) == 0
+    out = capfd.readouterr().out
+    assert "PASS\tgood" in out
+    assert "FAIL\tbad\tTypeError" in out
+    smoke.main(["--dry-run", "--work", "good"])
+    assert "bad" not in capfd.readouterr().out
+
+
 def test_the_whole_flow_as_a_dry_run():
     environment = {**os.environ, "PYTHON": sys.executable}
     suites = ",".join(command.ORDER)
@@ -389,7 +402,12 @@ def test_the_script_where_commands_are_stubs(bare_machine):
     assert "-DCMAKE_CUDA_ARCHITECTURES=90a-real" in configured
     measured = [line.split("--only ")[1].split()[0] for line in lines if " -m bench.gpu --only" in line]
     assert measured == list(command.ORDER)
-    assert [line for line in lines if line.startswith("compute-sanitizer --tool racecheck")]
+    for tool in ("memcheck", "racecheck"):
+        under = [line for line in lines if line.startswith(f"compute-sanitizer --tool {tool} ")]
+        assert [line.partition(" python3 -m ")[2].split()[0] for line in under] == [
+            "bench.gpu.smoke",
+            "pytest",
+        ]
     # The extension that was built stays, modules come from the tree.
     assert {p.name for p in bare_machine.package.iterdir()} == {"_core.so", "new.py"}
     assert (bare_machine.package / "_core.so").read_text() == "built"
