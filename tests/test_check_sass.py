@@ -28,7 +28,16 @@ def dump(sm, **bodies):
     return lines
 
 
+FENCED = [
+    "MEMBAR.SC.GPU",
+    "CCTL.IVALL",
+    "@!P0 ATOMG.E.ADD.STRONG.GPU PT, R2, [R2.64], R5",
+    "MEMBAR.SC.GPU",
+    "CCTL.IVALL",
+]
 GOOD = {
+    "select_ties_kernel": FENCED,
+    "cutlass6kernelI": ["ATOMG.E.ADD.STRONG.GPU PT, R2, [R2.64], R5"],  # theirs
     "int8_product_kernelI": [
         "IMMA.16832.S8.S8 R4",
         "LDSM.16.M88.4 R8",
@@ -87,6 +96,8 @@ def test_what_is_right_passes(check_sass):
             ["HMMA.16816.F32 R4", "UBLKCP.S.G [UR4]", "IDP.4A.U8.U8 R3", "IDP.2A.LO.U16.U8 R3"],
             r"no IDP\.2A\.HI",
         ),
+        ("select_ties_kernel", [*FENCED[:-2], "CCTL.IVALL"], r"1 of two MEMBAR\.(SC|ALL)\.GPU"),
+        ("select_ties_kernel", FENCED[:-1], r"1 of two CCTL\.IVALL"),
         ("csr_panel_kernelIfLi4E", ["LDS R4, [R2]", "LDGSTS.E.BYPASS.128 [R3]"], r"no LDS\.64"),
     ],
 )

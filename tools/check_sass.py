@@ -1,4 +1,5 @@
-"""Checks the machine code of the CUDA part: what speed rests on is there, local memory is not.
+"""Checks the machine code of the CUDA part: what speed rests on is there, local memory is not, and what the
+last block of a grid reads of the others is behind fences, which the emulator cannot miss.
 
     python tools/check_sass.py build/cuda/_cuda_kernels*.so
 
@@ -50,6 +51,10 @@ EXPECTED = [
     Expect("select_gather_kernel", (LOAD,)),
     Expect("select_mask_kernel", (LOAD,)),
 ]
+# A block that counts those that are done, to find out whether it is the last: what it has written is behind a
+# fence before, and what it reads after another, which drops what L1 holds.
+TICKET = re.compile(r"ATOMG\.E\.ADD\.STRONG\.GPU")
+FENCES = (r"MEMBAR\.(SC|ALL)\.GPU", r"CCTL\.IVALL")
 LOCAL = re.compile(r"\b(LDL|STL)\b")
 FUNCTION = re.compile(r"^\s*Function : (\S+)")
 ARCHITECTURE = re.compile(r"^arch = sm_(\d+)(a?)")
@@ -91,6 +96,12 @@ def faults(found: list[tuple[int, str, Counter[str]]]) -> list[str]:
         for sm, name, counts in found
         if any(LOCAL.match(i) for i in counts)
     ]
+    for sm, name, counts in found:
+        if "cutlass" in name or not any(TICKET.match(i) for i in counts):
+            continue
+        for fence in FENCES:
+            if (n := sum(n for i, n in counts.items() if re.match(fence, i))) < 2:
+                wrong.append(f"sm_{sm} {name}: a ticket between {n} of two {fence}")
     for expect in EXPECTED:
         matching = [k for k in found if k[0] >= expect.from_sm and re.search(expect.kernel, k[1])]
         optional = "cutlass" in expect.kernel or all(sm < expect.from_sm for sm, *_ in found)
