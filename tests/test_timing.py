@@ -119,6 +119,15 @@ def test_rotation_covers_twice_the_cache(monkeypatch) -> None:
         rotate(lambda i: lambda: None, 0)
 
 
+def test_tiny_operands_are_not_copied_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_timing, "last_level_cache", lambda: 1 << 25)
+    seen: set[int] = set()
+    call = rotate(lambda i: lambda: seen.add(i), nbytes=1 << 9)
+    for _ in range(_timing._MOST_COPIES + 5):
+        call()
+    assert len(seen) == _timing._MOST_COPIES
+
+
 def test_summary_is_json() -> None:
     clock = FakeClock()
     calls = {"dense": clock.takes("dense", 2_000_000), "pared": clock.takes("pared", 1_000_000)}

@@ -44,7 +44,7 @@ class Shape(NamedTuple):
     def parse(cls, text: str) -> Shape:
         """Read ``"out,in,tokens"``. Raises ``ValueError``."""
         parts = text.split(",")
-        if len(parts) != 3 or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+        if len(parts) != 3 or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
             raise ValueError(f"expected out,in,tokens as three positive integers, got {text!r}")
         return cls(*map(int, parts))
 

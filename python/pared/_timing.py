@@ -30,6 +30,7 @@ Call = Callable[[], object]
 
 # Twice the cache: with exactly its size, half of the lines would survive a pass under random replacement.
 _COLD_FACTOR = 2.0
+_MOST_COPIES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def last_level_cache() -> int:
 
 
 def rotate(make: Callable[[int], Call], nbytes: int) -> Call:
-    """A callable that goes round copies of its operands which together exceed the last-level cache.
+    """A callable that goes round copies of its operands which together exceed the last-level cache, but for
+    operands so small that it would take more than 16384 copies: there the call itself is the cost.
 
     This is how a weight that is read once a token meets the kernel in a large model: from memory, while the
     code and the activations stay warm.
@@ -145,7 +147,7 @@ def rotate(make: Callable[[int], Call], nbytes: int) -> Call:
     """
     if nbytes <= 0:
         raise ValueError(f"nbytes: expected a positive number of bytes, got {nbytes}")
-    copies = max(2, math.ceil(_COLD_FACTOR * last_level_cache() / nbytes))
+    copies = min(max(2, math.ceil(_COLD_FACTOR * last_level_cache() / nbytes)), _MOST_COPIES)
     following = itertools.cycle([make(i) for i in range(copies)]).__next__
 
     def call() -> object:

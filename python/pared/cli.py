@@ -203,7 +203,7 @@ def bench(
         ),
     ] = False,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, max=4096, help="Torch's own default if not given.")
+        int | None, typer.Option("--threads", min=1, max=1024, help="Torch's own default if not given.")
     ] = None,
     seconds: Annotated[
         float | None, typer.Option("--seconds", min=0.01, help="For each case: 3, or 1 with --quick.")
