@@ -108,10 +108,12 @@ int wgmma_rows(const BlockSparseProduct& p, int device) {
       p.w.cols * item_bytes >= limit || p.tokens >= limit || p.x_stride < p.w.cols ||
       !p.w.values)  // of rows that overlap, or no block, there is no tensor map
     return 0;
+  // The larger reads the blocks half as often, where it leaves no multiprocessor idle. For tokens that fit
+  // into the smaller the workspace has no room for its sums.
+  if (p.tokens <= kBlockSparseManyTokens) return kBlockSparseManyTokens;
   if (forced > 0) return forced;
-  // The larger reads the blocks half as often, where it leaves no multiprocessor idle.
   const int64_t tiles = p.item_count * ((p.tokens + 255) / 256);
-  return p.tokens > 128 && tiles >= multiprocessors(device) ? 256 : 128;
+  return tiles >= multiprocessors(device) ? 256 : 128;
 }
 
 }  // namespace

@@ -92,7 +92,12 @@ def kernel(request, place):
 def test_large_blocks(backend, place, rng, kernel, block, dtype):
     r, c = block
     # Tokens around half a tile, columns that end inside a block, more steps than stages, rows without blocks.
-    sizes = [(17, r, c, 1.0), (129, 2 * r + 9, 5 * c - 8, 0.6), (260, 3 * r - 1, 8 * c, 0.5)]
+    sizes = [
+        (17, r, c, 1.0),
+        (100, r, 5 * c, 1.0),
+        (129, 2 * r + 9, 5 * c - 8, 0.6),
+        (260, 3 * r - 1, 8 * c, 0.5),
+    ]
     for m, n, k, density in sizes:
         dense = random_blocks(rng, (n, k), block, density, dtype)
         x = torch.from_numpy(rng.standard_normal((m, k))).to(dtype)
