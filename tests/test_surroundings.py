@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,9 @@ from torch.nn import functional as F
 
 import pared
 import pared._accelerate as acc
+from pared._interrupt import uninterrupted
 from pared.nn import PackedModule
+from pared.pruning import oneshot, structured
 
 
 def mlp() -> nn.Sequential:
@@ -388,3 +392,104 @@ def test_a_file_into_layers_of_another_library(packed):
         pared.FormatError, match=r"expected 'Linear', as in the file, got torch\.ao\..*\.Linear"
     ):
         pared.load(file, quantized)
+
+
+# -- Ctrl-C
+
+
+def press() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def when_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C as soon as the first tensor of a model has been written to."""
+    pressed: list[int] = []
+
+    def once(function):
+        def call(*args):
+            result = function(*args)
+            if not pressed:
+                pressed.append(1)
+                press()
+            return result
+
+        return call
+
+    monkeypatch.setattr(oneshot, "zero", once(oneshot.zero))
+    monkeypatch.setattr(torch.Tensor, "copy_", once(torch.Tensor.copy_))
+    monkeypatch.setattr(torch.Tensor, "div_", once(torch.Tensor.div_))
+
+
+def test_pruning_is_interrupted_before_or_after_and_not_between(when_written):
+    model, whole = mlp(), mlp()
+    with pytest.raises(KeyboardInterrupt):
+        pared.prune(model, 0.5)
+    pared.prune(whole, 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_equalisation_is_interrupted_between_pairs(when_written):
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    with torch.no_grad():
+        model[0].weight[0] *= 50
+    x = torch.randn(5, 8)
+    want, before = model(x), model[0].weight.detach().clone()
+    with pytest.raises(KeyboardInterrupt):
+        pared.quant.equalize(model)
+    assert not torch.equal(model[0].weight, before)
+    torch.testing.assert_close(model(x), want)
+
+
+def test_the_removal_of_channels_is_not_interrupted_in_a_module(monkeypatch):
+    model = mlp()
+    x = INPUTS[0]
+
+    def transplant(*args):
+        press()
+        done(*args)
+
+    done = structured._transplant
+    monkeypatch.setattr(structured, "_transplant", transplant)
+    with pytest.raises(KeyboardInterrupt):
+        pared.prune_channels(model, x, 0.5, round_to=1)
+    assert model(x).shape == (16, 8)
+    assert model[0].out_features == 24
+
+
+def test_the_graph_of_channels_lets_an_interrupt_through():
+    traced = []
+
+    class Pressed(nn.Sequential):
+        def forward(self, x):
+            if torch.is_grad_enabled():  # while the graph is traced
+                traced.append(x)
+                if len(traced) == 1:
+                    press()
+            return super().forward(x)
+
+    model = Pressed(*mlp())
+    with pytest.raises(KeyboardInterrupt):
+        pared.prune_channels(model, INPUTS[0], 0.5)
+    assert model[0].out_features == 48
+
+
+def test_other_threads_and_handlers_are_left_alone(monkeypatch):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(pared.prune, mlp(), 0.5).result().sparsity == pytest.approx(0.5, abs=0.01)
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        with uninterrupted():
+            press()
+            assert not came
+        assert came == [signal.SIGINT]
+        with pytest.raises(ZeroDivisionError), uninterrupted():
+            raise ZeroDivisionError
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with uninterrupted():
+            press()
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pared._errors import check_callable, check_choice
+from pared._interrupt import uninterrupted
 from pared._sparsity import bake, base_type, masked_names, weight_format
 from pared.nn import RULES
 from pared.pruning import auto, calibration, distributed
@@ -442,10 +443,10 @@ def prune(
         observed = observe(plan, data, loss_fn)
         dropped = [mask.logical_not_() for mask in choose_masks(plan, observed, shares)]
         changed = compensated(plan, observed, dropped)
-        bake_targets(plan.targets)
-        for i, target in enumerate(plan.targets):
-            if changed:
-                with torch.no_grad():
+        with uninterrupted(), torch.no_grad():
+            bake_targets(plan.targets)
+            for i, target in enumerate(plan.targets):
+                if changed:
                     target.tensor.copy_(changed[i])
-            zero(target.tensor, dropped[i])
+                zero(target.tensor, dropped[i])
     return make_report(plan, overall, before, choices)

@@ -28,6 +28,7 @@ from torch import nn
 from pared import ops
 from pared._errors import check_callable, check_choice
 from pared._inputs import Example, compare, examples, first_run, leaves, run, tolerance
+from pared._interrupt import uninterrupted
 from pared._sparsity import weight_format
 from pared._surgery import copy_model
 from pared.pruning import distributed, oneshot
@@ -152,14 +153,15 @@ def _head_count(modules: dict[str, nn.Module], layer: str) -> tuple[str, str] | 
 def _graph(model: nn.Module, example: Example) -> Any:
     import torch_pruning
 
-    if example.args and example.kwargs:
-        raise TypeError(f"{example.label}: expected positional or keyword arguments, got both")
-    inputs: Any = dict(example.kwargs) if example.kwargs else example.args
+    def forward(model: nn.Module, inputs: Example) -> Any:
+        return model(*inputs.args, **inputs.kwargs)
+
     try:
         with warnings.catch_warnings(), torch.enable_grad():  # the graph is autograd's
             warnings.simplefilter("ignore")  # about parameters that no module owns: handled below
+            # Its own way to call a model takes Ctrl-C for a sign to call it otherwise.
             return torch_pruning.DependencyGraph().build_dependency(
-                model, example_inputs=inputs, verbose=False
+                model, example_inputs=example, forward_fn=forward, verbose=False
             )
     except Exception as error:
         raise ValueError(
@@ -727,7 +729,8 @@ def prune_channels(
             )
     before = sum(p.numel() for p in module.parameters())
     pruned, approximate, error, _ = _attempt(module, active, inputs)
-    _transplant(module, pruned)
+    with uninterrupted():
+        _transplant(module, pruned)
     table = tuple((tuple(g.producers), g.channels, g.channels - len(g.removed)) for g in groups)
     after = sum(p.numel() for p in module.parameters())
     return ChannelReport(

@@ -19,6 +19,7 @@ from torch import nn
 
 from pared._errors import check_callable
 from pared._inputs import compare
+from pared._interrupt import uninterrupted
 from pared.pruning import calibration
 from pared.pruning.calibration import _CONVOLUTIONS, LossFn, batches, forward, frozen
 from pared.pruning.reconstruct import check_repeatable
@@ -95,10 +96,11 @@ def _balance(first: nn.Module, second: nn.Module) -> None:
     reach2 = by_unit.abs().amax((0, 2))
     usable = (reach1 > 0) & (reach2 > 0)
     s = torch.where(usable, (reach1 / reach2.clamp(min=1e-30)).sqrt(), torch.ones_like(reach1))
-    w1.div_(s.reshape(-1, *[1] * (w1.ndim - 1)))
-    if isinstance(first.bias, torch.Tensor):
-        first.bias.div_(s)
-    w2.copy_((by_unit * s.reshape(1, -1, 1)).reshape(w2.shape))
+    with uninterrupted():
+        w1.div_(s.reshape(-1, *[1] * (w1.ndim - 1)))
+        if isinstance(first.bias, torch.Tensor):
+            first.bias.div_(s)
+        w2.copy_((by_unit * s.reshape(1, -1, 1)).reshape(w2.shape))
 
 
 def smooth(
@@ -223,8 +225,9 @@ def _smooth_one(norm: nn.Module, linears: Sequence[nn.Module], peak: torch.Tenso
     usable = (peak > 0) & (reach > 0)
     s = peak.clamp(min=1e-5) ** alpha / reach.clamp(min=1e-5) ** (1 - alpha)
     s = torch.where(usable, s, torch.ones_like(s)).to(reach.dtype)
-    for p in norm.parameters(recurse=False):
-        p.div_(s)
-    for w in weights:
-        assert isinstance(w, torch.Tensor)
-        w.mul_(s)
+    with uninterrupted():
+        for p in norm.parameters(recurse=False):
+            p.div_(s)
+        for w in weights:
+            assert isinstance(w, torch.Tensor)
+            w.mul_(s)
