@@ -364,6 +364,19 @@ def test_weights_of_converted_layers_are_not_written_to(packed):
     assert not torch.equal(packed(INPUTS[0]), want)
 
 
+def test_accelerated_layers_are_not_passed_over(packed):
+    half = nn.Sequential(packed, nn.Linear(8, 8))
+    for call in (
+        lambda: pared.prune(half, 0.5),
+        lambda: pared.Pruner(half, pared.schedules.OneShot(0.5)),
+        lambda: pared.quantize(half, INPUTS),
+    ):
+        with pytest.raises(ValueError, match=r"expected plain layers, got accelerated ones.*pared\.restore"):
+            call()
+    assert pared.prune(half, 0.5, include="1").sparsity == pytest.approx(0.5)
+    assert pared.prune(pared.restore(packed), 0.9).sparsity == pytest.approx(0.9, abs=0.01)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 def test_scripting_is_refused_and_tracing_is_not(packed):
     with pytest.raises(TypeError, match=r"torch\.jit\.script: .*accelerated Linear; torch\.jit\.trace"):

@@ -21,6 +21,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from pared._errors import close_matches
 from pared._sparsity import SHARDS, base_type, effective_weight, parameter_of
+from pared.nn import PackedModule
 
 __all__ = ["Filter", "Filters", "Target", "collect", "unwrap"]
 
@@ -305,6 +306,11 @@ def collect(
     modules = dict(model.named_modules(remove_duplicate=False))
     targets = _find(modules)
     names = [t.name for t in targets]
+    if not inside and any(isinstance(m, PackedModule) for m in modules.values()):
+        raise ValueError(
+            "model: expected plain layers, got accelerated ones, whose weights stay as they are; "
+            "pared.restore it first, or name plain layers with include"
+        )
     if not targets:
         raise ValueError(
             f"model: expected a module with prunable weights, got {type(model).__name__} without any"
