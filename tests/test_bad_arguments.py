@@ -487,13 +487,17 @@ def test_what_is_missing_is_seen() -> None:
     ]
 
 
+# They need a device, or are looked at in their own tests.
+SKIPPED = (".to", ".from_device", ".from_scipy", ".from_torch", ".from_quantized")
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CALLS)
 def test_the_good_call_works(name: str) -> None:
     """So that what refuses the others is the bad value."""
     call = CALLS[name]
-    if name.endswith((".to", ".from_device", ".from_scipy", ".from_torch", ".from_quantized")):
-        return  # needs a device, or is looked at in its own tests
+    if name.endswith(SKIPPED):
+        return
     call.function(**call.good)
 
 
@@ -502,6 +506,18 @@ def test_the_good_call_works(name: str) -> None:
 def test_every_bad_value_is_refused_by_name(name: str) -> None:
     faults = [f"{what}: {said}" for what, said in refusals(CALLS[name]) if said]
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_integers_of_numpy_are_taken(name: str) -> None:
+    call = CALLS[name]
+    if name.endswith(SKIPPED):
+        return
+    defaults = {p.name: p.default for p in inspect.signature(call.function).parameters.values()}
+    for parameter, kind in call.kinds.items():
+        value = {**defaults, **call.good}.get(parameter)
+        if isinstance(kind, Values) and "2**70" in kind.values and type(value) is int:
+            call.function(**{**call.good, **call.also.get(parameter, {}), parameter: np.int64(value)})
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,23 +1,29 @@
-"""Bad arguments to what `pared` and its modules for models (quant, schedules, training, callbacks) export:
-the table of test_bad_arguments for functions that take models. Every bad value is refused by name, and leaves
-the model as it was."""
+"""Bad arguments to what `pared` and its modules for models (quant, pruning, schedules, training, callbacks)
+export, and to the methods of what they return: the table of test_bad_arguments for functions that take
+models. Every bad value is refused by name, and leaves the model as it was."""
 
 from __future__ import annotations
 
 import inspect
 import io
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from _bad_values import (
     ARRAY,
     FLAG,
     INTEGER,
     NOTHING,
     NUMBER,
+    OBJECT,
+    OPTIONAL_OBJECT,
     OPTIONAL_WORD,
     WORD,
     Call,
@@ -25,20 +31,18 @@ from _bad_values import (
     parameters,
     refusals,
 )
-from test_bad_input import X, fingerprint, good, loss_fn, network, with_nan
+from test_bad_arguments import own
+from test_bad_input import X, fingerprint, good, loss_fn, network, one_thread, with_nan  # noqa: F401  (a fixture)
 from torch import nn
 
 import pared
-from pared import callbacks, quant, schedules, training
-from pared.pruning.targets import collect
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from pared import callbacks, pruning, quant, schedules, training
+from pared._checkpoint import Checkpoint
+from pared._compress import Compressed
+from pared._evaluate import Evaluation
+from pared._search import BudgetPlan
+from pared.pruning.distributed import Processes
+from pared.pruning.targets import Target, collect
 
 
 def evaluate(model: nn.Module) -> float:
@@ -47,14 +51,40 @@ def evaluate(model: nn.Module) -> float:
 
 THINGS = {"an integer": 3, "a string": "unknown", "an object": object(), "an array": ARRAY}
 MODEL = Values(
-    {**THINGS, "None": None, "a class": nn.Linear, "a list": [3], "a state": network().state_dict()}
+    {
+        **THINGS,
+        "None": None,
+        "a class": nn.Linear,
+        "a list": [3],
+        "a state": network().state_dict(),
+    }
 )
 INPUTS = Values({**THINGS, "none": [], "of another size": torch.zeros(2, 5), "a dict of numbers": {1: X}})
 BATCHES = Values(
-    {**THINGS, "none": [], "numbers": [1, 2], "NaN": with_nan(), "of another size": [ARRAY[:, :5]]}
+    {
+        **THINGS,
+        "none": [],
+        "numbers": [1, 2],
+        "NaN": with_nan(),
+        "of another size": [torch.zeros(4, 5)],
+        "of another kind": [torch.zeros(4, 8).tolist()],
+        "of another dtype": [torch.zeros(4, 8, dtype=torch.int64)],
+        "arrays": [ARRAY],
+        "a class": list,
+        "one batch": X,
+    }
 )
-CALLABLE = Values({**THINGS, "None": None})
+# Of one argument more than functions are called with.
+CALLABLE = Values({**THINGS, "None": None, "of no argument": lambda: 1.0, "of four": lambda a, b, c, d: 1.0})
 OPTIONAL_CALLABLE = CALLABLE.but("None")
+LOSS = Values(
+    {
+        **OPTIONAL_CALLABLE.values,
+        "a loss of torch": nn.CrossEntropyLoss(),
+        "a class of torch": nn.MSELoss,
+        "a function of torch": nn.functional.cross_entropy,
+    }
+)
 FILTERS = Values(
     {
         "an integer": 3,
@@ -65,6 +95,7 @@ FILTERS = Values(
         "no such type": nn.LSTM,
         "a broken expression": "re:(",
         "mixed": ["0", 3],
+        "of one argument": lambda name: True,
     }
 )
 SHARE = Values({**NUMBER.values, "None": None, "one": 1.0, "percent": 90, "negative": -0.1})
@@ -85,12 +116,15 @@ LEVELS = Values(
     }
 )
 PATTERN = Values({**WORD.values, "blocks of nothing": "0x4", "more than all": "5:4", "words": "axb"})
+INDENT = Values({**COUNT.but("None").values, "a string": "  ", "2**70": -(2**70)})
 BITS = Values({**INTEGER.values, "one": 1, "seventeen": 17, "negative": -8})
 DEVICE = Values({"an integer": 3, "an array": ARRAY, "unknown": "nodevice", "an object": object()})
 PATH = Values(
     {"an integer": 3, "None": None, "an object": object(), "an array": ARRAY, "a text file": io.StringIO()}
 )
 
+BINS = Values({**COUNT.values, "no multiple of 4": 6, "2**70": 2**70})
+NORM = Values({**INTEGER.values, "three": 3})
 ABOVE_0 = Values({**AT_LEAST_0.values, "nothing": 0.0})
 STEPS = Values({**COUNT.values, "nothing": 0})
 OPTIMIZER = Values({**THINGS, "a class": torch.optim.SGD, "a list": [3]})
@@ -102,7 +136,7 @@ PRUNING = {
     "importance": WORD,
     "scope": OPTIONAL_WORD,
     "data": BATCHES,
-    "loss_fn": OPTIONAL_CALLABLE,
+    "loss_fn": LOSS,
     "include": FILTERS,
     "exclude": FILTERS,
 }
@@ -135,6 +169,10 @@ def on_a_model(function: Callable[..., Any], make: Callable[[], nn.Module] = net
 GRID = quant.Grid(torch.ones(1), torch.zeros(1), 8)
 
 
+def step(schedule: schedules.Schedule) -> Call:
+    return Call(schedule, {"step": 3}, {"step": COUNT})
+
+
 def ramp(cls: type, **more: Values) -> Call:
     return Call(
         cls,
@@ -159,13 +197,54 @@ def optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
 
 
+def target() -> Target:
+    return collect(network(), None, None, 0, 0)[0][0]
+
+
+class Alone(Processes):
+    """A job of one process."""
+
+    def gather(self, value: object) -> list[Any]:
+        return [value]
+
+    def add_(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+class Attending(nn.Module):
+    """With something that `as_linears` opens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+
+def statistics() -> pruning.Statistics:
+    return pruning.Statistics("0", "weight", torch.zeros(12, 8))
+
+
+def movement() -> training.Movement:
+    model = network()
+    moved = training.Movement(model)
+    loss_fn(model, good()[0]).backward()
+    moved.update()
+    return moved
+
+
+def fine_tune(**arguments: Any) -> None:
+    """`FineTune.run` on a model of its own."""
+    model = network()
+    tune = training.FineTune(loss_fn, lambda p: torch.optim.SGD(p, lr=0.1), 1)
+    given = {"model": model, "pruner": pared.Pruner(model, schedules.OneShot(0.0)), **arguments}
+    tune.run(**given)
+
+
 def scan() -> training.Sensitivity:
     return training.Sensitivity(1.0, (0.5, 0.9), {"0.weight": (0.9, 0.5)}, {"0.weight": 96})
 
 
 def input_range() -> quant.InputRange:
-    targets, _ = collect(network(), None, None, 0, 0)
-    seen = quant.InputRange(targets[0])
+    seen = quant.InputRange(target())
     seen.input(X)
     return seen
 
@@ -175,6 +254,20 @@ def quantized_layer() -> nn.Module:
     pared.quantize(layer, [X], bits=8)
     return layer
 
+
+# Results whose methods have rows. What a method says of its arguments does not depend on what is in them.
+EVALUATION = pared.evaluate(network().eval(), good(), seconds=0.0)
+PLAN = BudgetPlan("parameters", 1.0, 2.0, 1.0, 0.0, "", None, (), "unstructured", "magnitude")
+COMPRESSED = Compressed(nn.Identity(), nn.Identity(), 1.0, 0.9, 1.0, 0.5, (), pared.Report(), PLAN)
+REPORTS = (
+    pruning.PruneReport("unstructured", "magnitude", "global", 0.5, ()),
+    pruning.ChannelPlan("parameters", 1.0, 2.0, 1.0, 0.0, "", (), ()),
+    pruning.ChannelReport("magnitude", "layer", 0.5, (), (), (), 2, 1, 0.0),
+    pruning.LayerRemovalReport("block_influence", (), (), 2, 1),
+)
+ARGUMENTS = transformers.TrainingArguments("out", use_cpu=True, report_to=[])
+TRAINED = network()
+LIGHTNING = SimpleNamespace(optimizers=[], global_step=0)
 
 CALLS: dict[str, Call] = {
     "prune": Call(
@@ -269,7 +362,7 @@ CALLS: dict[str, Call] = {
             "max_error": AT_LEAST_0,
             "example_inputs": INPUTS,
             "damping": AT_LEAST_0,
-            "loss_fn": OPTIONAL_CALLABLE,
+            "loss_fn": LOSS,
             "include": FILTERS,
             "exclude": FILTERS,
             "resume": Values({"an integer": 3, "an object": object(), "an array": ARRAY}),
@@ -306,7 +399,7 @@ CALLS: dict[str, Call] = {
             "quantize": Values({**THINGS, "unknown options": {"unknown": 3}}),
             "pattern": PATTERN,
             "importance": WORD.but("None"),
-            "loss_fn": OPTIONAL_CALLABLE,
+            "loss_fn": LOSS,
             "example_inputs": INPUTS,
             "precision": WORD,
             "include": FILTERS,
@@ -363,7 +456,7 @@ CALLS: dict[str, Call] = {
     "Report.to_json": Call(
         lambda indent: pared.Report().to_json(indent),
         {"indent": 2},
-        {"indent": NOTHING},  # json's
+        {"indent": INDENT},
     ),
     "report": Call(
         pared.report, {"model": accelerated()}, {"model": Values({**MODEL.values, "plain": network()})}
@@ -404,7 +497,12 @@ CALLS: dict[str, Call] = {
             **{k: v for k, v in PRUNING.items() if k != "scope"},
             **ENDS,
         },
-        {**NEEDS, "example_inputs": {"cost": "time"}, "precision": {"cost": "time", "example_inputs": X}},
+        {
+            **NEEDS,
+            "example_inputs": {"cost": "time"},
+            "precision": {"cost": "time", "example_inputs": X},
+            **{key: {"budget": 0.9} for key in ENDS},
+        },
     ),
     "quant.distributions": Call(
         on_a_model(quant.distributions),
@@ -413,7 +511,7 @@ CALLS: dict[str, Call] = {
             "model": MODEL,
             "data": BATCHES,
             "bits": BITS,
-            "loss_fn": OPTIONAL_CALLABLE,
+            "loss_fn": LOSS,
             "include": FILTERS,
             "exclude": FILTERS,
         },
@@ -449,12 +547,12 @@ CALLS: dict[str, Call] = {
             "data": Values({**BATCHES.values, "None": None}),
             "groups": Values({**THINGS, "unknown": {"unknown": ["0"]}, "numbers": {"1": 3}}),
             "alpha": Values({**NUMBER.values, "None": None, "negative": -0.1, "two": 2.0}),
-            "loss_fn": OPTIONAL_CALLABLE,
+            "loss_fn": LOSS,
         },
     ),
     "quant.ActivationGrid.round": Call(quant.ActivationGrid(0.1, 0, "int8").round, {"x": X}, {"x": TENSOR}),
     "quant.DistributionReport.to_json": Call(
-        quant.DistributionReport(8, ()).to_json, {"indent": 2}, {"indent": NOTHING}
+        quant.DistributionReport(8, ()).to_json, {"indent": 2}, {"indent": INDENT}
     ),
     "quant.DistributionReport.to_html": Call(
         quant.DistributionReport(8, ()).to_html,
@@ -464,14 +562,71 @@ CALLS: dict[str, Call] = {
             "title": Values({"an integer": 3, "None": None, "an object": object(), "bytes": b"a"}),
         },
     ),
+    "quant.ActivationGrid": Call(
+        quant.ActivationGrid,
+        {"scale": 0.1, "zero": 0, "dtype": "int8"},
+        {"scale": ABOVE_0, "zero": Values({**INTEGER.values, "200": 200}), "dtype": WORD},
+    ),
+    "quant.Grid": Call(
+        quant.Grid,
+        {"scale": torch.ones(1), "zero": torch.zeros(1), "bits": 8},
+        {"scale": TENSOR, "zero": TENSOR, "bits": BITS, "symmetric": FLAG},
+    ),
+    "quant.InputRange": Call(
+        quant.InputRange,
+        {"target": target()},
+        {"target": Values({**MODEL.values, "a module": network()}), "pattern": NOTHING},  # an observer's
+    ),
+    "quant.InputRange.reduce": Call(
+        lambda processes: input_range().reduce(processes),
+        {"processes": Alone(None, 0, 1)},
+        {"processes": MODEL},
+    ),
+    "quant.InputRange.bars": Call(
+        lambda **options: input_range().bars(**options),
+        {"most": 8, "zeros": True},
+        {"most": STEPS, "zeros": FLAG},
+    ),
+    "quant.InputRange.squared_error": Call(
+        lambda **options: input_range().squared_error(**options),
+        {"low": -1.0, "high": 1.0, "bits": 8},
+        {
+            "low": Values({**NUMBER.values, "None": None}),
+            "high": Values({**NUMBER.values, "None": None, "below low": -2}),
+            "bits": BITS,
+        },
+    ),
+    # What every observer has, and this one does not use.
+    "quant.InputRange.begin": Call(
+        lambda **seen: input_range().begin(**seen),
+        {"batch": X, "samples": 4},
+        dict.fromkeys(("batch", "samples"), NOTHING),
+    ),
+    "quant.InputRange.output": Call(lambda y: input_range().output(y), {"y": X}, {"y": NOTHING}),
+    "quant.InputRange.gradient": Call(
+        lambda **seen: input_range().gradient(**seen),
+        {"g": X, "samples": 4},
+        dict.fromkeys(("g", "samples"), NOTHING),
+    ),
     "quant.Grid.codes": Call(GRID.codes, {"x": X}, {"x": TENSOR}),
     "quant.Grid.round": Call(GRID.round, {"x": X}, {"x": TENSOR}),
     "quant.QuantReport.from_dict": Call(
         quant.QuantReport.from_dict,
         {"data": quant.QuantReport("rtn", None, ()).to_dict()},
-        {"data": Values({**THINGS, "None": None, "nothing": {}, "other keys": {"a": 1}})},
+        {
+            "data": Values(
+                {
+                    **THINGS,
+                    "None": None,
+                    "nothing": {},
+                    "other keys": {"a": 1},
+                    "no layers": {**quant.QuantReport("rtn", None, ()).to_dict(), "layers": [{"name": "a"}]},
+                    "layers of numbers": {**quant.QuantReport("rtn", None, ()).to_dict(), "layers": [3]},
+                }
+            )
+        },
     ),
-    "quant.QuantReport.to_json": Call(quant.QuantReport("rtn", None, ()).to_json, {}, {"indent": NOTHING}),
+    "quant.QuantReport.to_json": Call(quant.QuantReport("rtn", None, ()).to_json, {}, {"indent": INDENT}),
     "quant.QuantizedWeight.codes": Call(
         lambda matrix: quant.quantized(quantized_layer()).codes(matrix),
         {"matrix": torch.zeros(4, 8)},
@@ -491,19 +646,44 @@ CALLS: dict[str, Call] = {
     "isa": Call(pared.isa, {}, {}),
     "kernels": Call(pared.kernels, {}, {}),
     "schedules.OneShot": Call(schedules.OneShot, {"sparsity": 0.5}, {"sparsity": SHARE, "at": COUNT}),
+    "schedules.OneShot.__call__": step(schedules.OneShot(0.5)),
+    "schedules.Linear.__call__": step(schedules.Linear(0.1, 0.5, 0, 9)),
+    "schedules.Polynomial.__call__": step(schedules.Polynomial(0.1, 0.5, 0, 9)),
+    "schedules.Exponential.__call__": step(schedules.Exponential(0.1, 0.5, 0, 9)),
     "schedules.Linear": ramp(schedules.Linear),
     "schedules.Exponential": ramp(schedules.Exponential),
     "training.FineTune": Call(
         training.FineTune,
         {"loss": loss_fn, "optimizer": optimizer, "steps": 3},
         {
-            "loss": CALLABLE,
-            "optimizer": CALLABLE,
+            "loss": Values({**LOSS.values, "None": None}),
+            "optimizer": CALLABLE.but("of four"),
             "steps": STEPS,
-            "data": Values({"an integer": 3, "an object": object(), "one batch": X}),
+            "data": Values({"an integer": 3, "an object": object(), "one batch": X, "a class": list}),
             "scheduler": OPTIONAL_CALLABLE,
             "clip": ABOVE_0.but("None"),
             "every": STEPS,
+        },
+    ),
+    "training.FineTune.run": Call(
+        fine_tune,
+        {"data": good(), "done": Checkpoint(None, {}), "name": "a"},
+        {
+            "model": MODEL,
+            "pruner": Values({**MODEL.values, "a model": network()}),
+            "data": Values(
+                {"an integer": 3, "an object": object(), "one batch": X, "none": [], "a class": list}
+            ),
+            "done": Values({**THINGS, "None": None, "a folder": Path()}),
+            "name": OBJECT.but("a string"),
+        },
+    ),
+    "training.Movement.score": Call(
+        lambda **seen: movement().score(**seen),
+        {"module": network()[0], "statistics": statistics()},
+        {
+            "module": NOTHING,  # its weight is in the statistics
+            "statistics": MODEL,
         },
     ),
     "training.Movement": Call(
@@ -541,11 +721,11 @@ CALLS: dict[str, Call] = {
         {"model": Values({**MODEL.values, "without norms": nn.Linear(2, 2)}), "strength": ABOVE_0},
     ),
     "training.Sensitivity.to_json": Call(
-        lambda indent: scan().to_json(indent), {"indent": 2}, {"indent": NOTHING}
+        lambda indent: scan().to_json(indent), {"indent": 2}, {"indent": INDENT}
     ),
     "training.Sensitivity.plot": Call(lambda path: scan().plot(path), {"path": "page.png"}, {"path": PATH}),
     "training.UntilReport.to_json": Call(
-        training.UntilReport(1.0, 0.9, 0.5, 1.0, ()).to_json, {"indent": 2}, {"indent": NOTHING}
+        training.UntilReport(1.0, 0.9, 0.5, 1.0, ()).to_json, {"indent": 2}, {"indent": INDENT}
     ),
     "training.allocate": Call(
         training.allocate,
@@ -643,6 +823,156 @@ CALLS: dict[str, Call] = {
         {"state_dict": Values({**THINGS, "a list": [3]})},
     ),
     "schedules.Polynomial": ramp(schedules.Polynomial, power=ABOVE_0),
+    **{
+        f"{type(report).__name__}.to_json": Call(report.to_json, {"indent": 2}, {"indent": INDENT})
+        for report in (EVALUATION, PLAN, COMPRESSED)
+    },
+    "Evaluation.to_html": Call(
+        EVALUATION.to_html,
+        {"path": "page.html"},
+        {"path": PATH, "title": Values({**OBJECT.but("a string").values})},
+    ),
+    **{
+        f"Evaluation.{method}": Call(
+            getattr(EVALUATION, method),
+            {"value": 0.5},
+            {"value": Values({**THINGS, "None": None, "a list": [1.0], "a bool": True}).but("an integer")},
+        )
+        for method in ("metric", "change")
+    },
+    **{
+        f"pruning.{type(report).__name__}.to_json": Call(report.to_json, {"indent": 2}, {"indent": INDENT})
+        for report in REPORTS
+    },
+    "pruning.Activation": Call(pruning.Activation, {}, {"statistic": WORD}),
+    "pruning.Entropy": Call(pruning.Entropy, {}, {"bins": BINS}),
+    "pruning.Magnitude": Call(pruning.Magnitude, {}, {"p": NORM}),
+    "pruning.OutputWeight": Call(pruning.OutputWeight, {}, {"p": NORM}),
+    "pruning.Random": Call(pruning.Random, {}, {"seed": INTEGER.but("2**70", "-2**70")}),
+    "pruning.WoodFisher": Call(pruning.WoodFisher, {}, {"block": STEPS, "damping": ABOVE_0, "update": FLAG}),
+    "pruning.MutualInformation": Call(
+        pruning.MutualInformation,
+        {},
+        {"bins": BINS, "classes": STEPS, "labels": CALLABLE, "single": FLAG},
+    ),
+    **{
+        f"pruning.{cls.__name__}": Call(
+            cls,
+            {},
+            {"damping": AT_LEAST_0, "resume": PATH.but("None"), "progress": FLAG},
+        )
+        for cls in (pruning.SparseGPT, pruning.OBC)
+    },
+    **{
+        f"pruning.{cls.__name__}": Call(cls, {}, {})
+        for cls in (
+            pruning.BNScale,
+            pruning.ChangeRate,
+            pruning.Fisher,
+            pruning.GeometricMedian,
+            pruning.Gradient,
+            pruning.LAMP,
+            pruning.Propagation,
+            pruning.Taylor,
+            pruning.Wanda,
+        )
+    },
+    "pruning.as_linears": Call(on_a_model(pruning.as_linears, Attending), {}, {"model": MODEL}),
+    "pruning.process_group": Call(
+        lambda group: pruning.process_group(group).__enter__(),
+        {"group": None},
+        {"group": OPTIONAL_OBJECT},
+    ),
+    "pruning.threshold": Call(
+        on_a_model(pruning.threshold),
+        {"value": 0.1},
+        {
+            "model": MODEL,
+            "value": ABOVE_0,
+            "rule": WORD,
+            "most": Values({**ABOVE_0.values, "one": 1.0}),
+            "include": FILTERS,
+            "exclude": FILTERS,
+            **ENDS,
+        },
+    ),
+    "pruning.prune_progressively": Call(
+        on_a_model(pruning.prune_progressively),
+        {"sparsity": 0.5, "data": good()},
+        {
+            "model": MODEL,
+            "sparsity": SHARE,
+            "data": Values({**BATCHES.values, "None": None, "used up": iter(good())}),
+            "steps": COUNT,
+            "lr": ABOVE_0,
+            "damping": AT_LEAST_0,
+            "resume": PATH.but("None"),
+            "progress": FLAG,
+            **{k: v for k, v in PRUNING.items() if k not in ("data", "scope")},
+        },
+    ),
+    "pruning.search_channels": Call(
+        on_a_model(pruning.search_channels),
+        {"example_inputs": X, "budget": 0.9},
+        {
+            "model": MODEL,
+            "example_inputs": Values({**INPUTS.values, "None": None}),
+            "budget": Values({**NUMBER.values, "None": None, "nothing": 0.0, "percent": 50}),
+            "cost": WORD,
+            "levels": LEVELS,
+            "round_to": STEPS,
+            "evaluate": OPTIONAL_CALLABLE,
+            **{k: v for k, v in PRUNING.items() if k not in ("pattern", "scope")},
+        },
+    ),
+    "callbacks.TrainerPruner.on_train_begin": Call(
+        lambda **given: callbacks.TrainerPruner(schedules.OneShot(0.5)).on_train_begin(**given),
+        {
+            "args": None,
+            "state": transformers.TrainerState(),
+            "control": None,
+            "model": TRAINED,
+            "optimizer": optimizer(TRAINED),
+        },
+        {
+            "args": NOTHING,  # for its folder, where a training is resumed
+            "state": MODEL,
+            "control": NOTHING,
+            "model": MODEL,
+            "optimizer": Values({**OPTIMIZER.values, "None": None}),
+        },
+    ),
+    # They act on what on_train_begin has checked.
+    **{
+        f"callbacks.TrainerPruner.{hook}": Call(
+            getattr(callbacks.TrainerPruner(schedules.OneShot(0.5)), hook),
+            dict.fromkeys(("args", "state", "control")),
+            dict.fromkeys(("args", "state", "control"), NOTHING),
+        )
+        for hook in ("on_pre_optimizer_step", "on_optimizer_step", "on_train_end")
+    },
+    "callbacks.TrainerPruner.on_save": Call(
+        callbacks.TrainerPruner(schedules.OneShot(0.5)).on_save,
+        {"args": ARGUMENTS, "state": transformers.TrainerState(global_step=1), "control": None},
+        {"args": MODEL, "state": MODEL, "control": NOTHING},
+    ),
+    "callbacks.LightningPruner.on_train_start": Call(
+        lambda **given: callbacks.LightningPruner(schedules.OneShot(0.5)).on_train_start(**given),
+        {"trainer": LIGHTNING, "pl_module": network()},
+        {"trainer": MODEL, "pl_module": NOTHING},  # the Pruner's model
+    ),
+    **{
+        f"callbacks.LightningPruner.{hook}": Call(
+            getattr(callbacks.LightningPruner(schedules.OneShot(0.5)), hook),
+            {"trainer": LIGHTNING, "pl_module": None, **dict.fromkeys(others)},
+            dict.fromkeys(("trainer", "pl_module", *others), NOTHING),
+        )
+        for hook, others in (
+            ("on_before_optimizer_step", ("optimizer",)),
+            ("on_train_batch_end", ("outputs", "batch", "batch_idx")),
+            ("on_train_end", ()),
+        )
+    },
 }
 
 
@@ -654,41 +984,61 @@ def saved() -> io.BytesIO:
 
 
 def public() -> dict[str, set[str]]:
-    """Every function and class of `pared` and these modules, and their methods that take arguments."""
+    """Every function and class of `pared` and these modules, the classes with a report that they return, and
+    the methods that take arguments."""
     things = {name: getattr(pared, name) for name in pared.__all__}
-    for module in (quant, schedules, training, callbacks):
+    for module in (quant, pruning, schedules, training, callbacks):
         prefix = module.__name__.partition(".")[2]
         things |= {f"{prefix}.{name}": getattr(module, name) for name in module.__all__}
-    found = {}
+    for module in [m for name, m in sys.modules.items() if name.startswith("pared.")]:
+        for name, thing in vars(module).items():
+            here = inspect.isclass(thing) and thing.__module__ == module.__name__
+            if here and (hasattr(thing, "to_json") or hasattr(thing, "to_html")) and name not in INTERNAL:
+                things.setdefault(name, thing)
+    found: dict[str, set[str]] = {}
+    seen: set[int] = set()
     for name, thing in things.items():
-        if inspect.ismodule(thing) or name in NO_CALLS:
+        if inspect.ismodule(thing) or name in NO_CALLS or id(thing) in seen:
             continue
+        seen.add(id(thing))
         if name not in RESULTS:
             found[name] = parameters(thing)
-        for method in vars(thing) if inspect.isclass(thing) else ():
-            function = getattr(thing, method)
-            if f"{name}.{method}" in CALLED_BACK or method.startswith("on_"):  # by trainers
+        for method in dir(thing) if inspect.isclass(thing) else ():
+            if (method.startswith("_") and method != "__call__") or method in MADE_OF_TORCH:
                 continue
-            if not method.startswith("_") and method not in MADE_OF_TORCH and callable(function):
-                taken = parameters(function) - {"self"}
+            if not own(thing, method) or (name.startswith("pruning.") and method in PROTOCOL):
+                continue
+            function = inspect.getattr_static(thing, method)
+            if isinstance(function, property):
+                assert function.fset is None, f"{name}.{method}: a row for what can be set"
+            elif callable(getattr(thing, method)):
+                taken = parameters(getattr(thing, method)) - {"self"}
                 if taken:
                     found[f"{name}.{method}"] = taken
     return found
 
 
-# Raised, not called; a type's other name; in the table as pared.quantize.
-NO_CALLS = ("FormatError", "schedules.Schedule", "quant.quantize")
+# Raised, not called; a type's other name; a type to check by.
+NO_CALLS = ("FormatError", "schedules.Schedule", "pruning.Criterion", "pruning.Observer")
+# Files' own, and a type of several reports.
+INTERNAL = ("Entry",)
 # Made by functions, for the user to read.
 RESULTS = (
-    *(f"quant.{name}" for name in quant.__all__ if inspect.isclass(getattr(quant, name))),
+    *(f"quant.{name}" for name in ("Distribution", "DistributionReport", "QuantLayer", "QuantReport")),
+    *(f"quant.{name}" for name in ("QuantizedWeight", "TensorDistribution")),
+    *(f"pruning.{name}" for name in ("BlockReport", "ChannelPlan", "ChannelReport", "GroupPlan")),
+    *(
+        f"pruning.{name}"
+        for name in ("LayerRemovalReport", "LayerReport", "ProgressiveReport", "PruneReport")
+    ),
+    "pruning.Statistics",
     *(f"training.{name}" for name in ("Round", "Sensitivity", "UntilReport")),
+    "BudgetPlan",
+    "Compressed",
+    "Evaluation",
 )
-# By pared alone, with what is its own.
-CALLED_BACK = (
-    "training.FineTune.run",
-    "training.Movement.score",
-    *(f"quant.InputRange.{name}" for name in ("reduce", "bars", "squared_error")),
-)
+# What pared calls of a criterion, with what is its own. What a user's criterion returns: test_bad_user_code.
+PROTOCOL = ("score", "observe", "measure", "compensate", "settle", "reconstruct")
 # Called with what the model takes.
 MADE_OF_TORCH = ("forward", "train")
 
@@ -714,6 +1064,22 @@ def test_what_is_missing_is_seen() -> None:
     assert sorted(missing(one)) == ["Report.from_json", "load(model)", "save"]
 
 
+def test_a_new_method_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.RigL, "regrow", lambda self, share: None, raising=False)
+    monkeypatch.setattr(Evaluation, "to_csv", lambda self, path: None, raising=False)
+    monkeypatch.setattr(pruning.SparseGPT.__mro__[1], "invert", lambda self, damping: None, raising=False)
+    assert sorted(missing(CALLS)) == [
+        "Evaluation.to_csv",
+        "pruning.OBC.invert",
+        "pruning.SparseGPT.invert",
+        "training.RigL.regrow",
+    ]
+    rate = property(lambda self: 1, lambda self, value: None)
+    monkeypatch.setattr(pared.Pruner, "rate", rate, raising=False)
+    with pytest.raises(AssertionError, match=r"Pruner\.rate: a row for what can be set"):
+        missing(CALLS)
+
+
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # what calls write goes there
@@ -731,6 +1097,30 @@ def test_the_good_call_works(name: str) -> None:
 def test_every_bad_value_is_refused_by_name(name: str) -> None:
     faults = [f"{what}: {said}" for what, said in refusals(CALLS[name]) if said]
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_numbers_of_numpy_are_taken(name: str) -> None:
+    """Computed sparsities, steps and widths come as numpy's."""
+    numbers = {
+        id(kind): value
+        for kinds, value in (
+            ((COUNT, INDENT), np.int64(1)),
+            ((STEPS,), np.int64(4)),
+            ((BITS,), np.int64(8)),
+            ((SHARE, SHARES, ABOVE_0, AT_LEAST_0, NUMBER), np.float32(0.5)),
+        )
+        for kind in kinds
+    }
+    call = CALLS[name]
+    for parameter, kind in call.kinds.items():
+        if id(kind) in numbers and parameter not in TOGETHER:
+            given = {**call.good, **call.also.get(parameter, {}), parameter: numbers[id(kind)]}
+            call.function(**given)
+
+
+# Bounded by another argument, or by the model.
+TOGETHER = ("end", "n")
 
 
 def test_a_model_that_is_changed_is_seen() -> None:

@@ -661,7 +661,7 @@ def test_data_of_the_wrong_type(data: Any, message: str) -> None:
     ("make", "message"),
     [
         (lambda: Activation("median"), "statistic: expected 'mean', .* got 'median'"),
-        (lambda: Entropy(7), "bins: expected a positive multiple of 4, got 7"),
+        (lambda: Entropy(7), "bins: expected a positive multiple of 4, at most 65536, got 7"),
         (lambda: OutputWeight(3), "p: expected 1 or 2, got 3"),
     ],
 )

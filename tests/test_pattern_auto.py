@@ -214,8 +214,8 @@ def test_bad_input() -> None:
     for options, error, text in [
         ({}, ValueError, "tokens: expected it or example_inputs with pattern='auto', got neither"),
         ({"tokens": 1, "example_inputs": x}, ValueError, "tokens: expected it or example_inputs .* got both"),
-        ({"tokens": 1.5}, TypeError, "tokens: expected an integer, got float"),
-        ({"tokens": 0}, ValueError, "tokens: expected at least 1, got 0"),
+        ({"tokens": 1.5}, TypeError, "tokens: expected a number of tokens, got float"),
+        ({"tokens": 0}, ValueError, "tokens: expected a number of tokens >= 1, got 0"),
         ({"tokens": 1, "device": "tpu9"}, ValueError, "device: expected 'cpu' or 'cuda', got 'tpu9'"),
         ({"tokens": 1, "precision": "int9"}, ValueError, "precision: expected 'float32', 'int8', got 'int9'"),
         ({"tokens": 1, "pattern": "4x1"}, ValueError, "pattern: expected 'auto' with .* got '4x1'"),

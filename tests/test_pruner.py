@@ -505,7 +505,7 @@ def test_filters_and_finalize_report() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "kind", "message"),
     [
-        ({"schedule": 0.5}, TypeError, "schedule: expected a callable step -> sparsity.*got float"),
+        ({"schedule": 0.5}, TypeError, "schedule: expected a callable .step. -> sparsity.*got float"),
         ({"schedule": OneShot}, TypeError, "schedule: .*got the class OneShot"),
         ({"update_every": 0}, ValueError, "update_every: expected a number of steps >= 1, got 0"),
         ({"update_every": 1.5}, TypeError, "update_every: expected a number of steps, got float"),

@@ -302,7 +302,7 @@ def test_global_scope_takes_more_where_scores_are_small() -> None:
     [
         ({"ratio": 1.0}, ValueError, r"ratio: expected a number in \[0, 1\), got 1.0"),
         ({"ratio": "a"}, TypeError, "ratio: expected a number"),
-        ({"round_to": 0}, ValueError, "round_to: expected an int >= 1, got 0"),
+        ({"round_to": 0}, ValueError, "round_to: expected a number of channels >= 1, got 0"),
         ({"scope": "row"}, ValueError, "scope: expected 'layer', 'global', got 'row'"),
         ({"importance": "wanda"}, ValueError, "data: expected batches, which 'wanda' needs, got None"),
         ({"include": "nothing"}, ValueError, "include: expected a filter that matches a layer with channels"),

@@ -6,14 +6,12 @@ import copy
 import inspect
 import io
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -25,6 +23,8 @@ from pared._errors import (
     check_ascending,
     check_callable,
     check_choice,
+    check_indent,
+    check_metric,
     check_number,
     check_path,
     choice_error,
@@ -33,7 +33,7 @@ from pared._finetune import FineTune, seeded
 from pared._io import load, save
 from pared._report import Report, report
 from pared._search import COSTS, BudgetPlan, Options, measure_options
-from pared.pruning.calibration import LossFn, batches
+from pared.pruning.calibration import LossFn, arguments, batches, check_loss_fn
 from pared.pruning.importance import Importance, resolve
 from pared.pruning.oneshot import check_sparsity, prune
 from pared.pruning.patterns import Pattern, parse_pattern
@@ -107,7 +107,7 @@ class Compressed:
 
     def to_json(self, indent: int | None = 2) -> str:
         """The result as JSON text."""
-        return json.dumps(self.to_dict(), indent=indent)
+        return json.dumps(self.to_dict(), indent=check_indent(indent))
 
     def __rich__(self) -> Table:
         table = Table(title=f"metric {self.baseline:.4g} -> {self.metric:.4g} at {self.sparsity:.0%} zeros")
@@ -190,6 +190,7 @@ def compress(
     check_repeatable(data, "'compress'")
     first = next(iter(batches(data, "'compress'")))
     check_callable("evaluate", evaluate, "(model) -> number")
+    check_loss_fn(loss_fn)
     check_number("max_drop", max_drop)
     if search is not None:
         check_choice("search", search, COSTS, "None")
@@ -203,9 +204,12 @@ def compress(
         raise TypeError(f"quantize: expected True, False or options, got {type(quantize).__name__}")
     if fine_tune is not None and not callable(fine_tune) and not isinstance(fine_tune, FineTune):
         raise TypeError(f"fine_tune: expected a FineTune or a callable, got {type(fine_tune).__name__}")
+    if callable(fine_tune):
+        check_callable("fine_tune", fine_tune, "(model, pruner), a FineTune or None")
     parsed = parse_pattern(pattern)
     ladder = _ladder(sparsities, parsed, search)
     criterion = importance if importance is not None else ("magnitude" if fine_tune else "sparsegpt")
+    collect(module, include, exclude, 0, 0)  # errors before any work
     work = _Run(
         module,
         data,
@@ -226,7 +230,7 @@ def compress(
             checkpoint,
             {
                 "model": fingerprint(module),
-                "max_drop": max_drop,
+                "max_drop": float(max_drop),
                 "search": search,
                 "sparsities": ladder,
                 "fine_tune": _described(fine_tune),
@@ -298,7 +302,6 @@ class _Run:
         self.measured: Options | None = None
 
     def run(self, ladder: Sequence[float]) -> Compressed:
-        collect(self.model, self.filters["include"], self.filters["exclude"], 0, 0)  # errors before any work
         self.baseline = self.number("baseline", lambda: self.metric(self.model, "baseline"))
         self.bound = self.baseline - self.max_drop
         if self.search is not None:
@@ -356,10 +359,7 @@ class _Run:
 
     def metric(self, model: nn.Module, name: str) -> float:
         with seeded(name):
-            value = float(self.evaluate(model))
-        if math.isnan(value):
-            raise ValueError("evaluate: expected a number, higher is better, got NaN")
-        return value
+            return check_metric(self.evaluate(model))
 
     def holds(self, sparsity: float) -> bool:
         """Prune (and fine-tune) a copy, and measure it."""
@@ -493,15 +493,5 @@ class _Run:
 
 def _inputs(model: nn.Module, batch: Any) -> Any:
     """The model's arguments in a batch, as `pared.accelerate` takes them."""
-    if isinstance(batch, torch.Tensor):
-        return batch
-    signature = inspect.signature(model.forward)
-    if isinstance(batch, Mapping):
-        return {k: v for k, v in batch.items() if k in signature.parameters}
-    if isinstance(batch, tuple | list) and batch:
-        try:
-            signature.bind(*batch)
-        except TypeError:
-            return batch[0]
-        return tuple(batch)
-    raise TypeError(f"data: expected batches of tensors, tuples or dicts, got {type(batch).__name__}")
+    args, kwargs = arguments(model, batch)
+    return kwargs or args

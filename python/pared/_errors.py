@@ -5,23 +5,31 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
+import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 __all__ = [
+    "as_float",
     "check_ascending",
+    "check_budget",
     "check_callable",
     "check_choice",
     "check_count",
     "check_flag",
+    "check_indent",
     "check_known",
+    "check_metric",
     "check_number",
     "check_path",
     "check_positive",
+    "check_text",
     "choice_error",
     "close_matches",
+    "is_integer",
+    "is_real",
 ]
 
 
@@ -61,28 +69,40 @@ def check_flag(argument: str, got: object) -> None:
 def check_number(argument: str, got: object, also: str = "") -> float:
     """`got` as a float, finite and at least 0. Raises ``TypeError`` or ``ValueError``."""
     want = f"{argument}: expected a finite number >= 0{also and f' or {also}'}, got"
-    if isinstance(got, bool) or not isinstance(got, int | float):
+    if not is_real(got):
         raise TypeError(f"{want} {got!r:.60}")
-    if not 0 <= got <= sys.float_info.max:
+    value = as_float(got)
+    if not 0 <= value < math.inf:
         raise ValueError(f"{want} {got!s:.20}")
-    return float(got)
+    return value
+
+
+def as_float(got: float) -> float:
+    """`got` as Python's float; what is too large for one is infinite."""
+    try:
+        return float(got)
+    except OverflowError:
+        return math.inf if got > 0 else -math.inf
 
 
 def check_positive(argument: str, got: object) -> float:
     """`got` as a float, finite and above 0. Raises ``TypeError`` or ``ValueError``."""
-    number = check_number(argument, got)
-    if not number:
-        raise ValueError(f"{argument}: expected a number > 0, got {got!r}")
-    return number
+    want = f"{argument}: expected a number > 0, got"
+    if not is_real(got):
+        raise TypeError(f"{want} {type(got).__name__}")
+    value = as_float(got)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{want} {got!s:.20}")
+    return value
 
 
-def check_count(argument: str, got: object, what: str) -> int:
-    """`got`, an int of at least 1; `what` it counts. Raises ``TypeError`` or ``ValueError``."""
-    if isinstance(got, bool) or not isinstance(got, int):
+def check_count(argument: str, got: object, what: str, least: int = 1) -> int:
+    """`got`, an integer of at least `least`; `what` it counts. Raises ``TypeError`` or ``ValueError``."""
+    if not is_integer(got):
         raise TypeError(f"{argument}: expected a number of {what}, got {type(got).__name__}")
-    if got < 1:
-        raise ValueError(f"{argument}: expected a number of {what} >= 1, got {got}")
-    return got
+    if got < least:
+        raise ValueError(f"{argument}: expected a number of {what} >= {least}, got {got!s:.20}")
+    return int(got)
 
 
 def check_known(options: Mapping[str, object], function: Callable[..., object], taken: Iterable[str]) -> None:
@@ -97,9 +117,68 @@ def check_known(options: Mapping[str, object], function: Callable[..., object], 
 
 
 def check_callable(argument: str, got: object, what: str) -> None:
-    """Raise ``TypeError`` unless `got` can be called; `what`: how, for example ``"(model) -> number"``."""
+    """Raise ``TypeError`` unless `got` can be called; `what`: how, for example ``"(model) -> number"``.
+
+    Where the signature can be seen it has to take as many positional arguments as `what` names.
+    """
     if not callable(got):
         raise TypeError(f"{argument}: expected a callable {what}, got {type(got).__name__}")
+    try:
+        signature = inspect.signature(got)
+    except (TypeError, ValueError):  # some of C and of C++ have none
+        return
+    try:
+        signature.bind(*what[1 : what.index(")")].split(", "))
+    except TypeError as e:
+        name = getattr(got, "__name__", type(got).__name__)
+        raise TypeError(f"{argument}: expected a callable {what}, got {name}{signature!s:.80}: {e}") from None
+
+
+def check_budget(budget: object) -> float:
+    """A share of a model's cost, in (0, 1]. Raises ``TypeError`` or ``ValueError``."""
+    if not is_real(budget):
+        raise TypeError(f"budget: expected a share in (0, 1], got {type(budget).__name__}")
+    if not 0 < budget <= 1:
+        raise ValueError(
+            f"budget: expected a share in (0, 1] of what the model costs now, got {budget!r:.60}"
+        )
+    return float(budget)
+
+
+def check_metric(got: Any, want: str = "evaluate: expected a number, higher is better,") -> float:
+    """What a user's ``evaluate`` returned (or what `want` says) as a float, not NaN. Raises ``TypeError`` or
+    ``ValueError``.
+    """
+    try:
+        if isinstance(got, bool | str | bytes):
+            raise TypeError
+        value = float(got)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: torch's, of more than one number
+        raise TypeError(f"{want} got {got!r:.60}") from None
+    if math.isnan(value):
+        raise ValueError(f"{want} got NaN")
+    return value
+
+
+def check_indent(got: object) -> int | None:
+    """The `indent` of ``to_json``. Raises ``TypeError`` or ``ValueError``."""
+    return None if got is None else check_count("indent", got, "blanks, or None,", 0)
+
+
+def is_integer(got: object) -> TypeGuard[int]:
+    """Whether `got` is an integer, numpy's included; a bool is none."""
+    return isinstance(got, Integral) and not isinstance(got, bool)
+
+
+def is_real(got: object) -> TypeGuard[float]:
+    """Whether `got` is a real number, numpy's included; a bool is none."""
+    return isinstance(got, Real) and not isinstance(got, bool)
+
+
+def check_text(argument: str, got: object) -> None:
+    """Raise ``TypeError`` unless `got` is a string."""
+    if not isinstance(got, str):
+        raise TypeError(f"{argument}: expected a string, got {type(got).__name__}")
 
 
 def check_path(argument: str, got: object, also: str = "") -> None:

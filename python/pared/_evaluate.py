@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pared import _core
 from pared._cost import weight_uses
-from pared._errors import check_callable, check_number
+from pared._errors import check_callable, check_indent, check_number, check_path, check_text
 from pared._files import replacing
 from pared._finetune import seeded
 from pared._inputs import Example, examples, first_run, one_pass
@@ -31,7 +31,8 @@ from pared._size import Counter, memory_bytes
 from pared._sparsity import base_type
 from pared._timing import interleave
 from pared.nn import PackedModule
-from pared.pruning.calibration import _plain, batches, forward
+from pared.ops._arrays import number
+from pared.pruning.calibration import _plain, batches, check_samples, forward
 from pared.pruning.reconstruct import check_repeatable
 from pared.pruning.targets import _find
 
@@ -177,21 +178,25 @@ class Evaluation:
 
     def to_json(self, indent: int | None = 2) -> str:
         """Everything as JSON text."""
-        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+        return json.dumps(self.to_dict(), indent=check_indent(indent), allow_nan=False)
 
     def to_html(self, path: str | os.PathLike[str], title: str = "pared: evaluation") -> None:
         """Write one page with the tables and plots; it needs no other file and no network."""
         from pared._page import page
 
+        check_path("path", path)
+        check_text("title", title)
         with replacing(path) as temporary:
             Path(temporary).write_text(page(self, title), encoding="utf-8")
 
     def metric(self, value: float) -> str:
         """A metric as text."""
+        value = number(value, "value")
         return f"{100 * value:.1f} %" if self.percent else f"{value:.4g}"
 
     def change(self, value: float) -> str:
         """A difference of two metrics as text: points, where they are shares."""
+        value = number(value, "value")
         return f"{100 * value:+.1f}" if self.percent else f"{value:+.4g}"
 
     def __rich__(self) -> Table:
@@ -273,11 +278,19 @@ DISTORTIONS: dict[str, Distortion] = {
 }
 
 
-def _distorted(batch: Any, change: Distortion) -> Any:
+def _distorted(batch: Any, change: Distortion, name: str) -> Any:
     """The batch with its floating-point inputs changed; the last of several tensors is the label."""
 
     def own(x: Any) -> Any:
-        return change(x) if isinstance(x, Tensor) and x.is_floating_point() else x
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        new = change(x)
+        if not isinstance(new, Tensor):
+            raise TypeError(
+                f"distortions[{name!r}]: expected a callable (tensor) -> tensor, got one that returns "
+                f"{type(new).__name__}"
+            )
+        return new
 
     if isinstance(batch, Tensor):
         return own(batch)
@@ -358,6 +371,13 @@ def evaluate(
         figures = []
         reference = next(iter(models))
         leading = next(iter(per_sample[reference]))
+        for name in models:
+            sizes = [len(per_sample[n][leading]) for n in (reference, name)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"score: expected one number a sample for each model, got {sizes[0]} in all for "
+                    f"{reference!r} and {sizes[1]} for {name!r}"
+                )
         for name, model in models.items():
             layers = _layers(model, inputs, seconds / 2 / len(models))
             ratio = times.speedup(name, reference)
@@ -457,12 +477,12 @@ def _scores(
         if distortion is not None:
             name, change = distortion
             with seeded(f"{name} {i}"):  # the same for every model
-                batch = _distorted(batch, change)
+                batch = _distorted(batch, change, name)
         if score is None:
             own = _right(model, batch)
         else:
             value = score(model, batch)
-            if not isinstance(value, Tensor) or value.ndim != 1:
+            if not isinstance(value, Tensor) or value.ndim != 1 or value.is_complex() or value.is_meta:
                 got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"score: expected a tensor [samples], got {got}")
             own = {getattr(score, "__name__", "score"): value}
@@ -470,22 +490,38 @@ def _scores(
             if not bool(value.double().isfinite().all()):
                 raise ValueError(f"score: expected finite numbers, got others in batch {i}")
             found.setdefault(key, []).append(value)
-    return {key: torch.cat(values) for key, values in found.items()}
+    scores = {key: torch.cat(values) for key, values in found.items()}
+    check_samples(min(map(len, scores.values())))
+    return scores
+
+
+def _labels(batch: Any) -> Tensor:
+    """The labels of a batch. Raises ``TypeError`` or ``ValueError``."""
+    if isinstance(batch, Tensor):
+        raise TypeError("data: expected batches (inputs, labels) or dicts, or a score, got a tensor")
+    if isinstance(batch, Mapping) and "labels" not in batch:
+        raise ValueError(f"data: expected batches with a key 'labels', got {sorted(map(str, batch))!r:.60}")
+    labels = batch["labels"] if isinstance(batch, Mapping) else batch[-1]
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"data: expected a tensor of integer labels, got {got}")
+    return labels
 
 
 def _right(model: nn.Module, batch: Any) -> dict[str, Tensor]:
     """Whether the label is the first, or among the first five, of the logits."""
-    labels = batch["labels"] if isinstance(batch, Mapping) else batch[-1]
-    output = forward(model, _inputs_of(batch), None)
+    inputs, labels = _inputs_of(batch), _labels(batch)
+    output = forward(model, inputs, None)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             "score: expected a function for models that return no logits [samples, classes], got None and "
             f"{type(logits).__name__}"
         )
-    own = {"top-1": logits.argmax(1) == labels}
+    valid = ~logits.isnan().any(1)  # argmax takes NaN for the largest
+    own = {"top-1": (logits.argmax(1) == labels) & valid}
     if logits.shape[1] > 5:
-        own["top-5"] = (logits.topk(5, 1).indices == labels[:, None]).any(1)
+        own["top-5"] = (logits.topk(5, 1).indices == labels[:, None]).any(1) & valid
     return {key: value.float() for key, value in own.items()}
 
 
@@ -536,8 +572,9 @@ def _layers(model: nn.Module, inputs: Sequence[Example], budget: float) -> tuple
     began: dict[int, float] = {}
 
     def look(m: nn.Module, args: Any) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].is_floating_point() and id(m) not in given:
-            given[id(m)] = Histogram.of(args[0])
+        x = args[0] if args else None
+        if isinstance(x, Tensor) and x.is_floating_point() and id(m) not in given:
+            given[id(m)] = Histogram.of(x.to_dense())
 
     def start(m: nn.Module, args: Any) -> None:
         began[id(m)] = time.perf_counter()
@@ -548,9 +585,11 @@ def _layers(model: nn.Module, inputs: Sequence[Example], budget: float) -> tuple
     owners = {id(m): m for m, *_ in rows.values()}
     run = one_pass(model, list(inputs))
     handles = [m.register_forward_pre_hook(look) for m in owners.values()]
-    run()
-    for handle in handles:
-        handle.remove()
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
     handles = [m.register_forward_pre_hook(start) for m in owners.values()]
     handles += [m.register_forward_hook(stop) for m in owners.values()]
     try:

@@ -13,11 +13,14 @@ import torch
 from torch import nn
 
 from pared._checkpoint import Checkpoint, Item
-from pared._errors import check_callable, check_count, check_positive
-from pared.pruning.calibration import batches, check_batches
+from pared._errors import check_callable, check_count, check_positive, check_text
+from pared.pruning.calibration import batches, check_batches, check_loss_fn, checked_loss
 from pared.pruning.pruner import Pruner
+from pared.pruning.targets import unwrap
 
 __all__ = ["FineTune", "seeded"]
+
+_SCHEDULER = ("step", "state_dict", "load_state_dict")
 
 
 @contextmanager
@@ -64,7 +67,9 @@ class FineTune:
     every: int = 100
 
     def __post_init__(self) -> None:
-        check_callable("loss", self.loss, "(model, batch) -> scalar")
+        if self.loss is None:
+            raise TypeError("loss: expected a callable (model, batch) -> scalar, got None")
+        check_loss_fn(self.loss, "loss")
         check_callable("optimizer", self.optimizer, "(parameters) -> optimizer")
         for name in ("steps", "every"):
             check_count(name, getattr(self, name), "steps")
@@ -76,12 +81,35 @@ class FineTune:
             check_positive("clip", self.clip)
 
     def run(self, model: nn.Module, pruner: Pruner, data: Iterable[Any], done: Checkpoint, name: str) -> None:
-        """Train `model`, whose zeros `pruner` holds; what `done` has under `name` is not done again."""
+        """Train `model`, whose zeros `pruner` holds; what `done` has under `name` is not done again.
+
+        Raises
+        ------
+        TypeError, ValueError : naming the argument; a `loss` that returns no finite scalar with a gradient.
+        """
+        for argument, got, kind in (("pruner", pruner, Pruner), ("done", done, Checkpoint)):
+            if not isinstance(got, kind):
+                raise TypeError(f"{argument}: expected a {kind.__name__}, got {type(got).__name__}")
+        check_text("name", name)
+        check_batches(data)
+        model = unwrap(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise ValueError("model: expected parameters that ask for gradients, got none")
         optimizer = self.optimizer(trained)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer: expected a callable that makes an optimiser, got one that makes "
+                f"{type(optimizer).__name__}"
+            )
         scheduler = None if self.scheduler is None else self.scheduler(optimizer)
+        if self.scheduler is not None and (
+            isinstance(scheduler, type) or not all(hasattr(scheduler, m) for m in _SCHEDULER)
+        ):
+            raise TypeError(
+                f"scheduler: expected a callable that makes an object with {', '.join(_SCHEDULER)}, got one "
+                f"that makes {type(scheduler).__name__}"
+            )
         modes = [(m, m.training) for m in model.modules()]
         model.train()
         step, epoch, place = 0, 0, 0
@@ -101,7 +129,9 @@ class FineTune:
                             torch.set_rng_state(item.tensors["random"])
                         for batch in fresh:
                             optimizer.zero_grad()
-                            loss = self.loss(model, batch)
+                            loss = checked_loss(
+                                self.loss(model, batch), place, differentiable=True, argument="loss"
+                            )
                             loss.backward()  # type: ignore[no-untyped-call]
                             if self.clip is not None:
                                 nn.utils.clip_grad_norm_(trained, self.clip)

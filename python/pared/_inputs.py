@@ -87,13 +87,33 @@ def run(model: nn.Module, example: Example) -> Any:
 
 
 def first_run(model: nn.Module, example: Example) -> Any:
-    """`run` of the user's own model, whose errors are about the inputs: ``ValueError`` that names them."""
+    """`run` of the user's own model, whose errors are about the inputs: ``ValueError`` that names them.
+
+    Outputs without one finite number are an error too: nothing could be compared with them.
+    """
     try:
-        return run(model, example)
+        output = run(model, example)
     except Exception as e:
         raise ValueError(
             f"{example.label}: expected inputs that the model runs with, got {type(e).__name__}: {e}"
         ) from e
+    found = [t for _, t in leaves(output) if isinstance(t, Tensor) and t.layout == torch.strided]
+    floats = [t for t in found if t.is_floating_point() and t.numel()]
+    if floats and not any(bool(t.isfinite().any()) for t in floats):
+        raise ValueError(
+            f"{example.label}: expected inputs for which the model gives finite outputs, got NaN or infinity "
+            "alone"
+        )
+    return output
+
+
+def check_filled(inputs: Sequence[Example]) -> None:
+    """Raise ``ValueError`` where all the tensors of an example are empty."""
+    for e in inputs:
+        tensors = [t for t in pytree.tree_leaves((e.args, dict(e.kwargs))) if isinstance(t, Tensor)]
+        if tensors and not any(t.numel() for t in tensors):
+            shapes = ", ".join(str(list(t.shape)) for t in tensors)
+            raise ValueError(f"{e.label}: expected tensors with elements, got {shapes:.60}")
 
 
 def leaves(x: Any, path: str = "output", seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any]]:

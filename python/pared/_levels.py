@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pared._accelerate import accelerate
-from pared._errors import check_ascending
+from pared._errors import check_ascending, is_integer
 from pared._format import Bytes, Entry, Reader, Writer, expect_list, expect_object, refuse, require
 from pared._io import _collect, load
 from pared._report import Report, report
@@ -70,12 +70,12 @@ class Levels(nn.Module):
 
     def set_level(self, level: int) -> None:
         """Let calls that begin from now on run on this level; negative ones count from the sparsest."""
-        if isinstance(level, bool) or not isinstance(level, int):
+        if not is_integer(level):
             raise TypeError(f"level: expected a number, got {type(level).__name__}")
         n = len(self._ready)
         if not -n <= level < n:
-            raise ValueError(f"level: expected {-n} to {n - 1}, of {n} levels, got {level}")
-        self._level = level % n
+            raise ValueError(f"level: expected {-n} to {n - 1}, of {n} levels, got {level!s:.20}")
+        self._level = int(level) % n
 
     @property
     def memory_bytes(self) -> int:

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pared._errors import check_indent
+
 __all__ = ["LayerReport", "Report", "report"]
 
 _ATTRIBUTE = "_pared_report"
@@ -166,7 +168,7 @@ class Report:
 
     def to_json(self, indent: int | None = 2) -> str:
         """Everything as JSON; times in seconds, sizes in bytes."""
-        return json.dumps(asdict(self), indent=indent, allow_nan=False)
+        return json.dumps(asdict(self), indent=check_indent(indent), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Report:

@@ -26,8 +26,15 @@ from torch import nn
 
 from pared._accelerate import layer_seconds
 from pared._cost import model_seconds, weight_uses
-from pared._errors import check_ascending, check_callable, check_choice
-from pared._inputs import examples
+from pared._errors import (
+    check_ascending,
+    check_budget,
+    check_callable,
+    check_choice,
+    check_indent,
+    check_metric,
+)
+from pared._inputs import examples, first_run
 from pared._report import _seconds
 from pared._surgery import copy_model
 from pared.pruning import calibration, obs
@@ -171,7 +178,7 @@ class BudgetPlan:
 
     def to_json(self, indent: int | None = 2) -> str:
         """The plan as JSON text."""
-        return json.dumps({**asdict(self), "sparsity": self.sparsity}, indent=indent)
+        return json.dumps({**asdict(self), "sparsity": self.sparsity}, indent=check_indent(indent))
 
     def __rich__(self) -> Table:
         table = Table(
@@ -258,7 +265,9 @@ class Options:
 
     def plan(self, budget: float) -> BudgetPlan:
         """The best plan that costs at most the share `budget` of what the model costs now."""
-        budget = _check_budget(budget)
+        budget = check_budget(budget)
+        if not self.before:
+            raise ValueError(f"cost: expected a model that costs some {self.unit}, got one that costs none")
         if self.least > budget:
             raise ValueError(
                 f"budget: expected at least {math.ceil(self.least * 1e4) / 1e4:g} of the model's "
@@ -374,7 +383,7 @@ def search_budget(
     was measured, and its error is never above that of one sparsity for all layers within the same budget.
     Yang et al., "NetAdapt" (arXiv 1804.03230); Frantar and Alistarh, "SPDY" (arXiv 2201.13096).
     """
-    _check_budget(budget)
+    check_budget(budget)
     return measure_options(
         model,
         cost=cost,
@@ -433,11 +442,15 @@ def measure_options(
     if plan.scope == "global":
         plan = dataclasses.replace(plan, scope="layer")
     chosen = _check_levels(levels, plan)
+    inputs = [] if cost == "parameters" else examples(example_inputs)
+    with calibration.frozen(plan.model):
+        for example in inputs:
+            first_run(plan.model, example)
     check_repeatable(data, "'search_budget'")
     for target in plan.targets:
         check_finite(target, target.weight)
     if evaluate is not None:
-        check_callable("evaluate", evaluate, "(model) -> float")
+        check_callable("evaluate", evaluate, "(model) -> number")
     if hasattr(plan.criterion, "reconstruct") and not hasattr(plan.criterion, "settle"):
         raise ValueError(
             "importance: expected a criterion that scores or settles single layers, got "
@@ -458,7 +471,7 @@ def measure_options(
         uses = dict.fromkeys((t.name for t in plan.targets), 1.0)
         rest = 0.0
         if cost == "macs":
-            every = weight_uses(plan.model, examples(example_inputs))
+            every = weight_uses(plan.model, inputs)
             uses = {t.name: every.pop(t.name, (0.0, 0))[0] for t in plan.targets}
             rest = sum(n * nonzero for n, nonzero in every.values())
         else:
@@ -479,14 +492,6 @@ def measure_options(
             for t, b, c, e in zip(plan.targets, before, costs, errors, strict=True)
         ),
     )
-
-
-def _check_budget(budget: object) -> float:
-    if isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise TypeError(f"budget: expected a share in (0, 1], got {type(budget).__name__}")
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget: expected a share in (0, 1] of what the model costs now, got {budget!r}")
-    return float(budget)
 
 
 def _check_levels(levels: object, plan: Plan) -> tuple[float, ...]:
@@ -577,10 +582,7 @@ def _drops(
     """How far the metric falls with one target pruned alone, and non-zeros, at each level."""
 
     def metric() -> float:
-        value = float(evaluate(plan.model))
-        if math.isnan(value):
-            raise ValueError("evaluate: expected a number, higher is better, got NaN")
-        return value
+        return check_metric(evaluate(plan.model))
 
     baseline = metric()
     errors, counts = [], []

@@ -71,6 +71,13 @@ def weight_format(module: nn.Module, name: str = "weight") -> str:
     )
 
 
+def is_freed(tensor: torch.Tensor) -> bool:
+    """Whether the memory was given back, as sharded training does between steps: to read it crashes."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return tensor.numel() > 0 and tensor.data_ptr() == 0
+
+
 def parameter_of(module: nn.Module, name: str = "weight") -> torch.Tensor:
     """The leaf tensor that an optimiser updates for `name`: itself, or the original under the masks."""
     kind = weight_format(module, name)

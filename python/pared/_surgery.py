@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pared._report import _ATTRIBUTE
+from pared._sparsity import is_freed
 from pared.nn import FoldedBatchNorm2d, Fused, MaxPool2d, PackedModule, ResidualBlock
 from pared.nn._attention import attending, detach
 from pared.nn._encoder import encoding, separate
@@ -29,13 +30,16 @@ _HOOKS = (
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise ``ValueError`` for a model whose modules hold shards of their weights."""
+    """Raise ``ValueError`` for a model whose modules hold shards of their weights, or no memory."""
     # By name: importing torch.distributed.fsdp takes a second.
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise ValueError(
             "model: expected whole weights, got a model in FullyShardedDataParallel; load its full state "
             "dict (torch.distributed.checkpoint.state_dict) into a plain model"
         )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_freed(tensor):
+            raise ValueError(f"model: expected weights in memory, got {name!r}, whose memory was freed")
 
 
 def copy_model(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Module:

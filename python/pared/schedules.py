@@ -13,29 +13,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from pared._errors import as_float, check_callable, is_integer, is_real
+
 __all__ = ["Exponential", "Linear", "OneShot", "Polynomial", "Schedule"]
 
 Schedule: TypeAlias = Callable[[int], float]
 
 
 def check_schedule(schedule: object) -> None:
-    """Raise ``TypeError`` unless `schedule` can be called, and is no class."""
-    if isinstance(schedule, type) or not callable(schedule):
-        got = f"the class {schedule.__name__}" if isinstance(schedule, type) else type(schedule).__name__
-        raise TypeError(
-            f"schedule: expected a callable step -> sparsity, such as a pared.schedules object, got {got}"
-        )
+    """Raise ``TypeError`` unless `schedule` can be called with a step, and is no class."""
+    what = "(step) -> sparsity, such as a pared.schedules object"
+    if isinstance(schedule, type):
+        raise TypeError(f"schedule: expected a callable {what}, got the class {schedule.__name__}")
+    check_callable("schedule", schedule, what)
 
 
 def _check_sparsity(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_real(value):
         raise TypeError(f"{name}: expected a number in [0, 1), got {type(value).__name__}")
     if not 0 <= value < 1:
         raise ValueError(f"{name}: expected a sparsity in [0, 1), got {value!r}")
 
 
 def _check_step(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_integer(value):
         raise TypeError(f"{name}: expected a step number, got {type(value).__name__}")
     if value < 0:
         raise ValueError(f"{name}: expected a step >= 0, got {value}")
@@ -53,6 +54,7 @@ class OneShot:
         _check_step("at", self.at)
 
     def __call__(self, step: int) -> float:
+        _check_step("step", step)
         return self.sparsity if step >= self.at else 0.0
 
 
@@ -78,6 +80,7 @@ class _Ramp:
         raise NotImplementedError
 
     def __call__(self, step: int) -> float:
+        _check_step("step", step)
         if step < self.begin:
             return 0.0
         if step == self.begin:
@@ -106,9 +109,9 @@ class Polynomial(_Ramp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.power, bool) or not isinstance(self.power, (int, float)):
+        if not is_real(self.power):
             raise TypeError(f"power: expected a number > 0, got {type(self.power).__name__}")
-        if not 0 < self.power < 1e300:
+        if not 0 < as_float(self.power) < 1e300:
             raise ValueError(f"power: expected a number > 0, got {self.power!r}")
 
     def _between(self, progress: float) -> float:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -35,11 +36,14 @@ from pared._errors import (
     check_callable,
     check_choice,
     check_count,
+    check_indent,
     check_known,
+    check_metric,
     check_number,
     check_path,
     check_positive,
 )
+from pared._files import replacing
 from pared._finetune import FineTune
 from pared.pruning.importance import Importance, Statistics
 from pared.pruning.masks import keep_count, zero
@@ -262,6 +266,15 @@ class Movement:
                     self.sums[target.name] = moved.neg_()
 
     def score(self, module: nn.Module, statistics: Statistics) -> torch.Tensor:
+        """The sums of the tensor that `statistics` names, of its shape.
+
+        Raises
+        ------
+        TypeError : `statistics` is not a `pared.pruning.Statistics`.
+        ValueError : no gradient of that tensor was seen.
+        """
+        if not isinstance(statistics, Statistics):
+            raise TypeError(f"statistics: expected pared.pruning.Statistics, got {type(statistics).__name__}")
         name = f"{statistics.layer}.{statistics.parameter}" if statistics.layer else statistics.parameter
         if name not in self.sums:
             raise ValueError(
@@ -382,14 +395,7 @@ class UntilReport:
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON text."""
-        return json.dumps(asdict(self), indent=indent)
-
-
-def _metric(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
-    value = float(evaluate(model))
-    if math.isnan(value):
-        raise ValueError("evaluate: expected a number, higher is better, got NaN")
-    return value
+        return json.dumps(asdict(self), indent=check_indent(indent))
 
 
 def prune_until(
@@ -443,7 +449,8 @@ def prune_until(
         raise ValueError(f"rate: expected a number in (0, 1), got {rate!r}")
     if rewind is not None:
         _check_rewind(module, rewind)
-    baseline = _metric(evaluate, module)
+    collect(module, options.get("include"), options.get("exclude"), 0, 0)  # errors before any work
+    baseline = check_metric(evaluate(module))
     done: list[Round] = []
     best, reached, metric = _snapshot(module), 0.0, baseline
     for _ in range(rounds):
@@ -456,7 +463,7 @@ def prune_until(
             if retrain is not None:
                 retrain(module, pruner)
             pruner.finalize()
-            value = _metric(evaluate, module)
+            value = check_metric(evaluate(module))
         except BaseException:
             module.load_state_dict(best)
             raise
@@ -517,7 +524,7 @@ class Sensitivity:
 
     def to_json(self, indent: int | None = 2) -> str:
         """The result as JSON text."""
-        return json.dumps(asdict(self), indent=indent)
+        return json.dumps(asdict(self), indent=check_indent(indent))
 
     def __rich__(self) -> Table:
         table = Table(title=f"metric with one layer pruned (as it is: {self.baseline:.4g})")
@@ -533,21 +540,24 @@ class Sensitivity:
         Console(file=out, width=110, color_system=None).print(self)
         return out.getvalue().rstrip()
 
-    def plot(self, path: str) -> None:
+    def plot(self, path: str | os.PathLike[str]) -> None:
         """One line a layer, metric against ratio, as an image; needs matplotlib."""
         check_path("path", path)
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 5), layout="constrained")
-        FigureCanvasAgg(figure)
+        canvas = FigureCanvasAgg(figure)
+        kind = os.path.splitext(path)[1][1:].lower() or "png"
+        check_choice("path", kind, canvas.get_supported_filetypes(), "no suffix, which is 'png'")
         axes = figure.add_subplot()
         for name, values in self.metrics.items():
             axes.plot([0.0, *self.ratios], [self.baseline, *values], marker="o", label=name)
         axes.set_xlabel("share of the layer's weights removed")
         axes.set_ylabel("metric")
         axes.legend(fontsize="small")
-        figure.savefig(path, dpi=120)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=120, format=kind)
 
 
 def sensitivity(
@@ -573,7 +583,7 @@ def sensitivity(
     ratios = check_ascending("ratios", ratios, lambda r: check_sparsity(r, pattern, "ratios"))
     check_known(options, prune, ("model", "sparsity", "scope", "importance", "include", "exclude"))
     targets, _ = collect(module, include, exclude, 0, 0)
-    baseline = _metric(evaluate, module)
+    baseline = check_metric(evaluate(module))
     metrics: dict[str, tuple[float, ...]] = {}
     for target in targets:
         values = []
@@ -581,7 +591,7 @@ def sensitivity(
             before = target.tensor.detach().clone()
             try:
                 prune(module, ratio, importance=importance, scope="layer", include=target.name, **options)
-                values.append(_metric(evaluate, module))
+                values.append(check_metric(evaluate(module)))
             finally:
                 with torch.no_grad():
                     target.tensor.copy_(before)

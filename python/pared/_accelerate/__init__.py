@@ -117,6 +117,7 @@ def accelerate(
         model's own error is chained) and for weights that are not finite. Nothing has changed then.
     """
     target = _check_arguments(model, precision, max_error, min_speedup, fuse, progress, cache)
+    max_error, min_speedup = None if max_error is None else float(max_error), float(min_speedup)
     known = _check_formats(formats, precision, target.kind)
     rounds = formats is not None and "int4" in formats
     inputs = examples(example_inputs, target.device)

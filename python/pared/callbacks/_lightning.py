@@ -68,6 +68,11 @@ class LightningPruner(_base()):  # type: ignore[misc]  # whichever of the two is
         return self._held.report
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if missing := [name for name in ("optimizers", "global_step") if not hasattr(trainer, name)]:
+            raise TypeError(
+                f"trainer: expected Lightning's Trainer, got {type(trainer).__name__} without "
+                f"{' and '.join(missing)}"
+            )
         self._held.begin(pl_module, trainer.optimizers)
         self._steps = trainer.global_step
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,29 @@ from pared.schedules import Schedule
 __all__ = ["TrainerPruner"]
 
 FILE = "pared_pruner.pt"
+
+
+def _check(name: str, got: object, kind: type) -> None:
+    if not isinstance(got, kind):
+        raise TypeError(f"{name}: expected transformers' {kind.__name__}, got {type(got).__name__}")
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder of the checkpoint of this step."""
+    _check("args", args, TrainingArguments)
+    _check("state", state, TrainerState)
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _load(file: Path) -> Any:
+    """What `TrainerPruner.on_save` wrote. Raises ``ValueError`` for a damaged file."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise ValueError(
+            f"resume: expected the file of an earlier training, got a damaged one: {file} "
+            f"({str(e).partition(chr(10))[0]:.100})"
+        ) from e
 
 
 class TrainerPruner(TrainerCallback):  # type: ignore[misc, unused-ignore]  # a class without types
@@ -70,9 +94,13 @@ class TrainerPruner(TrainerCallback):  # type: ignore[misc, unused-ignore]  # a 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        _check("state", state, TrainerState)
+        for name in ("model", "optimizer"):
+            if kwargs.get(name) is None:
+                raise TypeError(f"{name}: expected the trainer's, got none")
         folder = self._resume
         if folder is None and state.global_step:
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            folder = _checkpoint(args, state)
         if folder is not None:
             file = folder / FILE
             if not file.is_file():
@@ -80,7 +108,7 @@ class TrainerPruner(TrainerCallback):  # type: ignore[misc, unused-ignore]  # a 
                     f"resume: expected the folder of a checkpoint that a TrainerPruner took part in, got "
                     f"{folder}, which has no {FILE}"
                 )
-            self._held.state = torch.load(file, map_location="cpu", weights_only=True)
+            self._held.state = _load(file)
         self._held.begin(kwargs["model"], [kwargs["optimizer"]])
 
     def on_pre_optimizer_step(
@@ -96,7 +124,7 @@ class TrainerPruner(TrainerCallback):  # type: ignore[misc, unused-ignore]  # a 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        folder = _checkpoint(args, state)
         if state.is_world_process_zero and folder.is_dir():
             torch.save(self._held.saved(), folder / FILE)
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pared import _core
+from pared._errors import is_integer
 from pared._types import Array
 from pared.ops._arrays import dtype_of_kind, empty_like_kind, integer, is_torch, number, require_array, word
 from pared.ops._device import DeviceWeight, device_of
@@ -28,7 +29,7 @@ def check_activations(scale: float | None, zero: int, dtype: str) -> Activations
     if word(dtype, "activation_dtype") not in ("int8", "uint8"):
         raise ValueError(f"activation_dtype: expected 'int8' or 'uint8', got {dtype!r}")
     offset = 128 if dtype == "int8" else 0
-    if not isinstance(zero, int) or isinstance(zero, bool) or not -offset <= zero <= 255 - offset:
+    if not is_integer(zero) or not -offset <= zero <= 255 - offset:
         raise ValueError(f"activation_zero: expected an integer in the range of {dtype}, got {zero!r}")
     if scale is None:
         if zero != 0:
@@ -37,7 +38,7 @@ def check_activations(scale: float | None, zero: int, dtype: str) -> Activations
     factor = number(scale, "activation_scale")
     if not 0 < factor < math.inf:
         raise ValueError(f"activation_scale: expected a positive number or None, got {scale!r}")
-    return factor, zero + offset, 0, 255
+    return factor, int(zero) + offset, 0, 255
 
 
 def output_scales(scales: Any, rows: int) -> Array:

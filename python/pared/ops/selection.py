@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 from pared import _core, _cuda
+from pared._errors import is_integer
 from pared._types import Array
 from pared.ops._arrays import (
     dtype_of_kind,
@@ -152,7 +153,7 @@ def topk_mask(
     """
     tensors, many = _tensors(scores, "scores")
     key, nan = word(key, "key"), word(nan, "nan")
-    if not (dim is None or (isinstance(dim, int) and not isinstance(dim, bool) and dim == 1)):
+    if not (dim is None or (is_integer(dim) and dim == 1)):
         raise ValueError(f"dim: expected None or 1, got {dim!r}")
     masks = _masks(tensors, out, many)
     if _on_device(tensors):

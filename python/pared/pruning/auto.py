@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pared import _core
-from pared._errors import check_choice
+from pared._errors import check_choice, check_count
 from pared._inputs import examples, first_run
 from pared._select import shortlist
 from pared._sparsity import base_type
@@ -236,10 +236,8 @@ def check_options(
     if (example_inputs is None) == (tokens is None):
         got = "neither" if tokens is None else "both"
         raise ValueError(f"tokens: expected it or example_inputs with pattern='auto', got {got}")
-    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int)):
-        raise TypeError(f"tokens: expected an integer, got {type(tokens).__name__}")
-    if isinstance(tokens, int) and tokens < 1:
-        raise ValueError(f"tokens: expected at least 1, got {tokens}")
+    if tokens is not None:
+        check_count("tokens", tokens, "tokens")
     check_choice("precision", precision, PRECISIONS)
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from pared._errors import check_callable
 from pared.pruning import distributed
 from pared.pruning.distributed import Processes
 from pared.pruning.patterns import Pattern
@@ -41,6 +42,7 @@ __all__ = [
 LossFn: TypeAlias = "Callable[[nn.Module, Any], torch.Tensor]"
 
 INPUT, OUTPUT, GRADIENT, SAMPLE_GRADIENT = "input", "output", "gradient", "sample_gradient"
+_EVENTS = frozenset({INPUT, OUTPUT, GRADIENT, SAMPLE_GRADIENT})
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What follows a layer without mixing its units: a unit's activation is what comes out of these.
@@ -109,7 +111,21 @@ class Observer:
 
     def result(self) -> Any:
         """What the criterion reads as ``statistics.observed``."""
-        raise NotImplementedError
+        raise TypeError(f"importance: expected an observer with result(), got {type(self).__name__}")
+
+
+def check_observer(observer: object, name: str) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless `observer`, of the criterion `name`, is an `Observer`."""
+    if not isinstance(observer, Observer):
+        raise TypeError(
+            f"importance: expected observe() of {name!r} to return an Observer, got {type(observer).__name__}"
+        )
+    events: object = observer.events
+    if not isinstance(events, frozenset | set) or not events <= _EVENTS:
+        raise ValueError(
+            f"importance: expected events of {type(observer).__name__} to be a set of "
+            f"{', '.join(map(repr, sorted(_EVENTS)))}, got {events!r:.60}"
+        )
 
 
 class MeanGradient(Observer):
@@ -193,8 +209,26 @@ class StopForward(Exception):
     """Raised by a hook when the rest of the forward pass is not needed."""
 
 
+def check_loss_fn(loss_fn: object, argument: str = "loss_fn") -> None:
+    """Raise ``TypeError`` unless `loss_fn` can be called with (model, batch), or is None."""
+    if loss_fn is None:
+        return
+    what = "(model, batch) -> scalar"
+    # torch's own losses take two arguments as well.
+    owner = loss_fn if isinstance(loss_fn, type) else type(loss_fn)
+    if issubclass(owner, nn.modules.loss._Loss) or getattr(loss_fn, "__module__", "") == functional.__name__:
+        name = getattr(loss_fn, "__name__", owner.__name__)
+        raise TypeError(
+            f"{argument}: expected a callable {what}, got {name}, which takes (output, target); write "
+            "lambda model, batch: loss(model(batch[0]), batch[1])"
+        )
+    check_callable(argument, loss_fn, what)
+
+
 def check_batches(data: object) -> None:
     """Raise ``TypeError`` where `data` cannot be gone through, or is one batch and not several."""
+    if isinstance(data, type):
+        raise TypeError(f"data: expected an iterable of batches, got the class {data.__name__}")
     if isinstance(data, torch.Tensor | Mapping):
         raise TypeError(
             f"data: expected an iterable of batches, got one {type(data).__name__}; for a single batch: "
@@ -224,6 +258,12 @@ def batches(data: Any, why: str) -> Iterator[Any]:
             "data: expected at least one batch, got none; an iterator or a generator that was used before is "
             "exhausted"
         )
+
+
+def check_samples(seen: int) -> None:
+    """Raise ``ValueError`` where no batch had a sample in it."""
+    if not seen:
+        raise ValueError("data: expected batches with samples, got empty ones")
 
 
 def batch_size(batch: Any) -> int:
@@ -256,23 +296,43 @@ def forward(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Any:
 
     A tensor is the model's argument; a dict its keyword arguments, without keys that it does not take; a
     tuple or list its positional arguments, or only the first where it does not take them all: ``(x, label)``.
+
+    Raises
+    ------
+    TypeError : a batch that is none of these.
+    ValueError : the model does not run with it. What a `loss_fn` raises is the user's, and comes as it is.
     """
     if loss_fn is not None:
         return loss_fn(model, batch)
+    args, kwargs = arguments(model, batch)
+    try:
+        return model(*args, **kwargs)
+    except (StopForward, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:
+        if ": expected " in str(e):  # a hook of this package's, which says what is wrong
+            raise
+        raise ValueError(
+            f"data: expected batches that the model runs with, got {type(e).__name__}: {e}"
+        ) from e
+
+
+def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the keyword arguments of the model in a batch, as `forward` describes them."""
     if isinstance(batch, torch.Tensor):
-        return model(batch)
+        return (batch,), {}
     signature = inspect.signature(model.forward)
     if isinstance(batch, Mapping):
         kinds = {p.kind for p in signature.parameters.values()}
         if inspect.Parameter.VAR_KEYWORD in kinds:
-            return model(**batch)
-        return model(**{k: v for k, v in batch.items() if k in signature.parameters})
+            return (), dict(batch)
+        return (), {k: v for k, v in batch.items() if k in signature.parameters}
     if isinstance(batch, tuple | list) and batch:
         try:
             signature.bind(*batch)
         except TypeError:
-            return model(batch[0])
-        return model(*batch)
+            return (batch[0],), {}
+        return tuple(batch), {}
     raise TypeError(f"data: expected batches of tensors, tuples or dicts, got {type(batch).__name__}")
 
 
@@ -318,11 +378,16 @@ def columns(module: nn.Module, x: torch.Tensor) -> Iterator[torch.Tensor]:
         yield x[(every, every) + tuple(window)]  # noqa: RUF005  (Python 3.10 has no star in an index)
 
 
-def _layer_input(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    x = x.detach()
+def _layer_input(module: nn.Module, x: Any) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(
+            f"data: expected batches that give each {type(module).__name__} floating-point tensors, got {got}"
+        )
+    values: torch.Tensor = x.detach()
     if isinstance(module, _CONVOLUTIONS):
-        return x.unsqueeze(0) if x.ndim == len(module.kernel_size) + 1 else x
-    return x.reshape(-1, x.shape[-1])
+        return values.unsqueeze(0) if values.ndim == len(module.kernel_size) + 1 else values
+    return values.reshape(-1, values.shape[-1])
 
 
 def _units(module: nn.Module, y: torch.Tensor) -> torch.Tensor:
@@ -489,18 +554,23 @@ def _attach(
     return chains
 
 
-def checked_loss(loss: object, index: int, *, differentiable: bool) -> torch.Tensor:
-    """A finite scalar, with a gradient where one is needed."""
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+def checked_loss(
+    loss: object, index: int, *, differentiable: bool, argument: str = "loss_fn"
+) -> torch.Tensor:
+    """A finite scalar, with a gradient where one is needed; `argument`: what the user calls the function."""
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or loss.is_meta:
         got = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn: expected a scalar tensor from (model, batch), got {got} in batch {index}")
+        got = "one on the meta device" if isinstance(loss, torch.Tensor) and loss.is_meta else got
+        raise ValueError(
+            f"{argument}: expected a scalar tensor from (model, batch), got {got} in batch {index}"
+        )
     if not bool(torch.isfinite(loss)):
         raise ValueError(
             f"data: expected batches with a finite loss, got {float(loss.detach())} in batch {index}"
         )
     if differentiable and not loss.requires_grad:
         raise ValueError(
-            f"loss_fn: expected a loss that depends on the model's weights, got one without a gradient in "
+            f"{argument}: expected a loss that depends on the model's weights, got one without a gradient in "
             f"batch "
             f"{index} (computed under no_grad, or detached?)"
         )
@@ -509,7 +579,14 @@ def checked_loss(loss: object, index: int, *, differentiable: bool) -> torch.Ten
 
 def _check_finite(targets: Sequence[Target], observers: Mapping[str, Observer], index: int) -> None:
     for target in targets:
-        for tensor in observers[target.name].tensors():
+        observer = observers[target.name]
+        tensors = observer.tensors()
+        if not isinstance(tensors, Sequence) or not all(isinstance(t, torch.Tensor) for t in tensors):
+            raise TypeError(
+                f"importance: expected tensors() of {type(observer).__name__} to return a list of tensors, "
+                f"got {tensors!r:.60}"
+            )
+        for tensor in tensors:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise ValueError(
                     f"data: expected finite activations and gradients, got NaN or infinity at layer "
@@ -553,9 +630,14 @@ def collect(
         chains = _attach(stack, model, targets, observers, why)
         if stop_after is not None:
             _stop_behind(stack, targets, stop_after)
+        seen = 0
         for index, batch in enumerate(batches(data, why)):
+            size = batch_size(batch)
+            if not size:
+                continue
+            seen += size
             for target in targets:
-                observers[target.name].begin(batch, batch_size(batch))
+                observers[target.name].begin(batch, size)
             if differentiable:
                 assert loss_fn is not None
                 parts = list(split(batch)) if SAMPLE_GRADIENT in events else [batch]
@@ -572,9 +654,12 @@ def collect(
                     checked_loss(out, index, differentiable=False)
                 chains.close_all()
             _check_finite(targets, observers, index)
+        if processes is None:
+            check_samples(seen)
     if processes is not None:
         reached.update(*processes.gather(reached))
         samples = processes.total(*(observers[t.name].samples for t in targets))
+        check_samples(max(samples))
         for target, n in zip(targets, samples, strict=True):
             observers[target.name].samples = n
             observers[target.name].reduce(processes)

@@ -21,12 +21,22 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from pared._errors import choice_error
-from pared._inputs import Example, examples, first_run, leaves, run
+from pared._errors import (
+    check_ascending,
+    check_budget,
+    check_callable,
+    check_choice,
+    check_count,
+    check_indent,
+    check_metric,
+)
+from pared._inputs import Example, check_filled, examples, first_run, leaves, run
 from pared._surgery import copy_model
 from pared._timing import interleave
-from pared.pruning.calibration import _CONVOLUTIONS, LossFn, batches, forward
+from pared.pruning.calibration import _CONVOLUTIONS, LossFn, batches, check_loss_fn, forward
 from pared.pruning.importance import Importance
+from pared.pruning.oneshot import check_sparsity
+from pared.pruning.patterns import parse_pattern
 from pared.pruning.reconstruct import check_repeatable
 from pared.pruning.structured import (
     _LAYERS,
@@ -38,7 +48,7 @@ from pared.pruning.structured import (
     _groups,
     _NotConstant,
 )
-from pared.pruning.targets import Filters, unwrap
+from pared.pruning.targets import Filters, check_values, unwrap
 
 __all__ = ["ChannelPlan", "GroupPlan", "Tables", "search_channels", "solve"]
 
@@ -96,7 +106,7 @@ class ChannelPlan:
 
     def to_json(self, indent: int | None = 2) -> str:
         """The plan as JSON text."""
-        return json.dumps(asdict(self), indent=indent)
+        return json.dumps(asdict(self), indent=check_indent(indent))
 
     def __rich__(self) -> Table:
         from pared._search import _amount  # which imports this package
@@ -246,19 +256,21 @@ def search_channels(
     """
     from pared._cost import weight_uses  # which imports this package
 
-    if cost not in COSTS:
-        raise choice_error("cost", cost, COSTS)
-    if isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise TypeError(f"budget: expected a share in (0, 1], got {type(budget).__name__}")
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget: expected a share in (0, 1] of what the model costs now, got {budget!r}")
-    shares = [0.0, *(x for x in levels if x)]
-    if not all(0 <= s < 1 for s in shares) or any(a >= b for a, b in itertools.pairwise(shares)):
-        raise ValueError(f"levels: expected ascending numbers in [0, 1), got {levels!r}")
+    check_choice("cost", cost, COSTS)
+    budget = check_budget(budget)
+    plain = parse_pattern("unstructured")
+    given = check_ascending("levels", levels, lambda s: check_sparsity(s, plain, "levels"))
+    shares = [0.0, *(s for s in given if s)]
+    check_count("round_to", round_to, "channels")
+    check_loss_fn(loss_fn)
+    if evaluate is not None:
+        check_callable("evaluate", evaluate, "(model) -> number")
     if data is not None:
         check_repeatable(data, "'search_channels'")
     module = unwrap(model)
+    check_values(module)
     inputs = examples(example_inputs)
+    check_filled(inputs)
     work = copy_model(module).eval()
     for example in inputs:
         first_run(work, example)
@@ -353,10 +365,7 @@ class _Error:
 
     def _metric(self, model: nn.Module) -> float:
         assert self.evaluate is not None
-        value = float(self.evaluate(model))
-        if math.isnan(value):
-            raise ValueError("evaluate: expected a number, higher is better, got NaN")
-        return value
+        return check_metric(self.evaluate(model))
 
     def _run(self, model: nn.Module) -> Iterable[list[torch.Tensor]]:
         calls: Iterable[Any]

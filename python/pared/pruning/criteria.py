@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pared._errors import check_callable, check_choice, check_count, check_flag
 from pared._inputs import leaves
 from pared.pruning import distributed, masks
 from pared.pruning.calibration import (
@@ -28,12 +29,13 @@ from pared.pruning.calibration import (
     accumulator,
     batch_size,
     batches,
+    check_samples,
     checked_loss,
     forward,
     frozen,
 )
 from pared.pruning.distributed import Processes
-from pared.pruning.importance import Statistics, spread_units
+from pared.pruning.importance import Statistics, check_norm, spread_units
 from pared.pruning.patterns import Pattern
 from pared.pruning.targets import Target
 
@@ -51,6 +53,9 @@ __all__ = [
     "Taylor",
     "Wanda",
 ]
+
+# Of a histogram of each unit.
+_MOST_BINS = 2**16
 
 
 # ---------------------------------------------------------------- gradients
@@ -253,10 +258,7 @@ class Activation:
     key = "identity"
 
     def __init__(self, statistic: str = "mean") -> None:
-        if statistic not in ("mean", "max", "min", "variance", "apoz"):
-            raise ValueError(
-                f"statistic: expected 'mean', 'max', 'min', 'variance' or 'apoz', got {statistic!r}"
-            )
+        check_choice("statistic", statistic, ("mean", "max", "min", "variance", "apoz"))
         self.statistic = statistic
         self.name = "activation" if statistic == "mean" else f"activation ({statistic})"
 
@@ -360,11 +362,10 @@ def entropy(counts: torch.Tensor, dim: int = -1) -> torch.Tensor:
 
 
 def _check_bins(bins: object) -> int:
-    if isinstance(bins, bool) or not isinstance(bins, int):
-        raise TypeError(f"bins: expected an int, got {type(bins).__name__}")
-    if bins < 4 or bins % 4:
-        raise ValueError(f"bins: expected a positive multiple of 4, got {bins}")
-    return bins
+    number = check_count("bins", bins, "bins")
+    if number % 4 or number > _MOST_BINS:
+        raise ValueError(f"bins: expected a positive multiple of 4, at most {_MOST_BINS}, got {number!s:.20}")
+    return number
 
 
 class Entropy:
@@ -439,9 +440,11 @@ class _LabelledHistograms(Observer):
     def begin(self, batch: Any, samples: int) -> None:
         super().begin(batch, samples)
         given = self.labels(batch)
-        label = (given if isinstance(given, torch.Tensor) else torch.as_tensor(given, device="cpu")).reshape(
-            -1
-        )
+        try:
+            label = given if isinstance(given, torch.Tensor) else torch.as_tensor(given, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise ValueError(f"data: expected integer labels >= 0, got {given!r:.60}") from e
+        label = label.reshape(-1)
         if label.is_floating_point() or not label.numel() or int(label.min()) < 0:
             raise ValueError(f"data: expected integer labels >= 0, got {label.dtype}")
         if int(label.max()) >= self.classes:
@@ -516,7 +519,10 @@ class MutualInformation:
         labels: Callable[[Any], Any] = labels_of,
         single: bool = False,
     ) -> None:
-        self.bins, self.classes, self.labels, self.single = _check_bins(bins), classes, labels, single
+        check_callable("labels", labels, "(batch) -> labels")
+        check_flag("single", single)
+        self.bins, self.classes = _check_bins(bins), check_count("classes", classes, "classes")
+        self.labels, self.single = labels, single
         self.units = not single
 
     def observe(self, target: Target, pattern: Pattern) -> Observer:
@@ -620,9 +626,7 @@ class OutputWeight:
     key = "identity"
 
     def __init__(self, p: int = 1) -> None:
-        if p not in (1, 2):
-            raise ValueError(f"p: expected 1 or 2, got {p!r}")
-        self.p = p
+        self.p = check_norm(p)
 
     def measure(
         self, model: nn.Module, targets: Sequence[Target], data: object, loss_fn: LossFn | None
@@ -804,6 +808,7 @@ class ChangeRate:
         if processes is not None:
             (total,) = processes.total(total)
             moved = {name: processes.add_(x) for name, x in moved.items()}
+        check_samples(total)
         return {name: (x / total).abs() for name, x in moved.items()}
 
     def score(self, module: nn.Module, statistics: Statistics) -> torch.Tensor:

@@ -29,7 +29,19 @@ _chosen: contextvars.ContextVar[Any] = contextvars.ContextVar("pared_process_gro
 
 @contextmanager
 def process_group(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Calls inside reduce over `group`; None: this process alone. Outside, over all processes."""
+    """Calls inside reduce over `group`; None: this process alone. Outside, over all processes.
+
+    Raises
+    ------
+    TypeError : `group` is no group of torch.distributed.
+    """
+    if dist.is_available():  # a process outside of a group has a number in its place
+        outside = isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER
+        known = outside or isinstance(group, dist.ProcessGroup)
+    else:
+        known = False
+    if group is not None and not known:
+        raise TypeError(f"group: expected a group of torch.distributed or None, got {type(group).__name__}")
     token = _chosen.set(group)
     try:
         yield

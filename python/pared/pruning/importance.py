@@ -22,10 +22,11 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import nn
 
-from pared._errors import choice_error
+from pared._errors import choice_error, is_integer
 
 __all__ = [
     "NAMES",
+    "SCOPES",
     "Criterion",
     "Importance",
     "Magnitude",
@@ -35,6 +36,11 @@ __all__ = [
     "selection_key",
     "spread_units",
 ]
+
+
+SCOPES = ("global", "layer", "row")
+KEYS = ("identity", "abs", "square", "abs_sum")
+_SCORES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,13 @@ class Criterion(Protocol):
         ...
 
 
+def check_norm(p: object) -> int:
+    """The p of an Lp norm. Raises ``ValueError`` unless it is 1 or 2."""
+    if not is_integer(p) or p not in (1, 2):
+        raise ValueError(f"p: expected 1 or 2, got {p!r:.60}")
+    return int(p)
+
+
 class Magnitude:
     """``|w|``, and over a block the Lp norm: ``p=1`` the sum of ``|w|``, ``p=2`` the Euclidean norm."""
 
@@ -108,9 +121,7 @@ class Magnitude:
     key = "abs"
 
     def __init__(self, p: int = 1) -> None:
-        if p not in (1, 2):
-            raise ValueError(f"p: expected 1 or 2, got {p!r}")
-        if p == 2:
+        if check_norm(p) == 2:
             self.name += " (p=2)"
             self.key = "square"  # orders norms as the root does
 
@@ -131,9 +142,9 @@ class Random:
     key = "identity"
 
     def __init__(self, seed: int = 0) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if not is_integer(seed):
             raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
-        self.seed = seed
+        self.seed = int(seed)
 
     def score(self, module: nn.Module, statistics: Statistics) -> torch.Tensor:
         name = f"{self.seed}/{statistics.layer}/{statistics.parameter}".encode()
@@ -211,6 +222,7 @@ def resolve(importance: object) -> Criterion:
                     f"importance: expected a criterion with {', '.join(required)} and score(), got "
                     f"{type(importance).__name__} without {', '.join(missing)}"
                 )
+            _check_criterion(importance)
             assert isinstance(importance, Criterion)
             return importance
         if callable(importance):
@@ -219,6 +231,24 @@ def resolve(importance: object) -> Criterion:
     raise TypeError(
         f"importance: expected a name, a criterion object or a callable module -> scores, got {got}"
     )
+
+
+def _check_criterion(criterion: Any) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless a user's criterion has attributes of the right kinds."""
+    what = f"importance: expected a {type(criterion).__name__} with"
+    if not isinstance(criterion.name, str):
+        raise TypeError(f"{what} a string as name, got {criterion.name!r:.60}")
+    for flag in ("needs_data", "needs_gradients"):
+        if not isinstance(getattr(criterion, flag), bool):
+            raise TypeError(f"{what} True or False as {flag}, got {getattr(criterion, flag)!r:.60}")
+    for word, choices in (("scope", SCOPES), ("key", KEYS)):
+        got = getattr(criterion, word)
+        if not isinstance(got, str) or got not in choices:
+            names = ", ".join(map(repr, choices))
+            raise ValueError(f"{what} one of {names} as {word}, got {got!r:.60}")
+    for method in ("score", "observe", "measure", "compensate", "reconstruct"):
+        if hasattr(criterion, method) and not callable(getattr(criterion, method)):
+            raise TypeError(f"{what} a method {method}(), got {getattr(criterion, method)!r:.60}")
 
 
 def checked_score(criterion: Criterion, module: nn.Module, statistics: Statistics) -> torch.Tensor:
@@ -243,9 +273,10 @@ def checked_score(criterion: Criterion, module: nn.Module, statistics: Statistic
             f"importance: expected scores on {weight.device} {where}, "
             f"got {scores.device} from {criterion.name}"
         )
-    if not scores.is_floating_point():
+    if scores.dtype not in _SCORES or scores.layout != torch.strided:
+        got = scores.dtype if scores.layout == torch.strided else scores.layout
         raise ValueError(
-            f"importance: expected floating-point scores {where}, got {scores.dtype} from {criterion.name}"
+            f"importance: expected floating-point scores {where}, got {got} from {criterion.name}"
         )
     if bool(torch.isnan(scores).any()):
         raise ValueError(f"importance: expected scores without NaN {where}, got NaN from {criterion.name}")

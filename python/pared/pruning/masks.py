@@ -25,7 +25,6 @@ from pared.pruning.patterns import Pattern
 from pared.pruning.targets import Target
 
 __all__ = [
-    "SCOPES",
     "Blocks",
     "Scored",
     "check_finite",
@@ -35,8 +34,6 @@ __all__ = [
     "score",
     "zero",
 ]
-
-SCOPES = ("global", "layer", "row")
 
 _KEYS = (torch.float32, torch.float16, torch.bfloat16)
 _BITS = {

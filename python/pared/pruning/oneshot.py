@@ -11,15 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from pared._errors import check_callable, check_choice
+from pared._errors import check_choice, is_real
 from pared._interrupt import uninterrupted
 from pared._sparsity import bake, base_type, masked_names, weight_format
 from pared.nn import RULES
 from pared.pruning import auto, calibration, distributed
-from pared.pruning.calibration import InputNorms, LossFn, MeanGradient
-from pared.pruning.importance import Criterion, Importance, resolve, selection_key
+from pared.pruning.calibration import (
+    InputNorms,
+    LossFn,
+    MeanGradient,
+    check_batches,
+    check_loss_fn,
+    check_observer,
+)
+from pared.pruning.importance import SCOPES, Criterion, Importance, resolve, selection_key
 from pared.pruning.linears import plain_kind
-from pared.pruning.masks import SCOPES, Scored, check_finite, check_writable, choose, nonzeros, score, zero
+from pared.pruning.masks import Scored, check_finite, check_writable, choose, nonzeros, score, zero
 from pared.pruning.patterns import Pattern, parse_pattern
 from pared.pruning.report import LayerReport, PruneReport
 from pared.pruning.targets import Filters, Target, _matchers, collect, unwrap
@@ -62,10 +69,9 @@ def make_plan(
     criterion = resolve(importance)
     if scope is not None:
         check_choice("scope", scope, SCOPES, "None, the criterion's own")
-    if loss_fn is not None:
-        check_callable("loss_fn", loss_fn, "(model, batch) -> scalar")
-    if data is not None and not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
-        raise TypeError(f"data: expected an iterable of batches, got {type(data).__name__}")
+    check_loss_fn(loss_fn)
+    if data is not None:
+        check_batches(data)
     if data is None and (criterion.needs_data or criterion.needs_gradients):
         raise ValueError(f"data: expected batches, which {criterion.name!r} needs, got None")
     if loss_fn is None and criterion.needs_gradients:
@@ -92,6 +98,16 @@ def observe(plan: Plan, data: object, loss_fn: LossFn | None) -> Mapping[str, An
     criterion: Any = plan.criterion
     if hasattr(criterion, "measure"):
         found: Mapping[str, Any] = criterion.measure(plan.model, plan.targets, data, loss_fn)
+        if not isinstance(found, Mapping):
+            raise TypeError(
+                f"importance: expected measure() of {criterion.name!r} to return a dict by tensor name, got "
+                f"{type(found).__name__}"
+            )
+        if missing := [t.name for t in plan.targets if t.name not in found]:
+            raise ValueError(
+                f"importance: expected measure() of {criterion.name!r} to return an entry for each tensor, "
+                f"got none for {missing[0]!r}"
+            )
         return found
     make = getattr(criterion, "observe", None)
     if make is None:
@@ -99,6 +115,8 @@ def observe(plan: Plan, data: object, loss_fn: LossFn | None) -> Mapping[str, An
             return {}
         make = MeanGradient if criterion.needs_gradients else InputNorms
     observers = {target.name: make(target, plan.pattern_of(target)) for target in plan.targets}
+    for observer in observers.values():
+        check_observer(observer, criterion.name)
     calibration.collect(plan.model, plan.targets, observers, data, loss_fn, repr(criterion.name))
     return {name: observer.result() for name, observer in observers.items()}
 
@@ -180,10 +198,16 @@ def compensated(
     found = []
     for target, gone in zip(plan.targets, dropped, strict=True):
         # What is zero stays zero.
-        new = compensate(observed[target.name], gone | (target.weight == 0))
+        new = compensate(observed.get(target.name), gone | (target.weight == 0))
         if new is None:
             return []
-        if not bool(torch.isfinite(new).all()):
+        if not isinstance(new, torch.Tensor) or not new.is_floating_point() or new.shape != gone.shape:
+            got = f"{new.dtype} {list(new.shape)}" if isinstance(new, torch.Tensor) else type(new).__name__
+            raise TypeError(
+                f"importance: expected compensate() of {plan.criterion.name!r} to return None or a floating-"
+                f"point tensor {list(gone.shape)} for {target.name!r}, got {got}"
+            )
+        if new.is_meta or not bool(torch.isfinite(new).all()):
             raise ValueError(
                 f"importance: expected finite weights from {plan.criterion.name!r}, got others at "
                 f"{target.name!r}; a larger damping may help"
@@ -212,7 +236,7 @@ def check_sparsity(sparsity: object, pattern: Pattern, name: str = "sparsity") -
     """The argument `name` as a float in [0, 1); the rule's own when it is None and the pattern is N:M."""
     if sparsity is None and pattern.kind == "nm":
         return pattern.rule_sparsity
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
+    if not is_real(sparsity):
         kind = type(sparsity).__name__
         raise TypeError(f"{name}: expected a number in [0, 1), the share of weights to remove, got {kind}")
     if not 0 <= sparsity < 1:

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import nn
 
 from pared._checkpoint import Checkpoint, fingerprint
+from pared._errors import check_count, check_flag, check_number, check_path, check_positive
 from pared._inputs import leaves
 from pared._sparsity import weight_format
 from pared._surgery import copy_model
@@ -98,8 +99,11 @@ def prune_progressively(
     Memory: one block's matrices, a copy of that block, one batch, and the old weights, which come back if
     anything fails.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps: expected a number of steps >= 0, got {steps!r}")
+    steps = check_count("steps", steps, "steps", 0)
+    lr, damping = check_positive("lr", lr), check_number("damping", damping)
+    check_flag("progress", progress)
+    if resume is not None:
+        check_path("resume", resume, "or None")
     processes = distributed.current()
     if steps and processes is not None:
         raise ValueError(f"steps: expected 0 in a job of {processes.size} processes, got {steps}")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pared._errors import check_count, check_flag
+from pared._errors import check_count, check_flag, check_number, is_real
 from pared.pruning.importance import Importance
 from pared.pruning.masks import check_finite, zero
 from pared.pruning.oneshot import (
@@ -217,9 +217,9 @@ class Pruner:
 
     def _scheduled(self, step: int) -> float:
         value = self._schedule(step)
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
+        if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta:
             value = value.item()
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+        if not is_real(value):
             raise TypeError(
                 f"schedule: expected a sparsity in [0, 1) at step {step}, got {type(value).__name__}"
             )
@@ -334,16 +334,37 @@ class Pruner:
             )
         for key in ("version", "pattern"):
             if state[key] != own[key]:
-                raise ValueError(f"state: expected {key} {own[key]!r}, got {state[key]!r}")
-        if state["before"].keys() != own["before"].keys():
-            other = sorted(state["before"].keys() ^ own["before"].keys())
-            raise ValueError(
-                f"state: expected masks for the layers that this pruner selects, got other ones: {other[:4]}"
+                raise ValueError(f"state: expected {key} {own[key]!r}, got {state[key]!r:.60}")
+        for key in ("before", "masks"):
+            if not isinstance(state[key], Mapping):
+                raise TypeError(
+                    f"state[{key!r}]: expected entries by tensor name, got {type(state[key]).__name__}"
+                )
+        if (
+            state["before"].keys() != own["before"].keys()
+            or not state["masks"].keys() <= own["before"].keys()
+        ):
+            other = (state["before"].keys() ^ own["before"].keys()) | (
+                state["masks"].keys() - own["before"].keys()
             )
+            raise ValueError(
+                "state: expected masks for the layers that this pruner selects, got other ones: "
+                f"{sorted(map(str, other))[:4]}"
+            )
+        for n in state["before"].values():
+            check_count("state['before']", n, "non-zeros", 0)
+        check_count("state['step_count']", state["step_count"], "steps", 0)
+        if state["updated_at"] is not None:
+            check_count("state['updated_at']", state["updated_at"], "steps", 0)
+        if check_number("state['chosen_for']", state["chosen_for"]) >= 1:
+            raise ValueError(
+                f"state['chosen_for']: expected a sparsity in [0, 1), got {state['chosen_for']!r}"
+            )
+        check_flag("state['finalized']", state["finalized"])
         dropped: list[torch.Tensor | None] = []
         for target in self._plan.targets:
-            entry, tensor = state["masks"].get(target.name), target.tensor
-            dropped.append(None if entry is None else _unpack(target, entry, tensor))
+            masked, tensor = target.name in state["masks"], target.tensor
+            dropped.append(_unpack(target, state["masks"][target.name], tensor) if masked else None)
         self.step_count = int(state["step_count"])
         self._updated_at = state["updated_at"]
         self._chosen_for = float(state["chosen_for"])
@@ -356,14 +377,24 @@ class Pruner:
             self.finalize()
 
 
-def _unpack(target: Target, entry: Mapping[str, Any], tensor: torch.Tensor) -> torch.Tensor:
-    packed = entry["dropped"].cpu().numpy()
-    if list(entry["shape"]) != list(tensor.shape) or packed.size != math.ceil(tensor.numel() / 8):
-        raise ValueError(
-            f"state: expected a mask of shape {list(tensor.shape)} for {target.name!r}, "
-            f"got {list(entry['shape'])}"
+def _unpack(target: Target, entry: object, tensor: torch.Tensor) -> torch.Tensor:
+    packed = entry.get("dropped") if isinstance(entry, Mapping) else None
+    if not isinstance(entry, Mapping) or not isinstance(packed, torch.Tensor) or packed.is_meta:
+        raise TypeError(
+            f"state: expected a mask for {target.name!r}, eight bits to a byte, got {entry!r:.60}"
         )
-    bits = np.unpackbits(packed, count=tensor.numel()).astype(bool)
+    shape = entry.get("shape")
+    if shape != list(tensor.shape):
+        raise ValueError(
+            f"state: expected a mask of shape {list(tensor.shape)} for {target.name!r}, got {shape!r:.60}"
+        )
+    size = math.ceil(tensor.numel() / 8)
+    if packed.dtype != torch.uint8 or packed.shape != (size,):
+        raise ValueError(
+            f"state: expected {size} bytes (uint8) as the mask of {target.name!r}, got {packed.dtype} "
+            f"{list(packed.shape)}"
+        )
+    bits = np.unpackbits(packed.cpu().numpy(), count=tensor.numel()).astype(bool)
     return torch.from_numpy(bits).reshape(tensor.shape).to(tensor.device)
 
 

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from pared._checkpoint import Checkpoint, Item, digest
+from pared._errors import check_flag, check_number, check_path
 from pared.pruning import distributed, obs
 from pared.pruning.calibration import LossFn, Observer, batches, collect, forward, frozen
 from pared.pruning.distributed import Processes
@@ -65,11 +66,10 @@ class _Reconstruction:
     def __init__(
         self, *, damping: float = 0.01, resume: str | os.PathLike[str] | None = None, progress: bool = False
     ) -> None:
-        if isinstance(damping, bool) or not isinstance(damping, int | float):
-            raise TypeError(f"damping: expected a number >= 0, got {type(damping).__name__}")
-        if not 0 <= damping < float("inf"):
-            raise ValueError(f"damping: expected a number >= 0, got {damping!r}")
-        self.damping, self.progress = float(damping), bool(progress)
+        if resume is not None:
+            check_path("resume", resume, "or None")
+        check_flag("progress", progress)
+        self.damping, self.progress = check_number("damping", damping), progress
         self.resume = None if resume is None else Path(resume)
 
     def observe(self, target: Target, pattern: Pattern) -> Observer:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pared._errors import check_indent
 from pared.pruning.auto import PatternChoice
 
 __all__ = ["LayerReport", "PruneReport"]
@@ -142,7 +143,7 @@ class PruneReport:
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=indent)
+        return json.dumps(self.to_dict(), indent=check_indent(indent))
 
     def __rich__(self) -> Table:
         table = Table(

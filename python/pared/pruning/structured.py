@@ -26,8 +26,16 @@ from rich.table import Table
 from torch import nn
 
 from pared import ops
-from pared._errors import check_callable, check_choice
-from pared._inputs import Example, compare, examples, first_run, leaves, run, tolerance
+from pared._errors import (
+    check_callable,
+    check_choice,
+    check_count,
+    check_indent,
+    check_metric,
+    is_integer,
+    is_real,
+)
+from pared._inputs import Example, check_filled, compare, examples, first_run, leaves, run, tolerance
 from pared._interrupt import uninterrupted
 from pared._sparsity import weight_format
 from pared._surgery import copy_model
@@ -38,6 +46,7 @@ from pared.pruning.calibration import (
     LossFn,
     Observer,
     batches,
+    check_loss_fn,
     collect,
     forward,
     frozen,
@@ -47,7 +56,7 @@ from pared.pruning.distributed import Processes
 from pared.pruning.importance import Importance, resolve
 from pared.pruning.masks import check_finite, keep_count
 from pared.pruning.patterns import parse_pattern
-from pared.pruning.targets import Filters, Target, _matchers, unwrap
+from pared.pruning.targets import Filters, Target, _matchers, check_values, unwrap
 
 __all__ = ["ChannelReport", "LayerRemovalReport", "prune_channels", "prune_layers"]
 
@@ -87,7 +96,7 @@ class ChannelReport:
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=indent)
+        return json.dumps(self.to_dict(), indent=check_indent(indent))
 
     def __rich__(self) -> Table:
         share = 1 - self.parameters / max(1, self.parameters_before)
@@ -672,20 +681,20 @@ def prune_channels(
     one channel stays.
     """
     module = unwrap(model)
+    check_values(module)
     inputs = examples(example_inputs)
+    check_filled(inputs)
     shares = dict(ratio) if isinstance(ratio, Mapping) else {None: ratio}
     for share in shares.values():
-        if isinstance(share, bool) or not isinstance(share, int | float):
+        if not is_real(share):
             raise TypeError(f"ratio: expected a number in [0, 1), got {type(share).__name__}")
         if not 0 <= share < 1:
             raise ValueError(f"ratio: expected a number in [0, 1), got {share!r}")
     if not shares:
         raise ValueError("ratio: expected at least one filter, got an empty mapping")
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise ValueError(f"round_to: expected an int >= 1, got {round_to!r}")
+    round_to = check_count("round_to", round_to, "channels")
     check_choice("scope", scope, ("layer", "global"))
-    if loss_fn is not None:
-        check_callable("loss_fn", loss_fn, "(model, batch) -> scalar")
+    check_loss_fn(loss_fn)
     if isinstance(ratio, Mapping) and scope != "layer":
         raise ValueError(f"scope: expected 'layer' with shares for single layers, got {scope!r}")
     for name, layer in module.named_modules():
@@ -791,7 +800,7 @@ class LayerRemovalReport:
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=indent)
+        return json.dumps(self.to_dict(), indent=check_indent(indent))
 
     def __rich__(self) -> Table:
         table = Table(title=f"{len(self.removed)} of {len(self.scores)} blocks removed ({self.importance})")
@@ -878,6 +887,8 @@ class _Influence:
             cosine = nn.functional.cosine_similarity(x.double(), out.double(), dim=dim)
             if not bool(torch.isfinite(cosine).all()):
                 raise ValueError(f"data: expected finite activations, got NaN or infinity at block {name!r}")
+            if not cosine.numel():
+                return
             self.sum[name] = self.sum.get(name, 0.0) + float((1 - cosine).sum())
             self.count[name] = self.count.get(name, 0) + cosine.numel()
 
@@ -927,14 +938,17 @@ def prune_layers(
     TypeError, ValueError : naming the argument, what was expected and what came. The model is then untouched.
     """
     module = unwrap(model)
-    if isinstance(n, bool) or not isinstance(n, int):
+    check_values(module)
+    if not is_integer(n):
         raise TypeError(f"n: expected a number of blocks, got {type(n).__name__}")
-    if not callable(importance):
+    if callable(importance):
+        check_callable("importance", importance, "(name, module) -> score")
+    else:
         known = ("block_influence", "change_rate")
         check_choice("importance", importance, known, "a callable (name, module) -> score")
-    if loss_fn is not None:
-        check_callable("loss_fn", loss_fn, "(model, batch) -> scalar")
+    check_loss_fn(loss_fn)
     inputs = examples(example_inputs)
+    check_filled(inputs)
     candidates = _candidates(module, include, exclude)
     influence = _Influence()
     processes = None if data is None else distributed.current()
@@ -956,7 +970,10 @@ def prune_layers(
             f"shape of their input ({', '.join(usable[:6])}), got {n}"
         )
     if callable(importance):
-        scores = {c: float(importance(c, candidates[c])) for c in usable}
+        scores = {
+            c: check_metric(importance(c, candidates[c]), f"importance: expected a number for block {c!r},")
+            for c in usable
+        }
     elif importance == "block_influence":
         scores = {c: influence.sum[c] / influence.count[c] for c in usable}
     else:

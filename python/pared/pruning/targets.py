@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
-from pared._errors import close_matches
-from pared._sparsity import SHARDS, base_type, effective_weight, parameter_of
+from pared._errors import check_callable, check_count, close_matches
+from pared._sparsity import SHARDS, base_type, effective_weight, is_freed, parameter_of
 from pared.nn import PackedModule
 
 __all__ = ["Filter", "Filters", "Target", "collect", "unwrap"]
@@ -28,6 +28,7 @@ __all__ = ["Filter", "Filters", "Target", "collect", "unwrap"]
 Filter: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]"
 Filters: TypeAlias = "Filter | Sequence[Filter] | None"
 
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -95,6 +96,13 @@ def unwrap(model: object) -> nn.Module:
             return module
 
 
+def check_values(model: nn.Module) -> None:
+    """Raise ``ValueError`` where a parameter has no values yet, lazy or on the meta device."""
+    for name, p in model.named_parameters():
+        if isinstance(p, UninitializedParameter) or p.is_meta:
+            raise ValueError(f"model: expected weights with values, got {name!r} without any (lazy or meta)")
+
+
 def _is_transformers_conv1d(module: nn.Module) -> bool:
     # By name: transformers need not be installed, and its module path has moved over the years.
     return any(c.__name__ == "Conv1D" for c in type(module).__mro__) and hasattr(module, "nf")
@@ -146,7 +154,9 @@ class _Matcher:
         elif isinstance(given, type):
             if not issubclass(given, nn.Module):
                 raise TypeError(f"{argument}: expected a module type, got the class {given.__name__}")
-        elif not (isinstance(given, (str, nn.Module)) or callable(given)):
+        elif callable(given) and not isinstance(given, nn.Module):
+            check_callable(argument, given, "(name, module) -> bool")
+        elif not isinstance(given, str | nn.Module):
             raise TypeError(
                 f"{argument}: expected a glob, a regular expression, a module type, a module or a callable "
                 f"(name, module) -> bool, got {type(given).__name__}"
@@ -212,14 +222,6 @@ def _no_match(
     return ValueError(f"{text}; prunable: {shown}")
 
 
-def _check_count(argument: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{argument}: expected a number of layers, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{argument}: expected a number of layers >= 0, got {value}")
-    return value
-
-
 def _memory(module: nn.Module, parameter: str, qualified: str) -> tuple[tuple[object, ...], str | None]:
     """What tells the tensor from others, and what keeps it from being pruned.
 
@@ -229,7 +231,7 @@ def _memory(module: nn.Module, parameter: str, qualified: str) -> tuple[tuple[ob
     try:
         tensor = parameter_of(module, parameter)
     except ValueError as error:
-        return alone, f"{qualified!r}: {error}"
+        return alone, f"model: expected a weight that can be pruned, got {qualified!r}: {error}"
     if isinstance(tensor, UninitializedParameter) or tensor.is_meta:
         return alone, f"model: expected weights with values, got {qualified!r} without any (lazy or meta)"
     if type(tensor.detach()) is not torch.Tensor:
@@ -237,6 +239,15 @@ def _memory(module: nn.Module, parameter: str, qualified: str) -> tuple[tuple[ob
             f"{qualified!r}: expected a plain tensor, got the subclass {type(tensor).__name__}; prune before "
             "the model is quantized or sharded (torchao, fully_shard)"
         )
+    if tensor.layout != torch.strided:
+        return alone, f"model: expected dense weights, got {qualified!r} of layout {tensor.layout}"
+    if tensor.dtype not in _DTYPES:
+        return (
+            alone,
+            f"model: expected floating-point weights, 16 to 64 bits, got {tensor.dtype} in {qualified!r}",
+        )
+    if is_freed(tensor):
+        return alone, f"model: expected weights in memory, got {qualified!r}, whose memory was freed"
     if tensor.ndim != _dimensions(module):
         return alone, (
             f"{qualified!r}: expected the whole weight of {base_type(module).__name__}, got a tensor of "
@@ -301,7 +312,10 @@ def collect(
     TypeError, ValueError : naming the argument, what was expected and what came; a filter that matches
         nothing (for `include`: no prunable tensor) lists near misses.
     """
-    first, last = _check_count("keep_first", keep_first), _check_count("keep_last", keep_last)
+    first, last = (
+        check_count(name, n, "layers", 0)
+        for name, n in (("keep_first", keep_first), ("keep_last", keep_last))
+    )
     inside, outside = _matchers("include", include), _matchers("exclude", exclude)
     modules = dict(model.named_modules(remove_duplicate=False))
     targets = _find(modules)

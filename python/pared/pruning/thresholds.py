@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from pared._errors import choice_error
+from pared._errors import check_choice, check_positive
 from pared.pruning.masks import check_finite
 from pared.pruning.targets import Filters, collect, unwrap
 
@@ -50,13 +50,9 @@ def threshold(
     ------
     TypeError, ValueError : naming the argument, what was expected and what came; weights that are not finite.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"value: expected a number > 0, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"value: expected a number > 0, got {value!r}")
-    if rule not in _RULES:
-        raise choice_error("rule", rule, _RULES)
-    if isinstance(most, bool) or not isinstance(most, int | float) or not 0 < most < 1:
+    check_positive("value", value)
+    check_choice("rule", rule, _RULES)
+    if check_positive("most", most) >= 1:
         raise ValueError(f"most: expected a number in (0, 1), got {most!r}")
     targets, _ = collect(unwrap(model), include, exclude, keep_first, keep_last)
     shares = {}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pared._errors import check_count, check_flag, check_positive
 from pared.pruning.calibration import SAMPLE_GRADIENT, Observer, accumulator
 from pared.pruning.distributed import Processes
 from pared.pruning.importance import Statistics
@@ -172,15 +173,9 @@ class WoodFisher:
     key = "identity"
 
     def __init__(self, block: int = 64, *, damping: float = 1e-5, update: bool = True) -> None:
-        if isinstance(block, bool) or not isinstance(block, int):
-            raise TypeError(f"block: expected a number of weights, got {type(block).__name__}")
-        if block < 1:
-            raise ValueError(f"block: expected a number of weights >= 1, got {block}")
-        if isinstance(damping, bool) or not isinstance(damping, int | float):
-            raise TypeError(f"damping: expected a number > 0, got {type(damping).__name__}")
-        if not 0 < damping < math.inf:
-            raise ValueError(f"damping: expected a number > 0, got {damping!r}")
-        self.block, self.damping, self.update = block, float(damping), bool(update)
+        check_flag("update", update)
+        self.block, self.update = check_count("block", block, "weights"), update
+        self.damping = check_positive("damping", damping)
 
     def observe(self, target: Target, pattern: Pattern) -> Observer:
         return FisherBlocks(target, pattern, self.block, self.damping)

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from pared._errors import check_callable, check_path
+from pared._errors import check_indent, check_path, check_text
 from pared._files import replacing
 from pared.pruning import calibration
-from pared.pruning.calibration import LossFn, Observer
+from pared.pruning.calibration import LossFn, Observer, check_loss_fn
 from pared.pruning.masks import check_finite
 from pared.pruning.targets import Filters, collect, unwrap
 from pared.quant.grid import check_bits
@@ -83,7 +83,7 @@ class DistributionReport:
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=indent)
+        return json.dumps(self.to_dict(), indent=check_indent(indent))
 
     def to_html(self, path: str | os.PathLike[str], title: str = "Weights and activations") -> None:
         """Write one page with a plot of each tensor: histogram, fitted densities, ranges by method.
@@ -95,8 +95,7 @@ class DistributionReport:
         from pared.quant._plots import page
 
         check_path("path", path)
-        if not isinstance(title, str):
-            raise TypeError(f"title: expected a string, got {type(title).__name__}")
+        check_text("title", title)
         with replacing(path) as temporary:
             Path(temporary).write_text(page(self, title), encoding="utf-8")
 
@@ -159,8 +158,7 @@ def distributions(
         without a batch.
     """
     bits = check_bits(bits)
-    if loss_fn is not None:
-        check_callable("loss_fn", loss_fn, "(model, batch) -> scalar")
+    check_loss_fn(loss_fn)
     module = unwrap(model)
     targets, _ = collect(module, include, exclude, 0, 0)
     for target in targets:

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pared._errors import check_callable
+from pared._errors import check_count, check_number
 from pared._inputs import compare
 from pared._interrupt import uninterrupted
 from pared.pruning import calibration
-from pared.pruning.calibration import _CONVOLUTIONS, LossFn, batches, forward, frozen
+from pared.pruning.calibration import _CONVOLUTIONS, LossFn, batches, check_loss_fn, forward, frozen
+from pared.pruning.masks import check_finite
 from pared.pruning.reconstruct import check_repeatable
-from pared.pruning.targets import unwrap
+from pared.pruning.targets import collect, unwrap
 
 __all__ = ["equalize", "smooth"]
 
@@ -68,8 +69,7 @@ def equalize(model: nn.Module, *, iterations: int = 10) -> list[tuple[str, str]]
     ValueError : there is no such pair.
     """
     module = unwrap(model)
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-        raise ValueError(f"iterations: expected an int >= 0, got {iterations!r:.60}")
+    iterations = check_count("iterations", iterations, "iterations", 0)
     pairs = _pairs(module)
     if not pairs:
         raise ValueError(
@@ -77,6 +77,9 @@ def equalize(model: nn.Module, *, iterations: int = 10) -> list[tuple[str, str]]
             "between, got "
             "none (batch normalisation between them has to be folded first)"
         )
+    layers = {id(m): m for _, first, _, second in pairs for m in (first, second)}
+    for target in collect(module, list(layers.values()), None, 0, 0)[0]:
+        check_finite(target, target.weight)
     with torch.no_grad():
         for _ in range(iterations):
             for _, first, _, second in pairs:
@@ -127,10 +130,9 @@ def smooth(
     Names of the norms that were smoothed.
     """
     module = unwrap(model)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
+    if check_number("alpha", alpha) > 1:
         raise ValueError(f"alpha: expected a number in [0, 1], got {alpha!r}")
-    if loss_fn is not None:
-        check_callable("loss_fn", loss_fn, "(model, batch) -> scalar")
+    check_loss_fn(loss_fn)
     check_repeatable(data, "'smooth'")
     names = dict(module.named_modules())
     first = next(iter(batches(data, "'smooth'")))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pared._errors import check_flag, is_integer
+
 __all__ = ["Grid", "GridRounding", "QuantizedWeight", "check_bits", "check_tensor", "fit", "steps"]
 
 METHODS = ("minmax", "mse")
@@ -19,11 +21,11 @@ METHODS = ("minmax", "mse")
 
 def check_bits(bits: object, argument: str = "bits") -> int:
     """2 to 16."""
-    if isinstance(bits, bool) or not isinstance(bits, int):
+    if not is_integer(bits):
         raise TypeError(f"{argument}: expected a number of bits, 2 to 16, got {type(bits).__name__}")
     if not 2 <= bits <= 16:
-        raise ValueError(f"{argument}: expected 2 to 16 bits, got {bits}")
-    return bits
+        raise ValueError(f"{argument}: expected 2 to 16 bits, got {bits!s:.20}")
+    return int(bits)
 
 
 def check_tensor(argument: str, got: object) -> None:
@@ -46,6 +48,12 @@ class Grid:
     zero: torch.Tensor
     bits: int
     symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        check_tensor("scale", self.scale)
+        check_tensor("zero", self.zero)
+        check_bits(self.bits)
+        check_flag("symmetric", self.symmetric)
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """Integer codes of `x`, as floating point."""

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-from pared._errors import check_choice, check_flag, check_number
+from pared._errors import (
+    as_float,
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    check_positive,
+    is_integer,
+    is_real,
+)
 from pared.pruning.calibration import INPUT, Observer
 from pared.pruning.criteria import Histogram
 from pared.pruning.distributed import Processes
@@ -31,9 +40,22 @@ class ActivationGrid:
     zero: int
     dtype: str
 
+    def __post_init__(self) -> None:
+        check_positive("scale", self.scale)
+        check_choice("dtype", self.dtype, ("int8", "uint8"))
+        low, high = self._codes
+        if not is_integer(self.zero):
+            raise TypeError(f"zero: expected a code, an integer, got {type(self.zero).__name__}")
+        if not low <= self.zero <= high:
+            raise ValueError(f"zero: expected a code from {low} to {high}, got {self.zero!s:.20}")
+
+    @property
+    def _codes(self) -> tuple[int, int]:
+        return (-128, 127) if self.dtype == "int8" else (0, 255)
+
     def round(self, x: torch.Tensor) -> torch.Tensor:
         check_tensor("x", x)
-        low, high = (-128, 127) if self.dtype == "int8" else (0, 255)
+        low, high = self._codes
         codes = (torch.round(x / self.scale) + self.zero).clamp(low, high)
         return (codes - self.zero) * self.scale
 
@@ -68,6 +90,8 @@ class InputRange(Observer):
     events = frozenset({INPUT})
 
     def __init__(self, target: Target, pattern: Pattern | None = None) -> None:
+        if not isinstance(target, Target):
+            raise TypeError(f"target: expected a pared.pruning.targets.Target, got {type(target).__name__}")
         self.target = target
         self.histogram = Histogram(BINS)
         self.low, self.high = math.inf, -math.inf
@@ -90,6 +114,10 @@ class InputRange(Observer):
         self.integers = self.integers and bool((flat == flat.round()).all())
 
     def reduce(self, processes: Processes) -> None:
+        if not isinstance(processes, Processes):
+            raise TypeError(
+                f"processes: expected those of pared.pruning.distributed, got {type(processes).__name__}"
+            )
         self.histogram.reduce(processes)
         seen = processes.gather((self.low, self.high, self.count, self.zeros, self.integers))
         lows, highs, counts, zeros, integers = zip(*seen, strict=True)
@@ -110,6 +138,7 @@ class InputRange(Observer):
         """The part of the range that the grid should cover; a percentile's `share` lies between its ends."""
         check_choice("method", method, OBSERVERS)
         check_bits(bits)
+        self.result()  # something has been seen
         if not 0.5 < check_number("share", share) <= 1:
             raise ValueError(f"share: expected a number in (0.5, 1], got {share!r}")
         if method == "minmax":
@@ -137,6 +166,9 @@ class InputRange(Observer):
 
         `zeros` : whether those that are exactly zero are counted.
         """
+        most = check_count("most", most, "bars")
+        check_flag("zeros", zeros)
+        self.result()
         width = 2 * self.histogram.limit / BINS
         first = int((self.low + self.histogram.limit) / width)
         last = min(int((self.high + self.histogram.limit) / width), BINS - 1)
@@ -164,6 +196,15 @@ class InputRange(Observer):
 
     def squared_error(self, low: float, high: float, bits: int) -> float:
         """Mean squared error of a value on a grid over [low, high] and zero."""
+        for name, edge in (("low", low), ("high", high)):
+            if not is_real(edge):
+                raise TypeError(f"{name}: expected a finite number, got {type(edge).__name__}")
+            if not math.isfinite(as_float(edge)):
+                raise ValueError(f"{name}: expected a finite number, got {edge!s:.20}")
+        if low > high:
+            raise ValueError(f"high: expected a number >= low={low!r}, got {high!r}")
+        check_bits(bits)
+        self.result()
         counts, x = self._bins()
         counts[BINS // 2] -= self.zeros  # zero lies on the grid
         low, high = min(low, 0.0), max(high, 0.0)
@@ -207,6 +248,7 @@ class InputRange(Observer):
 
     def distribution(self) -> Distribution:
         """Moments, and which of the usual distributions fits best."""
+        self.result()
         n = self.count
         m1, m2, m3, m4 = (float(v) / n for v in self.powers)
         variance = max(m2 - m1**2, 0.0)

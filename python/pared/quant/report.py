@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pared._errors import check_indent
+
 __all__ = ["QuantLayer", "QuantReport"]
 
 
@@ -82,22 +84,25 @@ class QuantReport:
             raise TypeError(f"data: expected what to_dict gave, got {type(data).__name__}")
         if missing := {"method", "observer", "layers", "kept"} - data.keys():
             raise ValueError(f"data: expected what to_dict gave, got a mapping without {min(missing)!r}")
-        layers = []
-        for own in data["layers"]:
-            grid = own["activation"]
-            fields: dict[str, Any] = {
-                **own,
-                "shape": tuple(own["shape"]),
-                "activation": None if grid is None else tuple(grid),
-                "tried": tuple(tuple(t) for t in own["tried"]),
-            }
-            layers.append(QuantLayer(**fields))
-        kept = tuple((k["name"], k["reason"]) for k in data["kept"])
+        try:
+            layers = []
+            for own in data["layers"]:
+                grid = own["activation"]
+                fields: dict[str, Any] = {
+                    **own,
+                    "shape": tuple(own["shape"]),
+                    "activation": None if grid is None else tuple(grid),
+                    "tried": tuple(tuple(t) for t in own["tried"]),
+                }
+                layers.append(QuantLayer(**fields))
+            kept = tuple((k["name"], k["reason"]) for k in data["kept"])
+        except (TypeError, KeyError) as e:
+            raise ValueError(f"data: expected what to_dict gave, got something else ({e})") from e
         return cls(data["method"], data["observer"], tuple(layers), kept)
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=indent)
+        return json.dumps(self.to_dict(), indent=check_indent(indent))
 
     def __rich__(self) -> Table:
         table = Table(title=f"quantised ({self.method})", caption_justify="left")

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from pared._checkpoint import Item
-from pared._errors import check_callable, check_choice, check_flag, check_number, check_path
+from pared._errors import check_choice, check_count, check_flag, check_number, check_path
 from pared._sparsity import weight_format
 from pared.ops import Int8
 from pared.ops.int4 import int4_group
 from pared.pruning import calibration, obs, reconstruct
-from pared.pruning.calibration import LossFn, Observer, columns
+from pared.pruning.calibration import LossFn, Observer, check_loss_fn, columns
 from pared.pruning.distributed import Processes
 from pared.pruning.masks import check_finite, check_writable
 from pared.pruning.oneshot import check_sparsity
@@ -200,10 +200,9 @@ def quantize(
         ("progress", progress),
     ):
         check_flag(name, flag)
-    check_number("max_error", max_error)
-    check_number("damping", damping)
-    if loss_fn is not None:
-        check_callable("loss_fn", loss_fn, "(model, batch) -> scalar")
+    max_error, damping = check_number("max_error", max_error), check_number("damping", damping)
+    group = None if group is None else int(group)
+    check_loss_fn(loss_fn)
     if resume is not None:
         check_path("resume", resume, "or None")
     targets, kept = collect(module, include, exclude, 0, 0)
@@ -311,9 +310,7 @@ def _check(
         check_choice("scales", scales, METHODS, "None")
     check_choice("activations", activations, ("token", "static"))
     check_choice("observer", observer, OBSERVERS)
-    if group is not None and (isinstance(group, bool) or not isinstance(group, int)):
-        raise TypeError(f"group: expected a number of columns or None, got {type(group).__name__}")
-    if isinstance(group, int) and (group < 1 or obs.SPAN % group):
+    if group is not None and obs.SPAN % check_count("group", group, "columns, or None,"):
         raise ValueError(f"group: expected a divisor of {obs.SPAN} or None, got {group}")
     parsed = parse_pattern(pattern)
     target = None if sparsity is None and parsed.kind != "nm" else check_sparsity(sparsity, parsed)
