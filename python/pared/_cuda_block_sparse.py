@@ -212,7 +212,7 @@ class DeviceBlocks(KernelWeight):
         scales = None
         if self.scales is not None:
             rows, scales = quantize(at, rows, DYNAMIC)
-        elif rows.data_ptr() % 16 or rows.stride(0) % 8:
+        elif rows.data_ptr() % 16 or (tokens > 1 and rows.stride(0) % 8):
             rows = torch.nn.functional.pad(rows, (0, -cols % 8)).contiguous()
         if most is None:
             most = blocks_per_item(
@@ -235,7 +235,7 @@ class DeviceBlocks(KernelWeight):
             slots,
             rows.data_ptr(),
             tokens,
-            rows.stride(0) if cols else 0,  # torch gives rows without elements any stride
+            rows.stride(0) if cols and tokens > 1 else 0,  # torch gives one row, or empty ones, any stride
             address(scales),
             address(self.scales),
             address(bias),

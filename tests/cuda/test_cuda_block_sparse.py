@@ -162,6 +162,12 @@ def test_views_and_leading_dimensions(backend, place, rng):
         assert got.shape == (2, 3, 40)
         assert_close(got.reshape(6, 40), x[..., first : first + 61].reshape(6, 61), dense)
     assert w.linear(on[:0, :, :61], place=place).shape == (0, 3, 40)
+    dense = random_blocks(rng, (40, 64), (16, 16), 0.5, torch.bfloat16)
+    w = DeviceBlocks.from_dense(dense.to(backend.device), (16, 16))
+    wide = torch.from_numpy(rng.standard_normal((2, 67))).to(torch.bfloat16)
+    for first in (0, 1):  # one row of a matrix with rows at odd multiples
+        one = wide.to(backend.device)[:1, first : first + 64]
+        assert_close(w.linear(one, place=place), wide[:1, first : first + 64], dense)
 
 
 def test_activations_and_infinities(backend, place, rng):
