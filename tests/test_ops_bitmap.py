@@ -195,41 +195,6 @@ def check(packed: np.ndarray) -> None:
     Bitmap(packed).validate()
 
 
-def test_every_flipped_bit_is_noticed(packed, rng):
-    check(packed)
-    places = [*range(HEADER.itemsize), *rng.integers(HEADER.itemsize, packed.size, 600).tolist()]
-    for at in places:
-        for bit in (1, 1 << int(rng.integers(1, 8))):
-            packed[at] ^= bit
-            with pytest.raises(ValueError, match=r"packed weight: |activation"):
-                check(packed)
-            packed[at] ^= bit
-    check(packed)
-
-
-@pytest.mark.parametrize("field", [f for f in HEADER.names if f not in ("magic", "reserved", "checksum")])
-@pytest.mark.parametrize("value", [0, 1, 3, 255, 2**31 - 1, 2**62, 2**63 - 1, -1, "+1", "*2"])
-def test_hostile_header_fields_never_crash(packed, field, value):
-    """Reading the header refuses what would lead outside of the buffer; validate() refuses the rest."""
-    h = header(packed)
-    old = int(h[field])
-    info = np.iinfo(HEADER[field])
-    new = old + 1 if value == "+1" else old * 2 if value == "*2" else value
-    new = (new - info.min) % (info.max - info.min + 1) + info.min
-    if new == old:
-        return
-    h[field] = new
-    with pytest.raises(ValueError, match=r"packed weight: |activation"):
-        check(packed)
-    try:
-        w = Bitmap(packed)
-    except ValueError:
-        return
-    if w.shape[0] < 10**6:
-        with pytest.raises(ValueError, match=r"packed weight: |out: "):
-            w.to_dense()
-
-
 def test_planted_faults_behind_a_valid_checksum(packed):
     """Someone who recomputes the checksum still does not get a wrong structure past validate()."""
     h = header(packed)

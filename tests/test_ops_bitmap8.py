@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from int8_check import quantize_weight
-from packed_check import HEADER, aligned_copy, checksum, header
+from packed_check import aligned_copy, checksum, header
 
 from pared import _core, nn, ops
 from pared.ops import Bitmap8
@@ -115,40 +115,6 @@ def packed(rng) -> np.ndarray:
 
 def check(packed: np.ndarray) -> None:
     Bitmap8(packed).validate()
-
-
-def test_every_flipped_bit_is_noticed(packed, rng):
-    check(packed)
-    places = [*range(HEADER.itemsize + 64), *rng.integers(HEADER.itemsize, packed.size, 600).tolist()]
-    for at in places:
-        for bit in (1, 1 << int(rng.integers(1, 8))):
-            packed[at] ^= bit
-            with pytest.raises(ValueError, match=r"packed weight: |activation"):
-                check(packed)
-            packed[at] ^= bit
-    check(packed)
-
-
-@pytest.mark.parametrize("field", [f for f in HEADER.names if f not in ("magic", "reserved", "checksum")])
-@pytest.mark.parametrize("value", [0, 1, 3, 255, 2**31 - 1, 2**62, 2**63 - 1, -1, "+1", "*2"])
-def test_hostile_header_fields_never_crash(packed, field, value):
-    h = header(packed)
-    old = int(h[field])
-    info = np.iinfo(HEADER[field])
-    new = old + 1 if value == "+1" else old * 2 if value == "*2" else value
-    new = (new - info.min) % (info.max - info.min + 1) + info.min
-    if new == old:
-        return
-    h[field] = new
-    with pytest.raises(ValueError, match=r"packed weight: |activation"):
-        check(packed)
-    try:
-        w = Bitmap8(packed)
-    except ValueError:
-        return
-    if w.shape[0] < 10**6:
-        with pytest.raises(ValueError, match=r"packed weight: |out: "):
-            w.to_dense()
 
 
 def test_planted_faults_behind_a_valid_checksum(packed):

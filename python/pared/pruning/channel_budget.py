@@ -30,7 +30,7 @@ from pared._errors import (
     check_indent,
     check_metric,
 )
-from pared._inputs import Example, check_filled, examples, first_run, leaves, run
+from pared._inputs import Example, check_filled, examples, leaves, run
 from pared._surgery import copy_model
 from pared._timing import interleave
 from pared.pruning.calibration import _CONVOLUTIONS, LossFn, batches, check_loss_fn, forward
@@ -43,10 +43,9 @@ from pared.pruning.structured import (
     _attempt,
     _channel_scores,
     _choose,
-    _graph,
     _Group,
-    _groups,
     _NotConstant,
+    find_groups,
 )
 from pared.pruning.targets import Filters, check_values, unwrap
 
@@ -272,12 +271,7 @@ def search_channels(
     inputs = examples(example_inputs)
     check_filled(inputs)
     work = copy_model(module).eval()
-    for example in inputs:
-        first_run(work, example)
-    groups, kept = _groups(_graph(work, inputs[0]), work, include, exclude)
-    if not groups:
-        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in kept[:5])
-        raise ValueError(f"model: expected layers whose channels can be removed, got none ({reasons})")
+    groups, kept = find_groups(work, inputs, include, exclude)
     scores, _ = _channel_scores(work, groups, importance, data, loss_fn)
     options = _options(groups, scores, shares, round_to)
     with torch.no_grad():

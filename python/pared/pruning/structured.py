@@ -180,6 +180,19 @@ def _graph(model: nn.Module, example: Example) -> Any:
         ) from error
 
 
+def find_groups(
+    model: nn.Module, inputs: Sequence[Example], include: Filters, exclude: Filters
+) -> tuple[list[_Group], list[tuple[str, str]]]:
+    """The groups that can be pruned, one at least, and why others cannot. Runs the model on each input."""
+    for example in inputs:
+        first_run(model, example)
+    groups, kept = _groups(_graph(model, inputs[0]), model, include, exclude)
+    if not groups:
+        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in kept[:5])
+        raise ValueError(f"model: expected layers whose channels can be removed, got none ({reasons})")
+    return groups, kept
+
+
 def _groups(
     graph: Any, model: nn.Module, include: Filters, exclude: Filters
 ) -> tuple[list[_Group], list[tuple[str, str]]]:
@@ -704,12 +717,7 @@ def prune_channels(
                 f"permanent first"
             )
     work = copy_model(module).eval()
-    for example in inputs:
-        first_run(work, example)
-    groups, kept = _groups(_graph(work, inputs[0]), work, include, exclude)
-    if not groups:
-        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in kept[:5])
-        raise ValueError(f"model: expected layers whose channels can be removed, got none ({reasons})")
+    groups, kept = find_groups(work, inputs, include, exclude)
     scores, criterion = _channel_scores(work, groups, importance, data, loss_fn)
     ratios = _ratios(shares, groups, work) if isinstance(ratio, Mapping) else [float(ratio)] * len(groups)
     _choose(groups, scores, ratios, round_to, scope)
