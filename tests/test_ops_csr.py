@@ -17,7 +17,7 @@ from packed_check import HEADER, aligned_copy, checksum, header
 from pared import _core
 from pared.ops import CSR
 
-SIZES = [0, 1, 2, 15, 16, 17, 79, 80, 81, 97, 127, 128, 129, 239, 240, 241, 257]
+SIZES = [0, 1, 2, 15, 16, 17, 79, 80, 81, 97, 127, 128, 129, 239, 240, 241, 255, 256, 257, 512]
 
 
 def random_weight(rng, rows: int, cols: int, sparsity: float, dtype=np.float32) -> np.ndarray:
@@ -70,6 +70,20 @@ def test_size_is_at_most_six_and_a_half_bytes_a_non_zero(rng):
         for shape in ((768, 768), (3072, 768), (384, 384)):
             c = CSR.from_dense(random_weight(rng, *shape, sparsity))
             assert c.nbytes <= 6.5 * c.nnz, (sparsity, shape)
+    assert (c := CSR.from_dense(random_weight(rng, 3072, 768, 0.98))).nbytes <= 6.5 * c.nnz
+
+
+def test_full_rows_in_blocks_of_256_are_counted(rng):
+    """A run counts to 255: weights this sparse have K blocks of 256 units, unless a row fills one."""
+    w = random_weight(rng, 100, 513, 0.97)
+    w[70, 256:511] = 1
+    w[70, 511] = 0
+    for value, depth in ((0, 256), (1, 240)):
+        w[70, 511] = value
+        c = CSR.from_dense(w)
+        assert header(c.packed)["block_k"] == depth
+        assert np.array_equal(c.to_dense(), w)
+        assert np.array_equal(CSR.from_scipy(scipy.sparse.csr_array(w)).packed, c.packed)
 
 
 def test_same_weight_same_bytes(rng):

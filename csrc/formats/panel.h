@@ -17,6 +17,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -32,6 +33,7 @@ namespace pared {
 inline constexpr int kCsrGroup = kPanelMaxSlots;
 inline constexpr int kQuadRows = 4;
 inline constexpr uint32_t kMaxOffset = 0xffff;
+inline constexpr uint32_t kMaxBlock = 256;
 
 // How a unit of a K block is written as a 16-bit offset. A larger convolution kernel reads one channel's
 // elements through several taps, so where its units lie in a panel is known when the panel is laid out; any
@@ -117,7 +119,8 @@ inline void find_slots(const PanelRun* runs, int slots, uint64_t start, uint64_t
 
 // Fills runs and starts of a plan whose header has rows, entry_rows, tile and block_k, and the header's
 // entries, sections (from `sections` on) and bytes. new_entries() gives a task's object: its
-// operator()(slot, fn) calls fn(unit, const T* values) for each entry of a slot, units ascending.
+// operator()(slot, fn) calls fn(unit, const T* values) for each entry of a slot, units ascending. A block_k
+// of kMaxBlock is lowered where a run would have more entries than it can count.
 template <class T, class NewEntries>
 void plan_panel(PanelPlan& plan, int64_t units, Sections sections, const NewEntries& new_entries) {
   PackedHeader& h = plan.header;
@@ -126,13 +129,17 @@ void plan_panel(PanelPlan& plan, int64_t units, Sections sections, const NewEntr
   const int slots = kCsrGroup / h.entry_rows;
   plan.runs.assign(groups * blocks * slots, {});
   plan.starts.assign(groups * (blocks + 1), 0);
+  std::atomic<bool> too_long{false};
   parallel_for(0, groups, kGroupsPerTask, [&](int64_t g0, int64_t g1) {
     auto entries = new_entries();
     for (int64_t g = g0; g < g1; ++g) {
       PanelRun* runs = plan.runs.data() + g * blocks * slots;
       for (int s = 0; s < slots; ++s) {
         for (int64_t b = 0; b < blocks; ++b) runs[b * slots + s].slot = static_cast<uint8_t>(s);
-        entries(g * slots + s, [&](int64_t unit, const T*) { ++runs[unit / h.block_k * slots + s].count; });
+        entries(g * slots + s, [&](int64_t unit, const T*) {
+          if (++runs[unit / h.block_k * slots + s].count == 0)
+            too_long.store(true, std::memory_order_relaxed);
+        });
       }
       // Slots behind the last row stay where they are, behind those that a kernel is called for.
       const int64_t rows = std::min<int64_t>(kCsrGroup, h.rows - g * kCsrGroup);
@@ -141,6 +148,10 @@ void plan_panel(PanelPlan& plan, int64_t units, Sections sections, const NewEntr
                          [](PanelRun a, PanelRun b) { return a.count < b.count; });
     }
   });
+  if (too_long) {
+    h.block_k = 240;
+    return plan_panel<T>(plan, units, sections, new_entries);
+  }
   int64_t at = 0;
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t b = 0; b <= blocks; ++b) {
@@ -196,11 +207,12 @@ void write_panel(const PanelPlan& plan, int64_t units, const UnitCode& code, con
 // Throws ValueError unless the header's sizes and sections fit the buffer.
 template <class T>
 PanelPacked<T> view_panel(const PackedHeader& h, int64_t units, const UnitCode& code) {
-  PARED_CHECK(
-      h.nnz >= 0 && h.block_k > 0 && h.block_k <= 255 && (h.tile == 64 || h.tile == 96 || h.tile == 128) &&
-          (h.entry_rows == 1 || h.entry_rows == kQuadRows) && h.entries >= 0 && h.entries < kMaxNonZeros &&
-          (code.taps ? h.block_k % code.taps == 0 : h.block_k * h.tile * 4 <= kMaxOffset + 1),
-      "packed weight: expected a valid header, got a corrupt one");
+  PARED_CHECK(h.nnz >= 0 && h.block_k > 0 && h.block_k <= kMaxBlock &&
+                  (h.tile == 64 || h.tile == 96 || h.tile == 128) &&
+                  (h.entry_rows == 1 || h.entry_rows == kQuadRows) && h.entries >= 0 &&
+                  h.entries < kMaxNonZeros &&
+                  (code.taps ? h.block_k % code.taps == 0 : h.block_k * h.tile * 4 <= kMaxOffset + 1),
+              "packed weight: expected a valid header, got a corrupt one");
   PanelPacked<T> w;
   w.header = &h;
   w.units = units;

@@ -8,9 +8,35 @@ from linear_check import check_linear, expected
 
 from pared import _core, ops
 
-# Around 16 positions a vector, 64 and 128 a tile; K blocks of 80, 128 and 240; 16 rows a group; and primes.
+# Around 16 positions a vector, 64 and 128 a tile; K blocks of 80 to 256; 16 rows a group; and primes.
 TOKENS = [0, 1, 2, 15, 16, 17, 31, 33, 48, 63, 64, 65, 80, 95, 96, 97, 100, 112, 127, 128, 129, 144, 193, 257]
-COLS = [0, 1, 2, 3, 4, 5, 16, 79, 80, 81, 97, 127, 128, 129, 159, 160, 161, 239, 240, 241, 255, 257, 480, 481]
+COLS = [
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    16,
+    79,
+    80,
+    81,
+    97,
+    127,
+    128,
+    129,
+    159,
+    160,
+    161,
+    239,
+    240,
+    241,
+    255,
+    256,
+    257,
+    512,
+    513,
+]
 ROWS = [0, 1, 2, 7, 15, 16, 17, 31, 32, 33]
 SPARSITIES = [0.0, 0.5, 0.85, 0.93, 0.97, 0.99, 1.0]
 

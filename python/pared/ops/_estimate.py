@@ -103,14 +103,14 @@ class Facts:
             share = nnz / max(1, rows * cols)
             if self.taps > 0:
                 deep = rows * cols >= _DEEP and share < 0.3
-                tiling = (64, 240) if share < 0.04 else (128, 128 if deep or share < 0.14 else 80)
+                tiling = (64, 256) if share < 0.04 else (128, 128 if deep or share < 0.14 else 80)
             else:
-                tiling = (64, 128 if share >= 0.14 else 160 if share >= 0.06 else 240)
+                tiling = (64, 128 if share >= 0.14 else 160 if share >= 0.06 else 256)
             if self.kernel_rows > 1 and self.taps <= 255:  # whole channels
                 units = _DEEP_STRIP_UNITS if rows * cols >= _DEEP else _STRIP_UNITS
                 tiling = (128, max(1, units // self.taps) * self.taps)
             if height == 4:
-                wide = (64, 160 if share >= 0.4 else 192 if share >= 0.15 else 240)
+                wide = (64, 160 if share >= 0.4 else 192 if share >= 0.15 else 256)
                 tiling = wide if self.taps == 0 else (96, 96)
             tile, block_k = tiling
             nbytes = _panel_bytes(rows, cols, entries, height, block_k)
