@@ -257,7 +257,7 @@ bool are_panels(const ConvArgs& a, const PackedHeader& h, const Planes& planes) 
          planes.pitch == a.out_w && static_cast<int64_t>(round_up(plane, kPanelGroup)) <= planes.readable &&
          reinterpret_cast<uintptr_t>(planes.x) % kCacheLine == 0 && whole(planes.channel_stride) &&
          (a.images == 1 || whole(planes.image_stride)) && planes.channel_stride % (16 * kPanelGroup) != 0 &&
-         planes.channel_stride < int64_t{1} << 31 && (planes.channel_stride << 16) % h.tile == 0;
+         planes.channel_stride < int64_t{1} << 31 && takes_stride(h, planes.channel_stride);
 }
 
 // A thread's description of the tile it works on, made once for each tile: identified by the call, since

@@ -11,7 +11,6 @@ PanelTiles cut_panel_tiles(const PackedHeader& w, int64_t positions, int64_t ima
   const bool widened = w.entry_rows == 1 && max_vectors < kPanelMaxGroups && vectors % max_vectors == 1;
   const int64_t tiles = std::max<int64_t>(1, (vectors + max_vectors - 1) / max_vectors - (widened ? 1 : 0));
   PanelTiles out;
-  out.unit_stride = w.tile;
   out.tiles.reserve(images * tiles);
   int32_t widest = kPanelGroup;
   for (int64_t i = 0; i < images * tiles; ++i) {
@@ -22,13 +21,13 @@ PanelTiles cut_panel_tiles(const PackedHeader& w, int64_t positions, int64_t ima
         {image * positions + first, static_cast<int32_t>(end - first), static_cast<int32_t>(v1 - v0)});
     widest = std::max(widest, static_cast<int32_t>(v1 - v0) * kPanelGroup);
   }
-  if (w.entry_rows == 1) out.unit_stride = widest;
+  out.unit_stride = takes_stride(w, widest) ? widest : w.tile;
   return out;
 }
 
 PanelTiles cut_row_tiles(const PackedHeader& w, int64_t positions) {
   PanelTiles out = cut_panel_tiles(w, positions);
-  out.store_groups = out.unit_stride > 64 ? 4 : 8;  // 32 KB of sums
+  out.store_groups = groups_a_store(out.unit_stride);
   return out;
 }
 

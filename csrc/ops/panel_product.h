@@ -45,6 +45,11 @@ struct PanelTiles {
   std::vector<uint16_t> tap_lines;  // [256], zero from the last tap on
 };
 
+// Whether offsets scale to units this far apart without a remainder.
+inline bool takes_stride(const PackedHeader& w, int64_t unit_stride) {
+  return (unit_stride << 16) % w.tile == 0;
+}
+
 // The positions of each image cut into tiles for `w`, of nearly equal numbers of vectors: 128 positions are
 // 64 + 64, not 96 + 32, because a short tile pays the same loads of weights for less work. For the same
 // reason 65 are one of 80 where a full one has 64: two would take up to 1.57 times as long as 64 positions.
@@ -59,6 +64,7 @@ PanelTiles cut_panel_tiles(const PackedHeader& w, int64_t positions, int64_t ima
 // 128 tokens, 64 bytes at a time, 12 KB apart, all fall into the same set of L1, each in a page of its own:
 // 185 to 217 us on Zen 5, 256 bytes at a time 50, 512 at a time 33.
 PanelTiles cut_row_tiles(const PackedHeader& w, int64_t positions);
+inline int32_t groups_a_store(int64_t unit_stride) { return unit_stride > 64 ? 4 : 8; }  // 32 KB of sums
 
 // Fills tap_lines for panels whose units lie one after the other.
 void place_taps_in_order(const UnitCode& code, PanelTiles& panels);
@@ -67,6 +73,8 @@ namespace panel_product_detail {
 
 // Accumulators of one pass: 256 KB suits second-level caches of 512 KB and more.
 inline constexpr int64_t kAccElements = 64 * 1024;
+// With room for one group more than fits.
+inline constexpr int64_t kPassElements = kAccElements + kPanelMaxGroups * kPanelGroup * kCsrGroup;
 // A panel, the reach of any 16-bit offset, and of any place of a tap, plus one tile: no offset can leave the
 // buffer.
 inline constexpr int32_t kLastLine = kMaxOffset / kLineStep;
@@ -129,61 +137,111 @@ void check_offsets(const PanelPacked<T>& w, uint32_t start, const PanelRun* runs
               "packed weight: expected offsets inside the K block, got a corrupt one");
 }
 
+// A weight's K blocks; one without columns has one, with nothing in it.
+template <class T>
+int64_t panel_blocks(const PanelPacked<T>& w) {
+  return std::max<int64_t>(w.blocks(), 1);
+}
+
+// Row groups whose sums for a tile stay in the second-level cache.
+inline int64_t groups_per_pass(const PanelTile& t) {
+  return std::max<int64_t>(1, kAccElements / (t.vectors * kPanelGroup * kCsrGroup));
+}
+
+// The product of one weight's row groups with panels of `vectors` position groups, K block by K block.
+template <class T>
+class GroupProduct {
+ public:
+  GroupProduct(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const PanelTiles& panels,
+               int32_t vectors)
+      : w_(w),
+        panels_(panels),
+        kernel_(micro[vectors - 1]),
+        // Offsets are those of a panel whose units are w.tile apart.
+        scale_(w.code.taps ? (uint64_t{kPanelGroup * sizeof(T)} << 16) / kLineStep
+                           : (static_cast<uint64_t>(panels.unit_stride) << 16) / w.header->tile),
+        place_(w.code.taps ? kernel_for<conv_places>(active_isa()).fn : nullptr),
+        blocks_(w.blocks()),
+        acc_stride_(vectors * kPanelGroup) {}
+
+  bool has_entries(int64_t g, int64_t b) const { return b < blocks_ && starts(g)[b + 1] > starts(g)[b]; }
+  int32_t rows(int64_t g) const {
+    return static_cast<int32_t>(std::min<int64_t>(kCsrGroup, w_.header->rows - g * kCsrGroup));
+  }
+
+  // Adds block b of group g, which has entries, times its panel `x` to the sums, or sets them to it where it
+  // is the group's first. The same block of group g + 1 comes next if `more`.
+  void operator()(int64_t g, int64_t b, const T* x, T* acc, bool more) {
+    const PackedHeader& h = *w_.header;
+    const uint32_t* start = starts(g);
+    const PanelRun* runs = w_.runs + (g * blocks_ + b) * w_.slots();
+    check_entries(w_, start[b], runs);
+    if (panels_.in_place && b * h.block_k + (kMaxOffset + 1) / (h.tile * 4) + 1 > w_.units)
+      check_offsets(w_, start[b], runs, w_.units - b * h.block_k);
+    const uint16_t* offsets = w_.offsets + start[b];
+    if (place_) {
+      int32_t count = 0;
+      for (int s = 0; s < w_.slots(); ++s) count += runs[s].count;
+      place_({offsets, count, w_.code.taps, panels_.tap_lines.data(), panels_.channel_lines, kLastLine,
+              places_});
+      offsets = places_;
+    }
+    const uintptr_t ahead = more ? start[b + blocks_ + 1] - uintptr_t{start[b]} : 0;
+    const uintptr_t from_places =
+        reinterpret_cast<uintptr_t>(w_.offsets + start[b]) - reinterpret_cast<uintptr_t>(offsets);
+    kernel_({runs, w_.values + static_cast<int64_t>(start[b]) * h.entry_rows, offsets, x, acc,
+             (rows(g) + h.entry_rows - 1) / h.entry_rows, start[b] > start[0], scale_, ahead * sizeof(T),
+             ahead * sizeof(uint16_t) + from_places});
+  }
+
+  // After the last block: rows of a group without any entry have had no sum.
+  void finish(int64_t g, T* acc) const {
+    if (starts(g)[blocks_] == starts(g)[0]) std::fill_n(acc, int64_t{rows(g)} * acc_stride_, T{0});
+  }
+
+ private:
+  const uint32_t* starts(int64_t g) const { return w_.starts + g * (blocks_ + 1); }
+
+  const PanelPacked<T>& w_;
+  const PanelTiles& panels_;
+  PanelKernel<T>* const kernel_;
+  const uint64_t scale_;
+  conv_places::Fn* const place_;
+  const int64_t blocks_;
+  const int32_t acc_stride_;
+  alignas(64) uint16_t places_[kCsrGroup * (UINT8_MAX + 1) + kLineStep];
+};
+
+// K blocks [b0, b1) of row groups [g0, g1). With the last block, `store` takes the sums; before, and where
+// one pass takes all groups, they stay where they are: group g's at acc[(g - g0) * kCsrGroup][positions].
 template <class T, class Pack, class Store>
 void run_tile(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const PanelTile& t,
-              const PanelTiles& panels, int64_t g0, int64_t g1, const Pack& pack, const Store& store,
-              T* panel, T* acc) {
+              const PanelTiles& panels, int64_t g0, int64_t g1, int64_t b0, int64_t b1, const Pack& pack,
+              const Store& store, T* panel, T* acc) {
   const PackedHeader& h = *w.header;
-  const int64_t blocks = w.blocks(), last = std::max<int64_t>(blocks, 1) - 1;
+  GroupProduct<T> multiply(w, micro, panels, t.vectors);
+  const int64_t last = panel_blocks(w) - 1, pass = groups_per_pass(t);
   const int32_t acc_stride = t.vectors * kPanelGroup;
-  // Offsets are those of a panel whose units are w.tile apart.
-  const bool coded = w.code.taps > 0;
-  const uint64_t scale = coded ? (uint64_t{kPanelGroup * sizeof(T)} << 16) / kLineStep
-                               : (static_cast<uint64_t>(panels.unit_stride) << 16) / h.tile;
-  const int64_t reach = (kMaxOffset + 1) / (h.tile * 4) + 1;
-  const auto place = coded ? kernel_for<conv_places>(active_isa()).fn : nullptr;
-  alignas(64) uint16_t places[kCsrGroup * (UINT8_MAX + 1) + kLineStep];
-  const int64_t groups_per_pass = std::max<int64_t>(1, kAccElements / (acc_stride * kCsrGroup));
-  for (int64_t p0 = g0; p0 < g1; p0 += groups_per_pass) {
-    const int64_t p1 = std::min(g1, p0 + groups_per_pass);
-    for (int64_t b = 0; b <= last; ++b) {
+  for (int64_t p0 = g0; p0 < g1; p0 += pass) {
+    const int64_t p1 = std::min(g1, p0 + pass);
+    for (int64_t b = b0; b < b1; ++b) {
       const T* x = nullptr;
       for (int64_t g = p0; g < p1; ++g) {
         T* group_acc = acc + (g - p0) * kCsrGroup * acc_stride;
-        const int32_t rows = static_cast<int32_t>(std::min<int64_t>(kCsrGroup, h.rows - g * kCsrGroup));
-        const uint32_t* starts = w.starts + g * (blocks + 1);
-        const bool touched = starts[b] > starts[0];
-        if (b < blocks && starts[b + 1] > starts[b]) {
+        if (multiply.has_entries(g, b)) {
           if (!x) {
             const int64_t k0 = b * h.block_k;
             x = pack(t, k0, static_cast<int32_t>(std::min<int64_t>(h.block_k, w.units - k0)),
                      static_cast<int32_t>(panels.unit_stride), panel);
           }
-          const PanelRun* runs = w.runs + (g * blocks + b) * w.slots();
-          check_entries(w, starts[b], runs);
-          if (panels.in_place && b * h.block_k + reach > w.units)
-            check_offsets(w, starts[b], runs, w.units - b * h.block_k);
-          const uint16_t* offsets = w.offsets + starts[b];
-          if (coded) {
-            int32_t count = 0;
-            for (int s = 0; s < w.slots(); ++s) count += runs[s].count;
-            place({offsets, count, w.code.taps, panels.tap_lines.data(), panels.channel_lines, kLastLine,
-                   places});
-            offsets = places;
-          }
-          // The same block of the next row group.
-          const uintptr_t ahead = g + 1 < p1 ? starts[b + blocks + 1] - uintptr_t{starts[b]} : 0;
-          const uintptr_t from_places =
-              reinterpret_cast<uintptr_t>(w.offsets + starts[b]) - reinterpret_cast<uintptr_t>(offsets);
-          micro[t.vectors - 1]({runs, w.values + static_cast<int64_t>(starts[b]) * h.entry_rows, offsets, x,
-                                group_acc, (rows + h.entry_rows - 1) / h.entry_rows, touched, scale,
-                                ahead * sizeof(T), ahead * sizeof(uint16_t) + from_places});
-        } else if (b == last && !touched) {
-          std::fill_n(group_acc, static_cast<int64_t>(rows) * acc_stride, T{0});  // rows without non-zeros
+          multiply(g, b, x, group_acc, g + 1 < p1);
         }
-        if (b == last && ((g + 1 - p0) % panels.store_groups == 0 || g + 1 == p1)) {
+        if (b < last) continue;
+        multiply.finish(g, group_acc);
+        if ((g + 1 - p0) % panels.store_groups == 0 || g + 1 == p1) {
           const int64_t first = (g - p0) / panels.store_groups * panels.store_groups;
-          store(t, (p0 + first) * kCsrGroup, static_cast<int32_t>((g - p0 - first) * kCsrGroup) + rows,
+          store(t, (p0 + first) * kCsrGroup,
+                static_cast<int32_t>((g - p0 - first) * kCsrGroup) + multiply.rows(g),
                 acc + first * kCsrGroup * acc_stride, acc_stride);
         }
       }
@@ -242,7 +300,7 @@ void panel_products(const PanelPacked<T>* w, int64_t count, PanelKernel<T>* cons
   parallel_for(0, parts, 1, [&](int64_t part0, int64_t part1) {
     thread_local Scratch panel_memory, acc_memory;
     T* panel = panel_memory.get<T>(detail::kPanelElements);
-    T* acc = acc_memory.get<T>(detail::kAccElements + kPanelMaxGroups * kPanelGroup * kCsrGroup);
+    T* acc = acc_memory.get<T>(detail::kPassElements);
     const int64_t from = total * part0 / parts, to = total * part1 / parts;
     int64_t before = 0;
     for (const PanelTile& t : tiles) {
@@ -264,7 +322,7 @@ void panel_products(const PanelPacked<T>* w, int64_t count, PanelKernel<T>* cons
         if (!begun) begin(t);
         begun = true;
         detail::run_tile(
-            w[i], micro, t, panels, g0, g1, pack,
+            w[i], micro, t, panels, g0, g1, 0, detail::panel_blocks(w[i]), pack,
             [&, i](const PanelTile& tile, int64_t row0, int32_t rows, T* sums, int32_t stride) {
               store(i, tile, row0, rows, sums, stride);
             },

@@ -199,8 +199,11 @@ def entries(packed: np.ndarray) -> dict[str, Callable[[], object]]:
     for tokens in (1, 16, 33):
         x, out = np.ones((tokens, cols), np.float32), np.empty((tokens, rows), np.float32)
         calls[f"linear {tokens}"] = lambda x=x, out=out: _core.linear(x, packed, None, None, out)
-        for name, chain in (("csr", _core.linear_chain_csr), ("rows", _core.linear_chain_rows)):
-            calls[f"chain {name} {tokens}"] = lambda f=chain, x=x, out=out: f(x, [packed], [None], out, [""])
+        for format in (ops.CSR, ops.Int8):
+            after = format.from_dense(np.ones((3, rows), np.float32)).packed
+            calls[f"chain {format.kind} {tokens}"] = lambda x=x, after=after: _core.linear_chain(
+                x, [packed, after], None, None
+            )
     pixels, to = np.ones((1, image[0] * image[3], 9, 9), np.float32), np.empty((1, rows, 9, 9), np.float32)
     calls["conv"] = lambda: _core.conv2d(pixels, packed, None, 1, 1, 1, None, None, None, to)
     return calls
@@ -212,8 +215,8 @@ def survived(packed: np.ndarray) -> list[str]:
     for name, call in entries(packed).items():
         try:
             call()
-        except ValueError as e:
-            if not re.search(r"packed|^(x|w|out|activations|activation_scale): expected", str(e)):
+        except (ValueError, TypeError) as e:
+            if not re.search(r"packed|^(x|w|weights|out|activations|activation_scale): expected", str(e)):
                 raise AssertionError(f"{name}: not an error about an argument") from e
         else:
             done.append(name)

@@ -22,6 +22,7 @@ PARED_INLINE int64_t quad_panel_runs(const PanelArgs<typename S::Element>& args,
   T* acc[RUNS];
   int64_t next[RUNS];
   V sum[RUNS][4][N];
+  const uint64_t scale = args.scale;
   int common = runs[0].count;
   for (int i = 0; i < RUNS; ++i) {
     acc[i] = args.acc + FIRST * S::width + runs[i].slot % (kPanelMaxSlots / 4) * (4 * kRow);
@@ -34,7 +35,7 @@ PARED_INLINE int64_t quad_panel_runs(const PanelArgs<typename S::Element>& args,
   }
   const auto add = [&](int i) __attribute__((always_inline)) {
     const int64_t e = next[i]++;
-    const T* x = reinterpret_cast<const T*>(panel + args.offsets[e]);
+    const T* x = reinterpret_cast<const T*>(panel + (args.offsets[e] * scale >> 16));
     const T* values = args.values + 4 * e;
     typename S::Operand column[N];
     for (int v = 0; v < N; ++v) column[v] = S::operand(x + v * S::width);

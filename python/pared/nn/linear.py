@@ -224,14 +224,10 @@ class Linear(PackedModule):
 
     def _chain(self, x: Tensor) -> Tensor:
         layers = (self, *self._handed)
-        out = x.new_empty((*x.shape[:-1], layers[-1].out_features))
-        chain = FORMATS[self.format].chain
-        assert chain is not None  # hand_to has looked
-        chain(
+        out: Tensor = _core.linear_chain(
             x,
             [m._buffers["packed"] for m in layers],
             [m._buffers["bias"] for m in layers],
-            out,
             [m._act for m in layers],
         )
         out.__dict__[_DONE] = self

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from pared import _core
 from pared._types import Array
 from pared.ops.bitmap import Bitmap, BitmapCSR
 from pared.ops.bsr import BSR, Dense
@@ -27,8 +26,8 @@ class Format:
     kind : ``PackedKind`` in the buffer's header (csrc/formats/packed.h).
     weight : the class with ``from_dense``, ``to_dense``, ``packed``, ``sparsity``.
     conv2d : whether ``_core.conv2d`` takes it. All have the linear operation: ``_core.linear``.
-    chain : several linear products in one call, ``(x, packed of each, bias of each, out, activation of
-        each)``, or None; formats with the same one go together.
+    chain : what lies between two linear products in one call, ``_core.linear_chain``, or None where there is
+        no such call; formats with the same one go together.
     precision : ``"float32"``: the products are float32's own, so that the error bound of float32 holds.
         ``"int8"``: weights and activations are rounded to 8 bits. ``"int4"``: weights to 4, with a scale for
         a group of inputs.
@@ -46,7 +45,7 @@ class Format:
     precision: Literal["float32", "int8", "int4"]
     suits: Callable[[float, float, int], bool]
     combines: tuple[str, ...] = ()
-    chain: Callable[..., None] | None = None
+    chain: Literal["panel", "rows"] | None = None
     devices: tuple[str, ...] = ("cpu",)
 
     def worth_trying(self, density: float, quads: float, positions: Collection[int]) -> bool:
@@ -67,7 +66,7 @@ FORMATS: dict[str, Format] = {
             True,
             "float32",
             lambda d, q, n: d <= 0.85,
-            chain=_core.linear_chain_csr,
+            chain="panel",
             devices=("cpu", "cuda"),
         ),
         # The same bytes, for a device's sparse tensor cores.
@@ -78,7 +77,7 @@ FORMATS: dict[str, Format] = {
             False,
             "float32",
             lambda d, q, n: d <= 0.5,
-            chain=_core.linear_chain_csr,
+            chain="panel",
             devices=("cuda",),
         ),
         # Where the four rows of a quad share few non-zeros, a row of its own is the faster way to each.
@@ -89,7 +88,7 @@ FORMATS: dict[str, Format] = {
             True,
             "float32",
             lambda d, q, n: q <= min(0.85, 2 * d),
-            chain=_core.linear_chain_csr,
+            chain="panel",
             devices=("cpu", "cuda"),
         ),
         # Below a tile of positions, reading the weight is the cost, and torch's copy is no larger.
@@ -100,7 +99,7 @@ FORMATS: dict[str, Format] = {
             True,
             "float32",
             lambda d, q, n: d > 0.4 and n >= 32,
-            chain=_core.linear_chain_csr,
+            chain="panel",
         ),
         # For few positions: its multiply-adds do not get fewer with the zeros.
         Format(
@@ -119,7 +118,7 @@ FORMATS: dict[str, Format] = {
             True,
             "int8",
             lambda d, q, n: True,
-            chain=_core.linear_chain_rows,
+            chain="rows",
             devices=("cpu", "cuda"),
         ),
         # The same bytes; a device of its own choice takes inputs in 16 bits.
@@ -130,7 +129,7 @@ FORMATS: dict[str, Format] = {
             False,
             "int8",
             lambda d, q, n: True,
-            chain=_core.linear_chain_rows,
+            chain="rows",
             devices=("cuda",),
         ),
         # Only where `pared.quantize` has put the weight on such a grid, or the user names the format.
@@ -141,7 +140,7 @@ FORMATS: dict[str, Format] = {
             False,
             "int4",
             lambda d, q, n: True,
-            chain=_core.linear_chain_rows,
+            chain="rows",
         ),
         Format(
             "bitmap8",
@@ -150,7 +149,7 @@ FORMATS: dict[str, Format] = {
             False,
             "int8",
             lambda d, q, n: d <= 0.85,
-            chain=_core.linear_chain_rows,
+            chain="rows",
             devices=("cpu", "cuda"),
         ),
         Format(
@@ -170,7 +169,7 @@ FORMATS: dict[str, Format] = {
             True,
             "int8",
             lambda d, q, n: d <= 0.7,
-            chain=_core.linear_chain_rows,
+            chain="rows",
             devices=("cpu", "cuda"),
         ),
     )

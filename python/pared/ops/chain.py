@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
+from pared import _core
 from pared._types import Array
-from pared.ops._arrays import activation_name, empty_like_kind, refuse_grad, require_array
 from pared.ops._formats import FORMATS
 from pared.ops.packed import PackedWeight
 
 
-def chain_of(weights: Sequence[PackedWeight]) -> Callable[..., None] | None:
-    """What computes linear layers with these weights in one call; None where nothing does."""
-    kernels = {FORMATS[w.kind].chain if len(w.shape) == 2 else None for w in weights}
-    return kernels.pop() if len(kernels) == 1 else None
-
-
-def _listed(x: Any, name: str, n: int | None = None) -> list[Any]:
-    """A list or tuple as a list, of n entries if given. Raises ``TypeError`` or ``ValueError``."""
-    if not isinstance(x, list | tuple):
-        raise TypeError(f"{name}: expected a list or a tuple, got {type(x).__name__}")
-    if n is not None and len(x) != n:
-        raise ValueError(f"{name}: expected {n} entries, one for each weight, got {len(x)}")
-    return list(x)
+def chain_of(weights: Sequence[PackedWeight]) -> str | None:
+    """How linear layers with these weights go in one call, `Format.chain`; None where they do not."""
+    kinds = {FORMATS[w.kind].chain if len(w.shape) == 2 else None for w in weights}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def linear_chain(
@@ -58,27 +49,14 @@ def linear_chain(
     TypeError, ValueError : naming the argument, what was expected and what came.
     RuntimeError : grad mode is on and `x` or a bias asks for a gradient; pared's operations have none.
     """
-    require_array(x, "x")
-    weights = _listed(weights, "weights")
-    for i, w in enumerate(weights):
-        if not isinstance(w, PackedWeight) or chain_of([w]) is None:
-            known = ", ".join(f.weight.__name__ for f in FORMATS.values() if f.chain is not None)
-            got = f" of shape {list(w.shape)}" if isinstance(w, PackedWeight) else ""
-            raise TypeError(f"weights: expected linear weights ({known}), got {type(w).__name__}{got} at {i}")
-    n = len(weights)
-    if n < 2:
-        raise ValueError(f"weights: expected two or more, got {n}")
-    bias = [None] * n if biases is None else _listed(biases, "biases", n)
-    activation = [""] * n
-    if activations is not None:
-        activation = [activation_name(a) for a in _listed(activations, "activations", n)]
-    chain = chain_of(weights)
-    if chain is None:
-        got = ", ".join(type(w).__name__ for w in weights)
-        raise TypeError(f"weights: expected float32 weights alone or int8 weights alone, got {got}")
-    refuse_grad(x, "x")
-    for b in bias:
-        refuse_grad(b, "biases")
-    out = empty_like_kind(x, (*x.shape[:-1], weights[-1].shape[0]))
-    chain(x, [w.packed for w in weights], bias, out, activation)
-    return out
+    # One call for everything, as in `linear`.
+    packed: Any = weights
+    if isinstance(weights, list | tuple):
+        packed = [w.packed if isinstance(w, PackedWeight) else _refused(w, i) for i, w in enumerate(weights)]
+    y: Array = _core.linear_chain(x, packed, biases, activations)
+    return y
+
+
+def _refused(w: object, i: int) -> NoReturn:
+    known = ", ".join(f.weight.__name__ for f in FORMATS.values() if f.chain is not None)
+    raise TypeError(f"weights: expected linear weights ({known}), got {type(w).__name__} at {i}")
