@@ -230,9 +230,7 @@ def test_bad_arguments_are_named(rng):
     conv = CSR.from_dense(np.ones((6, 8, 1, 1), np.float32))
     with pytest.raises(TypeError, match=r"got csr of a convolution at 1"):
         ops.linear_chain(x, [a, conv])
-    with pytest.raises(
-        ValueError, match=r"weights: expected weight 1 to take the 6 outputs .*, got 4"
-    ):
+    with pytest.raises(ValueError, match=r"weights: expected weight 1 to take the 6 outputs .*, got 4"):
         ops.linear_chain(np.ones((3, 8), np.float32), [b, a])
     with pytest.raises(ValueError, match=r"x: expected a last dimension of 4"):
         ops.linear_chain(np.ones((3, 5), np.float32), [a, b])

@@ -46,6 +46,8 @@ struct PanelArgs {
   // From these entries to those that come next, bytes: read ahead in step with the work, where they lie
   // elsewhere in memory. They need not be mapped.
   uintptr_t values_ahead = 0, offsets_ahead = 0;
+  // Of two vectors, the last eight positions may be left as they are.
+  bool half = false;
 };
 using CsrPanelArgs = PanelArgs<float>;
 struct csr_panel_f32 {

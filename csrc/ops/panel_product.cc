@@ -28,6 +28,7 @@ PanelTiles cut_panel_tiles(const PackedHeader& w, int64_t positions, int64_t ima
 PanelTiles cut_row_tiles(const PackedHeader& w, int64_t positions) {
   PanelTiles out = cut_panel_tiles(w, positions);
   out.store_groups = groups_a_store(out.unit_stride);
+  out.real_alone = true;
   return out;
 }
 

@@ -37,6 +37,8 @@ struct PanelTiles {
   std::vector<PanelTile> tiles;
   int64_t unit_stride = 0;  // elements between units
   bool in_place = false;    // the panels are the caller's memory, which ends with the last unit
+  // `store` reads real positions alone: sums of those that fill up a tile may be anything.
+  bool real_alone = false;
   // Row groups that a call of `store` takes.
   int32_t store_groups = 1;
   // Where the taps of a channel lie in a panel, in vectors, for weights whose code tells taps apart. Empty:
@@ -149,21 +151,22 @@ inline int64_t groups_per_pass(const PanelTile& t) {
   return std::max<int64_t>(1, kAccElements / (t.vectors * kPanelGroup * kCsrGroup));
 }
 
-// The product of one weight's row groups with panels of `vectors` position groups, K block by K block.
+// The product of one weight's row groups with the panels of a tile, K block by K block.
 template <class T>
 class GroupProduct {
  public:
   GroupProduct(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const PanelTiles& panels,
-               int32_t vectors)
+               const PanelTile& t)
       : w_(w),
         panels_(panels),
-        kernel_(micro[vectors - 1]),
+        kernel_(micro[t.vectors - 1]),
         // Offsets are those of a panel whose units are w.tile apart.
         scale_(w.code.taps ? (uint64_t{kPanelGroup * sizeof(T)} << 16) / kLineStep
                            : (static_cast<uint64_t>(panels.unit_stride) << 16) / w.header->tile),
         place_(w.code.taps ? kernel_for<conv_places>(active_isa()).fn : nullptr),
         blocks_(w.blocks()),
-        acc_stride_(vectors * kPanelGroup) {}
+        acc_stride_(t.vectors * kPanelGroup),
+        half_(panels.real_alone && t.vectors == 2 && t.positions <= kPanelGroup + kPanelGroup / 2) {}
 
   bool has_entries(int64_t g, int64_t b) const { return b < blocks_ && starts(g)[b + 1] > starts(g)[b]; }
   int32_t rows(int64_t g) const {
@@ -192,7 +195,7 @@ class GroupProduct {
         reinterpret_cast<uintptr_t>(w_.offsets + start[b]) - reinterpret_cast<uintptr_t>(offsets);
     kernel_({runs, w_.values + static_cast<int64_t>(start[b]) * h.entry_rows, offsets, x, acc,
              (rows(g) + h.entry_rows - 1) / h.entry_rows, start[b] > start[0], scale_, ahead * sizeof(T),
-             ahead * sizeof(uint16_t) + from_places});
+             ahead * sizeof(uint16_t) + from_places, half_});
   }
 
   // After the last block: rows of a group without any entry have had no sum.
@@ -210,6 +213,7 @@ class GroupProduct {
   conv_places::Fn* const place_;
   const int64_t blocks_;
   const int32_t acc_stride_;
+  const bool half_;
   alignas(64) uint16_t places_[kCsrGroup * (UINT8_MAX + 1) + kLineStep];
 };
 
@@ -220,7 +224,7 @@ void run_tile(const PanelPacked<T>& w, PanelKernel<T>* const* micro, const Panel
               const PanelTiles& panels, int64_t g0, int64_t g1, int64_t b0, int64_t b1, const Pack& pack,
               const Store& store, T* panel, T* acc) {
   const PackedHeader& h = *w.header;
-  GroupProduct<T> multiply(w, micro, panels, t.vectors);
+  GroupProduct<T> multiply(w, micro, panels, t);
   const int64_t last = panel_blocks(w) - 1, pass = groups_per_pass(t);
   const int32_t acc_stride = t.vectors * kPanelGroup;
   for (int64_t p0 = g0; p0 < g1; p0 += pass) {

@@ -9,7 +9,7 @@ from linear_check import check_linear
 from pared import _core, ops
 
 # Around 16 positions a vector and 96 a tile; K blocks of 96; 4 rows a quad, 16 a group; and primes.
-TOKENS = [0, 1, 15, 16, 17, 31, 33, 48, 64, 79, 80, 95, 96, 97, 112, 128, 191, 193]
+TOKENS = [0, 1, 15, 16, 17, 24, 25, 31, 33, 48, 64, 79, 80, 95, 96, 97, 112, 128, 191, 193]
 COLS = [0, 1, 3, 4, 5, 16, 95, 96, 97, 131, 191, 192, 193]
 ROWS = [0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 19, 33]
 

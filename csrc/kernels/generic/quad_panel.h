@@ -61,14 +61,13 @@ PARED_INLINE int64_t quad_panel_runs(const PanelArgs<typename S::Element>& args,
 // With few vectors several quads go side by side: the four or eight chains of multiply-adds of one would wait
 // for each other (4 cycles, two a cycle). They are of nearly equal length, and each sum stays in its order,
 // so that an output does not depend on how many positions go with it.
-template <class S, int VECTORS, int FIRST, int N>
+template <class S, int VECTORS, int FIRST, int N, int RUNS = S::width == kPanelGroup && N <= 2 ? 4 / N : 1>
 PARED_INLINE void quad_panel_part(const PanelArgs<typename S::Element>& args) {
-  constexpr int kRuns = S::width == kPanelGroup && N <= 2 ? 4 / N : 1;
   int q = 0;
   int64_t at = 0;
-  for (; q + kRuns <= args.rows; q += kRuns)
-    at = quad_panel_runs<S, VECTORS, FIRST, N, kRuns>(args, args.runs + q, at);
-  if constexpr (kRuns > 1)
+  for (; q + RUNS <= args.rows; q += RUNS)
+    at = quad_panel_runs<S, VECTORS, FIRST, N, RUNS>(args, args.runs + q, at);
+  if constexpr (RUNS > 1)
     for (; q < args.rows; ++q) at = quad_panel_runs<S, VECTORS, FIRST, N, 1>(args, args.runs + q, at);
 }
 
@@ -82,6 +81,15 @@ void quad_panel_rows(const PanelArgs<typename S::Element>& args) {
   quad_panel_part<S, VECTORS, kFirst, kEnd - kFirst>(args);
   if constexpr (PART + 1 < kParts) quad_panel_rows<S, VECTORS, WIDEST, PART + 1>(args);
 }
+
+#if defined(__AVX512F__)
+// As csr_panel_two: 17 tokens would take nearly twice as long as 16.
+template <int WIDEST>
+void quad_panel_two(const PanelArgs<float>& args) {
+  if (args.half) quad_panel_part<Avx512F32AndHalf, 2, 0, 1, 2>(args);
+  else quad_panel_rows<Avx512F32, 2, WIDEST>(args);
+}
+#endif
 
 }  // namespace
 }  // namespace pared

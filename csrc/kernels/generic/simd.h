@@ -137,6 +137,35 @@ struct Avx512F32 {
   static PARED_INLINE V scale2(V v, V n) { return _mm512_scalef_ps(v, n); }
   static PARED_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 };
+
+// A vector and half of one, for 24 positions.
+struct Avx512F32AndHalf {
+  static constexpr int width = 24;
+  struct V {
+    __m512 whole;
+    __m256 half;
+  };
+  using Element = float;
+  using Operand = V;
+  using Value = __m512;
+  using Four = __m128;
+  static PARED_INLINE Operand operand(const float* p) { return load(p); }
+  static PARED_INLINE Value value(float f) { return Avx512F32::value(f); }
+  static PARED_INLINE Four four(const float* p) { return Avx512F32::four(p); }
+  static PARED_INLINE Value nth(Four f, int i) { return Avx512F32::nth(f, i); }
+  static PARED_INLINE V zero() { return {_mm512_setzero_ps(), _mm256_setzero_ps()}; }
+  static PARED_INLINE V load(const float* p) { return {_mm512_loadu_ps(p), _mm256_loadu_ps(p + 16)}; }
+  static PARED_INLINE void store(float* p, V v) {
+    _mm512_storeu_ps(p, v.whole);
+    _mm256_storeu_ps(p + 16, v.half);
+  }
+  static PARED_INLINE V add(V a, V b) {
+    return {_mm512_add_ps(a.whole, b.whole), _mm256_add_ps(a.half, b.half)};
+  }
+  static PARED_INLINE V fma(Value w, V b, V c) {
+    return {_mm512_fmadd_ps(w, b.whole, c.whole), _mm256_fmadd_ps(_mm512_castps512_ps256(w), b.half, c.half)};
+  }
+};
 #endif
 
 }  // namespace
