@@ -57,6 +57,31 @@ def test_shapes(isa, rng, widths, tokens):
     check(y, x, ws, biases, ["silu", None])
 
 
+# More hidden units than are computed at a time, in blocks of 256 that end within one; more outputs than one
+# pass over the sums takes; too many for the hidden ones to come in parts; a stage without a partner before.
+DEEP = [(40, 1100, 70), (70, 1500, 1300), (30, 1300, 2500), (50, 700, 600, 64), (1100, 40, 1100, 40, 9)]
+
+
+@pytest.mark.parametrize("tokens", [23, 64, 130])
+@pytest.mark.parametrize("widths", DEEP, ids=str)
+def test_wide_layers(isa, rng, widths, tokens):
+    ws = [weight(rng, o, i, 0.97) for i, o in itertools.pairwise(widths)]
+    biases = [rng.standard_normal(len(w)).astype(np.float32) for w in ws]
+    names = ["relu", "silu", None, "relu"][: len(ws)]
+    x = rng.standard_normal((tokens, widths[0])).astype(np.float32)
+    packed = [CSR.from_dense(w) for w in ws]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        y = ops.linear_chain(x, packed, biases, names)
+        # The same sums in the same order, where the tiles are the same.
+        if tokens == 64:
+            assert np.array_equal(y, one_by_one(x, packed, biases, names))
+    finally:
+        torch.set_num_threads(before)
+    check(y, x, ws, biases, names)
+
+
 def test_no_tokens_and_no_outputs(rng):
     ws = [CSR.from_dense(weight(rng, 5, 3, 0.5)), CSR.from_dense(weight(rng, 4, 5, 0.5))]
     assert ops.linear_chain(np.ones((0, 3), np.float32), ws).shape == (0, 4)
