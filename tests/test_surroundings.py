@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -415,7 +416,15 @@ def press() -> None:
 
 
 @pytest.fixture
-def when_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler: what a shell starts in the background inherits that the signal is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def when_written(ctrl_c: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C as soon as the first tensor of a model has been written to."""
     pressed: list[int] = []
 
@@ -455,7 +464,7 @@ def test_equalisation_is_interrupted_between_pairs(when_written):
     torch.testing.assert_close(model(x), want)
 
 
-def test_the_removal_of_channels_is_not_interrupted_in_a_module(monkeypatch):
+def test_the_removal_of_channels_is_not_interrupted_in_a_module(ctrl_c, monkeypatch):
     model = mlp()
     x = INPUTS[0]
 
@@ -471,7 +480,7 @@ def test_the_removal_of_channels_is_not_interrupted_in_a_module(monkeypatch):
     assert model[0].out_features == 24
 
 
-def test_the_graph_of_channels_lets_an_interrupt_through():
+def test_the_graph_of_channels_lets_an_interrupt_through(ctrl_c):
     traced = []
 
     class Pressed(nn.Sequential):
