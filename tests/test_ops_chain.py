@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_check import ACTIVATIONS, expected, to_float64
 
-from pared import ops
+from pared import _core, ops
 from pared.ops import BSR, CSR, Bitmap8, BSRInt8, Dense, Int4, Int8
+from pared.ops._formats import FORMATS
 
 WIDTHS = [(1, 1, 1), (16, 17, 3), (33, 128, 40), (70, 300, 129), (256, 96, 256)]
 
@@ -243,6 +244,18 @@ def test_precisions_do_not_mix(rng):
     exact, rounded = CSR.from_dense(weight(rng, 8, 8, 0.5)), Int8.from_dense(weight(rng, 8, 8, 0.5))
     with pytest.raises(TypeError, match=r"float32 weights alone or int8 weights alone, got int8 at 1"):
         ops.linear_chain(np.ones((3, 8), np.float32), [exact, rounded])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_extension_takes_the_formats_that_say_so(rng, name):
+    w = weight(rng, 32, 32, 0.5)
+    w[:, 2::4] = w[:, 3::4] = 0  # what 2:4 takes
+    packed, x = FORMATS[name].weight.from_dense(w).packed, np.ones((3, 32), np.float32)
+    if FORMATS[name].chain is None:
+        with pytest.raises(TypeError, match=r"weights: expected linear weights .*at 0"):
+            _core.linear_chain(x, [packed, packed], None, None)
+    else:
+        assert _core.linear_chain(x, [packed, packed], None, None).shape == (3, 32)
 
 
 def test_bad_arguments_are_named(rng):
