@@ -9,13 +9,17 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace pared {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"scalar", "avx2",       "avxvnni",
-                                           "avx512", "avx512vnni", "avx512vbmi2"};
+constexpr const char* kNames[kIsaCount] = {"scalar",      "avx2", "avxvnni", "avx512",  "avx512vnni",
+                                           "avx512vbmi2", "neon", "neondot", "neoni8mm"};
 
 #if defined(__x86_64__)
 
@@ -62,7 +66,37 @@ bool detect_avxvnni() {
 
 #else
 
+#if defined(__aarch64__)
+
+#if defined(__APPLE__)
+bool has(const char* feature) {
+  int value = 0;
+  size_t size = sizeof(value);
+  return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value;
+}
+bool has_dotprod() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(__linux__)
+// By number: older headers lack the names.
+bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }  // HWCAP_ASIMDDP
+bool has_i8mm() { return getauxval(AT_HWCAP2) >> 13 & 1; }    // HWCAP2_I8MM
+#else
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
+#endif
+
+Isa detect() {
+  if (!has_dotprod()) return Isa::neon;
+#if defined(PARED_I8MM)
+  if (has_i8mm()) return Isa::neoni8mm;
+#endif
+  return Isa::neondot;
+}
+
+#else
 Isa detect() { return Isa::scalar; }
+#endif
+
 bool detect_avxvnni() { return false; }
 
 #endif
@@ -99,7 +133,9 @@ std::atomic<int> g_active{kUnset};
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
-bool isa_supported(Isa isa) { return isa == Isa::avxvnni ? detected().avxvnni : isa <= detected().highest; }
+bool isa_supported(Isa isa) {
+  return isa == Isa::avxvnni ? detected().avxvnni : isa_contains(detected().highest, isa);
+}
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> out;

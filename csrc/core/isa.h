@@ -7,15 +7,27 @@
 
 namespace pared {
 
-// Ordered by what is preferred. A level contains those before it, but for avxvnni: vpdpbusd on 256-bit
-// vectors, without AVX-512 (Alder Lake and later), is no part of the levels behind it, whose first processors
-// lack it.
-enum class Isa : uint8_t { scalar, avx2, avxvnni, avx512, avx512vnni, avx512vbmi2 };
-inline constexpr int kIsaCount = 6;
+// Ordered by what is preferred, x86-64 before AArch64. A level contains those of its architecture before it,
+// but for avxvnni: vpdpbusd on 256-bit vectors, without AVX-512 (Alder Lake and later), is no part of the
+// levels behind it, whose first processors lack it.
+enum class Isa : uint8_t {
+  scalar,
+  avx2,
+  avxvnni,
+  avx512,
+  avx512vnni,
+  avx512vbmi2,
+  neon,      // what every AArch64 processor has
+  neondot,   // and sdot, udot (Cortex-A76, Neoverse N1, Apple M1)
+  neoni8mm,  // and usdot: bytes of either sign (Neoverse V1 and N2, Apple M2)
+};
+inline constexpr int kIsaCount = 9;
 
 // Whether code of level `part` runs where `level` is in force.
 constexpr bool isa_contains(Isa level, Isa part) {
-  return part == level || (part < level && part != Isa::avxvnni);
+  const bool arm = level >= Isa::neon;
+  return part == level || part == Isa::scalar ||
+         (part < level && part != Isa::avxvnni && (part >= Isa::neon) == arm);
 }
 
 const char* isa_name(Isa isa);

@@ -16,6 +16,18 @@ namespace pared {
 #define PARED_IF_ISA_avx512vnni(...)
 #define PARED_IF_ISA_avx512vbmi2(...)
 #endif
+#if defined(__aarch64__)
+#define PARED_IF_ISA_neon(...) __VA_ARGS__
+#define PARED_IF_ISA_neondot(...) __VA_ARGS__
+#else
+#define PARED_IF_ISA_neon(...)
+#define PARED_IF_ISA_neondot(...)
+#endif
+#if defined(PARED_I8MM)
+#define PARED_IF_ISA_neoni8mm(...) __VA_ARGS__
+#else
+#define PARED_IF_ISA_neoni8mm(...)
+#endif
 #if defined(PARED_AVXVNNI)
 #define PARED_IF_ISA_avxvnni(...) __VA_ARGS__
 #else

@@ -190,4 +190,4 @@ def _kernel_rates() -> tuple[float, float, float]:
 
 def _width() -> int:
     """Floats in a vector of the level in force."""
-    return {"scalar": 1, "avx2": 8, "avxvnni": 8}.get(_core.isa(), 16)
+    return {"scalar": 1, "avx2": 8, "avxvnni": 8, "neon": 4, "neondot": 4, "neoni8mm": 4}.get(_core.isa(), 16)

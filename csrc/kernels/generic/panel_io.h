@@ -144,6 +144,62 @@ struct Avx512Io {
 };
 #endif
 
+#if defined(__aarch64__)
+struct NeonIo {
+  using S = NeonF32;
+  // out[c][r] = p[r * stride + c], r < 4, c < 4.
+  static PARED_INLINE void columns(const float* p, int64_t stride, S::V out[4]) {
+    const float32x4x2_t a = vtrnq_f32(vld1q_f32(p), vld1q_f32(p + stride));
+    const float32x4x2_t b = vtrnq_f32(vld1q_f32(p + 2 * stride), vld1q_f32(p + 3 * stride));
+    for (int c = 0; c < 2; ++c) {
+      const float64x2_t top = vreinterpretq_f64_f32(a.val[c]), bottom = vreinterpretq_f64_f32(b.val[c]);
+      out[c] = vreinterpretq_f32_f64(vzip1q_f64(top, bottom));
+      out[c + 2] = vreinterpretq_f32_f64(vzip2q_f64(top, bottom));
+    }
+  }
+  static PARED_INLINE S::V widen(uint16x4_t h, bool bf16) {
+    return bf16 ? vreinterpretq_f32_u32(vshll_n_u16(h, 16)) : vcvt_f32_f16(vreinterpret_f16_u16(h));
+  }
+  static PARED_INLINE S::V widen(const uint16_t* p, bool bf16) { return widen(vld1_u16(p), bf16); }
+  // Lanes below n, the others zero.
+  static PARED_INLINE S::V load_first(const float* p, int n) {
+    if (n == 4) return vld1q_f32(p);
+    S::V v = vld1q_lane_f32(p, S::zero(), 0);
+    if (n > 1) v = vld1q_lane_f32(p + 1, v, 1);
+    if (n > 2) v = vld1q_lane_f32(p + 2, v, 2);
+    return v;
+  }
+  static PARED_INLINE S::V load_first(const uint16_t* p, int n, bool bf16) {
+    if (n == 4) return widen(p, bf16);
+    uint16x4_t h = vld1_lane_u16(p, vdup_n_u16(0), 0);
+    if (n > 1) h = vld1_lane_u16(p + 1, h, 1);
+    if (n > 2) h = vld1_lane_u16(p + 2, h, 2);
+    return widen(h, bf16);
+  }
+  // Lanes below n; n = 4 stores all.
+  static PARED_INLINE void store_first(float* p, S::V v, int n) {
+    if (n == 4) return vst1q_f32(p, v);
+    vst1q_lane_f32(p, v, 0);
+    if (n > 1) vst1q_lane_f32(p + 1, v, 1);
+    if (n > 2) vst1q_lane_f32(p + 2, v, 2);
+  }
+  static PARED_INLINE uint16x4_t to_bf16(S::V v) {
+    const uint32x4_t u = vreinterpretq_u32_f32(v);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(vaddq_u32(u, vdupq_n_u32(0x7fff)), odd);
+    const uint32x4_t quiet = vorrq_u32(u, vdupq_n_u32(0x400000));
+    return vshrn_n_u32(vbslq_u32(vceqq_f32(v, v), rounded, quiet), 16);
+  }
+  static PARED_INLINE void store_first(uint16_t* p, S::V v, int n, bool bf16) {
+    const uint16x4_t h = bf16 ? to_bf16(v) : vreinterpret_u16_f16(vcvt_f16_f32(v));
+    if (n == 4) return vst1_u16(p, h);
+    vst1_lane_u16(p, h, 0);
+    if (n > 1) vst1_lane_u16(p + 1, h, 1);
+    if (n > 2) vst1_lane_u16(p + 2, h, 2);
+  }
+};
+#endif
+
 // v, and the first n elements of the residual of `y`, which lies `shift` bytes from it (0: there is none).
 template <class IO>
 PARED_INLINE typename IO::S::V add_residual(typename IO::S::V v, const float* y, int64_t shift, int n) {

@@ -11,6 +11,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace pared {
@@ -164,6 +166,57 @@ struct Avx512F32AndHalf {
   }
   static PARED_INLINE V fma(Value w, V b, V c) {
     return {_mm512_fmadd_ps(w, b.whole, c.whole), _mm256_fmadd_ps(_mm512_castps512_ps256(w), b.half, c.half)};
+  }
+};
+#endif
+
+#if defined(__aarch64__)
+struct NeonF32 {
+  static constexpr int width = 4;
+  using V = float32x4_t;
+  using Element = float;
+  using Operand = V;  // of the panel, as fma takes it
+  // A broadcast value is a lane of a register, which multiply-adds take as it is: neither a load nor an
+  // instruction of its own.
+  struct Value {
+    float32x4_t four;
+    int lane;
+  };
+  using Four = float32x4_t;
+  static PARED_INLINE Operand operand(const float* p) { return loadu(p); }
+  static PARED_INLINE Value value(float f) { return {set1(f), 0}; }
+  static PARED_INLINE Four four(const float* p) { return vld1q_f32(p); }
+  static PARED_INLINE Value nth(Four f, int i) { return {f, i}; }
+  static PARED_INLINE V zero() { return vdupq_n_f32(0.0f); }
+  static PARED_INLINE V set1(float f) { return vdupq_n_f32(f); }
+  static PARED_INLINE V load(const float* p) { return vld1q_f32(p); }
+  static PARED_INLINE V loadu(const float* p) { return vld1q_f32(p); }
+  static PARED_INLINE void store(float* p, V v) { vst1q_f32(p, v); }
+  static PARED_INLINE void storeu(float* p, V v) { vst1q_f32(p, v); }
+  static PARED_INLINE V add(V a, V b) { return vaddq_f32(a, b); }
+  static PARED_INLINE V sub(V a, V b) { return vsubq_f32(a, b); }
+  static PARED_INLINE V mul(V a, V b) { return vmulq_f32(a, b); }
+  static PARED_INLINE V div(V a, V b) { return vdivq_f32(a, b); }
+  // Arm's own maximum is NaN where either is.
+  static PARED_INLINE V max(V a, V b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+  static PARED_INLINE V minus_abs(V a) { return vnegq_f32(vabsq_f32(a)); }
+  static PARED_INLINE V select_negative(V x, V a, V b) {
+    return vbslq_f32(vcltzq_s32(vreinterpretq_s32_f32(x)), a, b);
+  }
+  static PARED_INLINE V product_error(V a, V b, V p) { return vfmaq_f32(vnegq_f32(p), a, b); }
+  static PARED_INLINE V scale2(V v, V n) {
+    const int32x4_t i = vcvtnq_s32_f32(n), half = vshrq_n_s32(i, 1), bias = vdupq_n_s32(127);
+    const auto power = [](int32x4_t e) { return vreinterpretq_f32_s32(vshlq_n_s32(e, 23)); };
+    return vmulq_f32(vmulq_f32(v, power(vaddq_s32(half, bias))), power(vaddq_s32(vsubq_s32(i, half), bias)));
+  }
+  static PARED_INLINE V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
+  static PARED_INLINE V fma(Value w, V b, V c) {
+    switch (w.lane) {  // known where loops are unrolled
+      case 0: return vfmaq_laneq_f32(c, b, w.four, 0);
+      case 1: return vfmaq_laneq_f32(c, b, w.four, 1);
+      case 2: return vfmaq_laneq_f32(c, b, w.four, 2);
+      default: return vfmaq_laneq_f32(c, b, w.four, 3);
+    }
   }
 };
 #endif
