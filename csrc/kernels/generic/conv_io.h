@@ -142,6 +142,42 @@ struct Avx512Conv {
 };
 #endif
 
+#if defined(__aarch64__)
+// There are no masked loads: bits decide lane by lane, the branches are the same from call to call.
+struct NeonConv {
+  using Io = NeonIo;
+  using S = NeonF32;
+  using Mask = uint32_t;
+  static constexpr Mask kAll = 0xf;
+  static PARED_INLINE Mask mask(uint32_t bits) { return bits & kAll; }
+  static PARED_INLINE S::V load(Mask m, const float* p) { return load_over(S::zero(), m, p); }
+  static PARED_INLINE S::V load_over(S::V into, Mask m, const float* p) {
+    if (m == kAll) return vld1q_f32(p);
+    if (m & 1u) into = vld1q_lane_f32(p, into, 0);
+    if (m & 2u) into = vld1q_lane_f32(p + 1, into, 1);
+    if (m & 4u) into = vld1q_lane_f32(p + 2, into, 2);
+    if (m & 8u) into = vld1q_lane_f32(p + 3, into, 3);
+    return into;
+  }
+  template <ConvRead R>
+  static PARED_INLINE S::V gather(const void* x, int64_t i, uint32_t bits, int64_t step, DType t) {
+    if constexpr (R == ConvRead::f32_1) return load(bits, static_cast<const float*>(x) + i);
+    if (R == ConvRead::any || bits != kAll) return gather_elements<S>(x, i, bits, step, t);
+    // Two elements apart: the second load ends with the last of them, behind which nothing need be.
+    if constexpr (R == ConvRead::f32_2) {
+      const float* p = static_cast<const float*>(x) + i;
+      const float32x4_t b = vld1q_f32(p + 3);
+      return vuzp1q_f32(vld1q_f32(p), vextq_f32(b, b, 1));
+    }
+    constexpr bool kBf16 = R == ConvRead::bf16_1 || R == ConvRead::bf16_2;
+    const uint16_t* p = static_cast<const uint16_t*>(x) + i;
+    if constexpr (R == ConvRead::bf16_1 || R == ConvRead::f16_1) return Io::widen(p, kBf16);
+    const uint16x4_t b = vld1_u16(p + 3);
+    return Io::widen(vuzp1_u16(vld1_u16(p), vext_u16(b, b, 1)), kBf16);
+  }
+};
+#endif
+
 // Calls unit(x, row) for the panel row of each channel of one tap: x the tap's view of the channel's plane. A
 // tap at a time, because its lane masks then stay in registers.
 template <class F>
@@ -223,7 +259,9 @@ PARED_INLINE void pack_strip_vector(const float* x, const int64_t* band_at, uint
   constexpr int W = S::width, kPiece = kPanelGroup / BANDS;
   for (int h = 0; h < kPanelGroup; h += W) {
     typename S::V v = S::zero();
-    for (int b = 0; b < BANDS; ++b) {
+    // The bands that have lanes of this vector.
+    const int first = h / kPiece, end = kPiece % W == 0 ? first + 1 : BANDS;
+    for (int b = first; b < end; ++b) {
       const uint32_t piece = bands >> b & 1u ? lanes << b * kPiece : 0u;
       v = C::load_over(v, C::mask(piece >> h & ((1u << W) - 1u)), x + band_at[b] + h - b * kPiece);
     }

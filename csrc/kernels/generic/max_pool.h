@@ -21,6 +21,9 @@ PARED_INLINE __m512 larger(__m512 a, __m512 b) {
   return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
 }
 #endif
+#if defined(__aarch64__)
+PARED_INLINE float32x4_t larger(float32x4_t a, float32x4_t b) { return vmaxq_f32(a, b); }
+#endif
 
 template <int W>
 PARED_INLINE uint32_t first_lanes(int64_t n) {

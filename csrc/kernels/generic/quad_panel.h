@@ -10,6 +10,19 @@
 namespace pared {
 namespace {
 
+// The four values of an entry. Lanes of a register where multiply-adds take those as they are; else from
+// memory: a permutation for each costs more than a load.
+template <class S>
+PARED_INLINE auto quad_values(const typename S::Element* p) {
+  if constexpr (kByLane<S>) return S::four(p);
+  else return p;
+}
+template <class S, class Four>
+PARED_INLINE typename S::Value quad_value(Four four, int i) {
+  if constexpr (kByLane<S>) return S::nth(four, i);
+  else return S::value(four[i]);
+}
+
 // RUNS quads side by side, with vectors [FIRST, FIRST + N) of a tile of VECTORS position groups. `at`: the
 // first entry of the first quad; returns that behind the last.
 template <class S, int VECTORS, int FIRST, int N, int RUNS>
@@ -39,9 +52,10 @@ PARED_INLINE int64_t quad_panel_runs(const PanelArgs<typename S::Element>& args,
     const T* values = args.values + 4 * e;
     typename S::Operand column[N];
     for (int v = 0; v < N; ++v) column[v] = S::operand(x + v * S::width);
+    const auto four = quad_values<S>(values);
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
-      const typename S::Value w = S::value(values[r]);
+      const typename S::Value w = quad_value<S>(four, r);
       for (int v = 0; v < N; ++v) sum[i][r][v] = S::fma(w, column[v], sum[i][r][v]);
     }
   };

@@ -29,6 +29,11 @@ struct FourInMemory {
   static PARED_INLINE auto nth(Four f, int i) { return S::value(f[i]); }
 };
 
+// Whether multiply-adds of S take a value from a lane of a register (its `nth`), without an instruction for
+// it.
+template <class S>
+constexpr bool kByLane = false;
+
 struct ScalarF32 : FourInMemory<ScalarF32, float> {
   static constexpr int width = 1;
   using V = float;
@@ -219,6 +224,8 @@ struct NeonF32 {
     }
   }
 };
+template <>
+constexpr bool kByLane<NeonF32> = true;
 #endif
 
 }  // namespace
