@@ -220,12 +220,16 @@ def tampered(w: np.ndarray, change) -> ops.Bitmap:
     return weight
 
 
+# Of the first sixteen the values that make the fault large: one that is nearly zero may be wrong unseen.
+
+
 def swap_values(masks: np.ndarray, values: np.ndarray) -> None:
-    values[[0, 1]] = values[[1, 0]]
+    ends = [values[:16].argmin(), values[:16].argmax()]
+    values[ends] = values[ends[::-1]]
 
 
 def off_by_a_thousandth(masks: np.ndarray, values: np.ndarray) -> None:
-    values[17] *= 1.001
+    values[np.abs(values[:16]).argmax()] *= 1.001
 
 
 def swap_masks(masks: np.ndarray, values: np.ndarray) -> None:
