@@ -21,7 +21,8 @@
 #   3. bench/gpu.sh --only memcheck,racecheck,...
 # Where the machine does not outlast a command, keep FILE, the output and build/gpu/package/pared/*.so of the first one: the
 # next ones begin with --no-build.
-# The build takes about two minutes on 16 cores; build/gpu is kept, so that a second call builds what changed.
+# The build is some twenty minutes of one core, of which single files take one to three. build/gpu is kept, so that a
+# second call builds what changed, or goes on where the first one's time was over.
 #
 # CUTLASS_DIR=... (the folder above include/ of nvidia-cutlass 4.2.0.0) where that package is not installed: without its
 # headers int8 products use mma.sync on sm_90 too. It is looked for in .cutlass/ of the repository as well.
@@ -121,9 +122,16 @@ build_package() {  # CUTLASS: ON or OFF
 export -f build_package
 export python package
 if [ -n "$build" ]; then
-  # What a compiler or the clock most likely refuses is CUTLASS: the rest is not lost with it.
-  part build 330 bash -c "build_package ON" ||
-    part "build without CUTLASS" 200 bash -c "build_package OFF" || finish
+  # Nothing can be measured before it is done; what it is stopped for, a build of less would be too.
+  part build $((seconds * 5 / 6)) bash -c "build_package ON"
+  case $? in
+    0) ;;
+    124 | 137)
+      report+=("what is built stays in build/gpu: call again on this machine")
+      finish ;;
+    # What a compiler most likely refuses is CUTLASS: the rest is not lost with it.
+    *) part "build without CUTLASS" 330 bash -c "build_package OFF" || finish ;;
+  esac
 fi
 # The Python files of this tree beside the extensions, without those that another build has left among them.
 mkdir -p "$package/pared"

@@ -433,6 +433,20 @@ def test_a_build_that_fails_is_tried_without_cutlass(bare_machine):
     assert not any("bench.gpu.smoke" in line for line in lines)
 
 
+def test_a_build_whose_time_is_over_is_left_for_the_next_call(bare_machine, tmp_path):
+    stops = tmp_path / "bin/timeout"
+    stops.write_text(
+        '#!/bin/sh\ncase "$*" in *build_package*) exit 124 ;; esac\nexec /usr/bin/timeout "$@"\n'
+    )
+    stops.chmod(0o755)
+    run, lines = bare_machine()
+    assert run.returncode == 1
+    assert "build: STOPPED after 475 s" in run.stdout
+    assert "what is built stays in build/gpu" in run.stdout
+    assert "without CUTLASS" not in run.stdout
+    assert not any("bench.gpu" in line for line in lines)
+
+
 def test_an_unknown_option_of_the_script():
     run = subprocess.run([ROOT / "bench/gpu.sh", "--fast"], capture_output=True, text=True, check=False)
     assert run.returncode == 2
