@@ -12,10 +12,6 @@
 namespace pared::cuda {
 namespace {
 
-__device__ __forceinline__ float widen(float v) { return v; }
-__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
-__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-
 // Values that are loaded with one instruction, or two.
 template <class V, int kCount>
 struct alignas(sizeof(V) * kCount < 16 ? sizeof(V) * kCount : 16) Pack {
@@ -36,30 +32,43 @@ __device__ __forceinline__ float high(unsigned two) {
   else return __uint_as_float(two & 0xffff0000u);
 }
 
-// Eight bytes of activations.
-__device__ __forceinline__ void widen(float (&x)[2], uint2 words, float) {
-  x[0] = __uint_as_float(words.x);
-  x[1] = __uint_as_float(words.y);
-}
-template <class V>
-__device__ __forceinline__ void widen(float (&x)[4], uint2 words, V) {
-  x[0] = low<V>(words.x);
-  x[1] = high<V>(words.x);
-  x[2] = low<V>(words.y);
-  x[3] = high<V>(words.y);
+// The activations of a slot, or of a part of it: kCount at a 32-bit address in shared memory.
+template <class V, int kCount>
+__device__ __forceinline__ void load_activations(float (&x)[kCount], uint32_t address) {
+  constexpr int kBytes = kCount * sizeof(V), kWords = kBytes < 4 ? 1 : kBytes / 4;
+  uint32_t words[kWords];
+  if constexpr (kBytes == 16) {
+    const uint4 four = ptx::load_shared<uint4>(address);
+    words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+  } else if constexpr (kBytes == 8) {
+    const uint2 two = ptx::load_shared<uint2>(address);
+    words[0] = two.x, words[1] = two.y;
+  } else if constexpr (kBytes == 4) {
+    words[0] = ptx::load_shared<uint32_t>(address);
+  } else {
+    words[0] = ptx::load_shared<uint16_t>(address);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (sizeof(V) == 4) x[i] = __uint_as_float(words[i]);
+    else x[i] = i % 2 ? high<V>(words[i / 2]) : low<V>(words[i / 2]);
+  }
 }
 
 struct Columns {
   uint2 columns;
 
   __device__ __forceinline__ unsigned two(int i) const { return i < 2 ? columns.x : columns.y; }
-  __device__ __forceinline__ int column(int i) const {
-    return static_cast<int>(i % 2 ? two(i) >> 16 : two(i) & 0xffffu);
+  // Where slot i is behind slot 0, of kBytes each, in one instruction.
+  template <int kBytes>
+  __device__ __forceinline__ uint32_t address(int i, uint32_t slot_0) const {
+    static_assert(kBytes < 256);
+    return __dp2a_lo(two(i), i % 2 ? kBytes * 256u : kBytes * 1u, slot_0);
   }
-  // Times kCsrSlotBytes, in one instruction.
-  __device__ __forceinline__ int slot_byte(int i) const {
+  // Times kCsrSlotBytes, which a byte does not hold.
+  __device__ __forceinline__ uint32_t slot_byte(int i) const {
     static_assert(kCsrSlotBytes == 1 << 8);
-    return static_cast<int>(__byte_perm(two(i), 0, i % 2 ? 0x4324 : 0x4104));
+    return __byte_perm(two(i), 0, i % 2 ? 0x4324 : 0x4104);
   }
 };
 // Four of a row's entries, as they come from memory.
@@ -140,19 +149,21 @@ __device__ __forceinline__ void load_panel(V* panel, int plane, const CsrProduct
     }
 }
 
+// slot_0: where slot 0 would be in the first plane; `plane` in bytes.
 template <class V, int kTokens>
-__device__ __forceinline__ void gather(float (&sums)[kTokens], const Entries<V>& e, const V* panel, int plane,
-                                       int first) {
+__device__ __forceinline__ void gather(float (&sums)[kTokens], const Entries<V>& e, uint32_t slot_0,
+                                       uint32_t plane) {
   constexpr int kPart = kTogether<V, kTokens>;
 #pragma unroll
   for (int i = 0; i < kCsrFour; ++i) {
     const float v = e.value(i);
+    const uint32_t at = e.template address<kPart* static_cast<int>(sizeof(V))>(i, slot_0);
 #pragma unroll
     for (int part = 0; part < kTokens; part += kPart) {
-      const auto x = *reinterpret_cast<const Pack<V, kPart>*>(panel + part / kPart * plane +
-                                                              (e.column(i) - first) * kPart);
+      float x[kPart];
+      load_activations<V>(x, at + static_cast<uint32_t>(part / kPart) * plane);
 #pragma unroll
-      for (int t = 0; t < kPart; ++t) sums[part + t] = __fmaf_rn(v, widen(x.at[t]), sums[part + t]);
+      for (int t = 0; t < kPart; ++t) sums[part + t] = __fmaf_rn(v, x[t], sums[part + t]);
     }
   }
 }
@@ -187,7 +198,10 @@ __global__ void __launch_bounds__(kCsrThreads, 2) csr_gather_kernel(const CsrPro
         loaded = b0;
         __syncthreads();
       }
-      const int slot = b0 % range * slots;  // the panel's first
+      // Slots count from the start of the range, whose first ones the panel may not hold.
+      constexpr uint32_t kSlotBytes = kTogether<V, kTokens> * sizeof(V);
+      const uint32_t slot_0 =
+          ptx::shared_address(panel) - static_cast<uint32_t>(b0 % range * slots) * kSlotBytes;
       const auto fours_of = [&](int row) {  // [x, y)
         if (row >= item.end) return make_uint2(0, 0);
         const uint32_t* starts = p.w.starts + int64_t{row} * blocks;
@@ -209,7 +223,8 @@ __global__ void __launch_bounds__(kCsrThreads, 2) csr_gather_kernel(const CsrPro
           }
 #pragma unroll
           for (int i = 0; i < kAhead; ++i)
-            if (inside[i]) gather<V, kTokens>(sums, entries[i], panel, plane, slot);
+            if (inside[i])
+              gather<V, kTokens>(sums, entries[i], slot_0, static_cast<uint32_t>(plane) * sizeof(V));
         }
         fours = next;
 #pragma unroll
@@ -316,7 +331,8 @@ __global__ void __launch_bounds__(kCsrThreads, 1) csr_panel_kernel(const CsrProd
     ptx::copy_commit();
     ptx::copy_wait<1>();
     __syncthreads();
-    const int base = b % kCsrStages * stage_bytes - b % range * stage_bytes + lane * 8;
+    const uint32_t base = ptx::shared_address(shared) +
+                          static_cast<uint32_t>((b % kCsrStages - b % range) * stage_bytes + lane * 8);
     Entries<V> ahead = load_entries<V>(p.w, __shfl_sync(0xffffffffu, begin, 0));
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -330,7 +346,7 @@ __global__ void __launch_bounds__(kCsrThreads, 1) csr_panel_kernel(const CsrProd
 #pragma unroll
         for (int i = 0; i < kCsrFour; ++i) {
           float x[kMine];
-          widen(x, *reinterpret_cast<const uint2*>(shared + (base + now.slot_byte(i))), V{});
+          load_activations<V>(x, base + now.slot_byte(i));
           const float v = now.value(i);
 #pragma unroll
           for (int t = 0; t < kMine; ++t) sums[r][t] = __fmaf_rn(v, x[t], sums[r][t]);

@@ -96,14 +96,28 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
 
 // ---- shared memory, by its 32-bit address: sums of products of bytes make addresses without a 64-bit step
 
-// T: of one, two or four bytes.
+// T: of one, two or four bytes, as a word, or uint2 or uint4, as they are.
 template <class T>
-__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
-  uint32_t v;
-  if constexpr (sizeof(T) == 4) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-  else if constexpr (sizeof(T) == 1) asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address));
-  else asm volatile("ld.shared.u16 %0, [%1];" : "=r"(v) : "r"(address));
-  return v;
+__device__ __forceinline__ auto load_shared(uint32_t address) {
+  if constexpr (sizeof(T) == 16) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+  } else if constexpr (sizeof(T) == 8) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+    return v;
+  } else {
+    uint32_t v;
+    if constexpr (sizeof(T) == 4) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    else if constexpr (sizeof(T) == 1)
+      asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    else asm volatile("ld.shared.u16 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
+  }
 }
 
 // The word there, and the address of the next one, where `some` is not zero; else zero, and the same address.
@@ -113,7 +127,8 @@ __device__ __forceinline__ uint32_t take_shared(uint32_t some, uint32_t& address
       "{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u32 %0, 0;\n@p ld.shared.u32 %0, [%1];\n"
       "@p add.u32 %1, %1, 4;\n}"
       : "=&r"(v), "+r"(address)
-      : "r"(some));
+      : "r"(some)
+      : "memory");
   return v;
 }
 

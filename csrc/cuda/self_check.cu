@@ -67,6 +67,8 @@ __global__ void words_kernel(const uint32_t* in, uint32_t* c) {
   const uint32_t at = ptx::shared_address(bytes) + y % 126;
   uint32_t next = at & 0x78u;  // with a word behind it
   const uint32_t first_taken = ptx::take_shared(y & 8, next), second_taken = ptx::take_shared(z & 8, next);
+  const uint2 two = ptx::load_shared<uint2>(at & ~7u);
+  const uint4 four = ptx::load_shared<uint4>(at & ~15u);
   const uint32_t out[] = {ptx::logic<(0xf0 & 0xcc) | 0xaa>(x, y, z),
                           ptx::logic<(0xf0 ^ 0xcc) | 0xaa>(x, y, z),
                           ptx::permute(x, y, z & 0x7777),
@@ -79,7 +81,13 @@ __global__ void words_kernel(const uint32_t* in, uint32_t* c) {
                           __dp2a_hi(x, y, z),
                           first_taken,
                           second_taken,
-                          next - ptx::shared_address(bytes)};
+                          next - ptx::shared_address(bytes),
+                          two.x,
+                          two.y,
+                          four.x,
+                          four.y,
+                          four.z,
+                          four.w};
   for (uint32_t i = 0; i < sizeof(out) / sizeof(out[0]); ++i) c[32 * i + lane] = out[i];
 }
 

@@ -14,7 +14,7 @@ namespace pared::cuda {
 //   mma_s8              a [16, 32], b [8, 32] int8, c [16, 8] int32
 //   load_matrices       a [32, 8] of 16 bits: c [4, 32] registers of load_matrices, then [2, 32], then both
 //   transposed
-//   words               a [3, 32] of 32 bits, c [10, 32]: permutations, sums and loads by the lane, as the
+//   words               a [3, 32] of 32 bits, c [19, 32]: permutations, sums and loads by the lane, as the
 //   kernel lists them
 // One block of 128 threads:
 //   copy_async          a [kCheckTiles, 1024] bytes through three stages of cp.async: c [1024] sums of 32-bit

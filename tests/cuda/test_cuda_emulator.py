@@ -122,7 +122,7 @@ def test_load_matrices(backend):
 
 def test_words(backend, rng):
     x, y, z = words = rng.integers(0, 1 << 32, (3, 32), dtype=np.uint64)
-    got = check(backend, "words", words.astype(np.uint32).view(np.int32), None, np.zeros((13, 32), np.int32))
+    got = check(backend, "words", words.astype(np.uint32).view(np.int32), None, np.zeros((19, 32), np.int32))
     lanes = np.arange(32)
     eight = np.concatenate([[v >> (8 * i) & 255 for i in range(4)] for v in (x, y)])
     permuted = sum(eight[z >> (4 * i) & 7, lanes] << (8 * i) for i in range(4))
@@ -144,6 +144,8 @@ def test_words(backend, rng):
         x[taken] * some,
         x[taken + some] * more,
         4 * (taken + some + more),
+        *(x[(at >> 3) * 2 + i] for i in range(2)),
+        *(x[(at >> 4) * 4 + i] for i in range(4)),
     ]
     np.testing.assert_array_equal(got.view(np.uint32), np.stack(want).astype(np.uint32))
 

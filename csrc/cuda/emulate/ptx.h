@@ -35,10 +35,11 @@ inline uint4 load_once(const uint4* p, PARED_HERE) { return emulate::aligned(p, 
 
 inline uint32_t shared_address(const void* p) { return emulate::shared_address(p); }
 template <class T>
-PARED_UNSEEN uint32_t load_shared(uint32_t address, PARED_HERE) {
+PARED_UNSEEN auto load_shared(uint32_t address, PARED_HERE) {
   const auto* p = reinterpret_cast<const T*>(emulate::dynamic_shared() + address);
   emulate::touch(p, sizeof(T), emulate::Touch::read, PARED_WHERE);
-  return emulate::aligned(p, PARED_WHERE);
+  if constexpr (sizeof(T) > 4) return emulate::aligned(p, PARED_WHERE);
+  else return static_cast<uint32_t>(emulate::aligned(p, PARED_WHERE));
 }
 
 inline uint32_t take_shared(uint32_t some, uint32_t& address, PARED_HERE) {
