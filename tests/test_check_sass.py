@@ -98,6 +98,12 @@ def test_what_is_right_passes(check_sass):
         ),
         ("select_ties_kernel", [*FENCED[:-2], "CCTL.IVALL"], r"1 of two MEMBAR\.(SC|ALL)\.GPU"),
         ("select_ties_kernel", FENCED[:-1], r"1 of two CCTL\.IVALL"),
+        (
+            "select_ties_kernel",
+            [*FENCED[:2], "ATOMG.E.CAS.64.STRONG.GPU PT, R2, [R2], R4, R6", "CCTL.IVALL"],
+            r"1 of two MEMBAR\.(SC|ALL)\.GPU",
+        ),
+        ("csr_gather_kernelIfLi1E", ["LDG.E.128.CONSTANT R4"], r"no IDP\.2A"),
         ("csr_panel_kernelIfLi4E", ["LDS R4, [R2]", "LDGSTS.E.BYPASS.128 [R3]"], r"no LDS\.64"),
     ],
 )

@@ -53,7 +53,7 @@ EXPECTED = [
 ]
 # A block that counts those that are done, to find out whether it is the last: what it has written is behind a
 # fence before, and what it reads after another, which drops what L1 holds.
-TICKET = re.compile(r"ATOMG\.E\.ADD\.STRONG\.GPU")
+TICKET = re.compile(r"ATOMG\.E\.(ADD|CAS\.64)\.STRONG\.GPU")
 FENCES = (r"MEMBAR\.(SC|ALL)\.GPU", r"CCTL\.IVALL")
 LOCAL = re.compile(r"\b(LDL|STL)\b")
 FUNCTION = re.compile(r"^\s*Function : (\S+)")

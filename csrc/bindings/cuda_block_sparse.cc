@@ -15,25 +15,26 @@ namespace py = pybind11;
 namespace pared {
 namespace {
 
-// values, columns, dtype, block rows, block columns, outputs, cols
-using BlockSparseTuple = std::tuple<uintptr_t, uintptr_t, std::string, int, int, int64_t, int64_t>;
+// values, columns, dtype, block rows, block columns, outputs, cols, blocks
+using BlockSparseTuple = std::tuple<uintptr_t, uintptr_t, std::string, int, int, int64_t, int64_t, int64_t>;
 
 cuda::BlockSparseWeight weight(const BlockSparseTuple& t) {
-  const auto& [values, columns, dtype, rows, cols, outputs, inputs] = t;
+  const auto& [values, columns, dtype, rows, cols, outputs, inputs, blocks] = t;
   const cuda::BlockSparseWeight w{reinterpret_cast<const void*>(values),
                                   reinterpret_cast<const int32_t*>(columns),
                                   dtype == "int8" ? DType::i8 : parse_float_dtype(dtype),
                                   rows,
                                   cols,
                                   outputs,
-                                  inputs};
+                                  inputs,
+                                  blocks};
   if (w.dtype == DType::f32) throw TypeError("dtype: expected float16, bfloat16 or int8, got float32");
   PARED_CHECK(rows == 16 || rows == 32 || rows == 64 || rows == 128,
               "block: expected 16, 32, 64 or 128 rows, got ", rows);
   PARED_CHECK(cols > 0 && cols * dtype_size(w.dtype) % 16 == 0,
               "block: expected columns of a multiple of 16 bytes, got ", cols, " of ", dtype);
   PARED_CHECK(values % 16 == 0, "values: expected memory aligned to 16 bytes");
-  PARED_CHECK(outputs >= 0 && inputs >= 0, "w: expected non-negative sizes");
+  PARED_CHECK(outputs >= 0 && inputs >= 0 && blocks >= 0, "w: expected non-negative sizes");
   return w;
 }
 

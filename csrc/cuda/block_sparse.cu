@@ -15,24 +15,53 @@
 namespace pared::cuda {
 namespace {
 
-// Stage `step` of an item: rows of x, then rows of the blocks.
+// Where a thread's chunk of a step lies, the same one for all of its rows.
+struct Chunk {
+  int at;         // in the stage's rows
+  int64_t block;  // of the item's, or behind them: !inside
+  int within;     // bytes from the start of a block's row
+  bool inside;
+
+  __device__ __forceinline__ Chunk(const BlockSparseProduct& p, const BlockItem& item, int step,
+                                   int item_bytes) {
+    const auto per_block = static_cast<unsigned>(p.w.block_cols * item_bytes / kChunk);
+    at = static_cast<int>(threadIdx.x) % kChunks;
+    const auto chunk = static_cast<unsigned>(step * kChunks + at);
+    block = int64_t{item.begin} + chunk / per_block;
+    within = static_cast<int>(chunk % per_block) * kChunk;
+    inside = block < item.end;
+  }
+};
+
+// A stage is rows of x, then rows of the blocks. These come first: where they are is known before any of the
+// blocks' columns has been read.
 template <class T>
-__device__ __forceinline__ void copy_stage(unsigned char* stage, const BlockSparseProduct& p,
-                                           const BlockItem& item, int64_t first_token, int64_t step,
-                                           int item_bytes) {
-  const int per_block = p.w.block_cols * item_bytes / kChunk;  // chunks of a block's row
+__device__ __forceinline__ void copy_blocks(unsigned char* stage, const BlockSparseProduct& p,
+                                            const Chunk& chunk, int item_bytes) {
   static_assert(T::kThreads % kChunks == 0);
-  const int chunk = static_cast<int>(threadIdx.x) % kChunks;  // the same for all of a thread's rows
-  const int64_t at = step * kChunks + chunk;
-  const int64_t block = item.begin + at / per_block;
-  const bool inside = block < item.end;
-  const int64_t within = at % per_block * kChunk;  // bytes
+  constexpr int kRowsAtOnce = T::kThreads / kChunks;
+  const int first_row = static_cast<int>(threadIdx.x) / kChunks;
+  const auto* w = static_cast<const unsigned char*>(p.w.values);
+  const int64_t row_bytes = int64_t{p.w.block_cols} * item_bytes;
+#pragma unroll
+  for (int i = 0; i < (T::kColumns + kRowsAtOnce - 1) / kRowsAtOnce; ++i) {
+    const int r = first_row + i * kRowsAtOnce;
+    if (T::kColumns % kRowsAtOnce && r >= T::kColumns) break;
+    ptx::copy_async<kChunk>(stage + T::kRows * kStepBytes + chunk_at(r, chunk.at),
+                            chunk.inside ? w + (chunk.block * T::kColumns + r) * row_bytes + chunk.within : w,
+                            chunk.inside ? kChunk : 0);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void copy_tokens(unsigned char* stage, const BlockSparseProduct& p,
+                                            const Chunk& chunk, int64_t first_token, int item_bytes) {
+  const bool inside = chunk.inside;
   const int64_t column =
-      inside ? __ldg(p.w.columns + block) * int64_t{p.w.block_cols} * item_bytes + within : 0;
+      inside ? __ldg(p.w.columns + chunk.block) * int64_t{p.w.block_cols} * item_bytes + chunk.within : 0;
   const int64_t left = p.w.cols * item_bytes - column;  // the last block may stand out of the matrix
   const int valid = !inside || left <= 0 ? 0 : left < kChunk ? static_cast<int>(left) : kChunk;
   const auto* x = static_cast<const unsigned char*>(p.x);
-  const auto* w = static_cast<const unsigned char*>(p.w.values);
   constexpr int kRowsAtOnce = T::kThreads / kChunks;
   const int first_row = static_cast<int>(threadIdx.x) / kChunks;
 #pragma unroll
@@ -41,45 +70,43 @@ __device__ __forceinline__ void copy_stage(unsigned char* stage, const BlockSpar
     if (T::kRows % kRowsAtOnce && r >= T::kRows) break;
     const int64_t token = first_token + r;
     const bool some = token < p.tokens && valid > 0;
-    ptx::copy_async<kChunk>(stage + chunk_at(r, chunk),
+    ptx::copy_async<kChunk>(stage + chunk_at(r, chunk.at),
                             some ? x + token * p.x_stride * item_bytes + column : x, some ? valid : 0);
-  }
-  const int64_t row_bytes = int64_t{p.w.block_cols} * item_bytes;
-#pragma unroll
-  for (int i = 0; i < (T::kColumns + kRowsAtOnce - 1) / kRowsAtOnce; ++i) {
-    const int r = first_row + i * kRowsAtOnce;
-    if (T::kColumns % kRowsAtOnce && r >= T::kColumns) break;
-    ptx::copy_async<kChunk>(stage + T::kRows * kStepBytes + chunk_at(r, chunk),
-                            inside ? w + (block * T::kColumns + r) * row_bytes + within : w,
-                            inside ? kChunk : 0);
   }
 }
 
 template <class T, class Mma>
 __global__ void __launch_bounds__(T::kThreads)
-    block_sparse_kernel(const BlockSparseProduct p, const int64_t counter_bytes) {
+    block_sparse_kernel(const BlockSparseProduct p, const int64_t counter_bytes, const Ticket number) {
   PARED_DYNAMIC_SHARED(shared);
   constexpr int kItemBytes = std::is_same<Mma, MmaS8>::value ? 1 : 2;
   const BlockItem item = p.items[blockIdx.x];
   const int64_t first_token = int64_t{blockIdx.y} * T::kRows;
   const int64_t bytes = int64_t{item.end - item.begin} * p.w.block_cols * kItemBytes;
-  const int64_t steps = (bytes + kStepBytes - 1) / kStepBytes;
-  const auto issue = [&](int64_t step) {
+  const int steps = static_cast<int>((bytes + kStepBytes - 1) / kStepBytes);
+  const auto stage_of = [&](int step) { return shared + step % T::kStages * T::kStageBytes; };
+  const auto issue_blocks = [&](int step) {
+    if (step < steps) copy_blocks<T>(stage_of(step), p, Chunk(p, item, step, kItemBytes), kItemBytes);
+  };
+  const auto issue_tokens = [&](int step) {
     if (step < steps)
-      copy_stage<T>(shared + step % T::kStages * T::kStageBytes, p, item, first_token, step, kItemBytes);
+      copy_tokens<T>(stage_of(step), p, Chunk(p, item, step, kItemBytes), first_token, kItemBytes);
     ptx::copy_commit();
   };
   typename Mma::Sum sums[T::kMmaM][T::kMmaN][4] = {};
-#pragma unroll
-  for (int s = 0; s < T::kStages - 1; ++s) issue(s);
-  for (int64_t step = 0; step < steps; ++step) {
+#pragma unroll 1
+  for (int s = 0; s < T::kStages - 1; ++s) issue_blocks(s);
+#pragma unroll 1
+  for (int s = 0; s < T::kStages - 1; ++s) issue_tokens(s);
+  for (int step = 0; step < steps; ++step) {
     ptx::copy_wait<T::kStages - 2>();
     __syncthreads();  // the stage is here for all, and the one that is filled next has been read by all
-    issue(step + T::kStages - 1);
-    multiply_stage<T, Mma>(sums, shared + step % T::kStages * T::kStageBytes);
+    issue_blocks(step + T::kStages - 1);
+    issue_tokens(step + T::kStages - 1);
+    multiply_stage<T, Mma>(sums, stage_of(step));
   }
   ptx::copy_wait<0>();
-  finish_tile<T>(p, item, counter_bytes, first_token, shared, sums);
+  finish_tile<T>(p, item, counter_bytes, number, first_token, shared, sums);
 }
 
 template <class T>
@@ -87,13 +114,15 @@ void launch_tile(const BlockSparseProduct& p, cudaStream_t stream, const char* n
   const int64_t tiles = (p.tokens + T::kRows - 1) / T::kRows;
   PARED_CHECK(tiles <= 65535, "x: expected at most ", int64_t{65535} * T::kRows, " tokens, got ", p.tokens);
   const BlockSparseWorkspace workspace = block_sparse_workspace(p.tokens, p.slots, T::kColumns);
-  if (p.slots) check(cudaMemsetAsync(p.workspace, 0, static_cast<size_t>(workspace.counters), stream), name);
   const LaunchPlan plan{dim3(static_cast<unsigned>(p.item_count), static_cast<unsigned>(tiles)), T::kThreads,
                         T::kShared};
+  const auto start = [&](auto kernel) {
+    launch(name, kernel, plan, stream, p, workspace.counters, launch_number());
+  };
   switch (p.w.dtype) {
-    case DType::i8: return launch(name, block_sparse_kernel<T, MmaS8>, plan, stream, p, workspace.counters);
-    case DType::f16: return launch(name, block_sparse_kernel<T, MmaF16>, plan, stream, p, workspace.counters);
-    default: return launch(name, block_sparse_kernel<T, MmaBf16>, plan, stream, p, workspace.counters);
+    case DType::i8: return start(block_sparse_kernel<T, MmaS8>);
+    case DType::f16: return start(block_sparse_kernel<T, MmaF16>);
+    default: return start(block_sparse_kernel<T, MmaBf16>);
   }
 }
 
@@ -105,8 +134,8 @@ int wgmma_rows(const BlockSparseProduct& p, int device) {
   const int64_t limit = int64_t{1} << 31;  // of the copy engine's coordinates
   if (!block_sparse_wgmma(device) || forced == 0 || p.w.block_rows < 64 ||
       p.w.block_cols * item_bytes % kStepBytes || block_sparse_tile(p.tokens) == kBlockSparseFewTokens ||
-      p.w.cols * item_bytes >= limit || p.tokens >= limit || p.x_stride < p.w.cols ||
-      !p.w.values)  // of rows that overlap, or no block, there is no tensor map
+      p.w.cols * item_bytes >= limit || p.tokens >= limit || p.w.blocks * p.w.block_rows >= limit ||
+      p.x_stride < p.w.cols || p.w.blocks == 0)  // of rows that overlap, or no block, there is no tensor map
     return 0;
   // The larger reads the blocks half as often, where it leaves no multiprocessor idle. For tokens that fit
   // into the smaller the workspace has no room for its sums.

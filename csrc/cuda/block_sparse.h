@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "cuda/launch_number.h"
 #include "kernels/types.h"
 
 namespace pared::cuda {
@@ -31,7 +32,7 @@ struct BlockSparseWeight {
   const int32_t* columns;  // [blocks], in blocks, ordered by row
   DType dtype;             // f16, bf16 or i8
   int32_t block_rows, block_cols;
-  int64_t outputs, cols;
+  int64_t outputs, cols, blocks;
 };
 
 // y = activation(x W^T + bias); 8 bits: y = activation(float(sum) * x_scales[m] * w_scales[n] + bias[n]).
@@ -49,13 +50,13 @@ struct BlockSparseProduct {
   int64_t y_stride;
   uint8_t* workspace;
 };
-// Bytes of the workspace; `counters` of them come first and are zero before the kernel runs.
+// Bytes of the workspace; `counters` of them come first.
 struct BlockSparseWorkspace {
   int64_t bytes, counters;
 };
 constexpr BlockSparseWorkspace block_sparse_workspace(int64_t tokens, int64_t slots, int block_rows) {
   const int64_t tile = block_sparse_tile(tokens), tiles = (tokens + tile - 1) / tile;
-  const int64_t counters = (slots * tiles * 4 + 15) / 16 * 16;
+  const int64_t counters = (slots * tiles * kTicketBytes + 15) / 16 * 16;
   // A tile may have twice the rows where there are more tokens than one.
   const int64_t largest = tokens > tile ? 2 * tile : tile, rows = (tokens + largest - 1) / largest * largest;
   return {slots ? counters + slots * rows * block_rows * 4 : 0, counters};

@@ -6,16 +6,18 @@
 #include "cuda/epilogue.h"
 #include "cuda/mma_tile.h"
 #include "cuda/ptx.h"
+#include "cuda/ticket.h"
 
 namespace pared::cuda {
 
 // Where an item is a part of a row: true for the last to finish, which then has the sums of all parts.
 template <class T, class Sum>
 __device__ bool reduce_parts(const BlockSparseProduct& p, const BlockItem& item, int64_t counter_bytes,
-                             Sum (&sums)[T::kMmaM][T::kMmaN][4]) {
+                             Ticket launch, Sum (&sums)[T::kMmaM][T::kMmaN][4]) {
   constexpr int64_t kCount = int64_t{T::kRows} * T::kColumns;
   const int64_t tile = blockIdx.y, tiles = gridDim.y;
-  auto* counter = reinterpret_cast<uint32_t*>(p.workspace) + item.slot * tiles + tile;
+  auto* counter = reinterpret_cast<Ticket*>(p.workspace) + item.slot * tiles + tile;
+  const Ticket seen = threadIdx.x == 0 ? __ldcg(counter) : 0;
   auto* parts = reinterpret_cast<Sum*>(p.workspace + counter_bytes) + threadIdx.x;
   const auto part_at = [&](int part) { return parts + ((item.slot + part) * tiles + tile) * kCount; };
   Sum* out = part_at(item.part);
@@ -25,13 +27,7 @@ __device__ bool reduce_parts(const BlockSparseProduct& p, const BlockItem& item,
     for (int n = 0; n < T::kMmaN; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) __stcg(out + ((m * T::kMmaN + n) * 4 + i) * T::kThreads, sums[m][n][i]);
-  __threadfence();
-  T::sync();
-  PARED_SHARED(bool[1], last);
-  if (threadIdx.x == 0) last[0] = atomicAdd(counter, 1u) + 1 == static_cast<uint32_t>(item.parts);
-  T::sync();
-  if (!last[0]) return false;
-  __threadfence();
+  if (!last_of(counter, seen, launch, static_cast<uint32_t>(item.parts), [] { T::sync(); })) return false;
 #pragma unroll
   for (int m = 0; m < T::kMmaM; ++m)
 #pragma unroll
@@ -79,9 +75,9 @@ __device__ void store_tile(const BlockSparseProduct& p, const Sum* staged, int64
 // what is there has been read, and is overwritten.
 template <class T, class Sum>
 __device__ __forceinline__ void finish_tile(const BlockSparseProduct& p, const BlockItem& item,
-                                            int64_t counter_bytes, int64_t first_token, unsigned char* shared,
-                                            Sum (&sums)[T::kMmaM][T::kMmaN][4]) {
-  if (item.parts > 1 && !reduce_parts<T>(p, item, counter_bytes, sums)) return;
+                                            int64_t counter_bytes, Ticket launch, int64_t first_token,
+                                            unsigned char* shared, Sum (&sums)[T::kMmaM][T::kMmaN][4]) {
+  if (item.parts > 1 && !reduce_parts<T>(p, item, counter_bytes, launch, sums)) return;
   T::sync();  // the stages are read: their memory takes the sums
   auto* staged = reinterpret_cast<Sum*>(shared);
   stage_sums<T>(staged, sums);

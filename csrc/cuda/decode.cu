@@ -6,6 +6,7 @@
 #include "cuda/epilogue.h"
 #include "cuda/launch.h"
 #include "cuda/ptx.h"
+#include "cuda/ticket.h"
 
 namespace pared::cuda {
 namespace {
@@ -285,20 +286,16 @@ __device__ __forceinline__ int sum_at(int token, int output) {
 
 // Outputs of one block row: adds up what the blocks of threads that share it have found. False for all but
 // the last of them, which has the sums of all, in the order of the splits, in `sums`.
-__device__ bool reduce_splits(const DecodePlan& plan, uint8_t* workspace, float* sums) {
+__device__ bool reduce_splits(const DecodePlan& plan, Ticket launch, uint8_t* workspace, float* sums) {
   const int count = kDecodeBlock * plan.tokens;
-  auto* counter = reinterpret_cast<uint32_t*>(workspace) + blockIdx.x;
+  auto* counter = reinterpret_cast<Ticket*>(workspace) + blockIdx.x;
+  const Ticket seen = threadIdx.x == 0 ? __ldcg(counter) : 0;
   float* of_row =
       reinterpret_cast<float*>(workspace + plan.counters_bytes) + int64_t{blockIdx.x} * plan.splits * count;
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads)
     __stcg(of_row + int64_t{blockIdx.y} * count + i, sums[i]);
-  __threadfence();
-  __syncthreads();
-  PARED_SHARED(bool[1], last);
-  if (threadIdx.x == 0) last[0] = atomicAdd(counter, 1u) + 1 == static_cast<uint32_t>(plan.splits);
-  __syncthreads();
-  if (!last[0]) return false;
-  __threadfence();
+  if (!last_of(counter, seen, launch, static_cast<uint32_t>(plan.splits), [] { __syncthreads(); }))
+    return false;
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
     float sum = 0.0f;
     for (int s = 0; s < plan.splits; ++s) sum += __ldcg(of_row + int64_t{s} * count + i);
@@ -310,7 +307,7 @@ __device__ bool reduce_splits(const DecodePlan& plan, uint8_t* workspace, float*
 
 template <class T, DecodeFormat kFormat, int kTiles>  // kTiles: of 8 tokens
 __global__ void __launch_bounds__(kThreads, kTiles == 4 ? kDecodeResidentMany : kDecodeResident)
-    decode_kernel(const DecodeProduct p, const DecodePlan plan) {
+    decode_kernel(const DecodeProduct p, const DecodePlan plan, const Ticket number) {
   PARED_DYNAMIC_SHARED(shared);
   PARED_SHARED(uint64_t[kDecodeWarps * kMaxStages], barriers);
   const int warp = static_cast<int>(threadIdx.x) / 32, g = ptx::lane() / 4, t = ptx::lane() % 4;
@@ -381,7 +378,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? kDecodeResidentMany : 
     staged[i] = sum;
   }
   __syncthreads();
-  if (plan.splits > 1 && !reduce_splits(plan, p.workspace, staged)) return;
+  if (plan.splits > 1 && !reduce_splits(plan, number, p.workspace, staged)) return;
   for (int i = static_cast<int>(threadIdx.x); i < kCount; i += kThreads) {
     const int token = i / kDecodeBlock, column = i % kDecodeBlock;
     const int64_t output = int64_t{blockIdx.x} * kDecodeBlock + column;
@@ -447,10 +444,11 @@ template <class T, DecodeFormat kFormat>
 void launch_decode(const DecodeProduct& p, const DecodePlan& plan, cudaStream_t stream, const char* name) {
   const LaunchPlan at{dim3(static_cast<unsigned>(plan.block_rows), static_cast<unsigned>(plan.splits)),
                       kThreads, static_cast<size_t>(plan.shared_bytes)};
+  const auto start = [&](auto kernel) { launch(name, kernel, at, stream, p, plan, launch_number()); };
   switch (plan.tokens) {
-    case 8: return launch(name, decode_kernel<T, kFormat, 1>, at, stream, p, plan);
-    case 16: return launch(name, decode_kernel<T, kFormat, 2>, at, stream, p, plan);
-    default: return launch(name, decode_kernel<T, kFormat, 4>, at, stream, p, plan);
+    case 8: return start(decode_kernel<T, kFormat, 1>);
+    case 16: return start(decode_kernel<T, kFormat, 2>);
+    default: return start(decode_kernel<T, kFormat, 4>);
   }
 }
 
@@ -500,9 +498,6 @@ void decode_product(const DecodeProduct& p, int device, cudaStream_t stream) {
     some.y = static_cast<uint16_t*>(p.y) + first * p.y_stride;
     const DecodePlan plan = plan_decode(some.tokens, p.w.outputs, p.w.cols, p.w.largest_block,
                                         multiprocessors(device), shared_limit(device));
-    if (plan.splits > 1)
-      check(cudaMemsetAsync(p.workspace, 0, static_cast<size_t>(plan.counters_bytes), stream),
-            "decode_product");
     if (p.w.dtype == DType::f16) launch_decode<__half>(some, plan, stream);
     else launch_decode<__nv_bfloat16>(some, plan, stream);
   }

@@ -26,6 +26,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/launch_number.h"
+
 namespace pared::cuda {
 
 enum class DecodeFormat : uint8_t { bitmap16, bitmap8, dense8, pairs16 };
@@ -56,7 +58,7 @@ struct DecodePlan {
   int32_t stages;       // copies in flight a warp: 2 to 4
   int32_t stage_bytes;  // of one: the largest block
   int64_t shared_bytes;
-  int64_t counters_bytes, workspace_bytes;  // counters first, zero before the first launch
+  int64_t counters_bytes, workspace_bytes;  // counters first
 };
 
 // Of shared memory for a block; expansion reads a value behind the last.
@@ -91,7 +93,7 @@ inline DecodePlan plan_decode(int64_t tokens, int64_t outputs, int64_t cols, int
   p.splits = static_cast<int32_t>(std::clamp<int64_t>(
       std::min(places / std::max<int64_t>(1, p.block_rows), p.block_cols / (2 * kDecodeWarps)), 1, 64));
   if (p.splits > 1) {
-    p.counters_bytes = up(p.block_rows * 4, 16) * 16;
+    p.counters_bytes = up(p.block_rows * kTicketBytes, 16) * 16;
     p.workspace_bytes = p.counters_bytes + p.block_rows * p.splits * kDecodeBlock * p.tokens * 4;
   }
   return p;

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/launch_number.h"
+
 namespace pared::cuda {
 
 inline constexpr int kInt8Align = 16;  // rows of int8 operands begin at multiples of it, zeros in between
@@ -45,7 +47,7 @@ struct Int8Plan {
   int64_t tiles_m, tiles_n;
   int64_t steps;   // stages along the reduction, all splits together
   int32_t splits;  // blocks that share a tile, each its own part of the steps; sums of integers have no order
-  int64_t counters_bytes, workspace_bytes;  // counters first, zero before the first launch
+  int64_t counters_bytes, workspace_bytes;  // counters first
 };
 
 // The wgmma tile whose rounds over the device take the least; -1 where tokens are too few for one. tokens,
@@ -85,7 +87,7 @@ inline Int8Plan plan_int8(int64_t tokens, int64_t outputs, int64_t cols, int mul
                  ? 1
                  : static_cast<int32_t>(std::clamp<int64_t>(std::min(wanted / tiles, p.steps / 4), 1, 16));
   if (p.splits > 1) {
-    p.counters_bytes = up(tiles * 4, 16) * 16;
+    p.counters_bytes = up(tiles * kTicketBytes, 16) * 16;
     p.workspace_bytes = p.counters_bytes + tiles * p.splits * tile.rows * tile.columns * 4;
   }
   return p;

@@ -12,6 +12,7 @@
 #include "cuda/launch.h"
 #include "cuda/mma_tile.h"
 #include "cuda/ptx.h"
+#include "cuda/ticket.h"
 
 namespace pared::cuda {
 namespace {
@@ -42,10 +43,11 @@ __device__ __forceinline__ void copy_rows(unsigned char* stage, const int8_t* x,
 
 // The other blocks' sums of this tile, for the block that is the last to finish; false for the others.
 template <class T>
-__device__ bool reduce_splits(int32_t (&sums)[T::kMmaM][T::kMmaN][4], const Int8Plan& plan,
+__device__ bool reduce_splits(int32_t (&sums)[T::kMmaM][T::kMmaN][4], const Int8Plan& plan, Ticket launch,
                               uint8_t* workspace, int64_t tile) {
   constexpr int64_t kCount = int64_t{T::kRows} * T::kColumns;
-  auto* counter = reinterpret_cast<uint32_t*>(workspace) + tile;
+  auto* counter = reinterpret_cast<Ticket*>(workspace) + tile;
+  const Ticket seen = threadIdx.x == 0 ? __ldcg(counter) : 0;
   auto* of_tile = reinterpret_cast<int32_t*>(workspace + plan.counters_bytes) + tile * plan.splits * kCount;
   const int mine = static_cast<int>(blockIdx.y);
   int32_t* out = of_tile + mine * kCount + threadIdx.x;
@@ -55,13 +57,8 @@ __device__ bool reduce_splits(int32_t (&sums)[T::kMmaM][T::kMmaN][4], const Int8
     for (int n = 0; n < T::kMmaN; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) __stcg(out + ((m * T::kMmaN + n) * 4 + i) * kThreads, sums[m][n][i]);
-  __threadfence();
-  __syncthreads();
-  PARED_SHARED(bool[1], last);
-  if (threadIdx.x == 0) last[0] = atomicAdd(counter, 1u) + 1 == static_cast<uint32_t>(plan.splits);
-  __syncthreads();
-  if (!last[0]) return false;
-  __threadfence();
+  if (!last_of(counter, seen, launch, static_cast<uint32_t>(plan.splits), [] { __syncthreads(); }))
+    return false;
   for (int s = 0; s < plan.splits; ++s) {
     if (s == mine) continue;
     const int32_t* in = of_tile + s * kCount + threadIdx.x;
@@ -100,7 +97,8 @@ __device__ __forceinline__ void store_four(const Int8Product& a, int4 sums, int6
 }
 
 template <class T, class Y>
-__global__ void __launch_bounds__(kThreads) int8_product_kernel(const Int8Product a, const Int8Plan plan) {
+__global__ void __launch_bounds__(kThreads)
+    int8_product_kernel(const Int8Product a, const Int8Plan plan, const Ticket number) {
   PARED_DYNAMIC_SHARED(shared);
   // Blocks that run at the same time share operands in L2: eight tiles of tokens, then the next outputs.
   constexpr int64_t kGroup = 8;
@@ -130,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) int8_product_kernel(const Int8Produc
     multiply_stage<T, MmaS8>(sums, shared + (step - begin) % T::kStages * T::kStageBytes);
   }
   ptx::copy_wait<0>();
-  if (plan.splits > 1 && !reduce_splits<T>(sums, plan, a.workspace, tile)) return;
+  if (plan.splits > 1 && !reduce_splits<T>(sums, plan, number, a.workspace, tile)) return;
   __syncthreads();  // the stages are read: their memory takes the sums
   auto* staged = reinterpret_cast<int32_t*>(shared);
   stage_sums<T>(staged, sums);
@@ -150,7 +148,7 @@ void launch_tile(const Int8Product& a, const Int8Plan& plan, cudaStream_t stream
   launch(name, int8_product_kernel<T, Y>,
          {dim3(static_cast<unsigned>(plan.tiles_m * plan.tiles_n), static_cast<unsigned>(plan.splits)),
           kThreads, T::kShared},
-         stream, a, plan);
+         stream, a, plan, launch_number());
 }
 
 template <class Y>
@@ -210,8 +208,6 @@ void int8_product(const Int8Product& a, int device, cudaStream_t stream) {
       plan_int8(a.tokens, a.outputs, a.cols, multiprocessors(device), forced < kInt8TileCount ? forced : -1);
   PARED_CHECK(plan.tiles_m * plan.tiles_n < (int64_t{1} << 31), "x: expected fewer than 2^31 tiles of ",
               kInt8Tiles[plan.tile].rows, " x ", kInt8Tiles[plan.tile].columns, " outputs");
-  if (plan.splits > 1)
-    check(cudaMemsetAsync(a.workspace, 0, static_cast<size_t>(plan.counters_bytes), stream), "int8_product");
   if (!a.w_scales) return launch_product<int32_t>(a, plan, stream, "int8_product_s32");
   switch (a.dtype) {
     case DType::f32: return launch_product<float>(a, plan, stream, "int8_product_f32");

@@ -3,6 +3,7 @@
 #include "cuda/launch.h"
 #include "cuda/ptx.h"
 #include "cuda/self_check.h"
+#include "cuda/ticket.h"
 
 namespace pared::cuda {
 namespace {
@@ -152,6 +153,15 @@ __global__ void copy_bulk_kernel(const unsigned char* a, uint32_t* c) {
 #endif
 }
 
+// Each block takes a ticket of each counter, of every other one after a look that says nothing.
+__global__ void tickets_kernel(const Ticket* number, Ticket* c) {
+  for (int i = 0; i < kCheckTickets; ++i) {
+    const Ticket seen = threadIdx.x == 0 && i % 2 == 0 ? __ldcg(c + i) : 0;
+    const bool last = last_of(c + i, seen, *number, gridDim.x, [] { __syncthreads(); });
+    if (last && threadIdx.x == 0) atomicAdd(c + kCheckTickets + i, 1);
+  }
+}
+
 }  // namespace
 
 void self_check(const std::string& name, const SelfCheckArgs& args, int device, cudaStream_t stream) {
@@ -168,6 +178,9 @@ void self_check(const std::string& name, const SelfCheckArgs& args, int device, 
   if (name == "load_matrices")
     return run(load_matrices_kernel, warp, static_cast<const uint4*>(args.a), static_cast<uint32_t*>(args.c));
   if (name == "words") return run(words_kernel, LaunchPlan{1, 32, 128}, a, static_cast<uint32_t*>(args.c));
+  if (name == "tickets")
+    return run(tickets_kernel, LaunchPlan{5, 64}, static_cast<const Ticket*>(args.a),
+               static_cast<Ticket*>(args.c));
   const auto* bytes = static_cast<const unsigned char*>(args.a);
   if (name == "copy_async") return run(copy_async_kernel, block, bytes, static_cast<uint32_t*>(args.c));
   if (name == "copy_bulk") return run(copy_bulk_kernel, block, bytes, static_cast<uint32_t*>(args.c));

@@ -19,8 +19,11 @@ namespace pared::cuda {
 // One block of 128 threads:
 //   copy_async          a [kCheckTiles, 1024] bytes through three stages of cp.async: c [1024] sums of 32-bit
 //   words by place copy_bulk           the same by bulk copies and mbarriers; compute capability 9.0
+// Five blocks:
+//   tickets             a [1] launch number, c [2, kCheckTickets] of 64 bits: counters, and how many blocks
+//   were the last to come to each
 // Throws ValueError on another name.
-inline constexpr int kCheckTiles = 7;
+inline constexpr int kCheckTiles = 7, kCheckTickets = 8;
 struct SelfCheckArgs {
   const void* a;
   const void* b;

@@ -7,6 +7,7 @@ set(PARED_CUDA_SOURCES
   device.cc
   int8_product.cu
   int8_quantize.cu
+  launch_number.cc
   self_check.cu
   select_blocks.cu
   select_count.cu

@@ -229,6 +229,7 @@ class DeviceBlocks(KernelWeight):
                 *self.block,
                 outputs,
                 cols,
+                self.values.shape[0],
             ),
             items.data_ptr(),
             items.shape[0],

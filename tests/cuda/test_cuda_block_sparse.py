@@ -132,6 +132,29 @@ def test_large_blocks_of_which_there_is_none(backend, place, kernel, inputs):
     assert torch.equal(got, bias.half().expand(40, 100))
 
 
+class OneBlockLess:
+    """The kernels, which are told of one block less than there is."""
+
+    def __init__(self, kernels):
+        self.kernels = kernels
+
+    def __getattr__(self, name):
+        return getattr(self.kernels, name)
+
+    def block_sparse_product(self, w, *args):
+        self.kernels.block_sparse_product((*w[:-1], w[-1] - 1), *args)
+
+
+def test_the_copy_engine_reads_nothing_behind_the_last_block(backend, place, rng, kernel):
+    dense = random_blocks(rng, (64, 128), (64, 64), 1.0, torch.float16)
+    x = torch.from_numpy(rng.standard_normal((40, 128))).to(torch.float16)
+    w = DeviceBlocks.from_dense(dense.to(backend.device), (64, 64))
+    got = w.linear(x.to(backend.device), place=Place(OneBlockLess(place.kernels), 0, backend.stream))
+    if kernel:  # mma.sync goes by the list of items alone
+        dense[:, 64:] = 0
+    assert_close(got, x, dense)
+
+
 def test_large_int8_blocks(backend, place, rng, kernel):
     q = random_blocks(rng, (300, 512), (128, 128), 0.6, torch.int8)
     scales, bias = torch.rand(300) + 0.1, torch.randn(300)

@@ -108,6 +108,18 @@ def test_mma_of_int8(backend, rng):
     )
 
 
+def test_tickets_need_no_cleared_counters(backend, rng):
+    number, stale = 0x0123456789 << 24, 0x0123456788 << 24
+    random = rng.integers(0, 1 << 63, 8)
+    for before in (0, -1, number, number + 5, number + 6, stale + 3, stale + 5, random):
+        counters = np.zeros((2, 8), np.int64)
+        counters[0] = before
+        # The second time as a graph that is replayed.
+        for runs in (1, 2):
+            counters = check(backend, "tickets", np.array([number]), None, counters)
+            np.testing.assert_array_equal(counters, [[number + 5] * 8, [runs] * 8])
+
+
 def test_load_matrices(backend):
     a = np.arange(256, dtype=np.int16).reshape(4, 8, 8)  # [matrix, row, column]
     got = (

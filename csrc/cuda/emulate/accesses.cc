@@ -50,4 +50,7 @@ PARED_HOOK int __tsan_atomic32_load(const volatile int* p, int) {
 PARED_HOOK void __tsan_atomic32_store(volatile int* p, int v, int) {
   __atomic_store_n(p, v, __ATOMIC_SEQ_CST);
 }
+PARED_HOOK long __tsan_atomic64_fetch_add(volatile long* p, long v, int) {
+  return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
+}
 #undef PARED_HOOK

@@ -66,7 +66,7 @@ template <class T, class Of>
 __global__ void __launch_bounds__(T::kThreads + 32, T::kBlocks)
     block_sparse_wgmma_kernel(const __grid_constant__ CUtensorMap x_map,
                               const __grid_constant__ CUtensorMap w_map, const BlockSparseProduct p,
-                              const int64_t counter_bytes) {
+                              const int64_t counter_bytes, const Ticket number) {
   PARED_DYNAMIC_SHARED(dynamic);
   unsigned char* const shared = dynamic + (-ptx::shared_address(dynamic) & 1023);
   auto* const full = reinterpret_cast<uint64_t*>(shared + T::kStages * T::kStageBytes);
@@ -92,9 +92,10 @@ __global__ void __launch_bounds__(T::kThreads + 32, T::kBlocks)
         if (round > 0) ptx::mbarrier_wait(&empty[stage], (round - 1) % 2);
         unsigned char* const to = shared + stage * T::kStageBytes;
         ptx::mbarrier_arrive_expect(&full[stage], T::kStageBytes);
-        ptx::copy_tensor(to, &x_map, column + part * kStepBytes, static_cast<int>(first_token), &full[stage]);
+        // The block first: its column may still be on the way.
         ptx::copy_tensor(to + T::kRows * kStepBytes, &w_map, part * kStepBytes, block * T::kColumns,
                          &full[stage]);
+        ptx::copy_tensor(to, &x_map, column + part * kStepBytes, static_cast<int>(first_token), &full[stage]);
         if (++stage == T::kStages) stage = 0, ++round;
       }
     }
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(T::kThreads + 32, T::kBlocks)
     if (++stage == T::kStages) stage = 0, parity ^= 1;
   }
   ptx::wgmma_wait<0>();
-  finish_tile<T>(p, item, counter_bytes, first_token, shared, sums);
+  finish_tile<T>(p, item, counter_bytes, number, first_token, shared, sums);
 }
 
 template <class T, class Of>
@@ -129,15 +130,14 @@ void launch_of(const BlockSparseProduct& p, cudaStream_t stream, const char* nam
   const int64_t tiles = (p.tokens + T::kRows - 1) / T::kRows;
   PARED_CHECK(tiles <= 65535, "x: expected at most ", int64_t{65535} * T::kRows, " tokens, got ", p.tokens);
   const BlockSparseWorkspace workspace = block_sparse_workspace(p.tokens, p.slots, T::kColumns);
-  if (p.slots) check(cudaMemsetAsync(p.workspace, 0, static_cast<size_t>(workspace.counters), stream), name);
   const int64_t item = Of::kItemBytes, block_bytes = p.w.block_cols * item;
   const CUtensorMap x = tensor_map(p.x, p.w.cols * item, p.tokens, p.x_stride * item, T::kRows, name);
-  // The list of items does not lead beyond the last block, whose number is nowhere else.
-  const CUtensorMap w = tensor_map(p.w.values, block_bytes, INT32_MAX, block_bytes, T::kColumns, name);
+  const CUtensorMap w =
+      tensor_map(p.w.values, block_bytes, p.w.blocks * T::kColumns, block_bytes, T::kColumns, name);
   launch(
       name, block_sparse_wgmma_kernel<T, Of>,
       {dim3(static_cast<unsigned>(p.item_count), static_cast<unsigned>(tiles)), T::kThreads + 32, T::kShared},
-      stream, x, w, p, workspace.counters);
+      stream, x, w, p, workspace.counters, launch_number());
 }
 
 template <class T>
