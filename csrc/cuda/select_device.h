@@ -73,6 +73,7 @@ struct Workspace {
   SelectState* state;
   Member* table;
   unsigned long long* bins;        // [kSelectPasses][kSelectBins]
+  uint32_t* sample_bins;           // [kSelectBins], of the sample's keys by their highest digit
   unsigned long long* magnitudes;  // [kSelectMagnitudes], of those inside the bracket
   int32_t* sample;
   int32_t* gathered;
@@ -84,6 +85,7 @@ inline Workspace workspace(const SelectPlan& p, void* memory) {
   return {reinterpret_cast<SelectState*>(m),
           reinterpret_cast<Member*>(m + p.table_at),
           reinterpret_cast<unsigned long long*>(m + p.bins_at),
+          reinterpret_cast<uint32_t*>(m + p.sample_bins_at),
           reinterpret_cast<unsigned long long*>(m + p.magnitudes_at),
           reinterpret_cast<int32_t*>(m + p.sample_at),
           reinterpret_cast<int32_t*>(m + p.gathered_at),

@@ -37,7 +37,7 @@ struct SelectPlan {
   int64_t capacity;  // gathered keys that there is room for
   uint32_t blocks;   // of a pass over the data: what is resident at once
   // Byte offsets into the workspace, multiples of 256.
-  int64_t table_at, bins_at, magnitudes_at, sample_at, gathered_at, tile_counts_at, bytes;
+  int64_t table_at, bins_at, sample_bins_at, magnitudes_at, sample_at, gathered_at, tile_counts_at, bytes;
 
   bool direct() const { return sample == elements; }
 };
@@ -78,6 +78,7 @@ inline SelectPlan plan_select(int64_t members, int64_t elements, int64_t tiles, 
   };
   p.table_at = take(members * kMemberBytes);
   p.bins_at = take(int64_t{kSelectPasses} * kSelectBins * 8);
+  p.sample_bins_at = take(int64_t{kSelectBins} * 4);
   p.magnitudes_at = take(p.direct() ? 0 : int64_t{kSelectMagnitudes} * 8);
   p.sample_at = take(p.sample * 4);
   p.gathered_at = take(p.capacity * 4);

@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(kSelectThreads)
   if (thread < count) ws.table[first + thread] = part.members[thread];
   if (first != 0) return;
   for (int i = thread; i < kSelectPasses * kSelectBins; i += kSelectThreads) ws.bins[i] = 0;
+  for (int i = thread; i < kSelectBins; i += kSelectThreads) ws.sample_bins[i] = 0;
   if (thread == 0) *ws.state = SelectState{};
 }
 
@@ -48,24 +49,40 @@ struct Ranked {
   uint32_t above, equal;
 };
 
-// The rank-th largest of the keys that the block's threads hold.
-__device__ Ranked block_select(const int32_t (&keys)[kSampleEach], uint32_t rank, SampleShared& s) {
-  uint32_t base = 0, last = 0xffffffffu, above = 0;
+// The key of this rank is among the ordered keys [base, last], `above` are greater than those.
+struct Search {
+  uint32_t rank, base = 0, last = 0xffffffffu, above = 0;
+};
+// Goes on to the digit of which s.bins has the counts; returns how many keys have it.
+__device__ uint32_t next_digit(Search& at, int shift, SampleShared& s) {
+  const Picked<uint32_t> p = pick_bin<kSampleThreads>(s.bins, at.rank, s.pick);
+  at.rank -= p.above;
+  at.above += p.above;
+  narrow(at.base, at.last, p.bin, shift);
+  return p.count;
+}
+// By the highest digit, which has been counted.
+constexpr int kHighestShift = 21;
+static_assert(1 << (32 - kHighestShift) == kSelectBins);
+__device__ Search begin_search(int64_t rank, SampleShared& s) {
+  Search at{static_cast<uint32_t>(rank)};
+  next_digit(at, kHighestShift, s);
+  return at;
+}
+// By the others, of the keys that the block's threads hold.
+__device__ Ranked end_search(Search at, const int32_t (&keys)[kSampleEach], SampleShared& s) {
   while (true) {
-    const int shift = digit_shift(base, last);
+    const int shift = digit_shift(at.base, at.last);
     for (int i = static_cast<int>(threadIdx.x); i < kSelectBins; i += kSampleThreads) s.bins[i] = 0;
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < kSampleEach; ++j) {
-      const uint32_t u = ordered(keys[j]) - base;
-      if (u <= last - base) count_bin(s.bins, u >> shift);
+      const uint32_t u = ordered(keys[j]) - at.base;
+      if (u <= at.last - at.base) count_bin(s.bins, u >> shift);
     }
     __syncthreads();
-    const Picked<uint32_t> p = pick_bin<kSampleThreads>(s.bins, rank, s.pick);
-    rank -= p.above;
-    above += p.above;
-    narrow(base, last, p.bin, shift);
-    if (shift == 0) return {from_ordered(base), above, p.count};
+    const uint32_t equal = next_digit(at, shift, s);
+    if (shift == 0) return {from_ordered(at.base), at.above, equal};
   }
 }
 
@@ -75,16 +92,27 @@ __global__ void __launch_bounds__(kSampleThreads, 1)
   const int thread = static_cast<int>(threadIdx.x);
   const bool direct = count == ws.elements;
   const int64_t i = int64_t{blockIdx.x} * kSampleThreads + thread;
+  // Each block counts its keys by their highest digit. One block alone would count all of them twice, for
+  // both ranks, most in the few bins of the same exponents.
+  for (int b = thread; b < kSelectBins; b += kSampleThreads) shared.bins[b] = 0;
+  __syncthreads();
   if (i < count) {
     const int64_t at = direct ? i : sample_position(i, ws.elements);
     const Member m = ws.table[find_member<&Member::first>(ws.table, ws.members, at)];
-    ws.sample[i] = key_at(m, at - m.first);
+    const int32_t key = key_at(m, at - m.first);
+    ws.sample[i] = key;
+    count_bin(shared.bins, ordered(key) >> kHighestShift);
     static_assert(kSelectMagnitudes == kSelectSample);
     if (!direct) ws.magnitudes[i] = 0;
   }
+  __syncthreads();
+  for (int b = thread; b < kSelectBins; b += kSampleThreads)
+    if (shared.bins[b]) atomicAdd(ws.sample_bins + b, shared.bins[b]);
   SelectState& s = *ws.state;
   if (!last_block(&s.tickets[0])) return;
 
+  for (int b = thread; b < kSelectBins; b += kSampleThreads) shared.bins[b] = __ldcg(ws.sample_bins + b);
+  __syncthreads();
   int32_t keys[kSampleEach];
 #pragma unroll
   for (int j = 0; j < kSampleEach; ++j) {
@@ -97,13 +125,16 @@ __global__ void __launch_bounds__(kSampleThreads, 1)
     for (int j = 0; j < kSampleEach; ++j) nans += keys[j] == kSelectNan;
     nans = warp_sum(nans);
     if (thread % 32 == 0 && nans) atomicAdd(&s.nans, nans);
-    const Ranked r = block_select(keys, static_cast<uint32_t>(hi_rank), shared);  // barriers after the NaNs
+    const Ranked r = end_search(begin_search(hi_rank, shared), keys, shared);  // barriers after the NaNs
     if (thread == 0) settle(s, r.key, r.above, r.equal, static_cast<Count>(hi_rank), result);
     return;
   }
   Ranked hi = {INT32_MAX, 0, 0}, lo = {kSelectNone, 0, 0};
-  if (hi_rank >= 1) hi = block_select(keys, static_cast<uint32_t>(hi_rank), shared);
-  if (lo_rank <= count) lo = block_select(keys, static_cast<uint32_t>(lo_rank), shared);
+  Search hi_at{}, lo_at{};
+  if (hi_rank >= 1) hi_at = begin_search(hi_rank, shared);
+  if (lo_rank <= count) lo_at = begin_search(lo_rank, shared);
+  if (hi_rank >= 1) hi = end_search(hi_at, keys, shared);
+  if (lo_rank <= count) lo = end_search(lo_at, keys, shared);
   if (thread != 0) return;
   s.ends = max(hi.equal, lo.equal) > count / kSelectHeavy;
   // Ends that are few are gathered with the rest.
