@@ -313,18 +313,24 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? kDecodeResidentMany : 
   const int warp = static_cast<int>(threadIdx.x) / 32, g = ptx::lane() / 4, t = ptx::lane() % 4;
   Ring ring{shared + warp * plan.stages * plan.stage_bytes, barriers + warp * kMaxStages, plan.stage_bytes,
             plan.stages, p.bulk && ptx::kBulkCopies};
-  ring.init();
   // The warps of a block of threads take turns on its part of the row.
   const int64_t begin = plan.block_cols * blockIdx.y / plan.splits + warp,
                 end = plan.block_cols * (blockIdx.y + 1) / plan.splits;
   const int mine = begin < end ? static_cast<int>((end - begin + kDecodeWarps - 1) / kDecodeWarps) : 0;
   // Of the block that is fetched next: read a turn before it is asked for.
-  const uint32_t* offset = p.w.offsets + blockIdx.x * plan.block_cols + begin;
+  int64_t at = blockIdx.x * plan.block_cols + begin;
   int left = mine;
   uint32_t next_begin = 0, next_end = 0;
   const auto look_ahead = [&] {
-    if (left > 0) next_begin = __ldg(offset), next_end = __ldg(offset + 1);
-    offset += kDecodeWarps;
+    if constexpr (kFormat == DecodeFormat::dense8) {  // all of one size: nothing to wait for
+      constexpr uint32_t kUnits = kDecodeBlock * kDecodeBlock / 16;
+      next_begin = static_cast<uint32_t>(at) * kUnits;
+      next_end = next_begin + kUnits;
+    } else if (left > 0) {
+      next_begin = __ldg(p.w.offsets + at);
+      next_end = __ldg(p.w.offsets + at + 1);
+    }
+    at += kDecodeWarps;
   };
   const auto issue = [&] {
     if (left > 0) ring.begin(p.w.blocks + int64_t{next_begin} * 16, next_end - next_begin);
@@ -333,6 +339,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? kDecodeResidentMany : 
     look_ahead();
   };
   look_ahead();
+  ring.init();
   for (int i = 0; i < plan.stages; ++i) issue(), ring.next();
   ring.at = ring.parity = 0;
 

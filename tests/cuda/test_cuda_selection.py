@@ -130,6 +130,22 @@ def test_constant_and_few_values(backend, rng):
             check(backend, [x], k, key)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bracket_holds_the_threshold_and_little_else(backend, rng, dtype):
+    """What is not counted or gathered the first time costs up to three more passes over the data."""
+    n = 8 * SAMPLE
+    x = random(rng, n, dtype).to(backend.device)
+    for k in (n // 8, n // 2, n - n // 8):
+        run = _cuda_selection._Run(
+            _cuda_selection._Selection([x], "scores", True, "abs", None, None, "lowest", False), k, None
+        )
+        begin = run.workspace[0] - run.memory.data_ptr()
+        # The first words of SelectState: keys above the bracket, at its ends, inside.
+        above, _, _, inside = run.memory[begin : begin + 32].view(torch.int64).tolist()
+        assert above < k <= above + inside
+        assert inside < n / 16
+
+
 def test_a_bracket_that_misses(backend, rng):
     """Positions are drawn from the index alone, so that data can be made to fool the sample."""
     n = 4 * SAMPLE
