@@ -2,8 +2,8 @@
 
 namespace pared {
 
+#define PARED_TILE(T, G) expand_multiply<VnniDot, Vbmi2Bytes, T, G>
 extern const bitmap_expand_u8s8::Table bitmap_expand_u8s8_t6p4__avx512vbmi2;
-const bitmap_expand_u8s8::Table bitmap_expand_u8s8_t6p4__avx512vbmi2 =
-    PARED_EXPAND_TABLE(VnniDot, Vbmi2Bytes);
+const bitmap_expand_u8s8::Table bitmap_expand_u8s8_t6p4__avx512vbmi2 = PARED_EXPAND_TILES(PARED_TILE);
 
 }  // namespace pared

@@ -64,20 +64,31 @@ PARED_INLINE void conv_planes_tile(const ConvPlanesArgs& a, int first, int filte
   }
 }
 
-// A tile of VECTORS groups of 16 positions: parts of at most WIDEST vectors, FILTERS filters each, as many as
-// fill the registers with a part of this width.
-template <class S, class F, int SUMS, int WIDEST, int VECTORS, int PART = 0>
-void conv_planes_rows(const ConvPlanesArgs& a) {
-  constexpr int kAll = VECTORS * kPanelGroup / S::width, kParts = (kAll + WIDEST - 1) / WIDEST;
-  constexpr int kFirst = kAll * PART / kParts, kCount = kAll * (PART + 1) / kParts - kFirst;
-  constexpr int kFilters = 16 * kCount <= SUMS ? 16 : 8 * kCount <= SUMS ? 8 : 4;
+// COUNT vectors of all filters, from the tile's vector `first` on; as many filters at a time as fill the
+// registers.
+template <class S, class F, int SUMS, int COUNT>
+void conv_planes_part(const ConvPlanesArgs& a, int first) {
+  constexpr int kFilters = 16 * COUNT <= SUMS ? 16 : 8 * COUNT <= SUMS ? 8 : 4;
   for (int f = 0; f < a.filters; f += kFilters) {
     const char* ahead = static_cast<const char*>(a.ahead) + f * a.ahead_stride;
-    for (int r = 0; PART == 0 && r < kFilters && f + r < a.filters; ++r, ahead += a.ahead_stride)
+    for (int r = 0; first == 0 && r < kFilters && f + r < a.filters; ++r, ahead += a.ahead_stride)
       for (int64_t b = 0; b < a.ahead_bytes; b += 64) __builtin_prefetch(ahead + b, 1);
-    conv_planes_tile<S, F, kFilters, kCount>(a, kFirst * S::width, f);
+    conv_planes_tile<S, F, kFilters, COUNT>(a, first * S::width, f);
   }
-  if constexpr (PART + 1 < kParts) conv_planes_rows<S, F, SUMS, WIDEST, VECTORS, PART + 1>(a);
+}
+
+// A tile of VECTORS groups of 16 positions: parts of at most WIDEST vectors, of equal width or one less.
+// Tiles share the code of a width: a copy for each part took a compiler 80 s where vectors are single words.
+template <class S, class F, int SUMS, int WIDEST, int VECTORS>
+void conv_planes_rows(const ConvPlanesArgs& a) {
+  constexpr int kAll = VECTORS * kPanelGroup / S::width, kParts = (kAll + WIDEST - 1) / WIDEST;
+  constexpr int kNarrow = kAll / kParts, kWide = (kAll + kParts - 1) / kParts;
+  for (int part = 0, first = 0; part < kParts; ++part) {
+    const int end = kAll * (part + 1) / kParts;
+    if (end - first == kNarrow) conv_planes_part<S, F, SUMS, kNarrow>(a, first);
+    else conv_planes_part<S, F, SUMS, kWide>(a, first);
+    first = end;
+  }
 }
 
 #define PARED_CONV_PLANES_TABLE(S, F, SUMS, WIDEST)                                  \
