@@ -184,6 +184,44 @@ def test_bad_arguments(call, error, message):
         call()
 
 
+@pytest.mark.parametrize("format", [ops.Int8, ops.Bitmap8, ops.BSRInt8])
+@pytest.mark.parametrize(
+    ("activations", "message"),
+    [
+        ("abc", "'abc'"),
+        (0.5, "0.5"),
+        ((0.5, 128), r"\(0.5, 128\)"),
+        (("a", 128, 0, 255), r"\('a', 128, 0, 255\)"),
+        ((0.5, 127.5, 0, 255), r"\(0.5, 127.5, 0, 255\)"),
+        ((0.5, 2**70, 0, 255), r"\(0.5, 1180591620717411303424, 0, 255\)"),
+        (("\u00fc" * 200, 1, 2, 3), r"\('\\xfc"),
+    ],
+)
+def test_bad_activations_of_parts(format, activations, message):
+    q, scales = np.ones((4, 8), np.int8), np.ones(4, np.float32)
+    text = rf"^activations: expected None or \(scale, zero, low, high\), .*, got {message}"
+    for call in (
+        lambda: format.from_parts(q, scales, "float32", activations),
+        lambda: format.from_stored(q.shape, q, scales, "float32", activations),
+    ):
+        with pytest.raises(TypeError, match=text):
+            call()
+
+
+@pytest.mark.parametrize("format", [ops.Int8, ops.Bitmap8, ops.BSRInt8])
+def test_activations_of_parts_out_of_range(format):
+    q, scales = np.ones((4, 8), np.int8), np.ones(4, np.float32)
+    for activations, message in [
+        ((0.0, 128, 0, 255), "activation_scale: expected a positive number, got 0"),
+        ((1e-60, 128, 0, 255), "activation_scale: expected a positive number, got 1e-60"),
+        ((float("nan"), 128, 0, 255), "activation_scale: expected a positive, normal number .*, got nan"),
+        ((0.5, 300, 0, 255), "activations: expected 0 <= low <= zero <= high <= 255 .*, got 0, 300, 255"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            format.from_parts(q, scales, "float32", activations)
+    assert format.from_parts(q, scales, "float32", (0.5, 3, 0, 255)).activations == (0.5, 3, 0, 255)
+
+
 def test_damaged_buffers_are_refused_and_never_read_out_of(weight):
     """Every byte of the header and what follows it, set to 0xff and flipped: an error, or an output."""
     good = ops.Int8.from_dense(weight, activation_scale=0.1, activation_zero=3).packed

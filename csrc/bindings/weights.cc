@@ -37,9 +37,19 @@ DenseView dense_view(const Array& a, ConvShape& conv, int64_t groups) {
 
 ActivationRange parse_activations(py::handle given) {
   if (given.is_none()) return {};
-  const auto [scale, zero, low, high] = py::cast<std::tuple<double, int, int, int>>(given);
-  PARED_CHECK(scale != 0.0, "activation_scale: expected a positive number, got 0");
-  return {static_cast<float>(scale), zero, low, high};
+  try {
+    const auto [number, zero, low, high] = py::cast<std::tuple<double, int32_t, int32_t, int32_t>>(given);
+    const float scale = static_cast<float>(number);
+    // 0 would stand for dynamic; what else is wrong, packing finds.
+    PARED_CHECK(scale != 0.0f, "activation_scale: expected a positive number, got ", number);
+    return {scale, zero, low, high};
+  } catch (const py::cast_error&) {
+    const auto text = py::reinterpret_steal<py::object>(PyObject_ASCII(given.ptr()));
+    if (!text) throw py::error_already_set();
+    throw TypeError(
+        str("activations: expected None or (scale, zero, low, high), a number and three bytes, got ",
+            py::cast<std::string>(text).substr(0, 60)));
+  }
 }
 
 Activation activation_of(py::handle given) {
