@@ -43,7 +43,7 @@ SOURCES := CMakeLists.txt pyproject.toml constraints.txt README.md LICENSE $(she
 CXX_SOURCES = $(shell find csrc tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-huge bench lint format dev sanitized-address sanitized-thread sanitize \
-  sanitize-thread sanitize-cuda emulated cuda cuda-all clean
+  sanitize-thread sanitize-cuda emulated cuda-compiled cuda cuda-all clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/pared demo $(ARGS)
@@ -130,11 +130,12 @@ sanitize-cuda: $(VENV)/installed-test emulated
 # CUTLASS products, which nvcc takes minutes for, one tile here and all in cuda-all.
 CUDAARCHS ?= 80-real;90a-real
 CUTLASS_ONE_TILE ?= ON
-cuda: $(VENV)/installed-test
-	$(PIP) --no-deps nvidia-cutlass nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+cuda-compiled: $(VENV)/cuda-tools
 	$(CMAKE) -S . -B build/cuda -DPARED_CUDA=on -DCMAKE_CUDA_ARCHITECTURES='$(CUDAARCHS)' \
 	  -DPARED_CUTLASS_ONE_TILE=$(CUTLASS_ONE_TILE)
 	cmake --build build/cuda --target _cuda_kernels
+
+cuda: $(VENV)/installed-test cuda-compiled
 	$(BIN)/python tools/check_sass.py build/cuda/_cuda_kernels*.so
 	rm -rf build/cuda/package
 	mkdir build/cuda/package
@@ -168,4 +169,8 @@ $(VENV)/installed-%: $(SOURCES) | $(VENV)/ready
 
 $(VENV)/linters: constraints.txt | $(VENV)/ready
 	$(PIP) ruff mypy clang-format
+	touch $@
+
+$(VENV)/cuda-tools: constraints.txt | $(VENV)/ready
+	$(PIP) --no-deps nvidia-cutlass nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
