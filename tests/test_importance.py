@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -668,3 +669,38 @@ def test_data_of_the_wrong_type(data: Any, message: str) -> None:
 def test_options_are_checked(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+METHODS = ("score", "observe", "measure", "compensate", "reconstruct")
+
+
+@pytest.mark.parametrize("name", importance.NAMES)
+def test_methods_of_the_protocol_name_what_they_do_not_take(name: str) -> None:
+    """As `pared.prune` is never called: by a user who tries a criterion by hand."""
+    criterion: Any = importance.resolve(name)
+    layer = nn.Linear(6, 4)
+    target = Target(layer, "fc", "weight")
+    good = {
+        "module": layer,
+        "model": layer,
+        "statistics": Statistics("fc", "weight", layer.weight.detach(), observed=object()),
+        "target": target,
+        "targets": [target],
+        "pattern": parse_pattern("unstructured"),
+        "dropped": torch.zeros(4, 6, dtype=torch.bool),
+    }
+    seen = 0
+    for method in METHODS:
+        function = getattr(criterion, method, None)
+        if function is None:
+            continue
+        taken = inspect.signature(function).parameters
+        for argument in taken.keys() & good.keys():
+            for bad in (None, 3, "fc", [layer], {"a": 1}, nn.ReLU):
+                with pytest.raises(TypeError, match=f"^{argument}: expected .*, got "):
+                    function(**{k: bad if k == argument else good.get(k) for k in taken})
+                seen += 1
+        if "statistics" in taken and (hasattr(criterion, "observe") or hasattr(criterion, "measure")):
+            with pytest.raises(ValueError, match=r"^observed: expected what observe\(\) or .*, got None"):
+                function(layer, Statistics("fc", "weight", layer.weight.detach()))
+    assert seen

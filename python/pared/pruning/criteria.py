@@ -35,7 +35,7 @@ from pared.pruning.calibration import (
     frozen,
 )
 from pared.pruning.distributed import Processes
-from pared.pruning.importance import Statistics, check_norm, spread_units
+from pared.pruning.importance import BuiltIn, Statistics, check_norm, spread_units
 from pared.pruning.patterns import Pattern
 from pared.pruning.targets import Target
 
@@ -61,7 +61,7 @@ _MOST_BINS = 2**16
 # ---------------------------------------------------------------- gradients
 
 
-class Gradient:
+class Gradient(BuiltIn):
     """``|g|``, the gradient of the mean loss over `data`.
 
     It vanishes where training has converged, whatever the weight is worth: a baseline, not a recommendation.
@@ -81,7 +81,7 @@ class Gradient:
         return gradient
 
 
-class Taylor:
+class Taylor(BuiltIn):
     """``|sum over the unit of g * w|``: first-order estimate of how much the loss moves without the unit.
 
     The sum over a block (a channel) is inside the absolute value: contributions of opposite sign cancel, as
@@ -134,7 +134,7 @@ class _SampleGradients(Observer):
         return self.sum / max(self.samples, 1)
 
 
-class Fisher:
+class Fisher(BuiltIn):
     """``w**2 * E[g**2] / 2``: the loss added by removing a weight, with the diagonal empirical Fisher matrix.
 
     Expectations are over samples: each sample has a backward pass of its own, because the square of a batch's
@@ -164,7 +164,7 @@ class Fisher:
 # ---------------------------------------------------------------- inputs
 
 
-class Wanda:
+class Wanda(BuiltIn):
     """``|w| * norm of its input``, compared within an output's row.
 
     Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (arXiv 2306.11695). Block
@@ -242,7 +242,7 @@ class _Moments(Observer):
         return self
 
 
-class Activation:
+class Activation(BuiltIn):
     """A statistic of each unit's activations over `data`; units with small values go first.
 
     "mean", "max", "min" and "variance" are of the activations, after the BatchNorm and activation modules
@@ -368,7 +368,7 @@ def _check_bins(bins: object) -> int:
     return number
 
 
-class Entropy:
+class Entropy(BuiltIn):
     """Entropy, in nats, of each unit's binned activations; all units of a layer share the bins.
 
     A unit whose output hardly varies tells the next layer little. Luo and Wu, "An Entropy-based Pruning
@@ -496,7 +496,7 @@ def _check_single(target: Target, bins: int, classes: int) -> None:
         )
 
 
-class MutualInformation:
+class MutualInformation(BuiltIn):
     """``I(binned activation; label)``, plug-in estimate with Miller and Madow's bias correction, in nats.
 
     For units, of the activation (the mean over positions). With ``single=True`` for each weight of a Linear
@@ -612,7 +612,7 @@ def _outgoing(consumer: nn.Module, units: int) -> torch.Tensor:
     return matrix.reshape(matrix.shape[0], units, -1)
 
 
-class OutputWeight:
+class OutputWeight(BuiltIn):
     """Norm of the weights that leave a unit, L1 or L2; 1 for the last layer, whose units are the output.
 
     The model has to be a chain of layers in registration order (`pared.prune_channels` knows any graph).
@@ -645,7 +645,7 @@ class OutputWeight:
         return spread_units(statistics.observed, statistics)
 
 
-class Propagation:
+class Propagation(BuiltIn):
     """Importance of the outputs carried back through the layers: ``s_k = |W_(k+1)|^T s_(k+1)``, 1 at the end.
 
     Yu et al., "NISP: Pruning Networks using Neuron Importance Score Propagation" (arXiv 1711.05908). The
@@ -682,7 +682,7 @@ class Propagation:
         return spread_units(statistics.observed, statistics)
 
 
-class BNScale:
+class BNScale(BuiltIn):
     """``|gamma|`` of the BatchNorm that follows the layer.
 
     It means something after training with an L1 penalty on the scales (`pared.training.SlimmingPenalty`). Liu
@@ -718,7 +718,7 @@ class BNScale:
         return spread_units(statistics.observed, statistics)
 
 
-class LAMP:
+class LAMP(BuiltIn):
     """``w^2 / sum of v^2 over the weights v of its layer that are at least as large``: between 0 and 1.
 
     The largest weight of every layer scores 1, so that a threshold over all layers empties none, whatever
@@ -743,7 +743,7 @@ class LAMP:
         return scores.reshape(statistics.weight.shape)
 
 
-class GeometricMedian:
+class GeometricMedian(BuiltIn):
     """Sum of a filter's distances to the other filters of its layer: what lies near their median goes first.
 
     Those filters are the ones that the others can replace. He et al., "Filter Pruning via Geometric Median"
@@ -765,7 +765,7 @@ class GeometricMedian:
         return spread_units(distances.sum(1), statistics)
 
 
-class ChangeRate:
+class ChangeRate(BuiltIn):
     """How much the loss (with `loss_fn`), or the output, moves when the unit's output is set to zero.
 
     The oracle that other criteria estimate: one forward pass for every unit and batch. Loss: ``|mean loss

@@ -13,9 +13,11 @@ weights that stay: ``compensate(observed, dropped)`` returns the new weight, or 
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -23,10 +25,13 @@ import torch
 from torch import nn
 
 from pared._errors import choice_error, is_integer
+from pared.pruning.patterns import Pattern
+from pared.pruning.targets import Target
 
 __all__ = [
     "NAMES",
     "SCOPES",
+    "BuiltIn",
     "Criterion",
     "Importance",
     "Magnitude",
@@ -40,6 +45,7 @@ __all__ = [
 
 SCOPES = ("global", "layer", "row")
 KEYS = ("identity", "abs", "square", "abs_sum")
+_METHODS = ("score", "observe", "measure", "compensate", "reconstruct")
 _SCORES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -104,6 +110,54 @@ class Criterion(Protocol):
         ...
 
 
+class BuiltIn:
+    """Base of the criteria that are built in: calling a method of the protocol with something else than
+    `pared.prune` would raises ``TypeError`` or ``ValueError`` in the words of all arguments.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for method in _METHODS:
+            if method in vars(cls):
+                setattr(
+                    cls,
+                    method,
+                    _checked(vars(cls)[method], hasattr(cls, "observe") or hasattr(cls, "measure")),
+                )
+
+
+# The rest of the arguments is the caller's data, or looked at where it is used.
+_KINDS: dict[str, tuple[type, str]] = {
+    "module": (nn.Module, "a torch module"),
+    "model": (nn.Module, "a torch module"),
+    "statistics": (Statistics, "pared.pruning.Statistics"),
+    "target": (Target, "a Target"),
+    "pattern": (Pattern, "a Pattern"),
+    "dropped": (torch.Tensor, "a mask of what goes"),
+}
+
+
+def _checked(method: Callable[..., Any], observes: bool) -> Callable[..., Any]:
+    """The method, which refuses arguments of other kinds, and statistics without what was observed."""
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        for name, got in given.items():
+            if name in _KINDS and not isinstance(got, _KINDS[name][0]):
+                raise TypeError(f"{name}: expected {_KINDS[name][1]}, got {type(got).__name__}")
+        targets = given.get("targets", ())
+        if not isinstance(targets, Sequence) or not all(isinstance(t, Target) for t in targets):
+            raise TypeError(f"targets: expected a list of Targets, got {targets!r:.60}")
+        seen = given["statistics"].observed if "statistics" in given else given.get("observed", given)
+        if observes and seen is None:
+            raise ValueError("observed: expected what observe() or measure() has gathered, got None")
+        return method(*args, **kwargs)
+
+    return call
+
+
 def check_norm(p: object) -> int:
     """The p of an Lp norm. Raises ``ValueError`` unless it is 1 or 2."""
     if not is_integer(p) or p not in (1, 2):
@@ -111,7 +165,7 @@ def check_norm(p: object) -> int:
     return int(p)
 
 
-class Magnitude:
+class Magnitude(BuiltIn):
     """``|w|``, and over a block the Lp norm: ``p=1`` the sum of ``|w|``, ``p=2`` the Euclidean norm."""
 
     name = "magnitude"
@@ -129,7 +183,7 @@ class Magnitude:
         return statistics.weight
 
 
-class Random:
+class Random(BuiltIn):
     """Uniform scores in [0, 1) that depend on `seed` and the layer's name alone.
 
     The same weights go first at every sparsity, so masks nest, and a resumed run repeats them.
@@ -246,7 +300,7 @@ def _check_criterion(criterion: Any) -> None:
         if not isinstance(got, str) or got not in choices:
             names = ", ".join(map(repr, choices))
             raise ValueError(f"{what} one of {names} as {word}, got {got!r:.60}")
-    for method in ("score", "observe", "measure", "compensate", "reconstruct"):
+    for method in _METHODS:
         if hasattr(criterion, method) and not callable(getattr(criterion, method)):
             raise TypeError(f"{what} a method {method}(), got {getattr(criterion, method)!r:.60}")
 

@@ -24,7 +24,7 @@ from pared._errors import check_flag, check_number, check_path
 from pared.pruning import distributed, obs
 from pared.pruning.calibration import LossFn, Observer, batches, collect, forward, frozen
 from pared.pruning.distributed import Processes
-from pared.pruning.importance import Statistics
+from pared.pruning.importance import BuiltIn, Statistics
 from pared.pruning.masks import keep_count
 from pared.pruning.patterns import Pattern
 from pared.pruning.targets import Target
@@ -54,7 +54,7 @@ def check_repeatable(data: object, why: str) -> None:
         )
 
 
-class _Reconstruction:
+class _Reconstruction(BuiltIn):
     """What SparseGPT and OBC share."""
 
     needs_data = True

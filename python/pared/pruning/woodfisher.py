@@ -12,7 +12,7 @@ from torch import nn
 from pared._errors import check_count, check_flag, check_positive
 from pared.pruning.calibration import SAMPLE_GRADIENT, Observer, accumulator
 from pared.pruning.distributed import Processes
-from pared.pruning.importance import Statistics
+from pared.pruning.importance import BuiltIn, Statistics
 from pared.pruning.masks import Blocks
 from pared.pruning.patterns import Pattern
 from pared.pruning.targets import Target
@@ -144,7 +144,7 @@ class InverseFisher:
         return torch.cat(new) if new else self.weight.clone()
 
 
-class WoodFisher:
+class WoodFisher(BuiltIn):
     """``w_p**2 / (2 [F^-1]_pp)``: the loss added by removing a weight when the others make up for it.
 
     F is the empirical Fisher matrix ``damping I + 1/n sum g g^T`` of the samples' gradients, in blocks of
