@@ -71,7 +71,7 @@ def same_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             accelerate,
             "Choices",
-            lambda cache=None, machine=None: choices(False if cache is None else cache, machine),
+            lambda cache=None, *rest: choices(False if cache is None else cache, *rest),
         )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pared
 import pared._accelerate as acc
 from pared._fusion import activation_of
 from pared._inputs import compare, examples, tolerance
+from pared._timing import interleave
 from pared.nn import Conv2d, FoldedBatchNorm2d, Fused, Linear, PackedModule
 
 
@@ -350,6 +352,34 @@ def test_tied_and_repeated_layers() -> None:
     assert plain.a is plain.b
     assert plain.c.weight is plain.a.weight
     assert equal_states(plain, model)
+
+
+def test_gains_of_disturbed_timings_are_doubted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads of torch that stall beside other processes make any kernel look 20 times as fast."""
+    now = waits = 0
+
+    def takes(nanoseconds: Iterator[int]) -> Callable[[], None]:
+        def call() -> None:
+            nonlocal now
+            now += next(nanoseconds)
+
+        return call
+
+    def timed(calls: dict[str, Any], **kwargs: Any) -> Any:
+        dense = itertools.cycle([20_000_000] * 6 + [1_000_000])
+        fakes = {n: takes(dense if n == "dense" else itertools.repeat(1_000_000)) for n in calls}
+        return interleave(fakes, budget=0, min_rounds=40, clock=lambda: now, waits=lambda: waits * now)
+
+    monkeypatch.setattr("pared._target.interleave", timed)
+    model = nn.Sequential(sparse_linear(64, 64, 0.02))
+    waits = 2
+    fast = pared.accelerate(model, torch.randn(8, 64), formats=["csr"])
+    assert row(fast, "0").reason == "csr is 1.00x, less than 1.05x"
+    (note,) = pared.report(fast).notes
+    assert note.startswith(
+        "1 of 1 timings were disturbed: for each second the process's threads waited up to 2.0 s"
+    )
+    assert "1 of 1 timings were disturbed" in str(pared.report(fast))
 
 
 def test_several_shapes_are_decided_on_summed_time(monkeypatch: pytest.MonkeyPatch) -> None:

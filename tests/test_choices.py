@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _models import sparse_linear
@@ -15,9 +16,10 @@ from torch import nn
 
 import pared
 import pared._accelerate as acc
-from pared import _choices
+from pared import _choices, _timing
 from pared._choices import Choices, Timed
 from pared._store import JsonStore, user_cache
+from pared._timing import Watch
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +136,21 @@ def test_nothing_is_kept_where_the_user_says_so() -> None:
     assert Choices().get(key) is None
 
 
+def test_what_a_disturbed_run_found_is_not_kept(tmp_path: Path) -> None:
+    watch = Watch()
+    own = Choices(tmp_path / "timings.json", watch=watch)
+    quiet, disturbed = own.key(a=1), own.key(a=2)
+    own.put(quiet, TIMED)
+    watch.see(_timing.Timings({"a": np.ones(3)}, {"a": 1}, waited=2.0))
+    own.put(disturbed, TIMED)
+    assert own.get(quiet) == own.get(disturbed) == TIMED
+    own.save()
+    assert (Choices().get(quiet), Choices().get(disturbed)) == (TIMED, None)
+    _choices.clear()
+    again = Choices(tmp_path / "timings.json")
+    assert (again.get(quiet), again.get(disturbed)) == (TIMED, None)
+
+
 @pytest.mark.parametrize("by_environment", [False, True])
 def test_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_environment: bool) -> None:
     file = tmp_path / "timings.json"
@@ -200,8 +217,8 @@ class Timings:
 
     p95 = median
 
-    def speedup(self, name: str, baseline: str) -> Any:
-        return type("Ratio", (), {"value": self.seconds[baseline] / self.seconds[name]})
+    def gain(self, name: str, baseline: str) -> float:
+        return self.seconds[baseline] / self.seconds[name]
 
 
 @pytest.fixture

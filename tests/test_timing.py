@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pared import _timing
-from pared._timing import interleave, rotate
+from pared._timing import interleave, rotate, watched
 
 
 class FakeClock:
@@ -72,6 +74,69 @@ def test_a_disturbance_over_whole_rounds_leaves_the_ratio() -> None:
     )
     assert t.spread("pared") > 0.5
     assert t.speedup("pared", "dense").value == pytest.approx(2.0)
+
+
+def stalled(clock: FakeClock) -> dict[str, Callable[[], None]]:
+    """A dense call of 1 ms that takes 20 in all rounds but a few, and a kernel of 0.8 ms."""
+    return {
+        "dense": clock.takes("dense", lambda n: 1_000_000 if n % 16 < 2 else 20_000_000),
+        "csr": clock.takes("csr", 800_000),
+    }
+
+
+def test_of_a_disturbed_run_the_least_gain_counts() -> None:
+    clock = FakeClock()
+    waits = lambda: clock.now // 5  # noqa: E731  # a fifth of the time, threads had no core
+    t = interleave(stalled(clock), budget=0, min_rounds=40, clock=clock, waits=waits)
+    assert t.waited == pytest.approx(0.2)
+    assert t.disturbed
+    assert t.speedup("csr", "dense").value == pytest.approx(25.0)
+    assert t.gain("csr", "dense") == pytest.approx(1.25)
+
+
+def test_of_a_quiet_run_the_median_counts() -> None:
+    clock = FakeClock()
+    calls = {
+        "dense": clock.takes("dense", lambda n: 2_000_000 + 50_000 * (n % 7)),
+        "csr": clock.takes("csr", 1_000_000),
+    }
+    t = interleave(calls, budget=0, min_rounds=40, clock=clock, waits=lambda: clock.now // 20)
+    assert not t.disturbed
+    assert t.gain("csr", "dense") == t.speedup("csr", "dense").value > t.speedup("csr", "dense").low
+
+
+def test_samples_that_differ_are_a_disturbance_where_the_system_says_nothing() -> None:
+    clock = FakeClock()
+    calls = {
+        "dense": clock.takes("dense", lambda n: 1_000_000 * (1 + n % 3)),
+        "csr": clock.takes("csr", 500_000),
+    }
+    t = interleave(calls, budget=0, min_rounds=40, clock=clock, waits=lambda: 0)
+    assert (t.waited, t.disturbed) == (0.0, True)
+    assert t.gain("csr", "dense") <= t.speedup("csr", "dense").low
+
+
+def test_who_watches_sees_what_was_disturbed_inside() -> None:
+    clock, waited = FakeClock(), 0
+    call = {"a": clock.takes("a", 1_000_000)}
+    with watched() as outer:
+        interleave(call, budget=0, clock=clock, waits=lambda: waited)
+        with watched() as inner:
+            interleave(call, budget=0, clock=clock, waits=lambda: 2 * clock.now)
+    interleave(call, budget=0, clock=clock, waits=lambda: 2 * clock.now)
+    assert (outer.runs, outer.disturbed) == (2, 1)
+    assert (inner.runs, inner.disturbed, inner.waited) == (1, 1, 2.0)
+    assert str(outer).startswith(
+        "1 of 2 timings were disturbed: for each second the process's threads waited "
+    )
+
+
+def test_the_system_says_how_long_threads_wait(tmp_path: Path) -> None:
+    for thread, text in {"1": "100 7 1", "2": "100 20 1", "3": "", "4": "100"}.items():
+        (tmp_path / thread).mkdir()
+        (tmp_path / thread / "schedstat").write_text(text)
+    assert _timing.waited_for_cores(tmp_path) == 27
+    assert _timing.waited_for_cores(tmp_path / "none") == 0
 
 
 def test_short_calls_are_repeated_inside_a_sample() -> None:

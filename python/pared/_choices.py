@@ -15,6 +15,7 @@ from typing import Any
 
 from pared._store import JsonStore
 from pared._target import Target
+from pared._timing import Watch
 
 __all__ = ["Choices", "Timed", "clear"]
 
@@ -67,6 +68,7 @@ class Choices:
     cache : None keeps them in the process, and in the file that the environment variable PARED_CACHE names;
         a path keeps them in the process and in that file; False keeps nothing beyond this object.
     machine : what times depend on besides the layers; None: those of the CPU.
+    watch : sees the runs that times come from: once one was disturbed, the rest is kept in this object alone.
 
     Attributes
     ----------
@@ -77,9 +79,12 @@ class Choices:
         self,
         cache: str | os.PathLike[str] | bool | None = None,
         machine: Mapping[str, Any] | None = None,
+        watch: Watch | None = None,
     ) -> None:
         path = os.environ.get("PARED_CACHE") or None if cache is None else cache
         self._memory = {} if cache is False else _process
+        self._watch = watch or Watch()
+        self._own: dict[str, Any] = {}
         self._store = JsonStore(path, "pared timings", _VERSION) if path else None  # type: ignore[arg-type]
         self._file = self._store.read() if self._store else {}
         self._machine = {**(machine or Target().machine()), "pared": __import__("pared").__version__}
@@ -94,16 +99,16 @@ class Choices:
         """What is known about `key`; None where nothing is, or where the key is None."""
         if key is None:
             return None
-        entry = self._memory.get(key)
-        if entry is None:
-            entry = self._file.get(key)
-        return Timed.parse(entry)
+        found = (known[key] for known in (self._own, self._memory, self._file) if key in known)
+        return Timed.parse(next(found, None))
 
     def put(self, key: str | None, found: Timed) -> None:
         """Keep what was timed, unless the key is None."""
         if key is not None:
-            self._memory[key] = self._new[key] = asdict(found)
+            entry = self._own[key] = asdict(found)
             self.here.add(key)
+            if not self._watch.disturbed:
+                self._memory[key] = self._new[key] = entry
 
     def save(self) -> None:
         """Write what is new to the file, where there is one."""

@@ -5,6 +5,10 @@ changed clock frequency or a warm cache decides. Here each round runs every call
 so that whatever disturbs a round disturbs all of them, and the figure is the median over rounds of the ratio
 within a round. It is also the honest cache state: between two runs of a kernel the others have run.
 
+What a ratio does not survive is a core that other processes keep busy: the threads of one callable wait for
+each other there, those of another do not, and every round says the same. So a run also notes how long its
+threads waited for a core; `Timings.gain` is cautious then, and `watched` tells.
+
 Used by `pared.accelerate`, by ``pared bench`` and by every benchmark of the repository.
 """
 
@@ -15,7 +19,9 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,13 +30,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Ratio", "Timings", "interleave", "last_level_cache", "rotate"]
+__all__ = ["Ratio", "Timings", "Watch", "interleave", "last_level_cache", "rotate", "watched"]
 
 Call = Callable[[], object]
 
 # Twice the cache: with exactly its size, half of the lines would survive a pass under random replacement.
 _COLD_FACTOR = 2.0
 _MOST_COPIES = 1 << 14
+# Above these a run was disturbed: seconds waited for a core, of each second; spread of a callable's samples.
+_WAITED = 0.1
+_SPREAD = 0.3
 
 
 @dataclass(frozen=True)
@@ -62,10 +71,13 @@ class Timings:
     ----------
     samples : name -> float64 array [rounds], seconds a call; index i of every name is round i.
     inner : name -> calls in one sample.
+    waited : seconds that the process's threads, all together, were ready to run and had no core, of each
+        second of the run; 0 where the system does not say.
     """
 
     samples: Mapping[str, NDArray[np.float64]]
     inner: Mapping[str, int]
+    waited: float = 0.0
 
     @property
     def rounds(self) -> int:
@@ -100,6 +112,18 @@ class Timings:
         q25, q50, q75 = (float(q) for q in np.quantile(ratios, [0.25, 0.5, 0.75]))
         return Ratio(q50, float(ratios[low]), float(ratios[high]), q25, q75)
 
+    @property
+    def disturbed(self) -> bool:
+        """Whether something else kept the cores busy, so that the times say little."""
+        return self.waited > _WAITED or any(self.spread(name) > _SPREAD for name in self.samples)
+
+    def gain(self, name: str, baseline: str) -> float:
+        """How many times faster `name` is than `baseline`, to decide by: the median over rounds; of a
+        disturbed run the lower end of its interval, or the ratio of the fastest samples where that is less.
+        """
+        ratio = self.speedup(name, baseline)
+        return min(ratio.low, self.best(baseline) / self.best(name)) if self.disturbed else ratio.value
+
     def summary(self, baseline: str | None = None) -> dict[str, Any]:
         """Everything as plain numbers, for JSON: seconds, and ratios to `baseline` where one is given."""
         out: dict[str, Any] = {}
@@ -119,6 +143,64 @@ class Timings:
                 entry["speedup_iqr"] = [r.q25, r.q75]
             out[name] = entry
         return out
+
+
+class Watch:
+    """What was disturbed of the runs that `watched` has seen.
+
+    Attributes
+    ----------
+    runs, disturbed : how many, and how many of them were disturbed.
+    waited, spread : the largest of the disturbed runs; see `Timings`.
+    """
+
+    def __init__(self) -> None:
+        self.runs = self.disturbed = 0
+        self.waited = self.spread = 0.0
+
+    def see(self, t: Timings) -> None:
+        """Count a run."""
+        self.runs += 1
+        if t.disturbed:
+            self.disturbed += 1
+            self.waited = max(self.waited, t.waited)
+            self.spread = max(self.spread, *map(t.spread, t.samples))
+
+    def __str__(self) -> str:
+        why = (
+            f"for each second the process's threads waited up to {self.waited:.1f} s for a core, which other "
+            "processes kept busy"
+            if self.waited > _WAITED
+            else f"samples of one kernel differed by up to {100 * self.spread:.0f}%"
+        )
+        return (
+            f"{self.disturbed} of {self.runs} timings were disturbed: {why}; their gains are the least that "
+            "they show, and the next call times them again"
+        )
+
+
+_watching: ContextVar[tuple[Watch, ...]] = ContextVar("pared_watching", default=())
+
+
+@contextmanager
+def watched() -> Iterator[Watch]:
+    """Sees every run of `interleave` inside."""
+    watch = Watch()
+    token = _watching.set((*_watching.get(), watch))
+    try:
+        yield watch
+    finally:
+        _watching.reset(token)
+
+
+def waited_for_cores(tasks: Path = Path("/proc/self/task")) -> int:
+    """Nanoseconds that the process's threads have been ready to run and had no core; 0 where the system does
+    not say (Linux does)."""
+    total = 0
+    for file in tasks.glob("*/schedstat"):
+        with suppress(OSError, ValueError, IndexError):  # a thread that has ended
+            total += int(file.read_text().split()[1])
+    return total
 
 
 @lru_cache(maxsize=1)
@@ -184,6 +266,7 @@ def interleave(
     flush: bool = False,
     seed: int = 0,
     clock: Callable[[], int] = time.perf_counter_ns,
+    waits: Callable[[], int] = waited_for_cores,
 ) -> Timings:
     """Time callables against each other, round by round, in an order drawn anew for each round.
 
@@ -200,6 +283,7 @@ def interleave(
         too. For cold weights alone give callables from `rotate`.
     seed : of the order.
     clock : nanoseconds, monotonic.
+    waits : nanoseconds that threads have waited for a core.
 
     Raises
     ------
@@ -223,7 +307,7 @@ def interleave(
     collecting = gc.isenabled()
     gc.disable()
     try:
-        begin = clock()
+        begin, waited = clock(), waits()
         for done in range(1, max_rounds + 1):
             for name in order.sample(names, len(names)):
                 if evict is not None:
@@ -239,12 +323,15 @@ def interleave(
     finally:
         if collecting:
             gc.enable()
-    return _timings(samples, inner)
+    t = _timings(samples, inner, max(0, waits() - waited) / max(1, clock() - begin))
+    for watch in _watching.get():
+        watch.see(t)
+    return t
 
 
-def _timings(samples: Mapping[str, list[float]], inner: Mapping[str, int]) -> Timings:
+def _timings(samples: Mapping[str, list[float]], inner: Mapping[str, int], waited: float = 0.0) -> Timings:
     # A clock tick of nothing would make a ratio of nothing: a nanosecond is below any clock's resolution.
-    return Timings({n: np.maximum(np.asarray(s), 1e-9) for n, s in samples.items()}, dict(inner))
+    return Timings({n: np.maximum(np.asarray(s), 1e-9) for n, s in samples.items()}, dict(inner), waited)
 
 
 def _within(samples: Mapping[str, list[float]], precision: float, names: list[str]) -> bool:

@@ -31,6 +31,7 @@ from pared._size import disk_bytes, memory_bytes
 from pared._sparsity import bake
 from pared._surgery import copy_model, tied_parameters
 from pared._target import Target, target_of
+from pared._timing import watched
 from pared.nn import PackedModule
 from pared.nn._pretrained import refuse_pretrained
 from pared.ops._formats import FORMATS
@@ -123,6 +124,7 @@ def accelerate(
     inputs = examples(example_inputs, target.device)
     with (
         _progress(progress) as advance,
+        watched() as watch,
         torch.no_grad(),
         forked_random(target.device),
         _exact(target) as notes,
@@ -143,7 +145,7 @@ def accelerate(
             machine=target.machine(),
         )
         packed: dict[Any, PackedWeight] = {}
-        timed = Choices(cache, target.machine())
+        timed = Choices(cache, target.machine(), watch)
         for i, c in enumerate(candidates):
             advance(f"timing {c.name or type(c.module).__name__}", 0.05 + 0.75 * i / len(candidates))
             c.four, c.target = four_of(c), target
@@ -179,6 +181,8 @@ def accelerate(
         report.notes += [*notes, *opened.notes, *without_kernel(opened.model)]
         report.opened = {n: t for n, t in opened.types.items() if runs_kernels(fast.get_submodule(n))}
         report.notes += as_linears(report.opened)
+        if watch.disturbed:
+            report.notes.append(str(watch))
         report.memory_after, report.disk_after = memory_bytes(fast), disk_bytes(fast)
         advance("done", 1.0)
     fast.eval().requires_grad_(False)
@@ -202,7 +206,7 @@ def layer_seconds(
     """
     target = _check_arguments(model, precision, None, 1.0, True, None, None)
     inputs = examples(example_inputs, target.device)
-    with torch.no_grad(), forked_random(target.device), _exact(target):
+    with watched() as watch, torch.no_grad(), forked_random(target.device), _exact(target):
         dense = copy_model(model).eval()
         reference = [first_run(dense, e) for e in inputs]
         bake(dense)
@@ -211,7 +215,7 @@ def layer_seconds(
         record_calls(opened.model, inputs, candidates, fuse=True)
         known = _check_formats(formats, precision, target.kind)
         packed: dict[Any, PackedWeight] = {}
-        timed = Choices(None, target.machine())
+        timed = Choices(None, target.machine(), watch)
         found: dict[str, tuple[float, float]] = {}
         for c in candidates:
             if c.refused or hopeless(c):

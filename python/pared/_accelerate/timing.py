@@ -41,7 +41,7 @@ def time_layer(c: Candidate, variants: dict[str, Variant]) -> float:
         before += count * t.median("dense")
         for name, v in variants.items():
             v.after += count * t.median(name)
-            scaled[name] += count * t.median("dense") / t.speedup(name, "dense").value
+            scaled[name] += count * t.median("dense") / t.gain(name, "dense")
     for name, v in variants.items():
         v.speedup = before / scaled[name]
     return before
@@ -97,16 +97,14 @@ def _both_ways(
     apart: Callable[[Tensor], object],
     together: Callable[[Tensor], object],
 ) -> tuple[float, float]:
-    """Seconds of all the calls in one way and in the other, in the same rounds."""
+    """Seconds of all the calls in one way, and in the other by what it gains, in the same rounds."""
     work: dict[str, Callable[[], object]] = {}
     for i, s in enumerate(calls):
         x = timing_input(s)
         work[f"apart {i}"], work[f"together {i}"] = partial(apart, x), partial(together, x)
     t = Target().time(work, budget=LAYER_SECONDS, min_rounds=5, max_rounds=200, precision=0.01)
-    first, second = (
-        sum(n * t.median(f"{way} {i}") for i, n in enumerate(calls.values())) for way in ("apart", "together")
-    )
-    return first, second
+    first = [n * t.median(f"apart {i}") for i, n in enumerate(calls.values())]
+    return sum(first), sum(s / t.gain(f"together {i}", f"apart {i}") for i, s in enumerate(first))
 
 
 def time_attention(
@@ -138,7 +136,8 @@ def _one_call(
             max_rounds=200,
             precision=0.02,
         )
-        known = Timed(name, t.median("dense"), {"pared": (t.median("pared"), 1.0)})
+        before = t.median("dense")
+        known = Timed(name, before, {"pared": (before / t.gain("pared", "dense"), 1.0)})
         timed.put(key, known)
     return known.before, known.variants["pared"][0]
 
@@ -193,7 +192,7 @@ def time_models(
     if remark:
         report.notes.append(remark)
     times = {
-        "median": (t.median("pared"), t.speedup("pared", "dense").value),
+        "median": (t.median("pared"), t.gain("pared", "dense")),
         "p95": (t.p95("pared"), t.p95("dense")),
     }
     return Timed("model", t.median("dense"), times)
