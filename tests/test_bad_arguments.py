@@ -319,9 +319,12 @@ CALLS: dict[str, Call] = {
         },
     ),
     "nn.Linear.hand_to": Call(
-        lambda followers: pared.nn.Linear(LINEAR).hand_to(followers),
+        lambda followers, between=(): pared.nn.Linear(LINEAR).hand_to(followers, between=between),
         {"followers": pared.nn.Linear(ops.CSR.from_dense(torch.from_numpy(W.T.copy())))},
-        {"followers": OBJECT},
+        {
+            "followers": OBJECT,
+            "between": Values({"a module": nn.ReLU(), "words": ["0"], "None": None, "3": 3}),
+        },
     ),
     "nn.Linear.share_with": Call(
         lambda others: pared.nn.Linear(ops.BSRInt8.from_dense(torch.from_numpy(W))).share_with(others),

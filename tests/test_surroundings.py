@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import pickle
 import signal
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -273,6 +276,23 @@ def test_a_model_that_turns_autocast_on(precision):
     check(fast, model, INPUTS[0], 1e-4 if precision == "float32" else 0.1)
 
 
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("case", CASES)
+def test_accelerated_in_inference_mode(ours_is_faster, case, precision):
+    """The new model's tensors are ordinary ones: it can be loaded into, moved and copied anywhere."""
+    make, x = CASES[case]
+    model = make()
+    pared.prune(model, 0.8)
+    with torch.inference_mode():
+        fast = pared.accelerate(model, x + 0, precision)
+        want = fast(x)
+    assert not any(t.is_inference() for t in (*fast.parameters(), *fast.buffers()))
+    fast.load_state_dict(fast.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fast(x), want)
+        torch.testing.assert_close(fast(torch.cat([x, x])), torch.cat([want, want]), atol=1e-2, rtol=1e-2)
+
+
 def test_autocast_that_changes_nothing(ours_is_faster):
     model, x = mlp().bfloat16(), INPUTS[0].bfloat16()
     pared.prune(model, 0.8)
@@ -356,6 +376,8 @@ def test_weights_of_converted_layers_are_not_written_to(packed):
     for name, value in (("weight", zeros), ("bias", torch.zeros(48))):
         with pytest.raises(TypeError, match=f"{name}: expected none to be set.*pared.restore"):
             setattr(packed[0], name, nn.Parameter(value))
+    with pytest.raises(TypeError, match="weight: expected none to be set, got a Tensor"):
+        packed[0].weight = zeros
     with pytest.raises(pared.nn.DenseWeightError, match="packed"):
         packed[0].weight.data = zeros
     with pytest.raises(pared.nn.DenseWeightError, match="packed"):
@@ -384,6 +406,130 @@ def test_scripting_is_refused_and_tracing_is_not(packed):
         torch.jit.script(packed)
     traced = torch.jit.trace(packed, INPUTS[0])
     assert torch.equal(torch.jit.freeze(traced)(INPUTS[0]), packed(INPUTS[0]))
+
+
+def test_functional_call_does_not_drop_a_weight(packed):
+    """It sets what it is given as attributes, and takes them back when one is refused."""
+    x = INPUTS[0]
+    want, bias = packed(x), packed[0].bias
+    given = {"0.bias": torch.zeros(48), "0.weight": torch.zeros(48, 24)}
+    with pytest.raises(TypeError, match="weight: expected none to be set, got a Tensor; Linear holds"):
+        torch.func.functional_call(packed, given, x)
+    assert packed[0].bias is bias
+    assert torch.equal(packed(x), want)
+    moved = torch.func.functional_call(packed, {"4.bias": packed[4].bias + 1}, x)
+    torch.testing.assert_close(moved, want + 1)
+    assert torch.equal(packed(x), want)
+
+
+def places(model: nn.Module) -> set[str]:
+    return {t.device.type for t in (*model.parameters(), *model.buffers())}
+
+
+@pytest.mark.parametrize("how", ["accelerated", "copied", "unpickled", "loaded"])
+def test_a_model_that_cannot_move_stays_whole(ours_is_faster, tmp_path, how):
+    inner = nn.Sequential(nn.LayerNorm(24), mlp())
+    model = nn.Sequential(nn.LayerNorm(24), inner)
+    pared.prune(model, 0.8)
+    original = pared.accelerate(model, INPUTS[0])
+    pared.save(original, tmp_path / "model.pared")
+    fast = {
+        "accelerated": lambda: original,
+        "copied": lambda: copy.deepcopy(original),
+        "unpickled": lambda: pickle.loads(pickle.dumps(original)),
+        "loaded": lambda: pared.load(tmp_path / "model.pared", model),
+    }[how]()
+    want = fast(INPUTS[0])
+    for part in (fast, fast[1]):  # what lies before the first accelerated layer would have gone
+        for move in (lambda m: m.to("meta"), lambda m: m.to_empty(device="meta")):
+            with pytest.raises(RuntimeError, match=r"Linear has no \w+ kernel for meta .*pared\.restore"):
+                move(part)
+    assert places(fast) == {"cpu"}
+    assert torch.equal(fast(INPUTS[0]), want)
+    assert fast.double() is fast
+    assert fast[0].weight.dtype == torch.float64
+    if how == "copied":
+        assert original[0].weight.dtype == torch.float32
+    assert places(pared.restore(fast).to("meta")) == {"meta"}
+
+
+def test_a_layer_that_refuses_is_asked_before_another_moves(packed, monkeypatch):
+    held = []
+    monkeypatch.setattr(pared.nn.PackedModule, "_hold", lambda self, weight: held.append(self))
+    monkeypatch.setattr(pared.nn.PackedModule, "_moved", lambda self, device: None)
+    packed.float()
+    assert held == [packed[0], packed[2], packed[4]]
+
+    def refused(device):
+        raise RuntimeError("refused")
+
+    packed[2]._moved = refused
+    with pytest.raises(RuntimeError, match="refused"):
+        packed.float()
+    del packed[2]._moved
+    assert len(held) == 3
+    packed.float()
+    assert len(held) == 6
+
+
+def test_memory_of_a_model_is_freed_at_once(packed):
+    fast = copy.deepcopy(packed)
+    gone = weakref.ref(fast)
+    shallow = copy.copy(fast)
+    gc.disable()
+    try:
+        del fast
+        assert gone() is None
+    finally:
+        gc.enable()
+    with pytest.raises(RuntimeError, match=r"model: .*got a shallow copy of one that is gone"):
+        shallow.float()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("at", ["head", "between", "follower", "everywhere"])
+def test_hooks_on_layers_in_one_call(ours_is_faster, monkeypatch, tmp_path, at, loaded):
+    """A hook sees what its module gives, and what it gives instead is what the next one takes."""
+    monkeypatch.setattr(acc.timing, "time_hand_over", lambda layers, calls: 2.0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Dropout(0.5), nn.Linear(24, 24)).eval()
+    pared.prune(model, 0.5)
+    fast = pared.accelerate(model, INPUTS[0], formats=["csr"])
+    if loaded:
+        pared.save(fast, tmp_path / "model.pared")
+        fast = pared.load(tmp_path / "model.pared", model)
+    assert fast[0]._handed == (fast[3],)
+    x = INPUTS[1]
+    check(fast, model, x)
+    expected = model[:2](x)  # with the ReLU that the first layer computes now
+    seen = []
+
+    def look(module, args, output):
+        seen.append(output)
+
+    def change(module, args, output):
+        return output + 1
+
+    if at == "everywhere":
+        handle = nn.modules.module.register_module_forward_hook(lambda m, a, y: seen.append(y))
+        fast(x)
+        handle.remove()
+        torch.testing.assert_close(seen[0], expected)
+        return
+    place = {"head": 0, "between": 2, "follower": 3}[at]
+    handles = [fast[place].register_forward_hook(look)]
+    y = fast(x)
+    torch.testing.assert_close(seen[0], y if place == 3 else expected)
+    torch.testing.assert_close(y, model(x))
+    handles.append(fast[place].register_forward_hook(change))
+    torch.testing.assert_close(fast(x), model(x) + 1 if place == 3 else model[3](expected + 1))
+    for handle in handles:
+        handle.remove()
+    handle = fast[place].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    wanted = {0: lambda: model(2 * x), 2: lambda: model[3](2 * expected), 3: lambda: model[3](2 * expected)}
+    torch.testing.assert_close(fast(x), wanted[place]())
+    handle.remove()
+    assert torch.equal(fast(x), fast[0](x))  # the chain again
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own

@@ -156,6 +156,18 @@ def leads_to(model: nn.Module, name: str, successor: str) -> bool:
     return _next(dict(model.named_modules()), _following(model), name) == successor
 
 
+def between(model: nn.Module, names: list[str]) -> list[nn.Module]:
+    """The modules that the output of each of the named layers passes on its way to the next."""
+    modules, following = dict(model.named_modules()), _following(model)
+    found = []
+    for name, successor in itertools.pairwise(names):
+        after = following.get(name)
+        while after is not None and after != successor:
+            found.append(modules[after])
+            after = following.get(after)
+    return found
+
+
 def _next(modules: dict[str, nn.Module], following: dict[str, str], name: str) -> str | None:
     after = following.get(name)
     while after is not None and is_passing(modules[after]):

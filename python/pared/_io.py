@@ -37,18 +37,18 @@ from pared._format import (
     require,
     shorten,
 )
-from pared._fusion import activation_of, leads_to
+from pared._fusion import activation_of, between, leads_to
 from pared._report import _ATTRIBUTE, Report
 from pared._residual import residual_block
 from pared._sparsity import bake
 from pared._surgery import adopt_hooks, check_whole, copy_model, module_names, replace
 from pared.nn import RULES, FoldedBatchNorm2d, Fused, Linear, MaxPool2d, PackedModule, ResidualBlock
+from pared.nn._around import guard
 from pared.nn._attention import attend, attending
 from pared.nn._base import ACTIVATIONS
 from pared.nn._encoder import encoding, fuse_layer
 from pared.nn._fold import can_fold
 from pared.nn._foreign import hides_weights
-from pared.nn._pretrained import refuse_pretrained
 from pared.ops._formats import FORMATS
 from pared.ops.int8 import IntegerWeight
 from pared.ops.packed import PackedWeight
@@ -164,7 +164,7 @@ def load(path: Path, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> 
     for name in about.encoders:
         _encode(module, name)
     _check_complete(module)
-    refuse_pretrained(module)
+    guard(module)
     if about.report is not None:
         setattr(module, _ATTRIBUTE, about.report)
         module.requires_grad_(False)  # for inference, as accelerate returns it
@@ -245,7 +245,8 @@ def _hand_over(model: torch.nn.Module, name: str, followers: list[str]) -> None:
     if not (followers and isinstance(head, Linear) and all(leads_to(model, a, b) for a, b in ways)):
         refuse(f"file: handed: expected linear layers that follow each other, got {[name, *followers]}")
     try:
-        head.hand_to(*cast(list[Linear], layers[1:]))
+        passed = between(model, [name, *followers])
+        head.hand_to(*cast(list[Linear], layers[1:]), between=passed)
     except (TypeError, ValueError) as e:
         refuse(f"file: handed: layer {shorten(name)}: {e}")
 

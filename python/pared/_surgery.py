@@ -14,9 +14,9 @@ from torch.nn.utils import parametrize
 from pared._report import _ATTRIBUTE
 from pared._sparsity import is_freed
 from pared.nn import FoldedBatchNorm2d, Fused, MaxPool2d, PackedModule, ResidualBlock
+from pared.nn._around import unguard
 from pared.nn._attention import attending, detach
 from pared.nn._encoder import encoding, separate
-from pared.nn._pretrained import permit_pretrained
 
 __all__ = ["copy_model", "module_names", "replace", "restore", "shared_copy", "tied_parameters"]
 
@@ -138,7 +138,7 @@ def restore(model: nn.Module) -> nn.Module:
 
     plain = copy.deepcopy(model)
     vars(plain).pop(_ATTRIBUTE, None)
-    permit_pretrained(plain)
+    unguard(plain)
     weights: dict[int, nn.Parameter] = {}  # packed buffers that several layers share
     biases: dict[int, nn.Parameter] = {}
     names = module_names(plain)

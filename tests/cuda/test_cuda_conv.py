@@ -164,7 +164,7 @@ def test_other_geometries_say_what_was_expected():
     ]:
         module = Conv2d.from_module(nn.Conv2d(4, 8, **options), format="csr")
         with pytest.raises(RuntimeError, match=r"Conv2d has no csr kernel .*kernel 1x1, without.*" + text):
-            module._move(torch.device("cuda"))
+            module._moved(torch.device("cuda"))
         assert module._on_device is None
 
 

@@ -33,7 +33,7 @@ from pared._surgery import copy_model, tied_parameters
 from pared._target import Target, target_of
 from pared._timing import watched
 from pared.nn import PackedModule
-from pared.nn._pretrained import refuse_pretrained
+from pared.nn._around import guard
 from pared.ops._formats import FORMATS
 from pared.ops.int4 import GROUP
 from pared.ops.packed import PackedWeight
@@ -125,6 +125,7 @@ def accelerate(
     with (
         _progress(progress) as advance,
         watched() as watch,
+        torch.inference_mode(False),  # or nothing could be loaded into the model later
         torch.no_grad(),
         forked_random(target.device),
         _exact(target) as notes,
@@ -187,7 +188,7 @@ def accelerate(
         advance("done", 1.0)
     fast.eval().requires_grad_(False)
     setattr(fast, _ATTRIBUTE, report)
-    refuse_pretrained(fast)
+    guard(fast)
     return fast
 
 

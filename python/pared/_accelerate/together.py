@@ -12,6 +12,7 @@ from pared import _core
 from pared._accelerate import timing
 from pared._accelerate.layers import Candidate
 from pared._choices import Choices, Timed
+from pared._fusion import between
 from pared._inputs import Difference, Example, compare_all
 from pared._report import Report
 from pared.nn import Linear
@@ -49,7 +50,7 @@ def hand_over(
         gain = _known_gain(c, key, timed, partial(timing.time_hand_over, layers, c.calls))
         if gain < TOGETHER:
             continue
-        layers[0].hand_to(*layers[1:])
+        layers[0].hand_to(*layers[1:], between=between(fast, [r.name for r in run]))
         heads.append(layers[0])
         c.row.reason += f"; hands over to {', '.join(r.name for r in run[1:])}: {gain:.2f}x"
         for r in run[1:]:

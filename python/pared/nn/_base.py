@@ -127,6 +127,8 @@ class PackedModule(nn.Module):
     bias: Tensor | None
     # The weight in the memory of a CUDA device, where the module was moved to one; `packed` stays on the CPU.
     _on_device: DeviceWeight | None = None
+    # What `_apply` is to hold, in a tuple, once `_prepare` has made it.
+    _prepared: tuple[DeviceWeight | None] | None = None
     # Its parts, for tracers: they see a string and tensors.
     _device_layout: str = ""
     _device_tensors: list[Tensor] = []  # noqa: RUF012  # replaced, never written to
@@ -242,10 +244,12 @@ class PackedModule(nn.Module):
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight", "bias") and isinstance(value, nn.Parameter):
+        # torch.func.functional_call sets what it is given, and would not notice that a weight is not used.
+        if name == "weight" or (name == "bias" and isinstance(value, nn.Parameter)):
             raise TypeError(
-                f"{name}: expected none to be set, got a parameter; {type(self).__name__} holds a packed "
-                f"{self.format} weight for inference: set it on the plain layer that pared.restore gives"
+                f"{name}: expected none to be set, got a {type(value).__name__}; {type(self).__name__} holds "
+                f"a packed {self.format} weight for inference: set it on the plain layer that pared.restore "
+                "gives"
             )
         super().__setattr__(name, value)
 
@@ -260,8 +264,9 @@ class PackedModule(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        device = fn(torch.empty(0, dtype=torch.uint8, device=self._device())).device
-        self._move(device)
+        self._prepare(fn)
+        self._hold(*cast(tuple[DeviceWeight | None], self._prepared))
+        self._prepared = None
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._buffers["packed"] = before["packed"]  # stays on the CPU
@@ -272,15 +277,20 @@ class PackedModule(nn.Module):
         self._align()
         return self
 
-    def _move(self, device: torch.device) -> None:
-        """Take a copy of the weight to `device`. Raises ``RuntimeError`` where it has no kernel."""
+    def _prepare(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Have ready what `_apply` with `fn` is to hold. Raises ``RuntimeError`` where there is no kernel."""
+        if self._prepared is None:
+            device = fn(torch.empty(0, dtype=torch.uint8, device=self._device())).device
+            self._prepared = (self._moved(device),)
+
+    def _moved(self, device: torch.device) -> DeviceWeight | None:
+        """The weight on `device`; None for the CPU. Raises ``RuntimeError`` where it has no kernel."""
         if device.type == "cpu":
-            self._hold(None)
-            return
+            return None
         try:
             if device.type != "cuda":
                 raise ValueError(f"device: expected cpu, got {device}")
-            self._hold(self._device_weight(device))
+            return self._device_weight(device)
         except ValueError as e:
             raise RuntimeError(
                 f"device: {type(self).__name__} has no {self.format} kernel for {device} ({e}); "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pared.ops._library import foldable, grad_error, linear_device_op, linear_op
 from pared.ops.chain import chain_of
 from pared.ops.packed import PackedWeight
 
+_global = torch.nn.modules.module
 _strided = torch.strided
 _DONE = "_pared_chain"  # attribute of a tensor: the layer that computed it, its followers included
 _SHARED = "_pared_shared"  # attribute of an input: outputs of other layers for it, and its version then
@@ -44,6 +46,8 @@ class Linear(PackedModule):
     # Layers that this one computes as well (see `hand_to`), and the one that computes this layer.
     _handed: tuple[Linear, ...] = ()
     _fed_by: Linear | None = None
+    # The modules of a chain, whose hooks would see, or change, what is not there.
+    _chained: tuple[nn.Module, ...] = ()
     # Layers that this one computes beside itself where they get the same input (see `share_with`), and the
     # one that does so for this layer.
     _sharers: tuple[Linear, ...] = ()
@@ -123,23 +127,27 @@ class Linear(PackedModule):
             raise grad_error("pared.nn.Linear")
         if not x.is_contiguous():
             x = foldable(x)
-        if self._handed:
+        if self._handed and not self._hooked():
             return self._chain(x)
         if self._sharers and x is input and not x.is_inference():
             return self._share(x)
         return _core.linear(x, buffers["packed"], bias, self.activation)  # type: ignore[no-any-return]
 
-    def hand_to(self, *followers: Linear) -> None:
+    def hand_to(self, *followers: Linear, between: Sequence[nn.Module] = ()) -> None:
         """Compute these layers as well, each from the one before, in one call (`pared.ops.linear_chain`).
 
         For a model in which what comes out of this layer goes into the first of them and nowhere else, and so
         on: this layer then returns the last one's output, and they pass it on as it is. They compute as usual
-        for any other input, and all do where the model is traced or compiled. No followers: take it back.
+        for any other input, and all do where the model is traced or compiled, and where one of them, or of
+        the modules `between` them, has forward hooks. No followers: take it back.
 
         Raises
         ------
-        TypeError, ValueError : a layer that `linear_chain` does not take, or that does not fit the last.
+        TypeError, ValueError : a layer that `linear_chain` does not take, or that does not fit the last;
+            something else than modules between them.
         """
+        if not isinstance(between, list | tuple) or not all(isinstance(m, nn.Module) for m in between):
+            raise TypeError(f"between: expected a list of modules, got {between!r:.60}")
         before: Linear = self
         for f in followers:
             if not isinstance(f, Linear) or chain_of([before.packed_weight(), f.packed_weight()]) is None:
@@ -152,6 +160,7 @@ class Linear(PackedModule):
         for f in self._handed:
             f._refer("_fed_by", None)
         self._refer("_handed", followers)
+        self._refer("_chained", (self, *followers, *between) if followers else ())
         for f in followers:
             f._refer("_fed_by", self)
 
@@ -221,6 +230,11 @@ class Linear(PackedModule):
         if self._handed[-1] is follower:
             del x.__dict__[_DONE]
         return True
+
+    def _hooked(self) -> bool:
+        if _global._global_forward_hooks or _global._global_forward_pre_hooks:
+            return True
+        return any(m._forward_hooks or m._forward_pre_hooks for m in self._chained)
 
     def _chain(self, x: Tensor) -> Tensor:
         layers = (self, *self._handed)
