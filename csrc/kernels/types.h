@@ -46,8 +46,8 @@ struct PanelArgs {
   // From these entries to those that come next, bytes: read ahead in step with the work, where they lie
   // elsewhere in memory. They need not be mapped.
   uintptr_t values_ahead = 0, offsets_ahead = 0;
-  // Of two vectors, the last eight positions may be left as they are.
-  bool half = false;
+  // Positions at the tile's end, fewer than a group, whose sums may be left as they are.
+  int32_t spare = 0;
 };
 using CsrPanelArgs = PanelArgs<float>;
 struct csr_panel_f32 {

@@ -166,7 +166,7 @@ class GroupProduct {
         place_(w.code.taps ? kernel_for<conv_places>(active_isa()).fn : nullptr),
         blocks_(w.blocks()),
         acc_stride_(t.vectors * kPanelGroup),
-        half_(panels.real_alone && t.vectors == 2 && t.positions <= kPanelGroup + kPanelGroup / 2) {}
+        spare_(panels.real_alone ? acc_stride_ - t.positions : 0) {}
 
   bool has_entries(int64_t g, int64_t b) const { return b < blocks_ && starts(g)[b + 1] > starts(g)[b]; }
   int32_t rows(int64_t g) const {
@@ -195,7 +195,7 @@ class GroupProduct {
         reinterpret_cast<uintptr_t>(w_.offsets + start[b]) - reinterpret_cast<uintptr_t>(offsets);
     kernel_({runs, w_.values + static_cast<int64_t>(start[b]) * h.entry_rows, offsets, x, acc,
              (rows(g) + h.entry_rows - 1) / h.entry_rows, start[b] > start[0], scale_, ahead * sizeof(T),
-             ahead * sizeof(uint16_t) + from_places, half_});
+             ahead * sizeof(uint16_t) + from_places, spare_});
   }
 
   // After the last block: rows of a group without any entry have had no sum.
@@ -213,7 +213,7 @@ class GroupProduct {
   conv_places::Fn* const place_;
   const int64_t blocks_;
   const int32_t acc_stride_;
-  const bool half_;
+  const int32_t spare_;
   alignas(64) uint16_t places_[kCsrGroup * (UINT8_MAX + 1) + kLineStep];
 };
 

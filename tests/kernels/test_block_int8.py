@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from pared import _core, ops
 
-# Around 16 positions a vector, 64, 96 and 128 a tile; units of four; K blocks; quads, groups of 16; primes.
-TOKENS = [0, 1, 2, 15, 16, 17, 31, 33, 48, 63, 64, 65, 79, 80, 95, 96, 97, 112, 127, 128, 129, 191, 257]
+# Around 16 positions a vector, of whose last group one to three go otherwise, 64, 96 and 128 a tile; units of
+# four; K blocks; quads, groups of 16; primes.
+TOKENS = [0, 1, 2, 3, 4, 15, 16, 17, 18, 19, 31, 33, 34, 35, 48, 49, 63, 64, 65, 79, 80, 95, 96, 97, 112]
+TOKENS += [127, 128, 129, 191, 257]
 COLS = [0, 1, 2, 3, 4, 5, 7, 8, 63, 64, 65, 131, 319, 320, 321, 384, 385, 388, 511, 769, 1021]
 ROWS = [0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 19, 33]
 BLOCKS = [(1, 4), (4, 4), (16, 4)]

@@ -8,8 +8,10 @@ from linear_check import check_linear
 
 from pared import _core, ops
 
-# Around 16 positions a vector and 96 a tile; K blocks of 96; 4 rows a quad, 16 a group; and primes.
-TOKENS = [0, 1, 15, 16, 17, 24, 25, 31, 33, 48, 64, 79, 80, 95, 96, 97, 112, 128, 191, 193]
+# Around 16 positions a vector, of whose last group one to three, or eight, are computed otherwise, and 96 a
+# tile; K blocks of 96; 4 rows a quad, 16 a group; and primes.
+TOKENS = [0, 1, 2, 3, 4, 8, 9, 15, 16, 17, 18, 19, 20, 24, 25, 31, 33, 34, 35, 36, 40, 41, 48, 49, 51, 64]
+TOKENS += [79, 80, 95, 96, 97, 112, 128, 191, 193]
 COLS = [0, 1, 3, 4, 5, 16, 95, 96, 97, 131, 191, 192, 193]
 ROWS = [0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 19, 33]
 
@@ -36,6 +38,17 @@ def test_token_counts_and_row_counts(isa, rng):
             x = rng.standard_normal((tokens, 101)).astype(np.float32)
             bias = rng.standard_normal(rows).astype(np.float32)
             check_linear(ops.linear(x, ops.Dense.from_dense(w), bias), x, w, bias)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.6])
+def test_outputs_do_not_depend_on_the_number_of_tokens(isa, rng, sparsity):
+    """To the bit, whichever way the last positions go; with several K blocks, and quads of unequal length."""
+    w = block_weight(rng, 27, 450, sparsity)
+    x = rng.standard_normal((64, 450)).astype(np.float32)
+    for packed in (ops.Dense.from_dense(w), ops.BSR.from_dense(w)):
+        want = ops.linear(x, packed)
+        for tokens in range(1, 64):
+            assert np.array_equal(ops.linear(x[:tokens], packed), want[:tokens]), tokens
 
 
 def test_partly_filled_quads_lose_nothing(isa, rng):

@@ -122,11 +122,16 @@ void csr_panel_halves(const PanelArgs<typename S::Element>& args) {
 }
 
 #if defined(__AVX512F__)
-// Two vectors. Where the last eight positions are not asked for, half of the second is left out: on cores
-// whose vector units are 256 bits wide 17 tokens would take 1.6 times as long as 16.
+// One vector and two. Where the last eight positions are not asked for, half of the last is left out: on
+// cores whose vector units are 256 bits wide 17 tokens would take 1.6 times as long as 16.
+template <int UNROLL>
+void csr_panel_one(const PanelArgs<float>& args) {
+  if (args.spare >= kPanelGroup / 2) csr_panel_any<Avx512HalfF32, 1, UNROLL>(args);
+  else csr_panel_any<Avx512F32, 1, UNROLL>(args);
+}
 template <int UNROLL>
 void csr_panel_two(const PanelArgs<float>& args) {
-  if (args.half) csr_panel_any<Avx512F32AndHalf, 2, UNROLL>(args);
+  if (args.spare >= kPanelGroup / 2) csr_panel_any<Avx512F32AndHalf, 2, UNROLL>(args);
   else csr_panel_any<Avx512F32, 2, UNROLL>(args);
 }
 #endif

@@ -34,6 +34,10 @@ struct FourInMemory {
 template <class S>
 constexpr bool kByLane = false;
 
+// 2^(i/8).
+alignas(32) constexpr float kEighthPowers[8] = {1.0f,        1.09050775f, 1.18920708f, 1.29683959f,
+                                                1.41421354f, 1.54221082f, 1.68179286f, 1.8340081f};
+
 struct ScalarF32 : FourInMemory<ScalarF32, float> {
   static constexpr int width = 1;
   using V = float;
@@ -66,10 +70,12 @@ struct ScalarF32 : FourInMemory<ScalarF32, float> {
   static PARED_INLINE V product_error(V a, V b, V p) {
     return static_cast<float>(static_cast<double>(a) * b - p);
   }
-  // v * 2^n for an integer n in [-250, 250], rounded once where v 2^(n/2) is normal. In two factors, since
-  // 2^n alone may be a denormal; the integer by its bits, since converting a NaN is undefined.
+  // 2^(i/8), i the three low bits of `bits`.
+  static PARED_INLINE V eighth_power(V bits) { return kEighthPowers[float_bits(bits) & 7]; }
+  // v * 2^floor(n) for n in [-250, 250], a multiple of 1/8; rounded once where v 2^(n/2) is normal. In two
+  // factors, since 2^n alone may be a denormal; the integer by its bits, since converting a NaN is undefined.
   static PARED_INLINE V scale2(V v, V n) {
-    const int32_t i = static_cast<int32_t>(float_bits(n + 12582912.0f) - 0x4b400000u), half = i >> 1;
+    const int32_t i = static_cast<int32_t>(float_bits(n + 1572864.0f) - 0x49c00000u) >> 3, half = i >> 1;
     const auto power = [](int32_t k) { return bits_float((static_cast<uint32_t>(k) + 127u) << 23); };
     return v * power(half) *
            power(static_cast<int32_t>(static_cast<uint32_t>(i) - static_cast<uint32_t>(half)));
@@ -79,9 +85,30 @@ struct ScalarF32 : FourInMemory<ScalarF32, float> {
 };
 
 #if defined(__AVX2__)
+// One position of four rows: what the quad kernel does with positions that would leave most of a vector
+// empty.
+struct FourRowsF32 {
+  using V = __m128;
+  static PARED_INLINE V zero() { return _mm_setzero_ps(); }
+  // Of rows `stride` elements apart.
+  static PARED_INLINE V load(const float* p, int stride) {
+    return _mm_setr_ps(p[0], p[stride], p[2 * stride], p[3 * stride]);
+  }
+  static PARED_INLINE void store(float* p, int stride, V v) {
+    alignas(16) float rows[4];
+    _mm_store_ps(rows, v);
+    for (int r = 0; r < 4; ++r) p[r * stride] = rows[r];
+  }
+  // The rows' values, times x.
+  static PARED_INLINE V fma(const float* values, const float* x, V sum) {
+    return _mm_fmadd_ps(_mm_loadu_ps(values), _mm_set1_ps(*x), sum);
+  }
+};
+
 struct Avx2F32 : FourInMemory<Avx2F32, float> {
   static constexpr int width = 8;
   using V = __m256;
+  using FourRows = FourRowsF32;
   using Element = float;
   using Operand = V;  // of the panel, as fma takes it
   using Value = V;    // a broadcast value
@@ -101,8 +128,12 @@ struct Avx2F32 : FourInMemory<Avx2F32, float> {
   static PARED_INLINE V minus_abs(V a) { return _mm256_or_ps(a, _mm256_set1_ps(-0.0f)); }
   static PARED_INLINE V select_negative(V x, V a, V b) { return _mm256_blendv_ps(b, a, x); }
   static PARED_INLINE V product_error(V a, V b, V p) { return _mm256_fmsub_ps(a, b, p); }
+  static PARED_INLINE V eighth_power(V bits) {
+    return _mm256_permutevar8x32_ps(loadu(kEighthPowers), _mm256_castps_si256(bits));
+  }
   static PARED_INLINE V scale2(V v, V n) {
-    const __m256i i = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(i, 1), bias = _mm256_set1_epi32(127);
+    const __m256i i = _mm256_cvtps_epi32(_mm256_floor_ps(n)), half = _mm256_srai_epi32(i, 1),
+                  bias = _mm256_set1_epi32(127);
     const __m256i a = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
     const __m256i b = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(i, half), bias), 23);
     return _mm256_mul_ps(_mm256_mul_ps(v, _mm256_castsi256_ps(a)), _mm256_castsi256_ps(b));
@@ -115,6 +146,7 @@ struct Avx2F32 : FourInMemory<Avx2F32, float> {
 struct Avx512F32 {
   static constexpr int width = 16;
   using V = __m512;
+  using FourRows = FourRowsF32;
   using Element = float;
   using Operand = V;  // of the panel, as fma takes it
   using Value = V;    // a broadcast value
@@ -141,8 +173,22 @@ struct Avx512F32 {
     return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), b, a);
   }
   static PARED_INLINE V product_error(V a, V b, V p) { return _mm512_fmsub_ps(a, b, p); }
+  static PARED_INLINE V eighth_power(V bits) {
+    const V powers = _mm512_broadcast_f32x8(_mm256_loadu_ps(kEighthPowers));
+    return _mm512_permutexvar_ps(_mm512_castps_si512(bits), powers);
+  }
   static PARED_INLINE V scale2(V v, V n) { return _mm512_scalef_ps(v, n); }
   static PARED_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+};
+
+// Half a vector, for 8 positions of a group of 16.
+struct Avx512HalfF32 : Avx2F32 {
+  static constexpr int width = 16;
+  using Four = __m128;
+  static PARED_INLINE Four four(const float* p) { return _mm_loadu_ps(p); }
+  static PARED_INLINE Value nth(Four f, int i) {
+    return _mm256_permutexvar_ps(_mm256_set1_epi32(i), _mm256_castps128_ps256(f));
+  }
 };
 
 // A vector and half of one, for 24 positions.
@@ -209,8 +255,16 @@ struct NeonF32 {
     return vbslq_f32(vcltzq_s32(vreinterpretq_s32_f32(x)), a, b);
   }
   static PARED_INLINE V product_error(V a, V b, V p) { return vfmaq_f32(vnegq_f32(p), a, b); }
+  static PARED_INLINE V eighth_power(V bits) {
+    // The four bytes of each lane's power among the 32 of the table.
+    const uint32x4_t first = vmulq_n_u32(vandq_u32(vreinterpretq_u32_f32(bits), vdupq_n_u32(7)), 0x04040404u);
+    const uint8x16_t bytes = vreinterpretq_u8_u32(vaddq_u32(first, vdupq_n_u32(0x03020100u)));
+    const uint8x16x2_t powers = {
+        {vreinterpretq_u8_f32(vld1q_f32(kEighthPowers)), vreinterpretq_u8_f32(vld1q_f32(kEighthPowers + 4))}};
+    return vreinterpretq_f32_u8(vqtbl2q_u8(powers, bytes));
+  }
   static PARED_INLINE V scale2(V v, V n) {
-    const int32x4_t i = vcvtnq_s32_f32(n), half = vshrq_n_s32(i, 1), bias = vdupq_n_s32(127);
+    const int32x4_t i = vcvtmq_s32_f32(n), half = vshrq_n_s32(i, 1), bias = vdupq_n_s32(127);
     const auto power = [](int32x4_t e) { return vreinterpretq_f32_s32(vshlq_n_s32(e, 23)); };
     return vmulq_f32(vmulq_f32(v, power(vaddq_s32(half, bias))), power(vaddq_s32(vsubq_s32(i, half), bias)));
   }

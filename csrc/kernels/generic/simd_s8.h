@@ -128,12 +128,31 @@ struct Avx512S8 : FourInMemory<Avx512S8, int32_t> {
 #endif
 
 #if defined(__AVX512VNNI__)
+// As FourRowsF32.
+struct FourRowsVnni {
+  using V = __m128i;
+  static PARED_INLINE V zero() { return _mm_setzero_si128(); }
+  static PARED_INLINE V load(const int32_t* p, int stride) {
+    return _mm_setr_epi32(p[0], p[stride], p[2 * stride], p[3 * stride]);
+  }
+  static PARED_INLINE void store(int32_t* p, int stride, V v) {
+    alignas(16) int32_t rows[4];
+    _mm_store_si128(reinterpret_cast<__m128i*>(rows), v);
+    for (int r = 0; r < 4; ++r) p[r * stride] = rows[r];
+  }
+  static PARED_INLINE V fma(const int32_t* values, const int32_t* x, V sum) {
+    return _mm_dpbusd_epi32(sum, _mm_set1_epi32(*x),
+                            _mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+  }
+};
+
 struct VnniS8 {
   static constexpr int width = 16;
   using Element = int32_t;
   using V = __m512i;
   using Operand = V;
   using Value = V;
+  using FourRows = FourRowsVnni;
   using Four = __m128i;
   static PARED_INLINE Four four(const int32_t* p) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
