@@ -3,9 +3,10 @@
     python tools/derive_activations.py
 
 Rational (or polynomial) fits of least maximal relative error: linearised least squares on a dense grid, with
-the previous denominator as weight, reweighted by the error until it is level (Lawson's algorithm). Prints for
-each function the relative error of the fit, before and after its coefficients are rounded to float32, and the
-coefficients, lowest degree first. Needs numpy and scipy.
+the previous denominator as weight, reweighted by the error until it is level (Lawson's algorithm). The
+coefficients in float32 are the best of some thousand neighbours of the rounded ones. Prints for each function
+the relative error of the fit, before and after rounding, and the coefficients, lowest degree first. Needs
+numpy and scipy.
 """
 
 from __future__ import annotations
@@ -58,10 +59,21 @@ def fit(
         return out[: len(c)]
 
     p, q = monomial(cp), monomial(cq)
-    p, q = p / q[0], q / q[0]
-    p32, q32 = (c.astype(np.float32).astype(np.float64) for c in (p, q))
-    rounded = np.abs(polynomial.polyval(t, p32) / polynomial.polyval(t, q32) / y - 1).max()
-    return p, q, worst, rounded
+    c = np.concatenate([p, q[1:]]).astype(np.float32) / np.float32(q[0])
+
+    def error_of(c: NDArray[np.float32]) -> float:
+        p32, q32 = c[: num + 1].astype(np.float64), np.concatenate([[1.0], c[num + 1 :].astype(np.float64)])
+        return float(np.abs(polynomial.polyval(t, p32) / polynomial.polyval(t, q32) / y - 1).max())
+
+    rng = np.random.default_rng(0)
+    rounded = error_of(c)
+    for _ in range(8000):
+        near = c.copy()
+        for k in rng.integers(0, len(c), rng.integers(1, 4)):
+            near[k] += np.spacing(near[k]) * rng.integers(-3, 4)
+        if (e := error_of(near)) < rounded:
+            c, rounded = near, e
+    return c[: num + 1], np.concatenate([[1.0], c[num + 1 :]]), worst, rounded
 
 
 def show(title: str, p: Floats, q: Floats, worst: float, rounded: float) -> None:
@@ -77,17 +89,24 @@ def split(name: str, value: float) -> None:
 
 
 def main() -> None:
-    # 2^r = 1 + r P(r), exact at 0.
-    def expm1_over_r(r: Floats) -> Floats:
-        return np.where(r == 0, np.log(2), np.expm1(r * np.log(2)) / np.where(r == 0, 1, r))
+    # e^(k r) = 1 + r P(r), exact at 0; a sixteenth of a power of two to either side, and what rounding adds.
+    def expm1_over_r(k: float) -> Callable[[Floats], Floats]:
+        return lambda r: np.where(r == 0, k, np.expm1(r * k) / np.where(r == 0, 1, r))
 
-    show("(2^r - 1) / r on [-1/2, 1/2]", *fit(expm1_over_r, -0.5, 0.5, 5, 0))
-    # The upper tail of the normal distribution is exp(-t^2/2) G(t), G(t) = erfcx(t / sqrt 2) / 2.
-    for num, den in ((3, 4), (4, 5), (5, 6)):
-        show(
-            f"G on [0, 14.7], degrees {num}/{den}",
-            *fit(lambda t: erfcx(t / np.sqrt(2)) / 2, 0.0, 14.7, num, den, bend=2.0),
-        )
+    for name, k in (("2^r", np.log(2)), ("exp(r / 2)", 0.5)):
+        reach = 1.01 / 16 * np.log(2) / abs(k)
+        show(f"({name} - 1) / r", *fit(expm1_over_r(k), -reach, reach, 2, 0))
+    print("2^(i/8): " + ", ".join(f"{v:.9g}f" for v in np.exp2(np.arange(8) / 8).astype(np.float32)))
+    # The upper tail of the normal distribution is exp(-t^2/2) G(t), G(t) = erfcx(t / sqrt 2) / 2. The
+    # reduction takes 2 ln(2) rounded to float32 for itself: the power comes out as exp(-t^2/2 (1 - off)).
+    off = float(np.float32(2 * np.log(2))) / (2 * np.log(2)) - 1
+
+    def g(t: Floats) -> Floats:
+        return erfcx(t / np.sqrt(2)) / 2 * np.exp(-t * t / 2 * off)
+
+    for num, den in ((3, 4), (4, 4), (4, 5), (5, 6)):
+        show(f"G on [0, 14.7], degrees {num}/{den}", *fit(g, 0.0, 14.7, num, den, bend=2.0))
+    split("2 ln(2)", 2 * np.log(2))
     split("log2(e)", np.log2(np.e))
     split("log2(e) / 2", np.log2(np.e) / 2)
     split("2 sqrt(2 / pi) log2(e)", 2 * np.sqrt(2 / np.pi) * np.log2(np.e))

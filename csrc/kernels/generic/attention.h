@@ -80,8 +80,10 @@ void softmax_lanes(const SoftmaxArgs& args) {
   const int32_t row = args.groups * kPanelGroup;  // elements
   // exp(x). Below 2^-152 a weight is zero anyway. A NaN passes.
   const auto exponential = [](typename S::V x) PARED_INLINE_LAMBDA {
-    const auto e = S::max(S::set1(-152.0f), S::mul(x, S::set1(1.44269502f)));
-    const auto power = power_of_two<S>(e, S::zero());
+    x = S::max(S::set1(-105.36f), x);
+    const auto k = S::set1(1.44269502f);  // log2(e)
+    const auto e = nearest_eighth<S>(x, k);
+    const auto power = power_of_two<S>(e, S::product_error(x, k, e.n));
     return S::scale2(power.m, power.n);
   };
   for (int32_t m = 0; m < row; m += S::width) {
