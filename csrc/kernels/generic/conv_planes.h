@@ -24,6 +24,11 @@ PARED_INLINE __m512 float_of(__m512i v, Avx512S8) { return _mm512_cvtepi32_ps(v)
 PARED_INLINE __m512 float_of(__m512i v, VnniS8) { return _mm512_cvtepi32_ps(v); }
 #endif
 
+#if defined(__aarch64__)
+PARED_INLINE float32x4_t float_of(NeonWideS8::V v, NeonWideS8) { return vcvtq_f32_s32(NeonWideS8::sums(v)); }
+PARED_INLINE float32x4_t float_of(int32x4_t v, NeonWordSums) { return vcvtq_f32_s32(v); }
+#endif
+
 PARED_INLINE int32_t weight_word(const int8_t* w) {
   int32_t word;
   memcpy(&word, w, sizeof(word));
@@ -38,6 +43,7 @@ PARED_INLINE void conv_planes_tile(const ConvPlanesArgs& a, int first, int filte
   for (int f = 0; f < FILTERS; ++f)
 #pragma GCC unroll 16
     for (int v = 0; v < N; ++v) sum[f][v] = S::zero();
+  LeftOut<S> left_out[FILTERS / 4];
   const int8_t* w = a.w + filter * kInt8Unit;
   for (int t = 0; t < a.taps; ++t) {
     const int32_t* x = reinterpret_cast<const int32_t*>(a.x) + a.taps_at[t] + first;
@@ -45,22 +51,37 @@ PARED_INLINE void conv_planes_tile(const ConvPlanesArgs& a, int first, int filte
       typename S::Operand column[N];
 #pragma GCC unroll 16
       for (int v = 0; v < N; ++v) column[v] = S::operand(x + v * S::width);
+      if constexpr (kByLane<S>) {
+#pragma GCC unroll 4
+        for (int f = 0; f < FILTERS; f += 4) {
+          const typename S::Four four = S::four(reinterpret_cast<const int32_t*>(w + f * kInt8Unit));
+          left_out[f / 4].add(four);
+#pragma GCC unroll 4
+          for (int r = 0; r < 4; ++r)
 #pragma GCC unroll 16
-      for (int f = 0; f < FILTERS; ++f) {
-        const typename S::Value value = S::value(weight_word(w + f * kInt8Unit));
+            for (int v = 0; v < N; ++v) sum[f + r][v] = S::fma(S::nth(four, r), column[v], sum[f + r][v]);
+        }
+      } else {
 #pragma GCC unroll 16
-        for (int v = 0; v < N; ++v) sum[f][v] = S::fma(value, column[v], sum[f][v]);
+        for (int f = 0; f < FILTERS; ++f) {
+          const typename S::Value value = S::value(weight_word(w + f * kInt8Unit));
+#pragma GCC unroll 16
+          for (int v = 0; v < N; ++v) sum[f][v] = S::fma(value, column[v], sum[f][v]);
+        }
       }
     }
   }
   const auto x_scale = F::set1(a.x_scale);
   for (int f = 0; f < FILTERS; ++f) {
+    const auto rest = left_out[f / 4].of_row(f % 4);
     float* y = a.y + (filter + f) * a.y_stride + first;
     const auto scale = F::set1(a.w_scales[filter + f]);
     const int32_t zero = a.compensation[filter + f];
 #pragma GCC unroll 16
     for (int v = 0; v < N; ++v)
-      F::store(y + v * F::width, F::mul(F::mul(float_of(S::minus(sum[f][v], zero), S{}), x_scale), scale));
+      F::store(
+          y + v * F::width,
+          F::mul(F::mul(float_of(S::minus(LeftOut<S>::with(sum[f][v], rest), zero), S{}), x_scale), scale));
   }
 }
 

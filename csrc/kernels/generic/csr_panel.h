@@ -59,6 +59,7 @@ PARED_INLINE void csr_panel_part(const PanelArgs<typename S::Element>& args) {
     for (int v = 0; v < N; ++v) sum[0][v] = args.accumulate ? S::load(acc + v * S::width) : S::zero();
     for (int u = 1; u < UNROLL; ++u)
       for (int v = 0; v < N; ++v) sum[u][v] = S::zero();
+    LeftOut<S> left_out;
     fetch(values, args.values_ahead);
     fetch(offsets, args.offsets_ahead);
     // Four offsets in one load: a load whose result is an address takes more than its share of the load
@@ -67,6 +68,7 @@ PARED_INLINE void csr_panel_part(const PanelArgs<typename S::Element>& args) {
       uint64_t four;
       __builtin_memcpy(&four, offsets, sizeof(four));
       const typename S::Four w = S::four(values);
+      left_out.add(w);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) add(u + i, S::nth(w, i), four >> offset_bit(i) & 0xffff);
       values += 4;
@@ -87,14 +89,18 @@ PARED_INLINE void csr_panel_part(const PanelArgs<typename S::Element>& args) {
 #pragma GCC unroll 4
     for (int u = 0; u < 3; ++u) {
       if (u >= left) break;
-      add(u, S::value(values[u]), offsets[u]);
+      const uint64_t offset = offsets[u];
+      const typename S::Value w = S::value(values[u]);
+      left_out.add(w);
+      add(u, w, offset);
     }
     values += left;
     offsets += left;
+    const auto rest = left_out.of_all();
     for (int v = 0; v < N; ++v) {
       V total = sum[0][v];
       for (int u = 1; u < UNROLL; ++u) total = S::add(sum[u][v], total);
-      S::store(acc + v * S::width, total);
+      S::store(acc + v * S::width, LeftOut<S>::with(total, rest));
     }
   }
 }
@@ -119,6 +125,13 @@ template <class S, int VECTORS, int UNROLL>
 void csr_panel_halves(const PanelArgs<typename S::Element>& args) {
   csr_panel_any<S, VECTORS, UNROLL, 0, VECTORS / 2>(args);
   csr_panel_any<S, VECTORS, UNROLL, VECTORS / 2, VECTORS - VECTORS / 2>(args);
+}
+template <class S, int VECTORS, int UNROLL>
+void csr_panel_thirds(const PanelArgs<typename S::Element>& args) {
+  constexpr int kFirst = VECTORS / 3, kSecond = 2 * VECTORS / 3;
+  csr_panel_any<S, VECTORS, UNROLL, 0, kFirst>(args);
+  csr_panel_any<S, VECTORS, UNROLL, kFirst, kSecond - kFirst>(args);
+  csr_panel_any<S, VECTORS, UNROLL, kSecond, VECTORS - kSecond>(args);
 }
 
 #if defined(__AVX512F__)

@@ -45,6 +45,17 @@ struct Avx512Dequantize {
 };
 #endif
 
+#if defined(__aarch64__)
+struct NeonDequantize {
+  static constexpr int width = 4;
+  static PARED_INLINE void dequantize(int32_t* acc, int32_t correction, float row, const float* position) {
+    const float32x4_t y = vcvtq_f32_s32(vsubq_s32(vld1q_s32(acc), vdupq_n_s32(correction)));
+    const float32x4_t scale = vmulq_f32(vdupq_n_f32(row), vld1q_f32(position));
+    vst1q_s32(acc, vreinterpretq_s32_f32(vmulq_f32(y, scale)));
+  }
+};
+#endif
+
 template <class Q>
 void dequantize_panel(const PanelDequantizeArgs& a) {
   for (int r = 0; r < a.rows; ++r) {

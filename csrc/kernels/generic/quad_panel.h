@@ -10,19 +10,6 @@
 namespace pared {
 namespace {
 
-// The four values of an entry. Lanes of a register where multiply-adds take those as they are; else from
-// memory: a permutation for each costs more than a load.
-template <class S>
-PARED_INLINE auto quad_values(const typename S::Element* p) {
-  if constexpr (kByLane<S>) return S::four(p);
-  else return p;
-}
-template <class S, class Four>
-PARED_INLINE typename S::Value quad_value(Four four, int i) {
-  if constexpr (kByLane<S>) return S::nth(four, i);
-  else return S::value(four[i]);
-}
-
 // Sums of COUNT positions of a quad, its four rows in the lanes: one multiply-add a position where a vector
 // of positions takes four. Each sum is made of the same multiply-adds in the same order.
 template <class S, int COUNT>
@@ -62,6 +49,7 @@ PARED_INLINE int64_t quad_panel_runs(const PanelArgs<typename S::Element>& args,
   int64_t next[RUNS];
   V sum[RUNS][4][N + 1];  // the last is not used: N may be zero
   SideSums<S, SIDE> side[RUNS];
+  LeftOut<S> left_out[RUNS];
   const uint64_t scale = args.scale;
   int common = runs[0].count;
   for (int i = 0; i < RUNS; ++i) {
@@ -78,13 +66,22 @@ PARED_INLINE int64_t quad_panel_runs(const PanelArgs<typename S::Element>& args,
     const int64_t e = next[i]++;
     const T* x = reinterpret_cast<const T*>(panel + (args.offsets[e] * scale >> 16));
     const T* values = args.values + 4 * e;
-    typename S::Operand column[N + 1];
-    for (int v = 0; v < N; ++v) column[v] = S::operand(x + v * S::width);
-    const auto four = quad_values<S>(values);
+    if constexpr (kByLane<S>) {  // else from memory: a permutation for each costs more than a load
+      const typename S::Four four = S::four(values);
+      left_out[i].add(four);
+      for (int v = 0; v < N; ++v) {
+        const typename S::Operand column = S::operand(x + v * S::width);
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      const typename S::Value w = quad_value<S>(four, r);
-      for (int v = 0; v < N; ++v) sum[i][r][v] = S::fma(w, column[v], sum[i][r][v]);
+        for (int r = 0; r < 4; ++r) sum[i][r][v] = S::fma(S::nth(four, r), column, sum[i][r][v]);
+      }
+    } else {
+      typename S::Operand column[N + 1];
+      for (int v = 0; v < N; ++v) column[v] = S::operand(x + v * S::width);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        const typename S::Value w = S::value(values[r]);
+        for (int v = 0; v < N; ++v) sum[i][r][v] = S::fma(w, column[v], sum[i][r][v]);
+      }
     }
     side[i].add(values, x + N * S::width);
   };
@@ -95,8 +92,11 @@ PARED_INLINE int64_t quad_panel_runs(const PanelArgs<typename S::Element>& args,
 #pragma GCC unroll 4
   for (int i = 0; i < RUNS; ++i) {
     for (int left = runs[i].count - common; left > 0; --left) add(i);
-    for (int r = 0; r < 4; ++r)
-      for (int v = 0; v < N; ++v) S::store(acc[i] + r * kRow + v * S::width, sum[i][r][v]);
+    for (int r = 0; r < 4; ++r) {
+      const auto rest = left_out[i].of_row(r);
+      for (int v = 0; v < N; ++v)
+        S::store(acc[i] + r * kRow + v * S::width, LeftOut<S>::with(sum[i][r][v], rest));
+    }
     side[i].store(acc[i] + N * S::width, kRow);
   }
   return at;

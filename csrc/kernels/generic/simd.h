@@ -38,6 +38,18 @@ constexpr bool kByLane = false;
 alignas(32) constexpr float kEighthPowers[8] = {1.0f,        1.09050775f, 1.18920708f, 1.29683959f,
                                                 1.41421354f, 1.54221082f, 1.68179286f, 1.8340081f};
 
+// What the products of a level leave out of the sums of a row (NeonSdotS8 has the reason): of all rows alike,
+// or of each of four whose values are a Four. Nothing, for most.
+template <class S>
+struct LeftOut {
+  struct Sum {};
+  PARED_INLINE void add(typename S::Four) {}
+  PARED_INLINE void add(typename S::Value) {}
+  PARED_INLINE Sum of_all() const { return {}; }
+  PARED_INLINE Sum of_row(int) const { return {}; }
+  static PARED_INLINE typename S::V with(typename S::V v, Sum) { return v; }
+};
+
 struct ScalarF32 : FourInMemory<ScalarF32, float> {
   static constexpr int width = 1;
   using V = float;

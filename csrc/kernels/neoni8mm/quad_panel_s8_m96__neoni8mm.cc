@@ -1,0 +1,13 @@
+#include "kernels/generic/quad_panel.h"
+#include "kernels/generic/simd_s8.h"
+
+namespace pared {
+
+extern const quad_panel_s8::Table quad_panel_s8_m96__neoni8mm;
+const quad_panel_s8::Table quad_panel_s8_m96__neoni8mm = {
+    quad_panel_rows<NeonUsdotS8, 1, 6>, quad_panel_rows<NeonUsdotS8, 2, 6>,
+    quad_panel_rows<NeonUsdotS8, 3, 6>, quad_panel_rows<NeonUsdotS8, 4, 6>,
+    quad_panel_rows<NeonUsdotS8, 5, 6>, quad_panel_rows<NeonUsdotS8, 6, 6>,
+    quad_panel_rows<NeonUsdotS8, 7, 6>, quad_panel_rows<NeonUsdotS8, 8, 6>};
+
+}  // namespace pared
