@@ -256,7 +256,7 @@ def test_a_wrong_packed_value_is_noticed(isa, rng, name):
     weight = ops.Int8(packed)
     check_int8(ops.linear(x, weight), linear_int8(x, q, scales))
     values = section(packed, name)
-    values[17] = values[17] * np.float32(1.0001) if name == "scales" else values[17] + 1
+    values[17] = values[17] * np.float32(1.0001) if name == "scales" else values[17] ^ 1
     with pytest.raises(AssertionError, match="outputs are wrong"):
         check_int8(ops.linear(x, weight), linear_int8(x, q, scales))
     with pytest.raises(ValueError, match="checksum"):

@@ -33,6 +33,15 @@ struct Avx512Sums {
 PARED_INLINE Avx512Sums sums_of(Avx512F32) { return {}; }
 #endif
 
+#if defined(__aarch64__)
+struct NeonSums {
+  using I = int32x4_t;
+  static PARED_INLINE I load(const int32_t* p) { return vld1q_s32(p); }
+  static PARED_INLINE float32x4_t difference(I a, I b) { return vcvtq_f32_s32(vsubq_s32(a, b)); }
+};
+PARED_INLINE NeonSums sums_of(NeonF32) { return {}; }
+#endif
+
 template <class S>
 PARED_INLINE typename S::V bias_vector(const DequantizeArgs& a, int n, int count) {
   if (!a.bias) return S::zero();
@@ -91,7 +100,7 @@ void dequantize_rows_of(const DequantizeArgs& a) {
   constexpr int W = IO::S::width;
   // As many vectors side by side as registers hold what belongs to them; an activation needs those for
   // itself.
-  constexpr int V = ACT == Activation::none && W == 16 ? 4 : 1;
+  constexpr int V = ACT == Activation::none && (W == 4 || W == 16) ? 4 : 1;
   int n = 0;
   for (; n + V * W <= a.outputs; n += V * W) dequantize_columns<IO, T, ACT, V>(a, n, W);
   for (; n < a.outputs; n += W)

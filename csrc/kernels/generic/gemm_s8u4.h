@@ -135,6 +135,107 @@ struct VnniNibbles {
 };
 #endif
 
+// Pairs of units after which a level's sums are full and D::settle is called; 0: never.
+template <class N>
+constexpr int kFullAfter = 0;
+
+#if defined(__aarch64__)
+template <class W>
+PARED_INLINE W low_nibbles(const uint8_t* p) {
+  W w;
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) w.v[i] = vreinterpretq_s8_u8(vandq_u8(vld1q_u8(p + 16 * i), vdupq_n_u8(15)));
+  return w;
+}
+template <class W>
+PARED_INLINE W high_nibbles(const uint8_t* p) {
+  W w;
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) w.v[i] = vreinterpretq_s8_u8(vshrq_n_u8(vld1q_u8(p + 16 * i), 4));
+  return w;
+}
+
+// A product of a byte and a nibble is 1920 at most: seventeen fit a sum of 16 bits, which takes products as
+// they are, eight at a time.
+struct NeonWideNibbles {
+  static constexpr int tokens = 2, panels = 1, few = 0;
+  struct D {
+    struct Acc {
+      int16x8_t v[8];    // two outputs each
+      int32x4_t sum[4];  // what was in them when they were full
+    };
+    struct W {
+      int8x16_t v[4];
+    };
+    static PARED_INLINE Acc zero() {
+      const int16x8_t none = vdupq_n_s16(0);
+      const int32x4_t sum = vdupq_n_s32(0);
+      return {{none, none, none, none, none, none, none, none}, {sum, sum, sum, sum}};
+    }
+    static PARED_INLINE void settle(Acc& a) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        a.sum[i] = vaddq_s32(a.sum[i], vpaddq_s32(vpaddlq_s16(a.v[2 * i]), vpaddlq_s16(a.v[2 * i + 1])));
+        a.v[2 * i] = a.v[2 * i + 1] = vdupq_n_s16(0);
+      }
+    }
+    static PARED_INLINE void add(Acc& to, Acc from) {
+      settle(from);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) to.sum[i] = vaddq_s32(to.sum[i], from.sum[i]);
+    }
+    static PARED_INLINE void store(int32_t* p, Acc acc, bool) {
+      settle(acc);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) vst1q_s32(p + 4 * i, acc.sum[i]);
+    }
+  };
+  using X = int8x16_t;
+  static PARED_INLINE X unit(const int8_t* p) {
+    uint32_t u;
+    memcpy(&u, p, 4);
+    return vreinterpretq_s8_u32(vdupq_n_u32(u));
+  }
+  static PARED_INLINE D::W low(const uint8_t* p, int8_t*) { return low_nibbles<D::W>(p); }
+  static PARED_INLINE D::W high(const uint8_t* p, int8_t*) { return high_nibbles<D::W>(p); }
+  static PARED_INLINE void dot(D::Acc& acc, X x, const D::W& w) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      acc.v[2 * i] = vmlal_s8(acc.v[2 * i], vget_low_s8(w.v[i]), vget_low_s8(x));
+      acc.v[2 * i + 1] = vmlal_high_s8(acc.v[2 * i + 1], w.v[i], x);
+    }
+  }
+};
+template <>
+constexpr int kFullAfter<NeonWideNibbles> = 8;
+#endif
+
+#if defined(__ARM_FEATURE_DOTPROD)
+// Both operands are signed.
+struct NeonSdotProducts {
+  static constexpr int tokens = 6;
+  using Quarter = int32x4_t;
+  using Bytes = int8x16_t;
+  using Unit = int8x8_t;
+  static PARED_INLINE Quarter filled(uint32_t v) { return vreinterpretq_s32_u32(vdupq_n_u32(v)); }
+  static PARED_INLINE Bytes load(const int8_t* p) { return vld1q_s8(p); }
+  static PARED_INLINE Unit unit(const uint8_t* p) { return vreinterpret_s8_u8(low_unit(p)); }
+  static PARED_INLINE Quarter dot(Quarter s, Bytes w, Unit x) { return vdotq_lane_s32(s, w, x, 0); }
+  static PARED_INLINE Quarter add(Quarter a, Quarter b) { return vaddq_s32(a, b); }
+  static PARED_INLINE uint32x4_t outputs(Quarter s) { return vreinterpretq_u32_s32(s); }
+};
+
+struct NeonSdotNibbles {
+  static constexpr int tokens = 6, panels = 1, few = 2;
+  using D = NeonDot<NeonSdotProducts>;
+  using X = D::A;
+  static PARED_INLINE X unit(const int8_t* p) { return D::unit(reinterpret_cast<const uint8_t*>(p)); }
+  static PARED_INLINE D::W low(const uint8_t* p, int8_t*) { return low_nibbles<D::W>(p); }
+  static PARED_INLINE D::W high(const uint8_t* p, int8_t*) { return high_nibbles<D::W>(p); }
+  static PARED_INLINE void dot(D::Acc& acc, X x, const D::W& w) { D::dot(acc, x, w); }
+};
+#endif
+
 // float(p[i] - s)
 PARED_INLINE float float_minus(const int32_t* p, int32_t s, ScalarF32) { return static_cast<float>(*p - s); }
 #if defined(__AVX2__)
@@ -146,6 +247,12 @@ PARED_INLINE __m256 float_minus(const int32_t* p, int32_t s, Avx2F32) {
 #if defined(__AVX512F__)
 PARED_INLINE __m512 float_minus(const int32_t* p, int32_t s, Avx512F32) {
   return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(p), _mm512_set1_epi32(s)));
+}
+#endif
+
+#if defined(__aarch64__)
+PARED_INLINE float32x4_t float_minus(const int32_t* p, int32_t s, NeonF32) {
+  return vcvtq_f32_s32(vsubq_s32(vld1q_s32(p), vdupq_n_s32(s)));
 }
 #endif
 
@@ -175,6 +282,10 @@ PARED_INLINE void gemm_s8u4_tile(const Int4Args& a, int token, int panel) {
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; ++p) acc[u][m][p] = D::zero();
     for (int i = 0; i < a.pairs; ++i, w += kLine, x += 2 * kInt8Unit) {
+      if constexpr (kFullAfter<N> > 0)
+        if (i > 0 && i % kFullAfter<N> == 0)
+          for (int m = 0; m < TOKENS; ++m)
+            for (int p = 0; p < PANELS; ++p) D::settle(acc[0][m][p]);
       typename D::W weights[PANELS];
 #pragma GCC unroll 2
       for (int p = 0; p < PANELS; ++p) weights[p] = N::low(w + p * a.w_stride, room[p]);

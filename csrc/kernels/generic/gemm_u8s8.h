@@ -41,6 +41,156 @@ PARED_INLINE int32_t load_unit(const uint8_t* p) {
 }
 #endif
 
+#if defined(__aarch64__)
+// Arm's products, for 16 bytes of weights (four outputs) by a unit of a token. Instructions that take bytes
+// of one sign alone get weights that are 128 more (w ^ 0x80); what that adds, 128 times the sum of the
+// token's bytes, is taken from the sums before they begin.
+struct NeonWideProducts {
+  static constexpr bool biased = true;
+  static constexpr int tokens = 3;  // by one panel: 24 sums
+  struct Quarter {
+    uint32x4_t low, high;  // outputs 0 and 1, 2 and 3, in two sums each
+  };
+  using Bytes = uint8x16_t;
+  using Unit = uint8x16_t;
+  using Units = const uint8_t*;  // four of them: a broadcast load costs less than a lane of a register
+  static PARED_INLINE Quarter filled(uint32_t v) {
+    const uint32x4_t all = vzip1q_u32(vdupq_n_u32(v), vdupq_n_u32(0));
+    return {all, all};
+  }
+  static PARED_INLINE Bytes load(const int8_t* p) { return vld1q_u8(reinterpret_cast<const uint8_t*>(p)); }
+  static PARED_INLINE Bytes operand(uint8x16_t w) { return veorq_u8(w, vdupq_n_u8(0x80)); }
+  static PARED_INLINE Unit unit(const uint8_t* p) {
+    uint32_t u;
+    memcpy(&u, p, 4);
+    return vreinterpretq_u8_u32(vdupq_n_u32(u));
+  }
+  static PARED_INLINE Units units(const uint8_t* p) { return p; }
+  static PARED_INLINE Quarter dot(Quarter s, Bytes w, Unit x) {
+    return {vpadalq_u16(s.low, vmull_u8(vget_low_u8(w), vget_low_u8(x))),
+            vpadalq_u16(s.high, vmull_high_u8(w, x))};
+  }
+  template <int UNIT>
+  static PARED_INLINE Quarter dot(Quarter s, Bytes w, Units x) {
+    return dot(s, w, unit(x + UNIT * kInt8Unit));
+  }
+  static PARED_INLINE Quarter add(Quarter a, Quarter b) {
+    return {vaddq_u32(a.low, b.low), vaddq_u32(a.high, b.high)};
+  }
+  static PARED_INLINE uint32x4_t outputs(Quarter s) { return vpaddq_u32(s.low, s.high); }
+};
+
+// A unit as the fused products take it, the lower half of a register: no instruction beside the load.
+PARED_INLINE uint8x8_t low_unit(const uint8_t* p) {
+  uint32_t u;
+  memcpy(&u, p, 4);
+  return vcreate_u8(u);
+}
+#endif
+
+#if defined(__ARM_FEATURE_DOTPROD)
+struct NeonUdotProducts {
+  static constexpr bool biased = true;
+  static constexpr int tokens = kGemmTokens;
+  using Quarter = uint32x4_t;
+  using Bytes = uint8x16_t;
+  using Unit = uint8x8_t;
+  using Units = uint8x16_t;
+  static PARED_INLINE Quarter filled(uint32_t v) { return vdupq_n_u32(v); }
+  static PARED_INLINE Bytes load(const int8_t* p) { return vld1q_u8(reinterpret_cast<const uint8_t*>(p)); }
+  static PARED_INLINE Bytes operand(uint8x16_t w) { return veorq_u8(w, vdupq_n_u8(0x80)); }
+  static PARED_INLINE Unit unit(const uint8_t* p) { return low_unit(p); }
+  static PARED_INLINE Units units(const uint8_t* p) { return vld1q_u8(p); }
+  static PARED_INLINE Quarter dot(Quarter s, Bytes w, Unit x) { return vdotq_lane_u32(s, w, x, 0); }
+  template <int UNIT>
+  static PARED_INLINE Quarter dot(Quarter s, Bytes w, Units x) {
+    return vdotq_laneq_u32(s, w, x, UNIT);
+  }
+  static PARED_INLINE Quarter add(Quarter a, Quarter b) { return vaddq_u32(a, b); }
+  static PARED_INLINE uint32x4_t outputs(Quarter s) { return s; }
+};
+#endif
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+struct NeonUsdotProducts {
+  static constexpr bool biased = false;
+  static constexpr int tokens = kGemmTokens;
+  using Quarter = int32x4_t;
+  using Bytes = int8x16_t;
+  using Unit = uint8x8_t;
+  using Units = uint8x16_t;
+  static PARED_INLINE Quarter filled(uint32_t v) { return vreinterpretq_s32_u32(vdupq_n_u32(v)); }
+  static PARED_INLINE Bytes load(const int8_t* p) { return vld1q_s8(p); }
+  static PARED_INLINE Bytes operand(uint8x16_t w) { return vreinterpretq_s8_u8(w); }
+  static PARED_INLINE Unit unit(const uint8_t* p) { return low_unit(p); }
+  static PARED_INLINE Units units(const uint8_t* p) { return vld1q_u8(p); }
+  static PARED_INLINE Quarter dot(Quarter s, Bytes w, Unit x) { return vsudotq_lane_s32(s, w, x, 0); }
+  template <int UNIT>
+  static PARED_INLINE Quarter dot(Quarter s, Bytes w, Units x) {
+    return vsudotq_laneq_s32(s, w, x, UNIT);
+  }
+  static PARED_INLINE Quarter add(Quarter a, Quarter b) { return vaddq_s32(a, b); }
+  static PARED_INLINE uint32x4_t outputs(Quarter s) { return vreinterpretq_u32_s32(s); }
+};
+#endif
+
+#if defined(__aarch64__)
+// Products P for a panel, of weights as they are given: P::operand of bytes for true products, with tokens
+// whose sums begin with start_of their bytes where P is biased.
+template <class P>
+struct NeonDot {
+  static constexpr int tokens = P::tokens, panels = 1;
+  struct Acc {
+    typename P::Quarter v[4];
+  };
+  struct W {
+    typename P::Bytes v[4];
+  };
+  using A = typename P::Unit;
+  static PARED_INLINE Acc filled(uint32_t sum) {
+    const typename P::Quarter v = P::filled(sum);
+    return {{v, v, v, v}};
+  }
+  static PARED_INLINE Acc zero() { return filled(0); }
+  static PARED_INLINE W weights(const int8_t* p) {
+    return {{P::load(p), P::load(p + 16), P::load(p + 32), P::load(p + 48)}};
+  }
+  static PARED_INLINE A unit(const uint8_t* p) { return P::unit(p); }
+  static PARED_INLINE void dot(Acc& acc, A a, const W& w) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) acc.v[i] = P::dot(acc.v[i], w.v[i], a);
+  }
+  static PARED_INLINE void add(Acc& to, const Acc& from) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) to.v[i] = P::add(to.v[i], from.v[i]);
+  }
+  static PARED_INLINE void store(int32_t* p, const Acc& acc, bool accumulate) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int32x4_t s = vreinterpretq_s32_u32(P::outputs(acc.v[i]));
+      vst1q_s32(p + 4 * i, accumulate ? vaddq_s32(s, vld1q_s32(p + 4 * i)) : s);
+    }
+  }
+};
+
+// Adds the bytes of `units` units to four sums.
+PARED_INLINE uint32x4_t add_bytes(uint32x4_t sums, const uint8_t* x, int64_t units) {
+  const auto add = [&](uint8x16_t bytes) __attribute__((always_inline)) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    sums = vdotq_u32(sums, bytes, vdupq_n_u8(1));
+#else
+    sums = vpadalq_u16(sums, vpaddlq_u8(bytes));
+#endif
+  };
+  int64_t i = 0;
+  for (; i + 4 <= units; i += 4) add(vld1q_u8(x + i * kInt8Unit));
+  for (; i < units; ++i) add(vcombine_u8(low_unit(x + i * kInt8Unit), vdup_n_u8(0)));
+  return sums;
+}
+// What the sums of a token with such bytes begin with.
+PARED_INLINE uint32_t start_of(uint32x4_t sums) { return 0u - 128u * vaddvq_u32(sums); }
+#endif
+
 #if defined(__AVX2__) && !defined(__AVX512F__)
 // Eight outputs, whose partial sums lie in twos in `a` and `b`.
 PARED_INLINE void store_pairs(int32_t* p, __m256i a, __m256i b, bool accumulate) {
@@ -299,6 +449,101 @@ void gemm_u8s8_wide(const GemmArgs& args) {
                                 a.accumulate);
     }
   }
+}
+#endif
+
+#if defined(__aarch64__)
+// A tile whose products take units from lanes: a token's bytes are loaded four units at a time. Few sums are
+// taken several times over, or each would wait out the latency of its product. `start`: what each token's
+// sums begin with.
+template <class P, int TOKENS, int PANELS>
+PARED_INLINE void gemm_lanes_tile(const GemmArgs& args, int token, int panel, const uint32_t* start) {
+  using D = NeonDot<P>;
+  constexpr int kRegisters = TOKENS * PANELS * static_cast<int>(sizeof(typename D::Acc) / 16);
+  constexpr int U = kRegisters <= 4 ? 4 : kRegisters <= 8 ? 2 : 1;
+  constexpr int kVector = kInt8Panel * kInt8Unit;
+  const GemmArgs a = args;  // see gemm_tile_fetching
+  typename D::Acc sum[U][TOKENS][PANELS];
+#pragma GCC unroll 4
+  for (int u = 0; u < U; ++u)
+#pragma GCC unroll 8
+    for (int m = 0; m < TOKENS; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < PANELS; ++v) sum[u][m][v] = D::filled(P::biased && u == 0 ? start[m] : 0);
+  const int8_t* w = a.w + panel * a.w_stride;
+  // Where nothing is to be fetched one line is asked for again and again, which costs nothing.
+  const int8_t *none = w, *ahead[PANELS];
+  int64_t step[PANELS];
+#pragma GCC unroll 4
+  for (int v = 0; v < PANELS; ++v) {
+    const bool fetch = token == 0 && panel + v < a.ahead.panels;
+    ahead[v] = fetch ? a.ahead.at + (panel + v) * a.ahead.stride : none;
+    step[v] = fetch ? a.ahead.step : 0;
+  }
+  for (int r = 0; r < a.runs; ++r) {
+    const uint8_t* x = a.x + token * a.x_stride + a.run_at[r];
+    const auto multiply = [&](auto& sums, const auto& dot) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int v = 0; v < PANELS; ++v) {
+        __builtin_prefetch(ahead[v], 0, 2);
+        ahead[v] += step[v];
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) {
+          const auto* at = reinterpret_cast<const uint8_t*>(w + v * a.w_stride + 16 * q);
+          const typename P::Bytes bytes = P::operand(vld1q_u8(at));
+#pragma GCC unroll 8
+          for (int m = 0; m < TOKENS; ++m) sums[m][v].v[q] = dot(sums[m][v].v[q], bytes, m);
+        }
+      }
+      w += kVector;
+    };
+    int i = 0;
+    for (; i + 4 <= a.units; i += 4, x += 4 * kInt8Unit) {
+      typename P::Units four[TOKENS];
+#pragma GCC unroll 8
+      for (int m = 0; m < TOKENS; ++m) four[m] = P::units(x + m * a.x_stride);
+      using Quarter = typename P::Quarter;
+      using Bytes = typename P::Bytes;
+      multiply(sum[0], [&](Quarter s, Bytes b, int m) { return P::template dot<0>(s, b, four[m]); });
+      multiply(sum[1 % U], [&](Quarter s, Bytes b, int m) { return P::template dot<1>(s, b, four[m]); });
+      multiply(sum[2 % U], [&](Quarter s, Bytes b, int m) { return P::template dot<2>(s, b, four[m]); });
+      multiply(sum[3 % U], [&](Quarter s, Bytes b, int m) { return P::template dot<3>(s, b, four[m]); });
+    }
+    for (; i < a.units; ++i, x += kInt8Unit)
+      multiply(sum[0], [&](auto s, auto b, int m) { return P::dot(s, b, P::unit(x + m * a.x_stride)); });
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < TOKENS; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < PANELS; ++v) {
+#pragma GCC unroll 4
+      for (int u = 1; u < U; ++u) D::add(sum[0][m][v], sum[u][m][v]);
+      D::store(a.acc + (token + m) * a.acc_stride + (panel + v) * kInt8Panel, sum[0][m][v], a.accumulate);
+    }
+}
+
+// One token by all panels, two or three by two: as many sums as two of those with one panel would be too few.
+template <class P, int TOKENS, int PANELS>
+PARED_INLINE void gemm_lanes_tokens(const GemmArgs& a, int token, const uint32_t* start) {
+  constexpr int kSums = P::tokens;
+  constexpr int kPanels = kSums / TOKENS < 1 ? 1 : kSums / TOKENS > 4 ? 4 : kSums / TOKENS;
+  int v = 0;
+  for (; v + kPanels <= PANELS; v += kPanels) gemm_lanes_tile<P, TOKENS, kPanels>(a, token, v, start);
+  if constexpr (PANELS % kPanels != 0) gemm_lanes_tile<P, TOKENS, PANELS % kPanels>(a, token, v, start);
+}
+
+template <class P, int TOKENS, int PANELS>
+void gemm_u8s8_lanes(const GemmArgs& a) {
+  uint32_t start[TOKENS];
+  if constexpr (P::biased)
+    for (int m = 0; m < TOKENS; ++m) {
+      uint32x4_t sums = vdupq_n_u32(0);
+      for (int r = 0; r < a.runs; ++r) sums = add_bytes(sums, a.x + m * a.x_stride + a.run_at[r], a.units);
+      start[m] = start_of(sums);
+    }
+  constexpr int T = TOKENS <= P::tokens ? TOKENS : (TOKENS + 1) / 2;  // shares of nearly equal size
+  gemm_lanes_tokens<P, T, PANELS>(a, 0, start);
+  if constexpr (T < TOKENS) gemm_lanes_tokens<P, TOKENS - T, PANELS>(a, T, start + T);
 }
 #endif
 

@@ -145,6 +145,48 @@ struct Avx512Bytes {
 };
 #endif
 
+#if defined(__aarch64__)
+struct NeonBytes {
+  static constexpr int width = 4;
+  using V = float32x4_t;
+  using I = uint32x4_t;
+  static PARED_INLINE V load(const float* p) { return vld1q_f32(p); }
+  static PARED_INLINE V load(const uint16_t* p, bool bf16) {
+    const uint16x4_t h = vld1_u16(p);
+    return bf16 ? vreinterpretq_f32_u32(vshll_n_u16(h, 16)) : vcvt_f32_f16(vreinterpret_f16_u16(h));
+  }
+  static PARED_INLINE I zero() { return vdupq_n_u32(0); }
+  static PARED_INLINE I max_magnitude(I m, V v) { return vmaxq_u32(m, vreinterpretq_u32_f32(vabsq_f32(v))); }
+  static PARED_INLINE uint32_t reduce(I m) { return vmaxvq_u32(m); }
+  // fmaxnm gives the number where the other is NaN.
+  static PARED_INLINE V scaled(V v, float inverse, float low) {
+    return vmaxnmq_f32(vmulq_f32(v, vdupq_n_f32(inverse)), vdupq_n_f32(low));
+  }
+  static PARED_INLINE I quantized(V v, float inverse, float low, float high, int32_t zero) {
+    const V q = vminnmq_f32(scaled(v, inverse, low), vdupq_n_f32(high));
+    return vreinterpretq_u32_s32(vaddq_s32(vcvtnq_s32_f32(q), vdupq_n_s32(zero)));
+  }
+  template <int BITS>
+  static PARED_INLINE I with(I word, I byte) {
+    if constexpr (BITS == 0) return byte;
+    else return vsliq_n_u32(word, byte, BITS);
+  }
+  static PARED_INLINE void store_words(uint32_t* out, I words) { vst1q_u32(out, words); }
+  // Lower bounds are for NaN; conversion and narrowing saturate, so that upper ones are applied to the bytes.
+  static PARED_INLINE void store_four(uint8_t* out, const V v[4], float inverse, const ByteRange& r) {
+    const auto low = static_cast<float>(r.low - r.zero);
+    const int16x8_t zero = vdupq_n_s16(static_cast<int16_t>(r.zero));
+    const auto eight = [&](V a, V b) __attribute__((always_inline)) {
+      const int16x4_t narrow = vqmovn_s32(vcvtnq_s32_f32(scaled(a, inverse, low)));
+      const int16x8_t both = vqmovn_high_s32(narrow, vcvtnq_s32_f32(scaled(b, inverse, low)));
+      return vqaddq_s16(both, zero);
+    };
+    const uint8x16_t bytes = vqmovun_high_s16(vqmovun_s16(eight(v[0], v[1])), eight(v[2], v[3]));
+    vst1q_u8(out, vminq_u8(bytes, vdupq_n_u8(static_cast<uint8_t>(r.high))));
+  }
+};
+#endif
+
 // Elements [c, c + width) of a row, those beyond its end zero: `tail` is scratch of `width` elements.
 template <class B>
 PARED_INLINE typename B::V row_vector(const float* row, int64_t c, int64_t cols, bool, float* tail) {
