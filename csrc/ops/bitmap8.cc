@@ -40,6 +40,15 @@ bitmap_u8s8::Fn* few_tokens(Isa isa, int64_t tokens) {
   return tokens >= 1 && tokens <= kBitmapMaxTokens ? kernel_for<bitmap_u8s8>(isa).fn[tokens - 1] : nullptr;
 }
 
+// Whether a level expands and multiplies at once. The scalar one has that and the separate steps, as the
+// specification of either.
+bool has_fused(Isa isa) {
+  const auto& all = kernels<bitmap_expand_u8s8>();
+  return std::any_of(all.begin(), all.end(), [&](const auto& k) {
+    return k.isa == isa || (k.isa != Isa::scalar && isa_contains(isa, k.isa));
+  });
+}
+
 class Product {
  public:
   Product(DType dtype, const SharedOutput<Bitmap8Packed>& out, Isa isa, bitmap_u8s8::Fn* few)
@@ -50,8 +59,7 @@ class Product {
         store_(kernel_for<dequantize_store>(isa).fn),
         few_(few) {
     if (!few_) {
-      // The scalar level has both, as the specification of either.
-      if (isa == Isa::scalar || isa >= Isa::avx512vbmi2) fused_ = kernel_for<bitmap_expand_u8s8>(isa).fn;
+      if (has_fused(isa)) fused_ = kernel_for<bitmap_expand_u8s8>(isa).fn;
       if (!fused_ || isa == Isa::scalar) expand_ = kernel_for<bitmap_expand>(isa).fn;
       gemm_ = kernel_for<gemm_u8s8>(isa).fn;
     }

@@ -6,7 +6,7 @@ import pytest
 
 from pared import _core
 
-WIDTH = {"scalar": 1, "avx2": 8, "avxvnni": 8}
+WIDTH = {"scalar": 1, "avx2": 8, "avxvnni": 8, "neon": 4, "neondot": 4, "neoni8mm": 4}
 
 
 @pytest.mark.parametrize("probe", ["fma", "load", "store", "panel", "dot8"])

@@ -76,7 +76,7 @@ struct ScalarExpandPairs : ScalarExpand {
   }
 };
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__aarch64__)
 // For each 8-bit mask and lane: the lane's place among the non-zeros, or the sign bit where there is none.
 struct ExpandTable {
   uint8_t place[256][8];
@@ -87,7 +87,9 @@ struct ExpandTable {
   }
 };
 alignas(64) constexpr ExpandTable kExpandTable;
+#endif
 
+#if defined(__AVX2__)
 struct Avx2Expand {
   using S = Avx2F32;
   using Mask = uint16_t;

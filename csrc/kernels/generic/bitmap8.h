@@ -44,6 +44,74 @@ struct Avx2Bytes {
 };
 #endif
 
+#if defined(__aarch64__)
+// Byte i: the set bits of bytes 0 to i of the mask. There is no popcount of a general register; that of a
+// vector is by bytes, and a multiplication sums them up.
+PARED_INLINE uint64_t running_counts(uint64_t mask) {
+  const uint64_t counts = vget_lane_u64(vreinterpret_u64_u8(vcnt_u8(vcreate_u8(mask))), 0);
+  return counts * 0x0101010101010101u;
+}
+PARED_INLINE int set_bits(uint64_t mask) { return static_cast<int>(running_counts(mask) >> 56); }
+
+// As for AVX2, eight bytes at a time; a place beyond the table's end gives zero.
+PARED_INLINE uint8x8_t expand_eight(uint64_t mask, const int8_t* values, int i) {
+  const uint64_t before = running_counts(mask) << 8;
+  const auto* from = reinterpret_cast<const uint8_t*>(values) + (before >> 8 * i & 0xff);
+  return vtbl1_u8(vld1_u8(from), vld1_u8(kExpandTable.place[mask >> 8 * i & 0xff]));
+}
+
+struct NeonBytes {
+  static PARED_INLINE void expand(uint64_t mask, const int8_t* values, int8_t* out) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+      vst1_u8(reinterpret_cast<uint8_t*>(out) + 8 * i, expand_eight(mask, values, i));
+  }
+};
+
+// Operands of the products P, which are stored as they are where the caller asks for it.
+template <class P>
+struct NeonOperand {
+  template <bool STORE>
+  static PARED_INLINE typename NeonDot<P>::W expand(uint64_t mask, const int8_t* values, int8_t* out) {
+    typename NeonDot<P>::W w;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const uint8x16_t quarter =
+          vcombine_u8(expand_eight(mask, values, 2 * i), expand_eight(mask, values, 2 * i + 1));
+      if (STORE) vst1q_u8(reinterpret_cast<uint8_t*>(out) + 16 * i, quarter);
+      w.v[i] = P::operand(quarter);
+    }
+    return w;
+  }
+  static PARED_INLINE typename NeonDot<P>::W operand(uint64_t mask, const int8_t* values, int8_t* out) {
+    return expand<true>(mask, values, out);
+  }
+};
+#else
+PARED_INLINE int set_bits(uint64_t mask) { return __builtin_popcountll(mask); }
+#endif
+
+// What the sums of each token begin with: zero, but where products are biased (NeonDot).
+template <class D, int TOKENS>
+struct Starts {
+  PARED_INLINE Starts(const uint8_t*, int64_t, int64_t) {}
+  PARED_INLINE typename D::Acc operator[](int) const { return D::zero(); }
+};
+#if defined(__aarch64__)
+template <class P, int TOKENS>
+struct Starts<NeonDot<P>, TOKENS> {
+  uint32_t start[TOKENS] = {};
+  PARED_INLINE Starts(const uint8_t* x, int64_t x_stride, int64_t units) {
+    if constexpr (P::biased)
+      for (int t = 0; t < TOKENS; ++t)
+        start[t] = start_of(add_bytes(vdupq_n_u32(0), x + t * x_stride, units));
+  }
+  PARED_INLINE typename NeonDot<P>::Acc operator[](int t) const {
+    return NeonDot<P>::filled(P::biased ? start[t] : 0u);
+  }
+};
+#endif
+
 #if defined(__AVX512VBMI2__)
 PARED_INLINE __m512i expand_bytes(uint64_t mask, const int8_t* values) {
   // The fresh zero, and the mask in a general register: see Avx512Expand in generic/bitmap.h. A zero that the
@@ -76,7 +144,7 @@ bool expand_groups(const BitmapExpandArgs& a) {
       fetch_ahead(masks, values);
       for (int i = 0; i < 4; ++i) {
         B::expand(*masks, values, out);
-        values += __builtin_popcountll(*masks++);
+        values += set_bits(*masks++);
         out += kByteVector;
       }
     }
@@ -152,6 +220,24 @@ struct Vbmi2Dot {
 };
 #endif
 
+#if defined(__aarch64__)
+template <class P>
+struct NeonByteDot : NeonDot<P> {
+  using D = NeonDot<P>;
+  static constexpr int kSums = 1;
+  static PARED_INLINE typename D::W expand(uint64_t mask, const int8_t* values) {
+    return NeonOperand<P>::template expand<false>(mask, values, nullptr);
+  }
+  static PARED_INLINE void dot(typename D::Acc& acc, const uint8_t* x, const typename D::W& w) {
+    D::dot(acc, D::unit(x), w);
+  }
+};
+template <class P, int TOKENS>
+struct Starts<NeonByteDot<P>, TOKENS> : Starts<NeonDot<P>, TOKENS> {
+  using Starts<NeonDot<P>, TOKENS>::Starts;
+};
+#endif
+
 template <class D, int TOKENS>
 bool bitmap8_groups(const Bitmap8Args& a) {
   // Sums beside each other for each token: see partial_sums in generic/bitmap.h.
@@ -159,10 +245,11 @@ bool bitmap8_groups(const Bitmap8Args& a) {
   const uint64_t* masks = a.masks;
   const int8_t* values = a.values;
   int32_t* acc = a.acc;
+  const Starts<D, TOKENS> starts(a.x, kBitmap8Stride, a.vectors);
   for (int g = 0; g < a.groups; ++g, acc += TOKENS * 16) {
     typename D::Acc sum[P][TOKENS];
     for (int p = 0; p < P; ++p)
-      for (int t = 0; t < TOKENS; ++t) sum[p][t] = D::zero();
+      for (int t = 0; t < TOKENS; ++t) sum[p][t] = p == 0 ? starts[t] : D::zero();
     const uint8_t* x = a.x;
     for (int v = 0; v < a.vectors;) {
       const int stop = v + kByteVectorsPerCheck < a.vectors ? v + kByteVectorsPerCheck : a.vectors;
@@ -172,7 +259,7 @@ bool bitmap8_groups(const Bitmap8Args& a) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
           const typename D::W w = D::expand(masks[i], values);
-          values += __builtin_popcountll(masks[i]);
+          values += set_bits(masks[i]);
 #pragma GCC unroll 16
           for (int t = 0; t < TOKENS; ++t) D::dot(sum[i % P][t], x + t * kBitmap8Stride + 4 * i, w);
         }
@@ -205,11 +292,12 @@ bool expand_multiply(const BitmapExpandMultiplyArgs& a) {
   for (int g = 0; g < GROUPS; ++g)
     if (!inside(a.masks + static_cast<int64_t>(g) * a.vectors, a.vectors, a.values + a.starts[g], a.end))
       return false;
+  const Starts<D, TOKENS> starts(a.x, a.x_stride, a.vectors);
   typename D::Acc sum[TOKENS][GROUPS];
 #pragma GCC unroll 8
   for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 4
-    for (int g = 0; g < GROUPS; ++g) sum[t][g] = D::zero();
+    for (int g = 0; g < GROUPS; ++g) sum[t][g] = starts[t];
   const int8_t* values[GROUPS];
 #pragma GCC unroll 4
   for (int g = 0; g < GROUPS; ++g) values[g] = a.values + a.starts[g];
@@ -232,7 +320,7 @@ bool expand_multiply(const BitmapExpandMultiplyArgs& a) {
       for (int g = 0; g < GROUPS; ++g) {
         const uint64_t mask = masks[g * step];
         w[g] = B::operand(mask, values[g], out + g * step * kByteVector);
-        values[g] += __builtin_popcountll(mask);
+        values[g] += set_bits(mask);
       }
 #pragma GCC unroll 8
       for (int t = 0; t < TOKENS; ++t) {
@@ -280,6 +368,29 @@ template <int TOKENS, int GROUPS>
 bool scalar_expand_multiply(const BitmapExpandMultiplyArgs& a) {
   return scalar_expand_multiply(a, TOKENS, GROUPS);
 }
+
+#if defined(__aarch64__)
+// One group after the other: the sums of one fill the registers. More tokens than those hold find the tile
+// expanded.
+template <class P, int TOKENS, int GROUPS>
+bool expand_multiply_lanes(const BitmapExpandMultiplyArgs& args) {
+  constexpr int kFirst = TOKENS <= P::tokens ? TOKENS : (TOKENS + 1) / 2;
+  BitmapExpandMultiplyArgs a = args;
+  for (int g = 0; g < GROUPS; ++g) {
+    if (!expand_multiply<NeonDot<P>, NeonOperand<P>, kFirst, 1>(a)) return false;
+    a.masks += a.vectors;
+    ++a.starts;
+    a.out += static_cast<int64_t>(a.vectors) * kByteVector;
+    a.acc += kInt8Panel;
+  }
+  if constexpr (kFirst < TOKENS)
+    gemm_u8s8_lanes<P, TOKENS - kFirst, GROUPS>({args.x + kFirst * args.x_stride, args.x_stride, args.out,
+                                                 static_cast<int64_t>(args.vectors) * kByteVector,
+                                                 args.vectors, args.acc + kFirst * args.acc_stride,
+                                                 args.acc_stride, args.accumulate});
+  return true;
+}
+#endif
 
 // The table's entries in its order: TILE(tokens, groups).
 #define PARED_EXPAND_TOKENS(TILE, T) TILE(T, 1), TILE(T, 2), TILE(T, 3), TILE(T, 4)

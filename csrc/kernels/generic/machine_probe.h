@@ -31,6 +31,11 @@ PARED_INLINE void renew(__m256i& v) { __asm__ volatile("" : "+x"(v)); }
 PARED_INLINE void renew(__m512i& v) { __asm__ volatile("" : "+v"(v)); }
 #endif
 
+#if defined(__aarch64__)
+PARED_INLINE void renew(uint8x8_t& v) { __asm__ volatile("" : "+w"(v)); }
+PARED_INLINE void renew(uint8x16_t& v) { __asm__ volatile("" : "+w"(v)); }
+#endif
+
 // Byte products in registers, `all` times 64; ones in the first byte of each unit are counted.
 template <class D>
 float count_dots(int64_t all) {
