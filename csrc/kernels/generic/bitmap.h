@@ -60,7 +60,8 @@ struct ScalarExpand {
   using Mask = uint16_t;
   using Value = float;
   static constexpr int depth = 1;
-  static constexpr int tokens = 4;  // of one pass over a group: what the registers hold
+  static constexpr int tokens = 4;        // of one pass over a group: what the registers hold
+  static constexpr bool by_lane = false;  // activations are lanes of a register, or broadcast
   static PARED_INLINE void expand(unsigned mask, const float* values, float out[16]) {
     for (int i = 0; i < 16; ++i) out[i] = mask >> i & 1 ? *values++ : 0.0f;
   }
@@ -77,6 +78,20 @@ struct ScalarExpandPairs : ScalarExpand {
 };
 
 #if defined(__AVX2__) || defined(__aarch64__)
+// For each 8-bit mask and byte of eight words: the byte's place, or the sign bit, which clears it.
+struct ExpandWordsTable {
+  uint8_t place[256][16];
+  constexpr ExpandWordsTable() : place() {
+    for (int mask = 0; mask < 256; ++mask)
+      for (int i = 0, n = 0; i < 8; ++i) {
+        const bool set = mask >> i & 1;
+        place[mask][2 * i] = set ? static_cast<uint8_t>(2 * n) : static_cast<uint8_t>(0x80);
+        place[mask][2 * i + 1] = set ? static_cast<uint8_t>(2 * n++ + 1) : static_cast<uint8_t>(0x80);
+      }
+  }
+};
+alignas(64) constexpr ExpandWordsTable kExpandWordsTable;
+
 // For each 8-bit mask and lane: the lane's place among the non-zeros, or the sign bit where there is none.
 struct ExpandTable {
   uint8_t place[256][8];
@@ -96,6 +111,7 @@ struct Avx2Expand {
   using Value = float;
   static constexpr int depth = 1;
   static constexpr int tokens = 6;
+  static constexpr bool by_lane = false;
   static PARED_INLINE __m256 half(unsigned mask, const float* values) {
     const __m256i place = _mm256_cvtepi8_epi32(
         _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpandTable.place[mask & 0xff])));
@@ -107,20 +123,6 @@ struct Avx2Expand {
     out[1] = half(mask >> 8, values + __builtin_popcount(mask & 0xff));
   }
 };
-
-// For each 8-bit mask and byte of eight words: the byte's place, or the sign bit, which clears it.
-struct ExpandWordsTable {
-  uint8_t place[256][16];
-  constexpr ExpandWordsTable() : place() {
-    for (int mask = 0; mask < 256; ++mask)
-      for (int i = 0, n = 0; i < 8; ++i) {
-        const bool set = mask >> i & 1;
-        place[mask][2 * i] = set ? static_cast<uint8_t>(2 * n) : static_cast<uint8_t>(0x80);
-        place[mask][2 * i + 1] = set ? static_cast<uint8_t>(2 * n++ + 1) : static_cast<uint8_t>(0x80);
-      }
-  }
-};
-alignas(64) constexpr ExpandWordsTable kExpandWordsTable;
 
 struct Avx2ExpandPairs : Avx2Expand {
   using Mask = uint32_t;
@@ -151,6 +153,7 @@ struct Avx512Expand {
   using Value = float;
   static constexpr int depth = 1;
   static constexpr int tokens = 16;
+  static constexpr bool by_lane = false;
   static PARED_INLINE void expand(unsigned mask, const float* values, __m512 out[1]) {
     // Zen 5 lets an expansion wait for the old content of its destination even when it zeroes: five cycles
     // each for one. A fresh zero that the compiler cannot see through keeps them apart.
@@ -192,6 +195,48 @@ struct Avx512ExpandPairs : Avx512Expand {
 };
 #endif
 
+#if defined(__aarch64__)
+// For each mask of four lanes: the bytes of each one's place among the non-zeros, or such as lie nowhere.
+struct ExpandFourTable {
+  uint8_t place[16][16];
+  constexpr ExpandFourTable() : place() {
+    for (int mask = 0; mask < 16; ++mask)
+      for (int lane = 0, n = 0; lane < 4; ++lane) {
+        const bool set = mask >> lane & 1;
+        for (int b = 0; b < 4; ++b)
+          place[mask][4 * lane + b] = set ? static_cast<uint8_t>(4 * n + b) : static_cast<uint8_t>(0x80);
+        n += set;
+      }
+  }
+};
+alignas(64) constexpr ExpandFourTable kExpandFour;
+
+constexpr uint64_t kEachByte = 0x0101010101010101u;
+// Each byte plus all below it, none more than 255.
+PARED_INLINE uint64_t add_up(uint64_t bytes) { return bytes * kEachByte; }
+
+PARED_INLINE uint8x16_t load_bytes(const void* p, uint64_t offset) {
+  return vld1q_u8(static_cast<const uint8_t*>(p) + offset);
+}
+
+// FourVectors has their expansions.
+struct NeonExpand {
+  using S = NeonF32;
+  using Mask = uint16_t;
+  using Value = float;
+  static constexpr int depth = 1;
+  static constexpr int tokens = 5;
+  static constexpr bool by_lane = true;
+};
+
+struct NeonExpandPairs : NeonExpand {
+  using Mask = uint32_t;
+  using Value = uint16_t;
+  static constexpr int depth = 2;
+  static constexpr int tokens = 4;
+};
+#endif
+
 // The masks of four vectors, and where their values begin: popcounts of all the masks before, not a sum of
 // single ones, so that there is no chain within a step. Returns where the next vector's begin.
 template <class Value>
@@ -218,6 +263,79 @@ PARED_INLINE const Value* four_vectors(const uint32_t* masks, const Value* value
   from[3] = middle + __builtin_popcount(mask[2]);
   return middle + __builtin_popcountll(two[1]);
 }
+
+// Four vectors as E finds and expands them.
+template <class E>
+struct FourVectors {
+  unsigned mask[4];
+  const typename E::Value* from[4];
+  PARED_INLINE const typename E::Value* find(const typename E::Mask* masks, const typename E::Value* values) {
+    return four_vectors(masks, values, mask, from);
+  }
+  PARED_INLINE void expand(int i, typename E::S::V* out) const { E::expand(mask[i], from[i], out); }
+};
+
+#if defined(__aarch64__)
+// A mask of four lanes names the bytes that they take from where its values begin; what lies outside of 16
+// bytes is zero. Popcounts are of vectors here, so one of them counts for all of the masks.
+template <>
+struct FourVectors<NeonExpand> {
+  // A byte each for the lower and the upper four lanes of eight: bytes before their values, and in the table.
+  uint64_t before[2], row[2];
+  const float* values;
+  PARED_INLINE const float* find(const uint16_t* masks, const float* from) {
+    values = from;
+    const uint8x8_t bytes = vld1_u8(reinterpret_cast<const uint8_t*>(masks));
+    const auto word = [](uint8x8_t v) { return vget_lane_u64(vreinterpret_u64_u8(v), 0); };
+    const uint64_t lower = word(vcnt_u8(vand_u8(bytes, vdup_n_u8(0x0f)))),
+                   up_to = add_up(word(vcnt_u8(bytes)));
+    before[0] = up_to << 8 << 2;
+    before[1] = ((up_to << 8) + lower) << 2;
+    row[0] = (word(bytes) & kEachByte * 0x0f) << 4;
+    row[1] = word(bytes) & kEachByte * 0xf0;
+    return values + (up_to >> 56);
+  }
+  PARED_INLINE void expand(int i, float32x4_t out[4]) const {
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) {
+      __asm__ volatile("");  // no load before its turn: there are no registers for more
+      const int at = 8 * (2 * i + n / 2);
+      const uint8x16_t place = vld1q_u8(kExpandFour.place[0] + (row[n % 2] >> at & 0xff));
+      out[n] = vreinterpretq_f32_u8(vqtbl1q_u8(load_bytes(values, before[n % 2] >> at & 0xff), place));
+    }
+  }
+};
+
+template <>
+struct FourVectors<NeonExpandPairs> {
+  uint64_t masks[2], before[2];  // of two vectors, a byte for four outputs: bytes before their values
+  const uint16_t* values[2];
+  PARED_INLINE const uint16_t* find(const uint32_t* four, const uint16_t* from) {
+    const uint8x16_t bytes = vld1q_u8(reinterpret_cast<const uint8_t*>(four));
+    const uint64x2_t counts = vreinterpretq_u64_u8(vcntq_u8(bytes)), bits = vreinterpretq_u64_u8(bytes);
+    const uint64_t up_to[2] = {add_up(vgetq_lane_u64(counts, 0)), add_up(vgetq_lane_u64(counts, 1))};
+    masks[0] = vgetq_lane_u64(bits, 0);
+    masks[1] = vgetq_lane_u64(bits, 1);
+    for (int h = 0; h < 2; ++h) before[h] = up_to[h] << 8 << 1;
+    values[0] = from;
+    values[1] = from + (up_to[0] >> 56);
+    return values[1] + (up_to[1] >> 56);
+  }
+  PARED_INLINE void expand(int i, float32x4_t out[8]) const {
+    const int h = i / 2;
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) {
+      __asm__ volatile("");
+      const int at = 8 * (4 * (i % 2) + n);
+      const uint8x16_t place = vld1q_u8(kExpandWordsTable.place[masks[h] >> at & 0xff]);
+      const uint32x4_t pairs =
+          vreinterpretq_u32_u8(vqtbl1q_u8(load_bytes(values[h], before[h] >> at & 0xff), place));
+      out[n] = vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16));
+      out[4 + n] = vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(kSecondOfPair)));
+    }
+  }
+};
+#endif
 
 // Sums that run beside each other for each token: what the latency of a multiply-add needs while an
 // expansion, not the multiply-adds, sets the pace.
@@ -265,21 +383,25 @@ PARED_INLINE const Value* bitmap_group(const Mask* masks, const Value* values, c
     const int stop = v + kVectorsPerCheck < vectors ? v + kVectorsPerCheck : vectors;
     if (!inside(masks + v, stop - v, values, last)) return nullptr;
     for (; v < stop; v += 4) {
-      unsigned mask[4];
-      const Value* from[4];
-      const Value* const next = four_vectors(masks + v, values, mask, from);
+      FourVectors<E> four;
+      const Value* const next = four.find(masks + v, values);
       fetch_ahead(masks + v, values);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         typename S::V w[E::depth][N];
-        E::expand(mask[i], from[i], w[0]);
+        four.expand(i, w[0]);
 #pragma GCC unroll 2
         for (int d = 0; d < E::depth; ++d) {
           const int k = E::depth * i + d;
 #pragma GCC unroll 16
           for (int t = 0; t < TOKENS; ++t) {
-            const auto a = S::set1(x[t * kBitmapStride + E::depth * v + k]);
-            for (int n = 0; n < N; ++n) sum[k % P][t][n] = S::fma(w[d][n], a, sum[k % P][t][n]);
+            if constexpr (E::by_lane) {
+              const auto a = S::nth(S::four(x + t * kBitmapStride + E::depth * v + k / 4 * 4), k % 4);
+              for (int n = 0; n < N; ++n) sum[k % P][t][n] = S::fma(a, w[d][n], sum[k % P][t][n]);
+            } else {
+              const auto a = S::set1(x[t * kBitmapStride + E::depth * v + k]);
+              for (int n = 0; n < N; ++n) sum[k % P][t][n] = S::fma(w[d][n], a, sum[k % P][t][n]);
+            }
           }
         }
       }

@@ -23,7 +23,8 @@ struct ScalarSelect {
   static constexpr Key nan = kSelectNan;
   template <DType T>
   static constexpr Key inf = kSelectInf;
-  static constexpr int mask_vectors = 1;  // vectors whose mask bytes are stored at once
+  static constexpr int mask_vectors = 1;   // vectors whose mask bytes are stored at once
+  static constexpr int bits_per_lane = 1;  // of `bits`: the lowest of them is the lane's
   using I = int32_t;
   using M = bool;
   static PARED_INLINE I set1(int32_t v) { return v; }
@@ -93,7 +94,7 @@ struct Avx2Select {
   static constexpr Key nan = kSelectNan;
   template <DType T>
   static constexpr Key inf = kSelectInf;
-  static constexpr int mask_vectors = 4;
+  static constexpr int mask_vectors = 4, bits_per_lane = 1;
   using I = __m256i;
   using M = __m256i;
   static PARED_INLINE I set1(int32_t v) { return _mm256_set1_epi32(v); }
@@ -175,7 +176,7 @@ struct Avx512Select {
   static constexpr Key nan = kSelectNan;
   template <DType T>
   static constexpr Key inf = kSelectInf;
-  static constexpr int mask_vectors = 4;
+  static constexpr int mask_vectors = 4, bits_per_lane = 1;
   using I = __m512i;
   using M = __mmask16;
   static PARED_INLINE I set1(int32_t v) { return _mm512_set1_epi32(v); }
@@ -245,7 +246,7 @@ struct Avx512Narrow {
   static constexpr Key nan = -0x7fff;
   template <DType T>
   static constexpr Key inf = T == DType::bf16 ? 0x7f80 : 0x7c00;
-  static constexpr int mask_vectors = 2;
+  static constexpr int mask_vectors = 2, bits_per_lane = 1;
   using I = __m512i;
   using M = __mmask32;
   static PARED_INLINE I set1(int16_t v) { return _mm512_set1_epi16(v); }
@@ -301,6 +302,267 @@ struct Avx512Narrow {
 };
 #endif
 
+#if defined(__aarch64__)
+// For each mask of four lanes the bytes of those that are set, packed to the front: of 32 and of 16 bits.
+struct CompressFour {
+  uint8_t lanes[16][16];
+  uint8_t words[16][8];
+};
+constexpr CompressFour make_compress_four() {
+  CompressFour t{};
+  for (int m = 0; m < 16; ++m)
+    for (int lane = 0, n = 0; lane < 4; ++lane) {
+      if (!(m >> lane & 1)) continue;
+      for (int b = 0; b < 4; ++b) t.lanes[m][4 * n + b] = static_cast<uint8_t>(4 * lane + b);
+      for (int b = 0; b < 2; ++b) t.words[m][2 * n + b] = static_cast<uint8_t>(2 * lane + b);
+      ++n;
+    }
+  return t;
+}
+alignas(64) constexpr CompressFour kCompressFour = make_compress_four();
+
+// Sixteen keys, so that comparisons become masks of bytes once for four registers.
+struct NeonSelect {
+  static constexpr int width = 16;
+  using Key = int32_t;
+  static constexpr Key nan = kSelectNan;
+  template <DType T>
+  static constexpr Key inf = kSelectInf;
+  static constexpr int mask_vectors = 1, bits_per_lane = 4;
+  struct I {
+    int32x4_t v[4];
+  };
+  struct M {
+    uint32x4_t v[4];
+  };
+  template <class R = I, class F>
+  static PARED_INLINE R each(F f) {
+    return {{f(0), f(1), f(2), f(3)}};
+  }
+  static PARED_INLINE float32x4_t as_float(int32x4_t v) { return vreinterpretq_f32_s32(v); }
+  static PARED_INLINE I set1(int32_t v) {
+    return each([&](int) { return vdupq_n_s32(v); });
+  }
+  template <DType T>
+  static PARED_INLINE I load(const void* p, int64_t i) {
+    if constexpr (T == DType::f32) {
+      const float* const f = static_cast<const float*>(p) + i;
+      return each([&](int r) { return vreinterpretq_s32_f32(vld1q_f32(f + 4 * r)); });
+    } else {
+      const uint16_t* const h = static_cast<const uint16_t*>(p) + i;
+      return each([&](int r) {
+        const uint16x4_t four = vld1_u16(h + 4 * r);
+        return T == DType::bf16 ? vreinterpretq_s32_u32(vshll_n_u16(four, 16))
+                                : vreinterpretq_s32_f32(vcvt_f32_f16(vreinterpret_f16_u16(four)));
+      });
+    }
+  }
+  static PARED_INLINE I load_keys(const int32_t* p) {
+    return each([&](int r) { return vld1q_s32(p + 4 * r); });
+  }
+  static PARED_INLINE void store(int32_t* p, I a) {
+    for (int r = 0; r < 4; ++r) vst1q_s32(p + 4 * r, a.v[r]);
+  }
+  static PARED_INLINE void store_float(float* p, I a) {
+    for (int r = 0; r < 4; ++r) vst1q_f32(p + 4 * r, as_float(a.v[r]));
+  }
+  static PARED_INLINE I load_float(const float* p) { return load<DType::f32>(p, 0); }
+  static PARED_INLINE I mul(I a, I b) {
+    return each([&](int r) { return vreinterpretq_s32_f32(vmulq_f32(as_float(a.v[r]), as_float(b.v[r]))); });
+  }
+  static PARED_INLINE I add_float(I a, I b) {
+    return each([&](int r) { return vreinterpretq_s32_f32(vaddq_f32(as_float(a.v[r]), as_float(b.v[r]))); });
+  }
+  static PARED_INLINE I magnitude(I a) {
+    return each([&](int r) { return vandq_s32(a.v[r], vdupq_n_s32(0x7fffffff)); });
+  }
+  static PARED_INLINE I negate_if_negative(I magnitude, I sign) {
+    return each(
+        [&](int r) { return vbslq_s32(vcltzq_s32(sign.v[r]), vnegq_s32(magnitude.v[r]), magnitude.v[r]); });
+  }
+  static PARED_INLINE M gt(I a, I b) {
+    return each<M>([&](int r) { return vcgtq_s32(a.v[r], b.v[r]); });
+  }
+  static PARED_INLINE M eq(I a, I b) {
+    return each<M>([&](int r) { return vceqq_s32(a.v[r], b.v[r]); });
+  }
+  static PARED_INLINE M and_gt(M m, I a, I b) {
+    return each<M>([&](int r) { return vandq_u32(m.v[r], vcgtq_s32(a.v[r], b.v[r])); });
+  }
+  static PARED_INLINE I max(I a, I b) {
+    return each([&](int r) { return vmaxq_s32(a.v[r], b.v[r]); });
+  }
+  static PARED_INLINE I blend(M m, I no, I yes) {
+    return each([&](int r) { return vbslq_s32(m.v[r], yes.v[r], no.v[r]); });
+  }
+  static PARED_INLINE I count(I acc, M m) {
+    return each([&](int r) { return vsubq_s32(acc.v[r], vreinterpretq_s32_u32(m.v[r])); });
+  }
+  static PARED_INLINE int64_t total(I acc) {
+    return vaddlvq_s32(vaddq_s32(vaddq_s32(acc.v[0], acc.v[1]), vaddq_s32(acc.v[2], acc.v[3])));
+  }
+  static PARED_INLINE int32_t greatest(I a) {
+    return vmaxvq_s32(vmaxq_s32(vmaxq_s32(a.v[0], a.v[1]), vmaxq_s32(a.v[2], a.v[3])));
+  }
+  // A byte a lane, all ones or zero.
+  static PARED_INLINE uint8x16_t bytes(M m) {
+    const auto half = [&](int r) {
+      return vuzp1q_u16(vreinterpretq_u16_u32(m.v[r]), vreinterpretq_u16_u32(m.v[r + 1]));
+    };
+    return vuzp1q_u8(vreinterpretq_u8_u16(half(0)), vreinterpretq_u8_u16(half(2)));
+  }
+  // There is no instruction that takes a bit of each lane; a narrowing shift takes four bits of each byte.
+  static PARED_INLINE uint64_t nibbles(uint8x16_t bytes) {
+    const uint8x8_t four_of_each = vshrn_n_u16(vreinterpretq_u16_u8(bytes), 4);
+    return vget_lane_u64(vreinterpret_u64_u8(four_of_each), 0) & 0x1111111111111111u;
+  }
+  static PARED_INLINE uint64_t bits(M m) { return nibbles(bytes(m)); }
+  static PARED_INLINE void store_mask(uint8_t* p, uint64_t bits) {
+    const uint8x8_t even = vreinterpret_u8_u64(vdup_n_u64(bits));
+    const uint8x16_t all =
+        vcombine_u8(vzip1_u8(even, vshr_n_u8(even, 4)), vzip2_u8(even, vshr_n_u8(even, 4)));
+    vst1q_u8(p, vandq_u8(all, vdupq_n_u8(1)));
+  }
+  // For each four lanes a byte: their mask, and above it how many are set.
+  static PARED_INLINE uint32_t fours(uint8x16_t bytes) {
+    constexpr uint64_t kEight = 0x1814121118141211u;  // the lane's bit, and one
+    const uint8x16_t lanes = vandq_u8(bytes, vreinterpretq_u8_u64(vdupq_n_u64(kEight)));
+    const uint8x16_t twos = vpaddq_u8(lanes, lanes);
+    return vgetq_lane_u32(vreinterpretq_u32_u8(vpaddq_u8(twos, twos)), 0);
+  }
+  static PARED_INLINE int compress(int32_t* out, M m, I a) {
+    const uint32_t each_four = fours(bytes(m));
+    int32_t* to = out;
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const uint8x16_t lanes = vld1q_u8(kCompressFour.lanes[each_four >> (8 * r) & 15]);
+      vst1q_u8(reinterpret_cast<uint8_t*>(to), vqtbl1q_u8(vreinterpretq_u8_s32(a.v[r]), lanes));
+      to += each_four >> (8 * r + 4) & 7;
+    }
+    return static_cast<int>(to - out);
+  }
+  // The lane `by` further on among each `m` lanes, and from a group's end at its beginning.
+  template <int m, int by>
+  static PARED_INLINE I rotate(I a) {
+    if constexpr (m == 2) {
+      return each([&](int r) { return vrev64q_s32(a.v[r]); });
+    } else {
+      constexpr int registers = m / 4;
+      return each([&](int r) {
+        const int first = r / registers * registers, in = r - first + by / 4;
+        return vextq_s32(a.v[first + in % registers], a.v[first + (in + 1) % registers], by % 4);
+      });
+    }
+  }
+  // -1 in the lanes that `rotate` gives a lane from before them.
+  template <int m, int by>
+  static PARED_INLINE I wrapped() {
+    return each([&](int r) {
+      const auto lane = [&](int l) { return (4 * r + l) % m >= m - by ? -1 : 0; };
+      return int32x4_t{lane(0), lane(1), lane(2), lane(3)};
+    });
+  }
+  static PARED_INLINE I add(I a, I b) {
+    return each([&](int r) { return vaddq_s32(a.v[r], b.v[r]); });
+  }
+};
+
+// 16-bit floats as they are: their bits order as those of the float32 that they stand for.
+struct NeonNarrow {
+  static constexpr int width = 16;
+  using Key = int16_t;
+  static constexpr Key nan = -0x7fff;
+  template <DType T>
+  static constexpr Key inf = T == DType::bf16 ? 0x7f80 : 0x7c00;
+  static constexpr int mask_vectors = 1, bits_per_lane = 4;
+  struct I {
+    int16x8_t v[2];
+  };
+  struct M {
+    uint16x8_t v[2];
+  };
+  template <class R = I, class F>
+  static PARED_INLINE R each(F f) {
+    return {{f(0), f(1)}};
+  }
+  static PARED_INLINE I set1(int16_t v) {
+    return each([&](int) { return vdupq_n_s16(v); });
+  }
+  template <DType T>
+  static PARED_INLINE I load(const void* p, int64_t i) {
+    const int16_t* const h = static_cast<const int16_t*>(p) + i;
+    return each([&](int r) { return vld1q_s16(h + 8 * r); });
+  }
+  static PARED_INLINE I magnitude(I a) {
+    return each([&](int r) { return vandq_s16(a.v[r], vdupq_n_s16(0x7fff)); });
+  }
+  static PARED_INLINE I negate_if_negative(I magnitude, I sign) {
+    return each(
+        [&](int r) { return vbslq_s16(vcltzq_s16(sign.v[r]), vnegq_s16(magnitude.v[r]), magnitude.v[r]); });
+  }
+  static PARED_INLINE M gt(I a, I b) {
+    return each<M>([&](int r) { return vcgtq_s16(a.v[r], b.v[r]); });
+  }
+  static PARED_INLINE M eq(I a, I b) {
+    return each<M>([&](int r) { return vceqq_s16(a.v[r], b.v[r]); });
+  }
+  static PARED_INLINE M and_gt(M m, I a, I b) {
+    return each<M>([&](int r) { return vandq_u16(m.v[r], vcgtq_s16(a.v[r], b.v[r])); });
+  }
+  static PARED_INLINE I max(I a, I b) {
+    return each([&](int r) { return vmaxq_s16(a.v[r], b.v[r]); });
+  }
+  static PARED_INLINE I blend(M m, I no, I yes) {
+    return each([&](int r) { return vbslq_s16(m.v[r], yes.v[r], no.v[r]); });
+  }
+  // Of less than 2^16 vectors: a run has less.
+  static PARED_INLINE I count(I acc, M m) {
+    return each([&](int r) { return vsubq_s16(acc.v[r], vreinterpretq_s16_u16(m.v[r])); });
+  }
+  static PARED_INLINE int64_t total(I acc) {
+    return vaddlvq_u16(vreinterpretq_u16_s16(acc.v[0])) + vaddlvq_u16(vreinterpretq_u16_s16(acc.v[1]));
+  }
+  static PARED_INLINE Key greatest(I a) { return vmaxvq_s16(vmaxq_s16(a.v[0], a.v[1])); }
+  static PARED_INLINE uint8x16_t bytes(M m) {
+    return vuzp1q_u8(vreinterpretq_u8_u16(m.v[0]), vreinterpretq_u8_u16(m.v[1]));
+  }
+  static PARED_INLINE uint64_t bits(M m) { return NeonSelect::nibbles(bytes(m)); }
+  static PARED_INLINE void store_mask(uint8_t* p, uint64_t bits) { NeonSelect::store_mask(p, bits); }
+  static PARED_INLINE int compress(Key* out, M m, I a) {
+    const uint32_t each_four = NeonSelect::fours(bytes(m));
+    Key* to = out;
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const int16x4_t four = r % 2 ? vget_high_s16(a.v[r / 2]) : vget_low_s16(a.v[r / 2]);
+      const uint8x8_t lanes = vld1_u8(kCompressFour.words[each_four >> (8 * r) & 15]);
+      vst1_u8(reinterpret_cast<uint8_t*>(to), vtbl1_u8(vreinterpret_u8_s16(four), lanes));
+      to += each_four >> (8 * r + 4) & 7;
+    }
+    return static_cast<int>(to - out);
+  }
+  // n keys of elements of type T to int32 keys in the same memory: from the last on, so that none is written
+  // over before it is read. Up to 7 beyond the last are written.
+  template <DType T>
+  static PARED_INLINE void widen(int32_t* keys, int64_t n) {
+    const char* from = reinterpret_cast<const char*>(keys);
+    for (int64_t i = (n - 1) / 8 * 8; n > 0 && i >= 0; i -= 8) {
+      const int16x8_t k = vreinterpretq_s16_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(from + 2 * i)));
+      const auto four = [](int16x4_t k) {
+        int32x4_t wide = vshll_n_s16(k, 16);
+        if constexpr (T == DType::f16) {
+          wide = vreinterpretq_s32_f32(vcvt_f32_f16(vreinterpret_f16_s16(vabs_s16(k))));
+          wide = vbslq_s32(vcltzq_s32(vmovl_s16(k)), vnegq_s32(wide), wide);
+        }
+        const uint32x4_t nans = vceqq_s32(vmovl_s16(k), vdupq_n_s32(nan));
+        return vbslq_s32(nans, vdupq_n_s32(kSelectNan), wide);
+      };
+      vst1q_s32(keys + i, four(vget_low_s16(k)));
+      vst1q_s32(keys + i + 4, four(vget_high_s16(k)));
+    }
+  }
+};
+#endif
+
 // The vectors of 16-bit keys that go with S, if there are any, and whether they can gather keys.
 template <class S>
 struct NarrowFor {
@@ -316,6 +578,19 @@ struct NarrowFor<Avx512Select> {
 #else
   static constexpr bool gathers = false;
 #endif
+};
+#endif
+#if defined(__aarch64__)
+template <>
+struct NarrowFor<NeonSelect> {
+  using Type = NeonNarrow;
+  static constexpr bool exists = true, gathers = false;
+};
+struct NeonSelectAndNarrow : NeonSelect {};
+template <>
+struct NarrowFor<NeonSelectAndNarrow> {
+  using Type = NeonNarrow;
+  static constexpr bool exists = true, gathers = true;
 };
 #endif
 
@@ -624,15 +899,26 @@ int32_t small_select(const int32_t* keys, int32_t n, int32_t k) {
   for (int32_t i = 0; i < n; ++i) {
     const typename S::I pivot = S::set1(padded[i]);
     int32_t above = 0, below = 0;
-    for (int32_t j = 0; j < whole; j += step) {
-      uint64_t over = 0, under = 0;
-      for (int v = 0; v < S::mask_vectors; ++v) {
-        const typename S::I key = S::load_keys(padded + j + v * S::width);
-        over |= S::bits(S::gt(key, pivot)) << (v * S::width);
-        under |= S::bits(S::gt(pivot, key)) << (v * S::width);
+    if constexpr (S::bits_per_lane == 1) {
+      for (int32_t j = 0; j < whole; j += step) {
+        uint64_t over = 0, under = 0;
+        for (int v = 0; v < S::mask_vectors; ++v) {
+          const typename S::I key = S::load_keys(padded + j + v * S::width);
+          over |= S::bits(S::gt(key, pivot)) << (v * S::width);
+          under |= S::bits(S::gt(pivot, key)) << (v * S::width);
+        }
+        above += __builtin_popcountll(over);
+        below += __builtin_popcountll(under);
       }
-      above += __builtin_popcountll(over);
-      below += __builtin_popcountll(under);
+    } else {  // lanes are counted more easily than bits
+      typename S::I over = S::set1(0), under = S::set1(0);
+      for (int32_t j = 0; j < whole; j += step) {
+        const typename S::I key = S::load_keys(padded + j);
+        over = S::count(over, S::gt(key, pivot));
+        under = S::count(under, S::gt(pivot, key));
+      }
+      above = static_cast<int32_t>(S::total(over));
+      below = static_cast<int32_t>(S::total(under));
     }
     if (above < k && k <= whole - below) return padded[i];
   }
@@ -685,7 +971,7 @@ PARED_INLINE int64_t mask_elements(const SelectMaskArgs& a, typename S::Key thre
     if (K::kind == SelectKey::product)
       __builtin_memcpy(g, static_cast<const char*>(a.run.g) + i * K::g_size, rest * K::g_size);
     const SelectRun padded = {w, g, step, a.run.dtype, a.run.g_dtype, a.run.key};
-    const uint64_t valid = (uint64_t{1} << rest) - 1;
+    const uint64_t valid = (uint64_t{1} << (rest * S::bits_per_lane)) - 1;
     S::store_mask(mask, mask_bits<S, K, NANS>(padded, 0, above, ties, valid, left));
     __builtin_memcpy(a.mask + i, mask, rest);
   }
@@ -718,9 +1004,41 @@ inline void group_scalar(const int32_t* keys, int32_t count, int32_t n, uint8_t*
   }
 }
 
+#if defined(__aarch64__)
+template <int... by>
+struct Rotations {};
+
+// Groups of M by rotations known at compile time. Returns how many of the keys it took.
+template <class S, int M, int... by>
+PARED_INLINE int64_t rotated_groups(const SelectGroupArgs& a, Rotations<by...>) {
+  const typename S::I n = S::set1(a.n);
+  int64_t i = 0;
+  for (; i + S::width <= a.count; i += S::width) {
+    const typename S::I key = S::load_keys(a.keys + i);
+    typename S::I rank = S::set1(0);
+    // A key from before wins ties: it has to be greater than what is one less.
+    ((rank =
+          S::count(rank, S::gt(S::template rotate<M, by>(key), S::add(key, S::template wrapped<M, by>())))),
+     ...);
+    S::store_mask(a.mask + i, S::bits(S::gt(n, rank)));
+  }
+  return i;
+}
+#endif
+
 template <class S>
 void group_run(const SelectGroupArgs& a) {
   int64_t i = 0;
+#if defined(__aarch64__)
+  if constexpr (S::width > 1) {
+    switch (a.m) {
+      case 2: i = rotated_groups<S, 2>(a, Rotations<1>{}); break;
+      case 4: i = rotated_groups<S, 4>(a, Rotations<1, 2, 3>{}); break;
+      case 8: i = rotated_groups<S, 8>(a, Rotations<1, 2, 3, 4, 5, 6, 7>{}); break;
+      case 16: i = rotated_groups<S, 16>(a, Rotations<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>{});
+    }
+  }
+#else
   if constexpr (S::width > 1) {
     // Groups that divide a vector: every lane meets the others of its group by rotation within the group.
     constexpr int64_t step = S::width * S::mask_vectors;
@@ -752,6 +1070,7 @@ void group_run(const SelectGroupArgs& a) {
       }
     }
   }
+#endif
   for (; i < a.count; i += a.m) {
     const int64_t left = a.count - i;
     group_scalar(a.keys + i, left < a.m ? static_cast<int32_t>(left) : a.m, a.n, a.mask + i);
