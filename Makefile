@@ -12,6 +12,7 @@
 #   make sanitize-cuda  the CUDA kernels under them, in the emulator
 #   make cuda      compile the CUDA part for sm_80 and sm_90a, and one tile of the CUTLASS products
 #   make cuda-all  the same for every architecture, and all tiles
+#   make arm       cross-build for AArch64, and kernel tests of its levels under qemu; ARGS=tests/kernels: all of those
 #   make dev       editable install that rebuilds the extension on import when a source changed
 #
 # PYTHON=python3.12 chooses the interpreter; ARGS="-k isa -x" goes to pytest or to the demo. WORKERS=0 runs the
@@ -43,7 +44,7 @@ SOURCES := CMakeLists.txt pyproject.toml constraints.txt README.md LICENSE $(she
 CXX_SOURCES = $(shell find csrc tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-huge bench lint format dev sanitized-address sanitized-thread sanitize \
-  sanitize-thread sanitize-cuda emulated cuda-compiled cuda cuda-all clean
+  sanitize-thread sanitize-cuda emulated cuda-compiled cuda cuda-all arm arm-tools clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/pared demo $(ARGS)
@@ -145,6 +146,39 @@ cuda: $(VENV)/installed-test cuda-compiled
 
 cuda-all:
 	$(MAKE) cuda CUDAARCHS='80-real;86-real;89-real;90' CUTLASS_ONE_TILE=OFF
+
+# AArch64 under qemu-user: its Python, its extension, and a copy of the Python files. The part and the level found on three
+# processors come first; the tests then force each level on one that has them all.
+ARM := build/arm
+ARM_CXX ?= $(shell command -v aarch64-linux-gnu-g++{,-14,-13,-12,-11} | head -n 1)
+ARM_TESTS := tests/test_isa.py tests/kernels/test_registry.py tests/kernels/test_random_cases.py
+
+arm-tools:
+	@[ -n "$(ARM_CXX)" ] && command -v qemu-aarch64 >/dev/null || { echo "make arm: needs Debian's packages \
+	g++-aarch64-linux-gnu (or g++-12-aarch64-linux-gnu) and qemu-user" >&2; exit 1; }
+
+$(ARM)/python/ready: tools/arm_root.sh constraints.txt | $(VENV)/ready
+	tools/arm_root.sh $(ARM)/python $(BIN)/python
+	touch $@
+
+arm: arm-tools $(ARM)/python/ready
+	cmake -G Ninja -S . -B $(ARM)/extension --toolchain cmake/aarch64-linux.cmake -DPARED_ARM_CXX=$(ARM_CXX) \
+	  -DPARED_ARM_ROOT=$(CURDIR)/$(ARM)/python/root -DPARED_WERROR=ON -DPARED_CUDA=off \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	cmake --build $(ARM)/extension
+	rm -rf $(ARM)/package
+	mkdir $(ARM)/package
+	cp -R python/pared $(ARM)/package/
+	rm -f $(ARM)/package/pared/*.so
+	cmake --install $(ARM)/extension --prefix $(ARM)/package
+	export PYTHONPATH=$(CURDIR)/$(ARM)/package:$(CURDIR)/$(ARM)/python/site PYTHONDONTWRITEBYTECODE=1; \
+	for expected in cortex-a72:0xd08:neon neoverse-n1:0xd0c:neondot max:0x051:neoni8mm; do \
+	  found=$$(QEMU_CPU=$${expected%%:*} $(ARM)/python/root/usr/bin/python -c \
+	    'import pared._core as c; print(c.cpu_brand().split()[-1] + ":" + c.isa())'); \
+	  [ "$$found" = "$${expected#*:}" ] || { echo "expected $$expected, found $$found" >&2; exit 1; }; \
+	done; \
+	PARED_RANDOM_CASES=$${PARED_RANDOM_CASES:-10000} $(ARM)/python/root/usr/bin/python -m pytest -n $(WORKERS) \
+	  --dist loadfile --max-worker-restart=0 -p no:cacheprovider $(or $(ARGS),$(ARM_TESTS))
 
 clean:
 	rm -rf build dist $(VENV)

@@ -55,14 +55,19 @@ def test_set_isa_refuses_and_changes_nothing():
     assert pared.isa() == before
 
 
+def processor_flags(name: str) -> set[str]:
+    """The kernel lists a flag when the processor has it and the register state is enabled."""
+    lines = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith(name)]
+    return set(lines[0].split(":")[1].split()) if lines else set()
+
+
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64") or not Path("/proc/cpuinfo").exists(),
     reason="compares with the flags that Linux reports for x86",
 )
 def test_detection_agrees_with_the_operating_system():
-    """The kernel lists a flag when the processor has it and the register state is enabled."""
-    line = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags"))
-    flags = set(line.split(":")[1].split())
+    flags = processor_flags("flags")
+    assert flags
     needs = {
         "avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2", "popcnt", "abm"},
         "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"},
@@ -76,4 +81,20 @@ def test_detection_agrees_with_the_operating_system():
         expected.append(level)
         if level == "avx2" and "avx_vnni" in flags:
             expected.append("avxvnni")
+    assert _core.supported_isas() == expected
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("aarch64", "arm64") or not Path("/proc/cpuinfo").exists(),
+    reason="compares with the flags that Linux reports for AArch64",
+)
+def test_detection_agrees_with_the_operating_system_on_arm():
+    flags = processor_flags("Features")
+    if not flags:
+        pytest.skip("an emulator that shows the host's processors")
+    expected = ["scalar"]
+    for level, wanted in {"neon": "asimd", "neondot": "asimddp", "neoni8mm": "i8mm"}.items():
+        if wanted not in flags:
+            break
+        expected.append(level)
     assert _core.supported_isas() == expected

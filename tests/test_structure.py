@@ -132,16 +132,16 @@ def test_no_flag_depends_on_the_building_machine():
 # ---- objects
 
 
-def leaks(objects: list[Path]) -> dict[str, list[str]]:
+def leaks(objects: list[Path], tools: str = "") -> dict[str, list[str]]:
     """Symbols and sections of each object that could reach code of a lower level.
 
     A weak or unique symbol (an inline function, a template instance) is merged with those of the same name in
     other objects, so a copy compiled under AVX-512 may serve the scalar path. A constructor runs when the
-    library is loaded, whatever the processor.
+    library is loaded, whatever the processor. `tools` is the prefix of a cross-compiler's binutils.
     """
     found: dict[str, list[str]] = {}
     nm = subprocess.run(
-        ["nm", "--defined-only", "--demangle", "-A", *map(str, objects)],
+        [f"{tools}nm", "--defined-only", "--demangle", "-A", *map(str, objects)],
         capture_output=True,
         text=True,
         check=True,
@@ -154,37 +154,44 @@ def leaks(objects: list[Path]) -> dict[str, list[str]]:
         if kind in "VvWwu" or (kind.isupper() and f"pared::{own}" not in name):
             found.setdefault(path, []).append(f"{kind} {name}")
     for path in objects:
-        headers = subprocess.run(["objdump", "-h", path], capture_output=True, text=True, check=True).stdout
+        headers = subprocess.run(
+            [f"{tools}objdump", "-h", path], capture_output=True, text=True, check=True
+        ).stdout
         if ".init_array" in headers or ".ctors" in headers:
             found.setdefault(str(path), []).append("a constructor")
     return found
 
 
-def kernel_objects() -> list[Path]:
-    """The kernels' objects in the newest build folder of this checkout, one for each that is listed."""
-    if shutil.which("nm") is None or shutil.which("objdump") is None:
-        pytest.skip("no binutils here")
+def kernel_objects(folders: str, tools: str = "") -> list[Path]:
+    """The kernels' objects in the newest of the build folders, one for each that is listed."""
+    if shutil.which(f"{tools}nm") is None or shutil.which(f"{tools}objdump") is None:
+        pytest.skip(f"no {tools}binutils here")
     built = [
         p.parent
-        for p in ROOT.glob("build/*/libpared_core.a")
+        for p in ROOT.glob(f"{folders}/libpared_core.a")
         if re.search(r"^PARED_SANITIZE:\w+=OFF$", (p.parent / "CMakeCache.txt").read_text(), re.M)
     ]
     if not built:
         # A wheel was installed from elsewhere. Where everything is built, this must not pass unseen.
-        assert "CI" not in os.environ, "no build folder below build/"
+        assert "CI" not in os.environ or tools, "no build folder below build/"
         pytest.skip("no build folder in this checkout")
     folder = max(built, key=lambda p: (p / "libpared_core.a").stat().st_mtime)
     objects = sorted(folder.glob("CMakeFiles/pared_core.dir/csrc/kernels/*/*.o"))
     names = {p.name.removesuffix(".cc.o") for p in objects}
-    x86 = {f"{op}_{variant}__{isa}" for op, variant, isa in KERNELS}
-    assert names >= {n for n in x86 if n.endswith("__scalar")}
-    return [p for p in objects if p.name.removesuffix(".cc.o") in x86]
+    listed = {f"{op}_{variant}__{isa}" for op, variant, isa in KERNELS}
+    assert names >= {n for n in listed if n.endswith("__scalar")}
+    return [p for p in objects if p.name.removesuffix(".cc.o") in listed]
 
 
-def test_objects_of_a_level_define_their_kernel_and_nothing_that_can_leak():
-    objects = kernel_objects()
+@pytest.mark.parametrize(
+    ("folders", "tools"),
+    [("build/*", ""), ("build/arm/extension", "aarch64-linux-gnu-")],
+    ids=["here", "arm"],
+)
+def test_objects_of_a_level_define_their_kernel_and_nothing_that_can_leak(folders, tools):
+    objects = kernel_objects(folders, tools)
     assert objects
-    assert not leaks(objects)
+    assert not leaks(objects, tools)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +209,7 @@ def test_a_planted_leak_is_caught(tmp_path, code, message):
         pytest.skip("no C++ compiler here")
     source, target = tmp_path / "planted.cc", tmp_path / "planted.cc.o"
     source.write_text(code)
-    subprocess.run([compiler, "-std=c++17", "-O1", "-mavx2", "-c", source, "-o", target], check=True)
+    subprocess.run([compiler, "-std=c++17", "-O1", "-c", source, "-o", target], check=True)
     assert message in leaks([target])[str(target)]
 
 

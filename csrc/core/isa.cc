@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -172,6 +173,18 @@ std::string cpu_brand() {
   const auto first = s.find_first_not_of(' ');
   const auto last = s.find_last_not_of(" ");
   return first == std::string::npos ? "x86-64" : s.substr(first, last - first + 1);
+#elif defined(__aarch64__) && defined(__APPLE__)
+  char text[128] = {};
+  size_t size = sizeof(text) - 1;
+  return sysctlbyname("machdep.cpu.brand_string", text, &size, nullptr, 0) == 0 ? text : "AArch64";
+#elif defined(__aarch64__) && defined(__linux__)
+  if (!(getauxval(AT_HWCAP) >> 11 & 1)) return "AArch64";  // HWCAP_CPUID: the kernel lets programs read this
+  uint64_t midr;
+  __asm__("mrs %0, midr_el1" : "=r"(midr));
+  char text[48];
+  std::snprintf(text, sizeof(text), "AArch64, implementer 0x%02x, part 0x%03x",
+                static_cast<unsigned>(midr >> 24 & 0xff), static_cast<unsigned>(midr >> 4 & 0xfff));
+  return text;
 #else
   return "unknown";
 #endif
