@@ -103,7 +103,7 @@ def test_every_method_has_a_page_with_what_a_reader_needs() -> None:
 
 
 SOURCES = (".py", ".pyi", ".cc", ".h", ".cu", ".cuh", ".def", ".cmake", ".sh")
-FOLDERS = ("csrc", "python", "tests", "bench", "tools", "examples", "docs")
+FOLDERS = ("csrc", "cmake", "python", "tests", "bench", "tools", "examples", "docs")
 # Fields of formats of others, and what a page writes itself.
 FOREIGN = ("dlpack.h", "cuda_runtime.h")
 

@@ -268,7 +268,7 @@ def test_formats_without_a_kernel_stay_where_they_are():
         (Conv2d.from_module(nn.Conv2d(3, 4, 3)), "Conv2d has no csr kernel for cuda"),
     ]:
         with pytest.raises(RuntimeError, match="device: " + text + ".*pared.restore"):
-            module._move(cuda)
+            module._moved(cuda)
         assert module._on_device is None
     assert bitmap.packed_weight().to("cpu", torch.bfloat16).dtype == torch.bfloat16
     static = pared.ops.Bitmap8.from_dense(torch.randn(4, 8).half(), activation_scale=0.1)

@@ -113,7 +113,7 @@ struct FourRowsF32 {
   }
   // The rows' values, times x.
   static PARED_INLINE V fma(const float* values, const float* x, V sum) {
-    return _mm_fmadd_ps(_mm_loadu_ps(values), _mm_set1_ps(*x), sum);
+    return _mm_fmadd_ps(_mm_loadu_ps(values), _mm_set1_ps(ScalarF32::operand(x)), sum);
   }
 };
 

@@ -142,7 +142,7 @@ struct FourRowsVnni {
     for (int r = 0; r < 4; ++r) p[r * stride] = rows[r];
   }
   static PARED_INLINE V fma(const int32_t* values, const int32_t* x, V sum) {
-    return _mm_dpbusd_epi32(sum, _mm_set1_epi32(*x),
+    return _mm_dpbusd_epi32(sum, _mm_set1_epi32(ScalarS8::load(x)),
                             _mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
   }
 };
