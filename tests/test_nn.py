@@ -556,6 +556,8 @@ def test_handed_layers_compute_one_by_one_where_they_are_traced():
     x = torch.randn(5, 24)
     exported = torch.export.export(model, (x,)).module()
     torch.testing.assert_close(exported(x), model(x))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_what_cannot_be_handed_over_is_refused():

@@ -251,6 +251,34 @@ def test_fuse_false_leaves_blocks_alone(times: None) -> None:
     assert not blocks(fast)
 
 
+def put(inside: Any, conv: str, norm: str, new: nn.Module) -> None:
+    """Another convolution, and nothing behind it."""
+    setattr(inside, conv, new)
+    setattr(inside, norm, nn.Identity())
+
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "activation": lambda b: setattr(b, "relu", nn.SiLU()),
+    "convolution": lambda b: put(b, "conv2", "bn2", nn.Conv2d(12, 12, 1)),
+    "appended": lambda b: b.downsample.append(nn.Tanh()),
+    "inside": lambda b: put(b.downsample, "0", "1", nn.Conv2d(8, 12, 1, 2)),
+    "emptied": lambda b: setattr(b, "downsample", nn.Conv2d(8, 12, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_what_is_replaced_in_a_block(times: None, edit: str) -> None:
+    """A block computes with the submodules that it has by now."""
+    model = Net().eval()
+    fast = pared.accelerate(model, X)
+    twins = [copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), fast]
+    for net in (model, *twins):
+        torch.manual_seed(0)
+        EDITS[edit](net.layers[1])
+    for net in twins:
+        torch.testing.assert_close(outputs(net), outputs(model), rtol=1e-4, atol=1e-5)
+
+
 def test_hooks_see_what_they_saw(times: None) -> None:
     """A hook on a part of a block, put on later, is called with what that part gives."""
     model = Net().eval()

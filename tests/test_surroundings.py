@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import multiprocessing
 import pickle
 import signal
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 import pared
 import pared._accelerate as acc
+from pared import _core
 from pared._interrupt import uninterrupted
 from pared.nn import PackedModule
 from pared.pruning import oneshot, structured
@@ -529,7 +531,145 @@ def test_hooks_on_layers_in_one_call(ours_is_faster, monkeypatch, tmp_path, at, 
     wanted = {0: lambda: model(2 * x), 2: lambda: model[3](2 * expected), 3: lambda: model[3](2 * expected)}
     torch.testing.assert_close(fast(x), wanted[place]())
     handle.remove()
-    assert torch.equal(fast(x), fast[0](x))  # the chain again
+    assert calls_together(monkeypatch, fast, x) == 1  # the chain again
+
+
+def calls_together(monkeypatch: pytest.MonkeyPatch, fast: nn.Module, x: torch.Tensor) -> int:
+    """How many calls of a pass go through several layers."""
+    seen = []
+    with monkeypatch.context() as patch:
+        whole = _core.linear_chain
+        patch.setattr(_core, "linear_chain", lambda *args: seen.append(args) or whole(*args))
+        fast(x)
+    return len(seen)
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.first = nn.Linear(24, 24)
+        self.between = nn.Dropout(0.5)
+        self.second = nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.between(self.inner.first(x)))
+
+
+class Adapter(nn.Module):
+    """As LoRA wraps a layer."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = nn.Linear(24, 2, bias=False), nn.Linear(2, 24, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.fixture
+def chained(ours_is_faster, monkeypatch, request) -> tuple[nn.Sequential, nn.Sequential]:
+    """A model, and an accelerated one whose Linear layers go in one call."""
+    monkeypatch.setattr(acc.timing, "time_hand_over", lambda layers, calls: 2.0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 24), nn.Dropout(0.5), nn.Linear(24, 24), nn.Linear(24, 24)).eval()
+    pared.prune(model, 0.5)
+    fast = pared.accelerate(model, INPUTS[0], formats=["csr"])
+    if request.param == "copied":
+        fast = copy.deepcopy(fast)
+    elif request.param == "unpickled":
+        fast = pickle.loads(pickle.dumps(fast))
+    elif request.param == "loaded":
+        file = io.BytesIO()
+        pared.save(fast, file)
+        file.seek(0)
+        fast = pared.load(file, model)
+    assert calls_together(monkeypatch, fast, INPUTS[1]) == 1
+    return model, fast
+
+
+EVERY_WAY = pytest.mark.parametrize(
+    "chained", ["accelerated", "copied", "unpickled", "loaded"], indirect=True
+)
+EDITS = {
+    "a layer set": lambda m: setattr(m, "2", nn.Linear(24, 24)),
+    "an item set": lambda m: m.__setitem__(0, nn.Linear(24, 24)),
+    "what is between set": lambda m: m.__setitem__(1, nn.Tanh()),
+    "inserted": lambda m: m.insert(2, nn.Tanh()),
+    "appended": lambda m: m.append(nn.Tanh()),
+    "deleted": lambda m: m.__delitem__(2),
+    "deleted before it, then set": lambda m: (m.__delitem__(0), m.__setitem__(1, nn.Tanh())),
+    "head wrapped": lambda m: m.__setitem__(0, Adapter(m[0])),
+    "follower wrapped": lambda m: m.__setitem__(2, Adapter(m[2])),
+    "forward set": lambda m: setattr(m, "forward", lambda x: m[1](m[0](x))),
+    "training between": lambda m: (m.train(), torch.manual_seed(0)),
+}
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_model_in_which_layers_of_one_call_are_replaced(chained, edit):
+    """Layers that went in one call compute what the model says by now."""
+    results = []
+    for m in chained:
+        torch.manual_seed(1)
+        EDITS[edit](m)
+        results.append(m.requires_grad_(False)(INPUTS[1]))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@EVERY_WAY
+def test_layers_of_one_call_called_alone(chained):
+    model, fast = chained
+    x = INPUTS[1]
+    for part in (
+        lambda m: m[0],
+        lambda m: m[:2],
+        lambda m: nn.Sequential(*list(m)[:3]),
+        lambda m: nn.Sequential(m[0], nn.ReLU(), m[3]),
+        lambda m: copy.deepcopy(m[0]),
+    ):
+        check(part(fast), part(model), x)
+        check(fast, model, x)
+
+
+def test_layers_of_one_call_in_different_modules(ours_is_faster, monkeypatch):
+    """The innermost module around all of them is what says when they go together."""
+    monkeypatch.setattr(acc.timing, "time_hand_over", lambda layers, calls: 2.0)
+    torch.manual_seed(0)
+    model = nn.Sequential(Nested(), nn.Tanh()).eval()
+    pared.prune(model, 0.5)
+    fast = pared.accelerate(model, INPUTS[0], formats=["csr"])
+    assert calls_together(monkeypatch, fast[0], INPUTS[1]) == 1
+    check(fast, model, INPUTS[1])
+    check(fast[0].inner.first, model[0].inner.first, INPUTS[1])
+    for m in (model, fast):
+        m[0].inner = copy.deepcopy(m[0].inner).requires_grad_(False)
+    assert calls_together(monkeypatch, fast, INPUTS[1]) == 0
+    check(fast, model, INPUTS[1])
+
+
+def test_models_go_to_spawned_processes(ours_is_faster):
+    """As a pool's arguments and a DataLoader's workers are sent; from shared memory too."""
+    fast = {case: pared.accelerate(make(), x) for case, (make, x) in CASES.items()}
+    want = {case: model(CASES[case][1]) for case, model in fast.items()}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        for case, model in fast.items():
+            torch.testing.assert_close(pool.submit(model, CASES[case][1]).result(), want[case])
+        for case, model in fast.items():
+            model.share_memory()
+            assert all(b.is_shared() for b in model.buffers())
+            torch.testing.assert_close(pool.submit(model, CASES[case][1]).result(), want[case])
+            torch.testing.assert_close(model(CASES[case][1]), want[case])
+
+
+@EVERY_WAY
+def test_restored_models_have_their_own_classes(chained):
+    model, fast = chained
+    plain = pared.restore(fast)
+    assert [type(m) for m in plain.modules()] == [type(m) for m in model.modules()]
+    assert vars(plain).keys() == vars(model).keys()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own

@@ -18,6 +18,7 @@ from pared._report import Report
 from pared._target import LayerCall, Target
 from pared.nn import Linear, MaxPool2d
 from pared.nn._attention import pared_attention, torch_attention
+from pared.nn._encoder import own_class
 from pared.ops.chain import linear_chain
 
 LAYER_SECONDS = 0.15
@@ -172,9 +173,9 @@ def time_encoder(
     parts = [m for m in layer.modules() if isinstance(m, Linear)]
     key = timed.key(encoder=described, parts=[layer_key(m) for m in parts])
     args, kwargs = arguments
-    plain = type(layer).plain.forward  # type: ignore[attr-defined]
+    plain: Any = own_class(layer)
     return _one_call(
-        "encoder", lambda: plain(layer, *args, **kwargs), lambda: layer(*args, **kwargs), key, timed
+        "encoder", lambda: plain.forward(layer, *args, **kwargs), lambda: layer(*args, **kwargs), key, timed
     )
 
 

@@ -2,7 +2,8 @@
 
 ``save_pretrained`` of transformers is refused: it would write the packed weights under names that
 ``from_pretrained`` does not know, which then fills the layers with random numbers. ``to``, ``cuda``, ``half``
-and the like, all of which call ``_apply``, convert everything or, where a layer refuses, nothing.
+and the like, all of which call ``_apply``, convert everything or, where a layer refuses, nothing. Layers that
+go in one call do so in calls of the module around them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from pared.nn._base import PackedModule
+from pared.nn._chains import bind_chains, unbind_chains
 
 __all__ = ["guard", "unguard"]
 
@@ -55,18 +57,20 @@ class _ApplyWhole:
 
 
 def guard(model: nn.Module) -> None:
-    """Have every module around accelerated layers refuse ``save_pretrained``, where it has that, and convert
-    all of itself or nothing."""
+    """Have every module around accelerated layers refuse ``save_pretrained``, where it has that, convert all
+    of itself or nothing, and tell layers that go in one call when they may."""
     for module in model.modules():
         if isinstance(module, PackedModule) or not any(isinstance(m, PackedModule) for m in module.modules()):
             continue
         if hasattr(module, _SAVE):
             setattr(module, _SAVE, _refuse)
         setattr(module, _APPLY, _ApplyWhole(module))
+    bind_chains(model)
 
 
 def unguard(model: nn.Module) -> None:
     """Take `guard` back."""
+    unbind_chains(model)
     for module in model.modules():
         vars(module).pop(_SAVE, None)
         vars(module).pop(_APPLY, None)

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,10 @@ from torch.nn import functional
 
 from pared import _core
 from pared.nn._attention import AttentionConfig
-from pared.nn._fused import Fused
+from pared.nn._fused import Fused, class_below, subclass
 from pared.nn.linear import Linear
 
-__all__ = ["EncoderLayer", "encoding", "fits", "fuse_layer", "separate"]
+__all__ = ["EncoderLayer", "encoding", "fits", "fuse_layer", "own_class", "separate"]
 
 _PLAN = "_pared_plan"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -123,38 +123,28 @@ class _Plan:
 
 
 class EncoderLayer:
-    """What a layer's class is given before itself: ``forward`` in one call, where it can be.
-
-    Attributes
-    ----------
-    plain : the layer's own class.
-    """
-
-    plain: ClassVar[type[nn.Module]]
+    """What a layer's class is given before itself: ``forward`` in one call, where it can be."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own forward, with its arguments."""
         y = _one_call(self, args, kwargs)
-        return self.plain.forward(self, *args, **kwargs) if y is None else y
+        plain: Any = super()
+        return plain.forward(*args, **kwargs) if y is None else y
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made here, in whatever process unpickles; the plan is made again when it is called.
         state = {k: v for k, v in vars(self).items() if k != _PLAN}
-        return _made, (self.plain,), state
+        return _made, (own_class(self),), state
 
 
-_classes: dict[type[nn.Module], Any] = {}
-
-
-def _class_of(plain: type[nn.Module]) -> Any:
-    if plain in _classes:
-        return _classes[plain]
-    members = {"plain": plain, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
-    return _classes.setdefault(plain, type(plain.__name__, (EncoderLayer, plain), members))
+def own_class(layer: object) -> type[Any]:
+    """The class of a layer, without what `fuse_layer` has put before it."""
+    return class_below(EncoderLayer, type(layer)) if isinstance(layer, EncoderLayer) else type(layer)
 
 
 def _made(plain: type[nn.Module]) -> nn.Module:
-    module: nn.Module = _class_of(plain).__new__(_class_of(plain))
+    kind = subclass(EncoderLayer, plain)
+    module: nn.Module = kind.__new__(kind)
     return module
 
 
@@ -206,7 +196,7 @@ def structure_of(layer: nn.Module) -> Structure | None:
     """How a layer is built; None where that is not fully understood, or a part has no kernel."""
     if isinstance(layer, torch.jit.ScriptModule):
         return None
-    plain = getattr(type(layer), "plain", type(layer))
+    plain = own_class(layer)
     if plain is nn.TransformerEncoderLayer:
         return _torch_layer(layer)
     return _of_transformers(layer, plain)
@@ -543,7 +533,7 @@ def fuse_layer(layer: nn.Module) -> bool:
         return True
     if not fits(layer):
         return False
-    object.__setattr__(layer, "__class__", _class_of(type(layer)))
+    object.__setattr__(layer, "__class__", subclass(EncoderLayer, type(layer)))
     return True
 
 
@@ -551,7 +541,7 @@ def separate(layer: nn.Module) -> None:
     """Give a layer its own class back."""
     if isinstance(layer, EncoderLayer):
         vars(layer).pop(_PLAN, None)
-        object.__setattr__(layer, "__class__", layer.plain)
+        object.__setattr__(layer, "__class__", own_class(layer))
 
 
 def encoding(model: nn.Module) -> dict[str, nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,15 @@ _mode_depth = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._is_tracing
 
 
+class _Calls(threading.local):
+    """What goes on in each thread: the layers that may compute those behind them (see `pared.nn._chains`)."""
+
+    heads: tuple[Linear, ...] = ()
+
+
+calls = _Calls()
+
+
 class Linear(PackedModule):
     """``activation(x @ W.T + bias)`` with a packed weight W [out_features, in_features].
 
@@ -48,6 +58,8 @@ class Linear(PackedModule):
     _fed_by: Linear | None = None
     # The modules of a chain, whose hooks would see, or change, what is not there.
     _chained: tuple[nn.Module, ...] = ()
+    # Whether layers that it computes go along only where a module around them says so.
+    _bound = False
     # Layers that this one computes beside itself where they get the same input (see `share_with`), and the
     # one that does so for this layer.
     _sharers: tuple[Linear, ...] = ()
@@ -108,7 +120,7 @@ class Linear(PackedModule):
         """
         x = input
         head = self._fed_by
-        if head is not None and type(x) is Tensor and head._has_computed(x, self):
+        if head is not None and type(x) is Tensor and not is_compiling() and head._has_computed(x, self):
             return x
         if self._shares_of is not None and type(x) is Tensor and not is_compiling():
             shared = x.__dict__.get(_SHARED)
@@ -127,7 +139,7 @@ class Linear(PackedModule):
             raise grad_error("pared.nn.Linear")
         if not x.is_contiguous():
             x = foldable(x)
-        if self._handed and not self._hooked():
+        if self._handed and self._leads():
             return self._chain(x)
         if self._sharers and x is input and not x.is_inference():
             return self._share(x)
@@ -139,7 +151,9 @@ class Linear(PackedModule):
         For a model in which what comes out of this layer goes into the first of them and nowhere else, and so
         on: this layer then returns the last one's output, and they pass it on as it is. They compute as usual
         for any other input, and all do where the model is traced or compiled, and where one of them, or of
-        the modules `between` them, has forward hooks. No followers: take it back.
+        the modules `between` them, has forward hooks or is in training. In a model that `pared.accelerate` or
+        `pared.load` gives, they go in one call only in calls of the innermost module around them all, and
+        while they are where they were. No followers: take it back.
 
         Raises
         ------
@@ -231,10 +245,13 @@ class Linear(PackedModule):
             del x.__dict__[_DONE]
         return True
 
-    def _hooked(self) -> bool:
+    def _leads(self) -> bool:
+        """Whether this call may be that of the layers behind as well."""
+        if self._bound and self not in calls.heads:
+            return False
         if _global._global_forward_hooks or _global._global_forward_pre_hooks:
-            return True
-        return any(m._forward_hooks or m._forward_pre_hooks for m in self._chained)
+            return False
+        return not any(m._forward_hooks or m._forward_pre_hooks or m.training for m in self._chained)
 
     def _chain(self, x: Tensor) -> Tensor:
         layers = (self, *self._handed)

@@ -13,10 +13,9 @@ from torch.compiler import is_compiling
 from typing_extensions import Self
 
 from pared.nn._base import ACTIVATIONS
-from pared.nn._fused import adopt, check_module
+from pared.nn._fused import Path, adopt, at, check_module
 from pared.nn.conv import Conv2d
 
-Path = tuple[str, ...]
 _mode_depth = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._is_tracing
 
@@ -43,7 +42,8 @@ class ResidualBlock(nn.Module):
     """A block in whose convolutions a residual is added, and the activations behind them are computed.
 
     It has the submodules of the module that was there, under their names. Called in another way than with one
-    tensor, in training, traced, or where a submodule has hooks, it computes what that module does.
+    tensor, in training, traced, or where a submodule has hooks or was replaced, it computes what that module
+    does.
 
     Attributes
     ----------
@@ -56,6 +56,8 @@ class ResidualBlock(nn.Module):
     original: type[nn.Module]
     steps: Sequence[Call]
     watched: Sequence[Path]
+    # What is at these paths, and how many children it has.
+    _inside: Sequence[tuple[nn.Module, int]]
 
     @classmethod
     def from_module(cls, module: nn.Module, steps: Sequence[Call], watched: Sequence[Path]) -> Self:
@@ -80,13 +82,14 @@ class ResidualBlock(nn.Module):
         new = cls.__new__(cls)
         adopt(new, module)
         new.original, new.steps, new.watched = type(module), tuple(steps), tuple(watched)
+        new._inside = tuple((m, len(m._modules)) for m in (at(module, path) for path in watched))
         return new
 
     def to_module(self) -> nn.Module:
         """The module that was there, of the same submodules."""
         new = self.original.__new__(self.original)
         adopt(new, self)
-        for name in ("original", "steps", "watched"):
+        for name in ("original", "steps", "watched", "_inside"):
             vars(new).pop(name)
         return new
 
@@ -107,15 +110,13 @@ class ResidualBlock(nn.Module):
         x = args[0] if len(args) == 1 and not kwargs else None
         if type(x) is not Tensor or self.training or is_compiling() or _mode_depth() or _tracing():
             return self.original.forward(self, *args, **kwargs)
-        for path in self.watched:
-            m = _at(self, path)
-            if m._forward_hooks or m._forward_pre_hooks:
-                return self.original.forward(self, x)
+        if not self._untouched():
+            return self.original.forward(self, x)
         values = [x]
         for step in self.steps:
             y = values[step.value]
             residual = None if step.residual is None else values[step.residual]
-            module: Any = None if step.module is None else _at(self, step.module)
+            module: Any = None if step.module is None else at(self, step.module)
             if module is None:
                 y = y if residual is None else y + residual
                 y = ACTIVATIONS[step.activation](y) if step.activation else y
@@ -126,6 +127,18 @@ class ResidualBlock(nn.Module):
             values.append(y)
         return values[-1]
 
+    def _untouched(self) -> bool:
+        """Whether all submodules are those that the steps stand for, and nothing listens to them."""
+        try:
+            for path, (module, children) in zip(self.watched, self._inside, strict=True):
+                if at(self, path) is not module or len(module._modules) != children:
+                    return False
+                if module._forward_hooks or module._forward_pre_hooks:
+                    return False
+        except (AttributeError, KeyError):
+            return False
+        return True
+
     def extra_repr(self) -> str:
         count = sum(s.residual is not None for s in self.steps)
         return f"{self.original.__name__}, {count} addition(s) computed by convolutions"
@@ -135,7 +148,7 @@ def _check_path(name: str, path: Any, module: nn.Module) -> nn.Module:
     if not isinstance(path, tuple) or not all(isinstance(part, str) for part in path):
         raise TypeError(f"{name}: expected a tuple of names, got {path!r}")
     try:
-        return _at(module, path)
+        return at(module, path)
     except (KeyError, AttributeError):
         raise ValueError(f"{name}: expected a path to a submodule, got {path!r}") from None
 
@@ -155,10 +168,3 @@ def _check_step(name: str, step: Call, earlier: int, module: nn.Module) -> None:
     called = _check_path(name, step.module, module)
     if (step.residual is not None or step.activation is not None) and not isinstance(called, Conv2d):
         raise TypeError(f"{name}: expected a Conv2d that adds or activates, got {type(called).__name__}")
-
-
-def _at(module: nn.Module, path: Path) -> nn.Module:
-    found: Any = module
-    for name in path:
-        found = found._modules[name]
-    return found  # type: ignore[no-any-return]
