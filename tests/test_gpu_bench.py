@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from bench.gpu import __main__ as command  # noqa: E402
-from bench.gpu.measure import Case, Goal, Machine, copy_rate, measure, not_capturable, table  # noqa: E402
-from pared import _cuda  # noqa: E402
+from bench.gpu import measure as measuring  # noqa: E402
+from bench.gpu.measure import Case, Goal, Machine, copy_rate, lost, measure, not_capturable, table  # noqa: E402
+from pared import _cuda, _timing_cuda  # noqa: E402
 from pared._cuda_int8 import gemm_s8  # noqa: E402
+from pared._timing_cuda import captured  # noqa: E402
 
 H200 = Machine("cuda", "NVIDIA H200", 60 << 20)
 
@@ -103,30 +107,130 @@ def test_mistakes_of_a_suite():
     assert not clock.prepared, "something was timed that is wrong"
 
 
-def test_calls_that_no_graph_holds_are_found_by_trying(monkeypatch):
-    import contextlib
+class Capturing:
+    """What torch.cuda does for a capture. An end with an error leaves its stream current; `forgets`: and the
+    allocator in the belief that the capture goes on, as before torch 2.12."""
 
-    import torch
+    def __init__(self, monkeypatch, forgets):
+        import torch
 
-    capturing = []
+        self.forgets, self.stream, self.pools, self.underway, self.used = forgets, "default", 0, [], set()
+        for name in ("graph", "graph_pool_handle"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "stream", self.on)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.stream)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+        monkeypatch.setattr(
+            torch._C, "_cuda_releasePool", lambda _, pool: self.used.remove(pool), raising=False
+        )
+
+    def release(self, _, pool):
+        self.used.remove(pool)
+
+    def graph_pool_handle(self):
+        self.pools += 1
+        return (0, self.pools)
 
     @contextlib.contextmanager
-    def graph(_):
-        capturing.append(True)
+    def on(self, stream):
+        before, self.stream = self.stream, stream
         try:
             yield
         finally:
-            capturing.pop()
+            self.stream = before
+
+    @contextlib.contextmanager
+    def graph(self, _, pool):
+        assert not self.underway, "captures_underway.empty() INTERNAL ASSERT FAILED"
+        before, self.stream = self.stream, "capture"
+        self.underway.append(pool)
+        self.used.add(pool)
+        try:
+            yield
+        except Exception:
+            if not self.forgets:
+                self.end(0, pool)
+            raise
+        self.end(0, pool)
+        self.stream = before
+
+    def end(self, _, pool):
+        if pool not in self.underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.underway.remove(pool)
+
+
+@pytest.mark.parametrize("forgets", [True, False])
+def test_a_capture_that_fails_costs_no_other(monkeypatch, forgets):
+    torch_cuda = Capturing(monkeypatch, forgets)
+
+    def waits():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    streams = []
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="operation not permitted"):
+            captured(waits)
+        assert (torch_cuda.stream, torch_cuda.underway) == ("default", [])
+        captured(lambda: streams.append(torch_cuda.stream))
+    assert streams == ["capture"] * 2
+    # Those of the graphs that were made; torch keeps that of a failed one where it has ended it itself.
+    assert torch_cuda.used == {(0, 2), (0, 4)} | (set() if forgets else {(0, 1), (0, 3)})
+
+
+def test_calls_that_no_graph_holds_are_found_by_trying(monkeypatch):
+    torch_cuda = Capturing(monkeypatch, True)
 
     def waits(i):
-        if capturing:
+        if torch_cuda.underway:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    calls = {"waits": waits, "fits": lambda i: None, "other": waits}
-    assert not_capturable(calls, ["waits", "fits"]) == ["waits"]
+    calls = {
+        "waits": waits,
+        "fits": lambda i: None,
+        "other": waits,
+        "refused": lambda i: bad("no bfloat16")(),
+    }
+    assert not_capturable(calls, ["waits", "fits", "refused"]) == ["waits", "refused"]
+
+
+def test_what_a_graph_takes_to_arrive_is_no_part_of_its_time(monkeypatch):
+    import torch
+
+    enqueued = []
+
+    class Event:
+        def __init__(self, timing):
+            assert timing
+
+        def record(self):
+            enqueued.append("event")
+
+        def synchronize(self):
+            enqueued.append("wait")
+
+        def elapsed_time(self, other):
+            return 6.0
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: enqueued.append("busy"))
+    graph = types.SimpleNamespace(replay=lambda: enqueued.append("graph"))
+    monkeypatch.setattr(_timing_cuda, "captured", lambda call: graph)
+    for captures, run in ((True, ["busy", "event", "graph"]), (False, ["event", "call", "call", "call"])):
+        sample = _timing_cuda.EventClock().prepare(lambda i: enqueued.append("call"), 3, captures)
+        enqueued.clear()
+        assert sample() == pytest.approx(2e-3)
+        assert enqueued == [*run, "event", "wait"]
 
 
 def test_copies_exceed_the_cache():
@@ -233,6 +337,7 @@ def test_no_case_begins_when_time_is_spent(run):
 def test_another_process_goes_on_behind_a_lost_device(run, monkeypatch):
     started = []
     monkeypatch.setattr(command.subprocess, "run", lambda line, check: started.append(line))
+    monkeypatch.setattr(command, "lost", lambda: True)
     code, file = run(lambda: case(), bad("CUDA error: an illegal memory access"), lambda: case(name="after"))
     assert code == 1
     assert [line["case"] for line in file["lines"]] == ["c"]
@@ -241,19 +346,34 @@ def test_another_process_goes_on_behind_a_lost_device(run, monkeypatch):
     assert run(lambda: case(), lambda: case(name="after"), arguments=["--skip", "1"])[1]["failed"]
 
 
-def test_a_rival_that_fails_is_left_out(run):
+def test_a_device_is_lost_when_nothing_runs_there_any_more(monkeypatch):
+    import torch
+
+    assert not lost()  # that no device has been used is no fault
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not lost()
+    monkeypatch.setattr(torch.cuda, "synchronize", bad("CUDA error: an illegal memory access"))
+    assert lost()
+
+
+def test_a_rival_that_fails_is_left_out(run, monkeypatch):
     class Clock(FakeClock):
         def prepare(self, call, copies, graph):
             if call(0) == self.broken:
-                raise RuntimeError("not supported")
+                raise RuntimeError("CUDA error: not supported when calling a library")
             return super().prepare(call, copies, graph)
 
     clock = Clock(SECONDS)
     clock.broken = "slow"
     line = run(lambda: case(), clock=clock)[1]["lines"][0]
-    assert line["without"] == {"slow": "RuntimeError: not supported"}
+    assert line["without"] == {"slow": "RuntimeError: CUDA error: not supported when calling a library"}
     assert line["goals"][0]["got"] == pytest.approx(3.0)
     assert "fast 3.00, without slow" in table([line])
+    monkeypatch.setattr(measuring, "lost", lambda: True)  # what the rival did has cost the device
+    code, file = run(lambda: case(name="theirs"), clock=clock)
+    assert "not supported" in file["failed"][0]
+    monkeypatch.undo()
     clock.broken = "pared"
     code, file = run(lambda: case(name="mine"), clock=clock)
     assert code == 1

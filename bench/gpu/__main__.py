@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import bench.gpu
-from bench.gpu.measure import Machine, copy_rate, emulated_machine, measure, table, this_machine
+from bench.gpu.measure import Machine, copy_rate, emulated_machine, lost, measure, table, this_machine
 from pared._timing_cuda import EventClock
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     facts = {"machine": machine.facts(), "date": now.isoformat(timespec="seconds"), "rounds": rounds}
     facts["copy_bytes_s"] = copied
     results, lines, failed, late = Results(path, facts), [], [], []
-    lost = None
+    lost_at = None
     for suite in chosen:
         name = suite.__name__.rpartition(".")[2]
         if not options.skip:
@@ -134,15 +134,15 @@ def main(arguments: list[str] | None = None) -> int:
             except Exception as e:  # a kernel that fails must not cost the figures of the others
                 failed.append(f"{label}: {type(e).__name__}: {e}")
                 results.add("failed", failed[-1])
-                if "CUDA error" in str(e):  # nothing runs in this process any more; another goes on
-                    lost = name, number
+                if lost():  # another process goes on
+                    lost_at = name, number
                     break
             else:
                 results.add("lines", lines[-1])
                 print(f"{label} (at {time.monotonic() - begin:.0f} s)", file=sys.stderr, flush=True)
             case = None  # frees its data
         options.skip = 0
-        if lost:
+        if lost_at:
             break
     if options.dry_run:
         print(f"dry run: {len(lines)} cases would be measured; nothing was")
@@ -153,11 +153,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"FAILED {text}", file=sys.stderr)
     for text in late:
         print(f"not measured, the {options.seconds:.0f} s were spent: {text}", file=sys.stderr)
-    if lost:
+    if lost_at:
         left = [m.__name__.rpartition(".")[2] for m in chosen]
-        left = left[left.index(lost[0]) :]
+        left = left[left.index(lost_at[0]) :]
         seconds = options.seconds - (time.monotonic() - begin)
-        again = ["--only", left[0], "--skip", str(lost[1] + 1)]
+        again = ["--only", left[0], "--skip", str(lost_at[1] + 1)]
         for rest in (again, ["--only", ",".join(left[1:])] if left[1:] else None):
             if rest and seconds > 0:
                 common = ["--results", str(path), "--rounds", str(rounds), "--seconds", f"{seconds:.0f}"]

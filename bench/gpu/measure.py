@@ -17,7 +17,7 @@ import torch
 from bench.gpu import emulated
 from pared import _cuda
 from pared._timing import Timings
-from pared._timing_cuda import Clock, copies_beyond, sample_rounds
+from pared._timing_cuda import Clock, captured, copies_beyond, sample_rounds
 from pared.nn import PackedModule
 from pared.ops._device import DeviceWeight
 
@@ -136,18 +136,28 @@ def forced(force: Callable[[int], None], choice: int, call: Callable[[int], Any]
 
 
 def not_capturable(calls: Mapping[str, Callable[[int], object]], names: Sequence[str]) -> list[str]:
-    """Which of these calls no CUDA graph can hold: found out by trying, after a warm-up."""
+    """Which of these calls no CUDA graph can hold: found out by trying, after a warm-up. A call that fails
+    without one as well is among them: `measure` says so."""
     refused = []
     for name in names:
-        calls[name](0)
-        torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(torch.cuda.CUDAGraph()):
-                calls[name](0)
-        except RuntimeError:
+            calls[name](0)
             torch.cuda.synchronize()
+            captured(lambda call=calls[name]: call(0))
+        except RuntimeError:
             refused.append(name)
     return refused
+
+
+def lost() -> bool:
+    """Whether a kernel has failed on the device, so that nothing runs there any more in this process. A
+    library's refusal is called a CUDA error as well, and is none of that kind."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def copy_rate(machine: Machine, clock: Clock, rounds: int) -> float:
@@ -173,7 +183,7 @@ def measure(case: Case, clock: Clock, rounds: int, copied: float, seed: int = 0)
         try:
             samplers[name] = clock.prepare(call, case.copies, name not in case.eager)
         except Exception as e:  # a rival that cannot do it is no reason to measure nothing
-            if name == case.target or "CUDA error" in str(e):
+            if name == case.target or lost():
                 raise
             without[name] = f"{type(e).__name__}: {e}"
     out = line(case, sample_rounds(samplers, rounds, seed, CASE_S), copied)

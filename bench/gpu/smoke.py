@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import pared
-from bench.gpu.measure import Machine, emulated_machine, forced, this_machine
+from bench.gpu.measure import Machine, emulated_machine, forced, lost, this_machine
 from pared._cuda_block_sparse import DeviceBlocks
 from pared._cuda_decode import DecodeWeight, Format, pack_in_torch
 from pared._cuda_int8 import gemm_s8
@@ -290,7 +290,7 @@ def work(machine: Machine, names: Sequence[str]) -> None:
         except Exception as e:  # the rest of this process may be spoilt
             text = " ".join(f"{type(e).__name__}: {e}".split())
             print(f"FAIL\t{name}\t{text}", flush=True)
-            if "CUDA error" in text:
+            if lost():
                 os._exit(1)
         else:
             print(f"PASS\t{name}\t{time.monotonic() - begin:.2f} s", flush=True)

@@ -9,17 +9,51 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from contextlib import suppress
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from pared._timing import Timings
 
-__all__ = ["Clock", "EventClock", "copies_beyond", "sample_rounds"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Clock", "EventClock", "captured", "copies_beyond", "sample_rounds"]
 
 # Of the L2: a line of the oldest copy is then gone under any replacement.
 L2_FACTOR = 3.0
 LEAST_ROUNDS = 3
+# Of the device's clock, before the first event: 100 us. The host takes less to enqueue a graph, for which the
+# device would wait between the events.
+BUSY_CYCLES = 200_000
+# Graphs whose capture has failed. Where torch has not noted the end of it, it asks them in later captures.
+_failed: list[torch.cuda.CUDAGraph] = []
+
+
+def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of what `call` enqueues on torch's current device.
+
+    Raises ``RuntimeError`` where a graph cannot hold it, because it waits for the device for example. Torch
+    can capture others afterwards, and its current stream is what it was.
+    """
+    import torch
+
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        # The inner context does not leave its stream when the capture ends with an error.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
+            call()
+    except BaseException:
+        # Nor, before torch 2.12, does it tell the allocator, which from then on refuses each capture and
+        # torch.cuda.empty_cache(). Where it did, this finds no such pool.
+        device = torch.cuda.current_device()
+        with suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+            _failed.append(graph)
+        raise
+    return graph
 
 
 class Clock(Protocol):
@@ -51,15 +85,12 @@ class EventClock:
             for _ in range(self.warmup):
                 round_()
         torch.cuda.current_stream().wait_stream(side)
-        run = round_
-        if graph:
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
-                round_()
-            run = captured.replay
+        run = captured(round_).replay if graph else round_
         begin, end = (torch.cuda.Event(True) for _ in range(2))  # type: ignore[no-untyped-call]
 
         def sample() -> float:
+            if graph:
+                torch.cuda._sleep(BUSY_CYCLES)  # type: ignore[no-untyped-call]
             begin.record()
             run()
             end.record()
