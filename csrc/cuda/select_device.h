@@ -263,14 +263,15 @@ __device__ __forceinline__ void for_tiles(const Workspace& ws, F f) {
 
 // ---- a block's own steps
 
-// Whether this block is the last of the grid to come here. What the others wrote before is then visible.
+// Whether this block is the last of the grid to come here. What the others wrote before is then visible:
+// thread 0's fences are between its barriers with the other threads and the counter.
 __device__ __forceinline__ bool last_block(uint32_t* ticket) {
-  __threadfence();
   __syncthreads();
   bool last = false;
   if (threadIdx.x == 0) {
-    last = atomicAdd(ticket, 1u) == gridDim.x - 1;
     __threadfence();
+    last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    if (last) __threadfence();
   }
   return __syncthreads_or(last);
 }
@@ -402,7 +403,8 @@ __device__ __forceinline__ void conclude(SelectState& s, unsigned long long k, c
 }
 
 // The pass over the data for tensors of 16 bits, all of one type, whose keys are magnitudes, by
-// kCountThreads: what is inside the bracket is counted by magnitude and not gathered.
+// kCountThreads: what is inside the bracket is counted by magnitude and not gathered. Another one where the
+// bracket missed.
 void launch_select_count(const Workspace& ws, DType dtype, int64_t k, const SelectResult& result, int device,
                          cudaStream_t stream);
 

@@ -17,14 +17,17 @@ static_assert(sizeof(Ticket) == kTicketBytes);
 // By all threads that take part, after each has written its share of the part: whether the block is the last
 // of `count` (2 or more). Then the others' parts can be read, past L1. `seen`: what was in the counter a
 // while ago; only thread 0's matters. sync(): a barrier of those threads.
+//
+// Thread 0's fences are everybody's: the first one is behind the barrier to which the others came with their
+// writes, the second before the one from which they go on.
 template <class Sync>
 __device__ __forceinline__ bool last_of(Ticket* counter, Ticket seen, Ticket launch, uint32_t count,
                                         Sync sync) {
   constexpr Ticket kCount = (Ticket{1} << kTicketCountBits) - 1;
   PARED_SHARED(bool[1], last);
-  __threadfence();
   sync();
   if (threadIdx.x == 0) {
+    __threadfence();
     uint32_t before;
     while (true) {
       const bool valid = (seen & ~kCount) == launch && (seen & kCount) < count;
@@ -34,11 +37,10 @@ __device__ __forceinline__ bool last_of(Ticket* counter, Ticket seen, Ticket lau
       seen = found;
     }
     last[0] = before + 1 == count;
+    if (last[0]) __threadfence();
   }
   sync();
-  if (!last[0]) return false;
-  __threadfence();
-  return true;
+  return last[0];
 }
 
 }  // namespace pared::cuda
