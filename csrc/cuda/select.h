@@ -6,7 +6,8 @@
 // one pass over the data counts what is above the bracket and gathers the few keys inside (2), and up to
 // three passes of 11 bits select among these (3-5). Keys equal to an end of the bracket are counted and not
 // gathered where the sample saw many. If the bracket missed or too much was inside, the three passes read the
-// data instead; a device flag decides, so that a CUDA graph can hold all of it.
+// data instead; a device flag decides, so that a CUDA graph can hold all of it. Magnitudes of 16 bits are
+// counted one by one (2), and if the bracket missed once more (3).
 #pragma once
 
 #include <cuda_runtime.h>

@@ -21,7 +21,6 @@ __global__ void __launch_bounds__(kSelectThreads)
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < count) ws.table[first + thread] = part.members[thread];
   if (first != 0) return;
-  for (int i = thread; i < kSelectPasses * kSelectBins; i += kSelectThreads) ws.bins[i] = 0;
   for (int i = thread; i < kSelectBins; i += kSelectThreads) ws.sample_bins[i] = 0;
   if (thread == 0) *ws.state = SelectState{};
 }
@@ -69,8 +68,9 @@ __device__ Search begin_search(int64_t rank, SampleShared& s) {
   next_digit(at, kHighestShift, s);
   return at;
 }
-// By the others, of the keys that the block's threads hold.
-__device__ Ranked end_search(Search at, const int32_t (&keys)[kSampleEach], SampleShared& s) {
+// By the others, of the keys that the block's threads hold. even: of each, so many low bits are zero, but for
+// NaN.
+__device__ Ranked end_search(Search at, const int32_t (&keys)[kSampleEach], int even, SampleShared& s) {
   while (true) {
     const int shift = digit_shift(at.base, at.last);
     for (int i = static_cast<int>(threadIdx.x); i < kSelectBins; i += kSampleThreads) s.bins[i] = 0;
@@ -82,12 +82,13 @@ __device__ Ranked end_search(Search at, const int32_t (&keys)[kSampleEach], Samp
     }
     __syncthreads();
     const uint32_t equal = next_digit(at, shift, s);
-    if (shift == 0) return {from_ordered(at.base), at.above, equal};
+    if (shift <= even) return {max(from_ordered(at.base), kSelectNan), at.above, equal};
   }
 }
 
 __global__ void __launch_bounds__(kSampleThreads, 1)
-    select_sample_kernel(Workspace ws, int64_t count, int64_t hi_rank, int64_t lo_rank, SelectResult result) {
+    select_sample_kernel(Workspace ws, int64_t count, int64_t hi_rank, int64_t lo_rank, int even,
+                         SelectResult result) {
   PARED_SHARED(SampleShared, shared);
   const int thread = static_cast<int>(threadIdx.x);
   const bool direct = count == ws.elements;
@@ -102,8 +103,11 @@ __global__ void __launch_bounds__(kSampleThreads, 1)
     const int32_t key = key_at(m, at - m.first);
     ws.sample[i] = key;
     count_bin(shared.bins, ordered(key) >> kHighestShift);
-    static_assert(kSelectMagnitudes == kSelectSample);
-    if (!direct) ws.magnitudes[i] = 0;
+    static_assert(kSelectMagnitudes == kSelectSample && kSelectPasses * kSelectBins <= kSelectSample);
+    if (!direct) {  // what the next launches count in
+      ws.magnitudes[i] = 0;
+      if (i < kSelectPasses * kSelectBins) ws.bins[i] = 0;
+    }
   }
   __syncthreads();
   for (int b = thread; b < kSelectBins; b += kSampleThreads)
@@ -125,7 +129,8 @@ __global__ void __launch_bounds__(kSampleThreads, 1)
     for (int j = 0; j < kSampleEach; ++j) nans += keys[j] == kSelectNan;
     nans = warp_sum(nans);
     if (thread % 32 == 0 && nans) atomicAdd(&s.nans, nans);
-    const Ranked r = end_search(begin_search(hi_rank, shared), keys, shared);  // barriers after the NaNs
+    // Barriers after the NaNs. The key that no element has differs from NaN's in the last bit.
+    const Ranked r = end_search(begin_search(hi_rank, shared), keys, 0, shared);
     if (thread == 0) settle(s, r.key, r.above, r.equal, static_cast<Count>(hi_rank), result);
     return;
   }
@@ -133,8 +138,8 @@ __global__ void __launch_bounds__(kSampleThreads, 1)
   Search hi_at{}, lo_at{};
   if (hi_rank >= 1) hi_at = begin_search(hi_rank, shared);
   if (lo_rank <= count) lo_at = begin_search(lo_rank, shared);
-  if (hi_rank >= 1) hi = end_search(hi_at, keys, shared);
-  if (lo_rank <= count) lo = end_search(lo_at, keys, shared);
+  if (hi_rank >= 1) hi = end_search(hi_at, keys, even, shared);
+  if (lo_rank <= count) lo = end_search(lo_at, keys, even, shared);
   if (thread != 0) return;
   s.ends = max(hi.equal, lo.equal) > count / kSelectHeavy;
   // Ends that are few are gathered with the rest.
@@ -305,9 +310,14 @@ void select_threshold(const std::vector<SelectMember>& members, const SelectPlan
       launch("select_begin", select_begin_kernel, {1, kSelectThreads}, stream, ws, part, i + 1 - filled,
              static_cast<int>(filled));
   }
+  int even = 16;  // low bits that are zero in all keys: a pass of the sample's search less
+  for (const SelectMember& m : members) {
+    const bool own = m.key == SelectKey::abs || m.key == SelectKey::identity;
+    even = std::min(even, !own || m.dtype == DType::f32 ? 0 : m.dtype == DType::f16 ? 13 : 16);
+  }
   const auto sample_blocks = static_cast<unsigned>((plan.sample + kSampleThreads - 1) / kSampleThreads);
   launch("select_sample", select_sample_kernel, {sample_blocks, kSampleThreads}, stream, ws, plan.sample,
-         plan.hi_rank, plan.lo_rank, result);
+         plan.hi_rank, plan.lo_rank, even, result);
   if (plan.direct()) return;
   const LaunchPlan pass = {plan.blocks, kSelectThreads};
   const SelectMember& one = members.front();
@@ -315,8 +325,8 @@ void select_threshold(const std::vector<SelectMember>& members, const SelectPlan
                           std::all_of(members.begin(), members.end(), [&](const SelectMember& m) {
                             return m.key == SelectKey::abs && m.dtype == one.dtype;
                           });
-  if (magnitudes) launch_select_count(ws, one.dtype, k, result, device, stream);
-  else launch("select_gather", select_gather_kernel, pass, stream, ws, static_cast<Count>(k), result);
+  if (magnitudes) return launch_select_count(ws, one.dtype, k, result, device, stream);
+  launch("select_gather", select_gather_kernel, pass, stream, ws, static_cast<Count>(k), result);
   for (int i = 0; i < kSelectPasses; ++i)
     launch("select_radix", select_radix_kernel, pass, stream, ws, i, static_cast<Count>(k), result);
 }
