@@ -226,11 +226,17 @@ def test_what_a_graph_takes_to_arrive_is_no_part_of_its_time(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: enqueued.append("busy"))
     graph = types.SimpleNamespace(replay=lambda: enqueued.append("graph"))
     monkeypatch.setattr(_timing_cuda, "captured", lambda call: graph)
-    for captures, run in ((True, ["busy", "event", "graph"]), (False, ["event", "call", "call", "call"])):
+    replay = ["busy", "event", "graph", "event", "wait"]
+    for captures, before, sampled in (
+        (True, ["call"] * 6 + replay, replay),
+        (False, ["call"] * 3, ["event", "call", "call", "call", "event", "wait"]),
+    ):
+        enqueued.clear()
         sample = _timing_cuda.EventClock().prepare(lambda i: enqueued.append("call"), 3, captures)
+        assert enqueued == before
         enqueued.clear()
         assert sample() == pytest.approx(2e-3)
-        assert enqueued == [*run, "event", "wait"]
+        assert enqueued == sampled
 
 
 def test_copies_exceed_the_cache():

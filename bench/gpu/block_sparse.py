@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 import pared
-from bench.gpu.measure import Case, Goal, Machine, copies_of, forced
+from bench.gpu.measure import Case, Goal, Machine, copies_of, forced, not_capturable
 from pared import _cuda
 from pared._cuda_block_sparse import DeviceBlocks
 
 # Block, tokens, share of zeros, goal against cuBLAS.
 DECODE = [(64, 16, 0.8, 3.0), (64, 16, 0.9, 5.0)]
 PREFILL = [(128, 8192, 0.5, 1.2), (128, 8192, 0.8, 3.0), (128, 8192, 0.9, 5.5)]
+# Warps and stages of torch's Triton kernel for BSR. Its own are tables for an A100, and one stage elsewhere.
+TRITON = [(4, 3), (4, 5), (8, 3)]
 
 
 def cases(machine: Machine) -> Iterator[Callable[[], Case]]:
@@ -44,17 +46,20 @@ def linear(
         "cuBLAS bf16": lambda i: torch.nn.functional.linear(x, ws[i]),
     }
     goals = [Goal(["cuBLAS bf16"], goal)]
-    eager = []
+    eager: list[str] = []
     if not machine.dry:
         theirs = [v.to_sparse_bsr((block, block)) for v in ws]
-        calls["torch BSR"] = lambda i: torch.nn.functional.linear(x, theirs[i])
+        rivals: dict[str, Any] = {"torch BSR": lambda i: torch.nn.functional.linear(x, theirs[i])}
+        for warps, stages in TRITON:
+            rivals[f"Triton BSR, {warps} warps, {stages} stages"] = partial(triton, x, theirs, warps, stages)
+        calls |= rivals
+        eager = not_capturable(calls, list(rivals))
         kernels = _cuda.kernels(0)
         if tokens > 16 and kernels.block_sparse_wgmma(0):
             for rows, name in [(0, "mma.sync"), (128, "wgmma 128"), (256, "wgmma 256")]:
                 calls[name] = forced(kernels.force_block_sparse_kernel, rows, calls["pared"])
-        eager = ["torch BSR"]  # it tunes itself and copies indices
         if tokens <= 16:
-            goals.append(Goal(["torch BSR"], 1.5))
+            goals.append(Goal(list(rivals), 1.5))
 
     def check() -> None:
         want = x.double() @ ws[0].double().T
@@ -72,3 +77,18 @@ def linear(
         check=check,
         eager=eager,
     )
+
+
+def triton(x: torch.Tensor, ws: list[torch.Tensor], warps: int, stages: int, i: int) -> torch.Tensor:
+    """The product by torch's Triton kernel with these parameters, tiles of at most 128 tokens."""
+    from torch.sparse import _triton_ops
+
+    y = x.new_empty(x.shape[0], ws[i].shape[0]).t()
+    meta = {
+        "SPLIT_N": max(1, x.shape[0] // 128),
+        "GROUP_SIZE_ROW": 4,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+    _triton_ops.bsr_dense_addmm(y, ws[i], x.t(), beta=0, out=y, meta=meta)
+    return y.t()

@@ -55,12 +55,13 @@ def linear(
     }
     goals, eager = [], []
     if not machine.dry:
+        # Both orders of the dense operand, the turned one for nothing. Of one vector there is one, and a
+        # product of its own, which is not there for every dtype.
+        turned = x.t().contiguous()
+        calls["cuSPARSE"] = lambda i: torch.mm(csr[i], x.t())
         if tokens == 1:
-            calls["cuSPARSE"] = lambda i: torch.mv(csr[i], x[0])
+            calls["cuSPARSE of a vector"] = lambda i: torch.mv(csr[i], x[0])
         else:
-            # Both orders of the dense operand, the turned one for nothing.
-            turned = x.t().contiguous()
-            calls["cuSPARSE"] = lambda i: torch.mm(csr[i], x.t())
             calls["cuSPARSE, x turned before"] = lambda i: torch.mm(csr[i], turned)
         rivals = [n for n in calls if n.startswith("cuSPARSE")]
         eager = not_capturable(calls, rivals)

@@ -59,6 +59,11 @@ def linear(
         others = copies_of(DecodeWeight.from_dense(w, format=other), copies)
         calls[other] = lambda i: pared.ops.linear(x, others[i])
     ws = [w, *(w.clone() for _ in range(copies - 1))]
+    rivals: dict[str, Callable[[int], object]] = {
+        "cuBLAS bf16": lambda i: torch.nn.functional.linear(x, ws[i])
+    }
+    if tokens == 1:
+        rivals["torch.mv"] = lambda i: torch.mv(ws[i], x[0])
 
     def check() -> None:
         want = x.double() @ w.double().T
@@ -70,9 +75,9 @@ def linear(
     return Case(
         suite=f"decode {format}",
         name=f"{outputs} x {inputs}, {zeros:.0%} zeros, {tokens} tokens",
-        calls=calls | {"cuBLAS bf16": lambda i: torch.nn.functional.linear(x, ws[i])},
+        calls={**calls, **rivals},
         copies=copies,
-        goals=[Goal(["cuBLAS bf16"], goal)],
+        goals=[Goal(list(rivals), goal)],
         nbytes=quick[0].nbytes + 2 * tokens * (inputs + outputs),
         check=check,
     )
