@@ -54,6 +54,8 @@ def check(backend, xs, k, key="abs", gs=None, nan="raise"):
     np.testing.assert_equal(
         numbers((run.value, run.counts[0], run.counts[1])), ref.threshold(flat, k), f"k={k}"
     )
+    if k:
+        assert run.counts[3] == np.isnan(flat).sum()
     check_masks(flat, k, masks)
 
 
@@ -212,6 +214,11 @@ def test_counted_magnitudes_where_the_bracket_misses(backend, rng, dtype):
         fooled = x.clone()
         fooled[position] = fooled[position].abs() * 1e-3 if low else fooled[position].abs() + 100.0
         check(backend, [fooled], k)
+    # Many keys inside the bracket, all of them counted before the right one was looked for.
+    for spread, k in ((torch.linspace(2, 13, SAMPLE), n // 2), (torch.linspace(-13, -2, SAMPLE), n // 3)):
+        fooled = x.sign() * (x.abs() + 1).clamp(max=3.0)
+        fooled[position] = torch.exp2(spread).to(dtype)
+        check(backend, [fooled.masked_fill(fooled == 2.0, torch.nan)], k, nan="lowest")
 
 
 def test_which_selections_count_magnitudes(emulated, monkeypatch, rng):
