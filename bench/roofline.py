@@ -27,6 +27,7 @@ __all__ = [
 
 def print_ceilings(console: Console, ceilings: list[Ceilings]) -> None:
     table = Table("", *(f"{c.threads} thread{'s' if c.threads > 1 else ''}" for c in ceilings))
+    table.add_row("cycles of a core, GHz", *(f"{c.clock * 1e-9:.2f}" for c in ceilings))
     table.add_row("multiply-add, registers, GFLOP/s", *(f"{c.fma * 1e-9:.0f}" for c in ceilings))
     table.add_row("multiply-add, panel in L1, GFLOP/s", *(f"{c.panel * 1e-9:.0f}" for c in ceilings))
     table.add_row("byte products, registers, GOP/s", *(f"{c.dot8 * 1e-9:.0f}" for c in ceilings))

@@ -8,6 +8,7 @@ from pared._machine import Ceilings, Level
 CEILINGS = Ceilings(
     threads=1,
     isa="avx512vbmi2",
+    clock=3.45e9,
     fma=220e9,
     panel=200e9,
     dot8=870e9,

@@ -89,7 +89,7 @@ def test_estimates_follow_the_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     w = pared.ops.CSR.from_dense(blocks((256, 256), 0.2))
     before = w.estimate(64, threads=1)
     assert w.estimate(64, threads=1) == before  # nothing is measured again
-    rates = ("fma", "panel", "dot8", "pack", "store", "expand")
+    rates = ("clock", "fma", "panel", "dot8", "pack", "store", "expand")
     levels = tuple(
         dataclasses.replace(level, load=level.load / 2, store=level.store / 2) for level in CEILINGS.levels
     )

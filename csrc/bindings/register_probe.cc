@@ -30,6 +30,17 @@ void register_probe(py::module_& m) {
         return py::make_tuple(r.seconds, r.elements, r.done);
       },
       py::arg("probe"), py::arg("bytes"), py::arg("repeats"), py::arg("threads") = 1);
+  m.def(
+      "clock_probe",
+      [](int64_t steps) {
+        ClockProbeResult r;
+        {
+          py::gil_scoped_release unlocked;
+          r = run_clock_probe(steps);
+        }
+        return py::make_tuple(r.seconds, r.done);
+      },
+      py::arg("steps"));
 }
 
 }  // namespace pared

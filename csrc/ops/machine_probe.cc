@@ -52,4 +52,18 @@ MachineProbeResult run_machine_probe(MachineProbe probe, int64_t bytes, int64_t 
           *std::min_element(done.begin(), done.end())};
 }
 
+ClockProbeResult run_clock_probe(int64_t steps) {
+  PARED_CHECK(steps >= 1, "steps: expected at least 1, got ", steps);
+  uint64_t sum = 0, one = 1;
+  const auto begin = std::chrono::steady_clock::now();
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < steps; ++i) {
+    sum += one;
+    // Each sum is needed by the next. Not a constant: some processors add those without taking a cycle.
+    __asm__ volatile("" : "+r"(sum), "+r"(one));
+  }
+  const auto end = std::chrono::steady_clock::now();
+  return {std::chrono::duration<double>(end - begin).count(), sum};
+}
+
 }  // namespace pared

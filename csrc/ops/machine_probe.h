@@ -16,4 +16,13 @@ struct MachineProbeResult {
 // `bytes` a thread, rounded up to a multiple of 512. Throws ValueError on sizes below one.
 MachineProbeResult run_machine_probe(MachineProbe probe, int64_t bytes, int64_t repeats, int threads);
 
+struct ClockProbeResult {
+  double seconds;
+  uint64_t done;  // the number of steps, as the chain counted it
+};
+
+// Additions that wait for each other, one a cycle on any processor: how long its cycles are. Throws
+// ValueError on no steps.
+ClockProbeResult run_clock_probe(int64_t steps);
+
 }  // namespace pared

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from pared._timing import last_level_cache
 __all__ = ["Ceilings", "Level", "ceilings", "measure"]
 
 # Of the probes' meaning and of how their results are kept.
-_VERSION = 2
+_VERSION = 3
 # Seconds of one sample: long against the clock and the start of a thread, short against other processes.
 _SAMPLE = 2e-3
 _MIN_SAMPLES, _MAX_SAMPLES, _AGREE = 4, 16, 0.98
@@ -46,6 +47,7 @@ class Ceilings:
 
     threads: int
     isa: str
+    clock: float  # cycles/s of one thread, whatever the others do
     fma: float  # FLOP/s, operands in registers
     panel: float  # FLOP/s, one operand from a panel in L1, a broadcast for every eight vectors
     dot8: float  # OP/s, byte products in registers
@@ -89,7 +91,7 @@ def _parse(entry: Any) -> Ceilings | None:
     """What `dataclasses.asdict` made of ceilings; None for anything else."""
     try:
         found = Ceilings(**{**entry, "levels": tuple(Level(**level) for level in entry["levels"])})
-        rates = [found.fma, found.panel, found.dot8, found.pack, found.store, found.expand]
+        rates = [found.clock, found.fma, found.panel, found.dot8, found.pack, found.store, found.expand]
         rates += [r for level in found.levels for r in (level.size, level.load, level.store)]
         return found if found.levels and all(0 < r < 1e30 for r in rates) else None
     except (TypeError, KeyError):
@@ -114,6 +116,7 @@ def measure(threads: int = 1) -> Ceilings:
     return Ceilings(
         threads=threads,
         isa=_core.isa(),
+        clock=_best_rate(_core.clock_probe),
         fma=2 * _rate("fma", 4096, threads),
         panel=2 * _rate("panel", l1 * 2 // 3, threads),
         # A vector of the probe's floats stands for 64 byte products.
@@ -132,21 +135,27 @@ def _cache(index: str, default: int) -> int:
 
 
 def _rate(probe: str, nbytes: int, threads: int) -> float:
-    """Elements a second, the best of several samples: a ceiling is what is possible, not what is usual.
+    """Elements a second of a probe over a buffer of so many bytes a thread."""
+    return _best_rate(lambda repeats: _core.machine_probe(probe, nbytes, repeats, threads)[:2])
 
-    On a busy machine samples are taken until the two best agree.
+
+def _best_rate(run: Callable[[int], tuple[float, float]]) -> float:
+    """What is done a second, the best of several samples: a ceiling is what is possible, not what is usual.
+
+    On a busy machine samples are taken until the two best agree. `run` is given a number of repeats and gives
+    the seconds that they took and what was done in them.
     """
     repeats = 1
     while True:
-        seconds, elements, _ = _core.machine_probe(probe, nbytes, repeats, threads)
+        seconds, done = run(repeats)
         if seconds >= _SAMPLE / 4 or repeats > 1 << 24:
             break
         repeats *= 4
-    found = [elements / seconds]
+    found = [done / seconds]
     repeats = max(1, round(repeats * _SAMPLE / seconds))
     while len(found) < _MAX_SAMPLES:
-        seconds, elements, _ = _core.machine_probe(probe, nbytes, repeats, threads)
-        found = sorted([*found, elements / seconds], reverse=True)
+        seconds, done = run(repeats)
+        found = sorted([*found, done / seconds], reverse=True)
         if len(found) >= _MIN_SAMPLES and found[1] >= _AGREE * found[0]:
             break
     return found[0]

@@ -21,6 +21,18 @@ def test_every_step_is_carried_out(isa, probe, threads):
         assert done == floats * repeats / (8 * WIDTH.get(kernel_isa, 16))
 
 
+def test_every_cycle_is_counted():
+    for steps in (1, 7, 8, 1000, 1_000_001):
+        seconds, done = _core.clock_probe(steps)
+        assert seconds >= 0
+        assert done == steps
+    # No processor runs at 10 GHz: a chain that the compiler took apart would seem to.
+    seconds, done = _core.clock_probe(10_000_000)
+    assert done / seconds < 1e10
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        _core.clock_probe(0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,10 +1,10 @@
 """How long a kernel will take: a small model over this machine's ceilings.
 
-A time is a sum of terms, each the time that one thing would take at its ceiling (multiply-adds, entries read,
-panels packed, tiles stored, weights moved, ...), times a coefficient of the kernel: how far from the ceiling
-it is. The ceilings are the machine's (`pared._machine`); the coefficients were fitted to measurements by
-``python -m bench.estimate fit`` and are the same everywhere. The table of errors that goes with them is in
-ARCHITECTURE.md.
+A time is a sum of terms, each the time that one thing would take at its ceiling (multiply-adds, panels
+packed, tiles stored, weights moved, ...) or a number of cycles (entries read, ends of loops, calls), times
+a coefficient of the kernel: how far from the ceiling it is. The ceilings are the machine's
+(`pared._machine`); the coefficients were fitted to measurements by ``python -m bench.estimate fit`` and are
+the same everywhere. The table of errors that goes with them is in ARCHITECTURE.md.
 """
 
 from __future__ import annotations
@@ -155,8 +155,9 @@ class _Rates:
         self.fma, self.panel, self.dot8 = c.fma * parts, c.panel * parts, c.dot8 * parts
         self.pack, self.store, self.expand = c.pack * parts, c.store * parts, c.expand * parts
         self.l1_load, self.l1_store = c.levels[0].load * parts, c.levels[0].store * parts
-        # A call, and waking other threads, in units of 10 000 vector multiply-adds.
-        unit = 32e4 / c.fma
+        self.cycle = 1.0 / c.clock  # of a thread
+        # A call, and waking other threads, in units of 5000 cycles.
+        unit = 5000 * self.cycle
         self.fixed: Terms = (unit, unit if parts > 1 else 0.0)
 
     def move(self, nbytes: float) -> float:
@@ -181,6 +182,17 @@ class _Rates:
         return (*first, (times - 1) * self.move(nbytes))
 
 
+def _busy_lanes(n: int, entry_rows: int) -> int:
+    """Positions that a panel product multiplies for `n` of them: the last vector of 16 is halved where that
+    is enough, and quads take up to three positions with their rows in the lanes.
+    """
+    rest = n % _GROUP
+    half = _GROUP // 2
+    if rest == 0 or rest > half:
+        return n - rest + (_GROUP if rest else 0)
+    return n - rest + (min(4 * rest, half) if entry_rows > 1 else half)
+
+
 def _panel(w: Work, n: int, threads: int, units: int, flops: float) -> tuple[_Rates, Terms]:
     """What every panel product does. `flops`: operations of an entry's row and position."""
     vectors = _ceil(n, _GROUP)
@@ -196,15 +208,16 @@ def _panel(w: Work, n: int, threads: int, units: int, flops: float) -> tuple[_Ra
     passes = _ceil(groups, max(1, _ACCUMULATORS // (_ceil(vectors, tiles) * _GROUP * _GROUP)))
     # Threads that share a tile pack it each for themselves.
     copies = passes * max(1.0, parts / tiles)
-    step = 2.0 * _GROUP / c.panel  # one vector's multiply-add
-    positions = vectors * _GROUP
+    positions = _busy_lanes(n, w.entry_rows)
+    # What no vector unit makes faster is counted in cycles.
+    cycle = c.cycle / c.parts
     ends = w.rows / w.entry_rows * blocks  # of loops: a row and K block each
     return (
         c,
         (
             w.entries * w.entry_rows * positions * flops,
-            w.entries * tiles * step,
-            ends * tiles * step,
+            w.entries * tiles * cycle,
+            ends * tiles * cycle,
             w.rows * blocks * positions * 4 / c.l1_load,
             units * positions * copies / c.pack,
             w.rows * positions / c.store,
@@ -326,16 +339,16 @@ COEFFICIENTS: dict[str, Terms] = {
     "bitmap": (0.489, 0.0, 0.0761, 0.585, 0.356, 0.961, 1.56, 0.532, 3.09),
     "bitmap8 few": (0.704, 0.331, 0.835, 0.0, 0.834, 4.52, 1.34, 0.942, 7.79),
     "bitmap8 many": (0.478, 0.148, 3.45, 0.0, 0.182, 1.09, 0.0, 12.3, 0.0, 0.0, 6.13),
-    "csr": (0.925, 0.864, 12.7, 6.12, 1.25, 0.0674, 0.742, 0.212, 0.114, 1.77, 0.0, 1.45, 0.735, 3.97),
-    "csr conv": (1.4, 0.0, 11, 3.86, 0.753, 0.0, 0.0, 0.0, 0.0, 2.15, 0.0, 1.91, 0.0, 11.1),
+    "csr": (0.925, 0.477, 7.01, 6.12, 1.25, 0.0674, 0.742, 0.212, 0.114, 1.77, 0.0, 1.45, 0.735, 3.97),
+    "csr conv": (1.4, 0.0, 6.07, 3.86, 0.753, 0.0, 0.0, 0.0, 0.0, 2.15, 0.0, 1.91, 0.0, 11.1),
     "int4": (0.0, 0.555, 0.0, 0.231, 1.2, 2.43, 2.76, 0.0, 0.674, 2.1),
     "int8": (0.547, 2.79, 0.0, 0.0, 2.01, 0.734, 4.65, 1.71, 0.437, 2.19),
     "int8 conv": (1.17, 0.0, 0.0, 0.915, 0.0, 1.21, 2.32, 7.17, 0.0, 10.2),
-    "quads": (0.723, 2.88, 6.97, 8.1, 1.03, 0.0, 0.0, 0.844, 0.204, 2.6, 0.0848, 0.0716, 1.42, 4.33),
+    "quads": (0.723, 1.59, 3.85, 8.1, 1.03, 0.0, 0.0, 0.844, 0.204, 2.6, 0.0848, 0.0716, 1.42, 4.33),
     "quads conv": (0.955, 0.0, 0.0, 3.94, 0.954, 0.0, 0.0, 0.0, 1.21, 4.12, 0.596, 2.43, 0.0, 12),
     "word quads": (
         0.68,
-        3.59,
+        1.98,
         0.0,
         2.23,
         2.16,
@@ -350,9 +363,9 @@ COEFFICIENTS: dict[str, Terms] = {
         2.77,
         5.18,
     ),
-    "word quads conv": (0.999, 0.0, 262, 0.0, 1.17, 0.148, 1.11, 0.0, 0.0, 3.28, 3.45, 1.77, 0.0, 9.8, 0.0),
-    "words": (0.933, 1.05, 11.2, 5.57, 1.62, 0.706, 2.65, 0.158, 3.72, 5.98, 0.443, 0.943, 0.876, 4.7, 5.23),
-    "words conv": (0.878, 1.13, 50.1, 6.5, 0.832, 1.14, 0.0, 0.0, 0.0, 17.9, 3.46, 0.0, 0.0, 13.6, 0.0),
+    "word quads conv": (0.999, 0.0, 145.0, 0.0, 1.17, 0.148, 1.11, 0.0, 0.0, 3.28, 3.45, 1.77, 0.0, 9.8, 0.0),
+    "words": (0.933, 0.58, 6.18, 5.57, 1.62, 0.706, 2.65, 0.158, 3.72, 5.98, 0.443, 0.943, 0.876, 4.7, 5.23),
+    "words conv": (0.878, 0.624, 27.7, 6.5, 0.832, 1.14, 0.0, 0.0, 0.0, 17.9, 3.46, 0.0, 0.0, 13.6, 0.0),
 }
 
 
