@@ -104,6 +104,51 @@ def test_table(report: Report) -> None:
     assert [layer.name for layer in report.converted] == ["a.0"]
 
 
+def block(i: int, **changes: object) -> LayerReport:
+    row = LayerReport(f"layers.{i}.up", "Linear", [64, 32], 0.5 + 0.001 * i, "csr", before=1e-3, after=2e-4)
+    row = dataclasses.replace(row, speedup=5.0, error=1e-6 * (7 - i), reason="5.00x faster than dense")
+    if i:
+        row.reason += ", as timed for layers.0.up"
+    return dataclasses.replace(row, **changes)  # type: ignore[arg-type]
+
+
+def rows_of(layers: list[LayerReport]) -> list[str]:
+    """The names of the table's rows."""
+    return list(Report(layers).__rich__().columns[0].cells)  # type: ignore[arg-type]
+
+
+def test_layers_of_repeated_blocks_share_a_row() -> None:
+    rows = [LayerReport("in", "Linear", [32, 32], 0.0), *map(block, range(5)), block(7)]
+    names = [str(name) for name in rows_of(rows)]
+    assert names == ["in", "layers.{0-4,7}.up\n6 layers"]
+    text = str(Report(rows))
+    assert "50.0-50.7%" in text
+    assert "7.0e-06" in text  # the largest error
+    assert text.count("as timed for") == 0
+    assert "7 of" not in text
+    assert "6 of 7 layers accelerated" in text
+    # Two of them stay two rows, each in its place.
+    between = [block(0), rows[0], block(1)]
+    assert [str(name) for name in rows_of(between)] == ["layers.0.up", "in", "layers.1.up"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kernel": "bitmap"},
+        {"activation": "relu"},
+        {"after": 3e-4},
+        {"speedup": 4.9},
+        {"shape": [64, 64]},
+        {"aliases": ["b"]},
+        {"reason": "the whole model was 0.9x with it"},
+        {"name": "layers.1.down"},
+    ],
+)
+def test_what_differs_has_a_row_of_its_own(change: dict[str, object]) -> None:
+    assert len(rows_of([block(0), block(1, **change), block(2), block(3)])) == 2
+
+
 def test_sizes_are_measured() -> None:
     model = nn.Sequential(sparse_linear(256, 256, 0.1))
     fast = pared.accelerate(model, torch.randn(2, 256), min_speedup=0, progress=False, formats=["csr"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -94,7 +96,9 @@ class ModelTime:
 class Report:
     """What was converted, what was kept and why, what it gained and what it cost in accuracy.
 
-    ``print(report)`` shows a table; ``report.to_json()`` gives everything, `Report.from_json` reads it back.
+    ``print(report)`` shows a table, in which layers of repeated blocks with the same kernel and times share a
+    row (with their largest error, and the reason of the first); ``report.to_json()`` gives everything,
+    `Report.from_json` reads it back.
 
     Attributes
     ----------
@@ -196,21 +200,22 @@ class Report:
         for title in ("before", "after", "speed-up", "error"):
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("why", overflow="fold")
-        for layer in self.layers:
-            kept = layer.kernel == KEPT
+        for group in _alike(self.layers):
+            layer = group[0]
+            errors = [row.error for row in group if row.error is not None]
             # As Text: names are not rich's markup.
             cells = (
-                "\n".join([layer.name or "(model)", *(f"= {a}" for a in layer.aliases)]),
+                _names(group),
                 "x".join(map(str, layer.shape)),
-                f"{100 * layer.sparsity:.1f}%",
+                _share(group),
                 _kernel(layer),
                 _seconds(layer.before),
                 _seconds(layer.after),
                 "" if layer.speedup is None else f"{layer.speedup:.2f}x",
-                "" if layer.error is None else f"{layer.error:.1e}",
+                f"{max(errors):.1e}" if errors else "",
                 layer.reason,
             )
-            table.add_row(*map(Text, cells), style="dim" if kept else None)
+            table.add_row(*map(Text, cells), style="dim" if layer.kernel == KEPT else None)
         return table
 
     def _summary(self) -> list[str]:
@@ -241,6 +246,55 @@ class Report:
         with console.capture() as capture:
             console.print(self)
         return capture.get()
+
+
+# The first number in a name is that of a block; rows are merged from so many on.
+_INDEX = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
+_MERGED = 3
+
+
+def _alike(layers: Sequence[LayerReport]) -> list[list[LayerReport]]:
+    """The rows of the table, in the model's order: layers of repeated blocks that differ in the block's
+    number, in their zeros and in their errors alone go together.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, row in enumerate(layers):
+        found = _INDEX.search(row.name)
+        key: Any = i
+        if found and not row.aliases:
+            # Reasons name the layers that a time is of, and say by how much 8 bits change an output.
+            why = re.sub(r", as timed for [^;]*", "", row.reason)
+            why = re.sub(r"\d+", "#", why)
+            around = (row.name[: found.start()], row.name[found.end() :])
+            times = (row.before, row.after, row.speedup, row.calls)
+            key = (around, row.type, tuple(row.shape), _kernel(row), times, why)
+        groups.setdefault(key, []).append(i)
+    merged = [part for g in groups.values() for part in ([g] if len(g) >= _MERGED else ([i] for i in g))]
+    return [[layers[i] for i in group] for group in sorted(merged)]
+
+
+def _names(group: Sequence[LayerReport]) -> str:
+    """One name with the numbers of its blocks as ranges, or a layer's name and aliases."""
+    first = group[0]
+    if len(group) == 1:
+        return "\n".join([first.name or "(model)", *(f"= {a}" for a in first.aliases)])
+    found = [m for row in group if (m := _INDEX.search(row.name))]
+    runs: list[list[int]] = []
+    for n in sorted(int(m.group()) for m in found):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    numbers = ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+    start, end = found[0].span()
+    return f"{first.name[:start]}{{{numbers}}}{first.name[end:]}\n{len(group)} layers"
+
+
+def _share(group: Sequence[LayerReport]) -> str:
+    """The zeros, or the least and the most."""
+    shares = [f"{100 * row.sparsity:.1f}" for row in group]
+    least, most = min(shares, key=float), max(shares, key=float)
+    return f"{least}%" if least == most else f"{least}-{most}%"
 
 
 def _kernel(layer: LayerReport) -> str:
