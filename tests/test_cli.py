@@ -99,6 +99,13 @@ def test_without_arguments_the_help_is_printed(run: Run) -> None:
     assert "error" not in err
 
 
+def test_either_option_prints_the_help(run: Run) -> None:
+    for command in ([], ["info"], ["demo"], ["bench"]):
+        code, out, err = run(*command, "-h")
+        assert (code, err) == (0, "")
+        assert (0, out, "") == run(*command, "--help")
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -115,6 +122,7 @@ def test_without_arguments_the_help_is_printed(run: Run) -> None:
         (["bench", "--sparsity", "0.5,"], "'--sparsity': expected numbers in [0, 1)"),
         (["bench", "--threads", "0"], "--threads"),
         (["bench", "--threads", "1025"], "--threads"),
+        (["bench", "--seconds", "inf"], "--seconds"),
         (["bench", "--suite", "gemv"], "'--suite': expected csr, blocks"),
         (
             ["bench", "--suite", "conv", "--shape", "8,8,8"],

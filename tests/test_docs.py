@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,65 @@ from pared.pruning.importance import NAMES
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = DOCS / "methods"
 # Overviews without code of their own.
-PROSE = ("README.md", "accuracy.md", "format.md")
+PROSE = ("README.md", "accuracy.md")
+# What the README and the page of the format speak of without making it.
+GIVEN = """
+import json, safetensors, numpy as np, torch, pared
+from collections import OrderedDict
+from torch import nn
+torch.manual_seed(0)
+layers = {"first": nn.Linear(32, 48), "act": nn.GELU(), "second": nn.Linear(48, 32), "head": nn.Linear(32, 8)}
+model = nn.Sequential(OrderedDict(layers)).eval()
+example = example_inputs = torch.randn(16, 32)
+batches = [torch.randn(16, 32) for _ in range(2)]
+loader, optimizer = batches[:1], torch.optim.SGD(model.parameters(), lr=0.1)
+quantized_layer = torch.ao.nn.quantized.dynamic.Linear(8, 8)
+shapes = {"x": (3, 16), "weight": (8, 16), "bias": 8, "image": (1, 4, 8, 8), "filters": (8, 4, 3, 3)}
+shapes |= {"scores": 20, "b1": 8, "b2": 4, "s1": 6, "s2": (2, 3), "s3": 4}
+globals().update({name: np.ones(shape, np.float32) for name, shape in shapes.items()})
+w1, w2 = (pared.ops.CSR.from_dense(np.ones(shape, np.float32)) for shape in ((8, 16), (4, 8)))
+k = 5
+"""
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 
 
-def run_page(text: str) -> int:
+def run_page(text: str, given: str = "") -> int:
     """Execute a page's blocks in one namespace; how many there were."""
     namespace: dict[str, Any] = {"__name__": "__docs__"}
+    exec(given, namespace)
     blocks = BLOCK.findall(text)
     for block in blocks:
         exec(compile(block, "page", "exec"), namespace)
     return len(blocks)
 
 
-@pytest.mark.parametrize(
-    "page", sorted(str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md") if p.name not in PROSE)
-)
-def test_the_code_of_a_page_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        assert run_page((DOCS / page).read_text()) > 0
-    finally:
-        torch.set_num_threads(threads)
+    yield
+    torch.set_num_threads(threads)
+
+
+PAGES_WITH_CODE = sorted(str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md") if p.name not in PROSE)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES_WITH_CODE if p != "format.md"])
+def test_the_code_of_a_page_runs(page: str, capsys: pytest.CaptureFixture[str], one_thread: None) -> None:
+    assert run_page((DOCS / page).read_text()) > 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's, of its quantized
+def test_the_code_of_the_readme_and_of_the_format_runs(
+    capsys: pytest.CaptureFixture[str],
+    one_thread: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    readme, page = (ROOT / "README.md").read_text(), (DOCS / "format.md").read_text()
+    assert run_page(readme, GIVEN) >= 5
+    assert run_page(page, GIVEN) == 1  # reads the file that the README's code has written
 
 
 def test_a_page_whose_code_fails_is_noticed() -> None:

@@ -31,6 +31,7 @@ app = typer.Typer(
     help="Makes pruned PyTorch models really faster.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
 )
 
@@ -206,7 +207,8 @@ def bench(
         int | None, typer.Option("--threads", min=1, max=1024, help="Torch's own default if not given.")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option("--seconds", min=0.01, help="For each case: 3, or 1 with --quick.")
+        float | None,
+        typer.Option("--seconds", min=0.01, max=3600, help="For each case: 3, or 1 with --quick."),
     ] = None,
     json_file: _Json = None,
 ) -> None:
