@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import pared
 from pared.pruning.importance import NAMES
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -126,6 +127,7 @@ def test_every_method_has_a_page_with_what_a_reader_needs() -> None:
     index = (PAGES / "README.md").read_text()
     table = (PAGES / "importance.md").read_text()
     assert all(f"`{name}`" in table for name in NAMES)
+    assert all(f'"{name}"' in str(pared.prune.__doc__) for name in NAMES)
     assert all(
         (PAGES / f"{name}.md").exists() for name in NAMES if name != "apoz"
     )  # a statistic of activation

@@ -384,7 +384,7 @@ def prune(
         is taken where it is estimated to be at least 1.15 times as fast at this sparsity. It needs `tokens`
         or `example_inputs`; the report says why. Layers with the same pattern compete where `scope` is
         global.
-    importance : a name: "magnitude" (``|w|``, the L1 norm of a block), "random"; with `data` "wanda",
+    importance : a name: "magnitude" (``|w|``, the L1 norm of a block), "lamp", "random"; with `data` "wanda",
         "activation", "apoz", "entropy", "mutual_information", "change_rate",
         "sparsegpt" and "obc", which also rewrite the weights that stay; with `data` and `loss_fn`
         "taylor", "fisher", "gradient", and "woodfisher", which rewrites too; from the layers around
