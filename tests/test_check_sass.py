@@ -29,11 +29,13 @@ def dump(sm, **bodies):
 
 
 FENCED = [
+    "BAR.SYNC.DEFER_BLOCKING 0x0",
     "MEMBAR.SC.GPU",
     "CCTL.IVALL",
     "@!P0 ATOMG.E.ADD.STRONG.GPU PT, R2, [R2.64], R5",
     "MEMBAR.SC.GPU",
     "CCTL.IVALL",
+    "BAR.RED.OR.DEFER_BLOCKING 0x0, P0",
 ]
 GOOD = {
     "select_ties_kernel": FENCED,
@@ -96,13 +98,16 @@ def test_what_is_right_passes(check_sass):
             ["HMMA.16816.F32 R4", "UBLKCP.S.G [UR4]", "IDP.4A.U8.U8 R3", "IDP.2A.LO.U16.U8 R3"],
             r"no IDP\.2A\.HI",
         ),
-        ("select_ties_kernel", [*FENCED[:-2], "CCTL.IVALL"], r"1 of two MEMBAR\.(SC|ALL)\.GPU"),
-        ("select_ties_kernel", FENCED[:-1], r"1 of two CCTL\.IVALL"),
+        ("select_ties_kernel", FENCED[:4] + FENCED[6:], "got barrier fence drop ticket barrier"),
+        ("select_ties_kernel", FENCED[:5] + FENCED[6:], "got barrier fence drop ticket fence barrier"),
+        ("select_ties_kernel", FENCED[:1] + FENCED[3:], "got barrier ticket fence drop barrier"),
+        # Each thread's own fence before the barrier says nothing of another thread's counting behind it.
         (
             "select_ties_kernel",
-            [*FENCED[:2], "ATOMG.E.CAS.64.STRONG.GPU PT, R2, [R2], R4, R6", "CCTL.IVALL"],
-            r"1 of two MEMBAR\.(SC|ALL)\.GPU",
+            [*FENCED[1:3], FENCED[0], "ATOMG.E.CAS.64.STRONG.GPU PT, R2, [R2], R4, R6", *FENCED[4:]],
+            "got fence drop barrier ticket fence drop barrier",
         ),
+        ("select_ties_kernel", [*FENCED[:4], FENCED[6], *FENCED[4:6]], "ticket barrier fence drop"),
         ("csr_gather_kernelIfLi1E", ["LDG.E.128.CONSTANT R4"], r"no IDP\.2A"),
         ("csr_panel_kernelIfLi4E", ["LDS R4, [R2]", "LDGSTS.E.BYPASS.128 [R3]"], r"no LDS\.64"),
     ],

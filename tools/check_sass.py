@@ -51,10 +51,16 @@ EXPECTED = [
     Expect("select_gather_kernel", (LOAD,)),
     Expect("select_mask_kernel", (LOAD,)),
 ]
-# A block that counts those that are done, to find out whether it is the last: what it has written is behind a
-# fence before, and what it reads after another, which drops what L1 holds.
-TICKET = re.compile(r"ATOMG\.E\.(ADD|CAS\.64)\.STRONG\.GPU")
-FENCES = (r"MEMBAR\.(SC|ALL)\.GPU", r"CCTL\.IVALL")
+# A block that counts those that are done, to find out whether it is the last. The thread that does so has a
+# fence between the barrier to which the others came with their writes and the counter, and another, which
+# drops what L1 holds, between that and the barrier from which they go on to read.
+ORDERED = {
+    "barrier": re.compile(r"BAR\."),
+    "fence": re.compile(r"MEMBAR\.(SC|ALL)\.GPU"),
+    "drop": re.compile(r"CCTL\.IVALL"),
+    "ticket": re.compile(r"ATOMG\.E\.(ADD|CAS\.64)\.STRONG\.GPU"),
+}
+LAST_BLOCK = "barrier fence drop ticket fence drop barrier"
 LOCAL = re.compile(r"\b(LDL|STL)\b")
 FUNCTION = re.compile(r"^\s*Function : (\S+)")
 ARCHITECTURE = re.compile(r"^arch = sm_(\d+)(a?)")
@@ -71,47 +77,49 @@ def disassembler() -> tuple[str, dict[str, str]]:
     return found, environment
 
 
-def kernels(lines: Iterator[str]) -> Iterator[tuple[int, str, Counter[str]]]:
-    """(architecture, mangled name, instructions) of each kernel in a dump."""
-    architecture, name, counts = 0, "", Counter[str]()
+class Kernel(NamedTuple):
+    sm: int
+    name: str  # mangled
+    counts: Counter[str]  # of instructions
+    order: list[str]  # of those that ORDERED names
+
+
+def kernels(lines: Iterator[str]) -> Iterator[Kernel]:
+    """Each kernel in a dump."""
+    kernel = Kernel(0, "", Counter(), [])
     for line in lines:
-        if match := FUNCTION.match(line):
-            if name:
-                yield architecture, name, counts
-            name, counts = match[1], Counter()
-        elif match := ARCHITECTURE.match(line):
-            if name:
-                yield architecture, name, counts
-            architecture, name, counts = int(match[1]), "", Counter()
+        if match := FUNCTION.match(line) or ARCHITECTURE.match(line):
+            if kernel.name:
+                yield kernel
+            if match.re is FUNCTION:
+                kernel = Kernel(kernel.sm, match[1], Counter(), [])
+            else:
+                kernel = Kernel(int(match[1]), "", Counter(), [])
         elif match := INSTRUCTION.search(line):
-            counts[match[1]] += 1
-    if name:
-        yield architecture, name, counts
+            kernel.counts[match[1]] += 1
+            kernel.order.extend(name for name, pattern in ORDERED.items() if pattern.match(match[1]))
+    if kernel.name:
+        yield kernel
 
 
-def faults(found: list[tuple[int, str, Counter[str]]]) -> list[str]:
+def faults(found: list[Kernel]) -> list[str]:
     """What is wrong, a line each."""
-    wrong = [
-        f"sm_{sm} {name}: local memory ({sum(n for i, n in counts.items() if LOCAL.match(i))} instructions)"
-        for sm, name, counts in found
-        if any(LOCAL.match(i) for i in counts)
-    ]
-    for sm, name, counts in found:
-        if "cutlass" in name or not any(TICKET.match(i) for i in counts):
-            continue
-        for fence in FENCES:
-            if (n := sum(n for i, n in counts.items() if re.match(fence, i))) < 2:
-                wrong.append(f"sm_{sm} {name}: a ticket between {n} of two {fence}")
+    wrong = []
+    for k in found:
+        if local := sum(n for i, n in k.counts.items() if LOCAL.match(i)):
+            wrong.append(f"sm_{k.sm} {k.name}: local memory ({local} instructions)")
+        if "ticket" in k.order and LAST_BLOCK not in " ".join(k.order) and "cutlass" not in k.name:
+            wrong.append(f"sm_{k.sm} {k.name}: expected {LAST_BLOCK}, got {' '.join(k.order)}")
     for expect in EXPECTED:
-        matching = [k for k in found if k[0] >= expect.from_sm and re.search(expect.kernel, k[1])]
-        optional = "cutlass" in expect.kernel or all(sm < expect.from_sm for sm, *_ in found)
+        matching = [k for k in found if k.sm >= expect.from_sm and re.search(expect.kernel, k.name)]
+        optional = "cutlass" in expect.kernel or all(k.sm < expect.from_sm for k in found)
         if not matching and not optional:
             wrong.append(f"no kernel {expect.kernel}")
-        for sm, name, counts in matching:
+        for k in matching:
             wrong += [
-                f"sm_{sm} {name}: no {pattern}"
+                f"sm_{k.sm} {k.name}: no {pattern}"
                 for pattern in expect.instructions
-                if not any(re.match(pattern, i) for i in counts)
+                if not any(re.match(pattern, i) for i in k.counts)
             ]
     return wrong
 
