@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pared import _cuda
 from pared._cuda_int8 import DYNAMIC, quantize
 from pared._cuda_weight import (
     KernelWeight,
@@ -175,7 +176,8 @@ class DeviceBlocks(KernelWeight):
         return out.transpose(1, 2).reshape(rows * r, across * c)[:outputs, :cols].contiguous()
 
     def items(self, most: int) -> tuple[torch.Tensor, int]:
-        """`work_items` on the device. The first call for a size copies them there and waits."""
+        """`work_items` on the device. The first call for a size copies them there and waits: ``RuntimeError``
+        while a CUDA graph is captured."""
         import torch
 
         known = _items.get(self.columns)  # type: ignore[no-untyped-call]
@@ -183,6 +185,11 @@ class DeviceBlocks(KernelWeight):
             known = _items[self.columns] = {}
         found: tuple[torch.Tensor, int] | None = known.get(most)
         if found is None:
+            if _cuda.capturing():
+                raise RuntimeError(
+                    "w: expected a product of as many tokens before a CUDA graph is captured: the first one "
+                    "copies the weight's list of work to its device, and waits"
+                )
             items, slots = work_items(self.counts, most)
             found = known[most] = torch.from_numpy(items).to(self.device), slots
         return found

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pared
+from pared import _cuda
 from pared._cuda_block_sparse import DeviceBlocks, blocks_per_item, work_items
 from pared._cuda_weight import Place
 
@@ -130,6 +131,20 @@ def test_large_blocks_of_which_there_is_none(backend, place, kernel, inputs):
     bias = torch.arange(100.0, device=backend.device)
     got = w.linear(torch.ones(40, inputs, dtype=torch.float16, device=backend.device), bias, place=place)
     assert torch.equal(got, bias.half().expand(40, 100))
+
+
+def test_a_list_of_work_is_there_before_a_graph_is_captured(backend, place, rng, monkeypatch):
+    dense = random_blocks(rng, (64, 64), (16, 16), 1.0, torch.float16)
+    w = DeviceBlocks.from_dense(dense.to(backend.device), (16, 16))
+    x = torch.from_numpy(rng.standard_normal((3, 64))).to(torch.float16)
+    on = x.to(backend.device)
+    monkeypatch.setattr(_cuda, "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="w: expected a product of as many tokens before a CUDA graph is"):
+        w.linear(on, place=place)
+    monkeypatch.setattr(_cuda, "capturing", lambda: False)
+    assert_close(w.linear(on, place=place), x, dense)
+    monkeypatch.setattr(_cuda, "capturing", lambda: True)
+    assert_close(w.linear(on, place=place), x, dense)
 
 
 class OneBlockLess:
