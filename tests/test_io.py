@@ -391,6 +391,7 @@ def test_an_accelerated_model_comes_back_the_same(fast, kind):
     assert isinstance(back.body[1], pared.nn.Fused)
     assert all(m.packed.data_ptr() % 64 == 0 for m in back.modules() if isinstance(m, pared.nn.PackedModule))
     assert not any(m.training for m in back.modules())
+    assert not any(p.requires_grad for p in back.parameters())  # for inference, as accelerate gives it
     assert saved(back) == data
     plain = pared.restore(back)
     assert state(plain) == state(pared.restore(fast))

@@ -248,10 +248,18 @@ def test_n_of_m_tightens_from_m_to_n() -> None:
 
 def test_random_masks_nest() -> None:
     model = net()
-    pruner = pared.Pruner(model, Linear(0.0, 0.9, begin=0, end=9), importance=Random(7))
+    before = [w.clone() for w in weights(model)]
+    schedule = Linear(0.0, 0.9, begin=0, end=9)
+    pruner = pared.Pruner(model, schedule, importance=Random(7), allow_regrowth=True)
+    gone = [torch.zeros_like(w, dtype=torch.bool) for w in before]
     counts = []
     for _ in range(9):
+        for w, b in zip(weights(model), before, strict=True):
+            w.data.copy_(b)  # what was pruned may come back
         pruner.step()
+        now = [w == 0 for w in weights(model)]
+        assert all(bool((was <= is_).all()) for was, is_ in zip(gone, now, strict=True))
+        gone = now
         counts.append(zeros(model))
     total = sum(w.numel() for w in weights(model))
     assert counts == [round(0.1 * i * total) for i in range(1, 10)]

@@ -444,6 +444,10 @@ def test_static_grids_are_kept_and_simulated(observer: str) -> None:
     assert report.layers[1].activation == (record.activation_scale, 0, "uint8")
     x = torch.cat(inputs())
     with torch.no_grad():
+        whole = float(model[:2](x).max()) / 255  # a step of the grid that clips nothing
+        assert record.activation_scale is not None
+        share = record.activation_scale / whole
+        assert share == pytest.approx(1.0, abs=0.05) if observer == "minmax" else 0.2 < share < 1.05
         plain = model(x)
         with simulate(model):
             rounded = model(x)

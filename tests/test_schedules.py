@@ -95,6 +95,7 @@ def test_schedules_are_values() -> None:
     s = Polynomial(0.5, 0.8, begin=1, end=2)
     assert s == Polynomial(0.5, 0.8, begin=1, end=2)
     assert hash(s) == hash(Polynomial(0.5, 0.8, begin=1, end=2))
+    assert s != Polynomial(0.5, 0.8, begin=1, end=2, power=2.0)
     assert eval(repr(s), vars(schedules)) == s
 
 
