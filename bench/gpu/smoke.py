@@ -27,6 +27,7 @@ from pared._cuda_decode import DecodeWeight, Format, pack_in_torch
 from pared._cuda_int8 import gemm_s8
 from pared._cuda_sparse import DeviceCSR
 from pared._cuda_weight import Place
+from pared._timing_cuda import captured
 
 KERNEL_S = 30.0  # that the slowest may take, its share of starting the process included
 BEGIN = 60.0  # for torch, the context and the modules
@@ -47,6 +48,7 @@ def checks(machine: Machine) -> Iterator[tuple[str, Check]]:
         yield "2:4 cuSPARSELt", partial(_two_four, machine)
         if "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ:  # where a graph's memory comes from
             yield "graphs and streams", partial(_graphs, machine)
+            yield "a capture that fails", partial(_failed_capture, machine)
 
 
 def _random(machine: Machine, *shape: int, dtype: torch.dtype = torch.float32, zeros: float = 0.0) -> Any:
@@ -270,6 +272,23 @@ def _graphs(machine: Machine) -> None:
             graph.replay()
             torch.cuda.synchronize()
             _same("replayed", got, want)
+
+
+def _failed_capture(machine: Machine) -> None:
+    """What `captured` puts right is torch's own, and differs from version to version."""
+    x, stream = torch.zeros(64, device=machine.device), torch.cuda.current_stream()
+    for _ in range(2):
+        try:
+            captured(lambda: x.sum().item())
+        except RuntimeError:
+            pass
+        else:
+            raise RuntimeError("a graph holds a wait")
+        if torch.cuda.current_stream() != stream:
+            raise RuntimeError("another stream is the current one")
+        torch.cuda.empty_cache()
+        captured(lambda: x.add_(1.0)).replay()
+    _same("added", x, torch.full_like(x, 2.0))
 
 
 # ---- processes
