@@ -28,10 +28,14 @@ void launch(const char* name, void (*kernel)(Parameters...), const LaunchPlan& p
   emulate::run(name, {plan.grid.x, plan.grid.y, plan.grid.z}, {plan.block.x, plan.block.y, plan.block.z},
                plan.dynamic_shared, asks, [&] { kernel(static_cast<Parameters>(arguments)...); });
 #else
-  if (asks)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(plan.dynamic_shared)),
-          name);
+  if (asks) {
+    const auto set = [&](cudaFuncAttribute attribute, int value) {
+      check(cudaFuncSetAttribute(kernel, attribute, value), name);
+    };
+    set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.dynamic_shared));
+    // As many blocks of threads as fit are meant to share a multiprocessor, and not its L1.
+    set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = plan.grid;
   config.blockDim = plan.block;
