@@ -16,8 +16,9 @@ from pared._cuda_block_sparse import DeviceBlocks
 # Block, tokens, share of zeros, goal against cuBLAS.
 DECODE = [(64, 16, 0.8, 3.0), (64, 16, 0.9, 5.0)]
 PREFILL = [(128, 8192, 0.5, 1.2), (128, 8192, 0.8, 3.0), (128, 8192, 0.9, 5.5)]
-# Warps and stages of torch's Triton kernel for BSR. Its own are tables for an A100, and one stage elsewhere.
-TRITON = [(4, 3), (4, 5), (8, 3)]
+# Warps and tokens of a tile for torch's Triton kernel for BSR, which has tables of its own for an A100 alone.
+# More stages change nothing: each block's place is read before the block.
+TRITON_FEW, TRITON_MANY = [(2, 16), (4, 16), (8, 16)], [(4, 128), (8, 128), (8, 256)]
 
 
 def cases(machine: Machine) -> Iterator[Callable[[], Case]]:
@@ -50,8 +51,8 @@ def linear(
     if not machine.dry:
         theirs = [v.to_sparse_bsr((block, block)) for v in ws]
         rivals: dict[str, Any] = {"torch BSR": lambda i: torch.nn.functional.linear(x, theirs[i])}
-        for warps, stages in TRITON:
-            rivals[f"Triton BSR, {warps} warps, {stages} stages"] = partial(triton, x, theirs, warps, stages)
+        for warps, tile in TRITON_FEW if tokens <= 16 else TRITON_MANY:
+            rivals[f"Triton BSR, {warps} warps, {tile} tokens"] = partial(triton, x, theirs, warps, tile)
         calls |= rivals
         eager = not_capturable(calls, list(rivals))
         kernels = _cuda.kernels(0)
@@ -79,16 +80,11 @@ def linear(
     )
 
 
-def triton(x: torch.Tensor, ws: list[torch.Tensor], warps: int, stages: int, i: int) -> torch.Tensor:
-    """The product by torch's Triton kernel with these parameters, tiles of at most 128 tokens."""
+def triton(x: torch.Tensor, ws: list[torch.Tensor], warps: int, tile: int, i: int) -> torch.Tensor:
+    """The product by torch's Triton kernel with these parameters; `tile` divides the tokens."""
     from torch.sparse import _triton_ops
 
     y = x.new_empty(x.shape[0], ws[i].shape[0]).t()
-    meta = {
-        "SPLIT_N": max(1, x.shape[0] // 128),
-        "GROUP_SIZE_ROW": 4,
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+    meta = {"SPLIT_N": x.shape[0] // tile, "GROUP_SIZE_ROW": 4, "num_warps": warps, "num_stages": 1}
     _triton_ops.bsr_dense_addmm(y, ws[i], x.t(), beta=0, out=y, meta=meta)
     return y.t()
