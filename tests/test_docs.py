@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +140,29 @@ def test_every_method_has_a_page_with_what_a_reader_needs() -> None:
             assert BLOCK.search(text)
     methods = [p for p in PAGES.glob("*.md") if "**When.**" in p.read_text()]
     assert len(methods) >= 45
+
+
+PUBLIC = ("", "ops", "pruning", "quant", "training", "callbacks")
+
+
+def undocumented(function: Any) -> list[str]:
+    """What a docstring does not speak of: parameters, and errors."""
+    text = str(inspect.getdoc(function))
+    parameters = list(inspect.signature(function).parameters)
+    missing = [p for p in parameters if not re.search(rf"\b{p}\b", text)]
+    return [*missing, *(["Raises"] if parameters and not re.search(r"\b[Rr]aises?\b", text) else [])]
+
+
+def test_docstrings_name_every_parameter_and_the_errors() -> None:
+    found = {}
+    for name in PUBLIC:
+        module = importlib.import_module(f"pared.{name}".rstrip("."))
+        for n in module.__all__:
+            if inspect.isfunction(getattr(module, n)):
+                found[f"{name}.{n}"] = undocumented(getattr(module, n))
+    assert len(found) > 40
+    assert {n: missing for n, missing in found.items() if missing} == {}
+    assert undocumented(lambda x: x) == ["x", "Raises"]
 
 
 SOURCES = (".py", ".pyi", ".cc", ".h", ".cu", ".cuh", ".def", ".cmake", ".sh")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -294,6 +295,14 @@ def test_sensitivity_prunes_one_layer_at_a_time_and_puts_it_back(tmp_path: Path)
     assert json.loads(scan.to_json())["weights"] == {"0.weight": 384, "2.weight": 96}
     scan.plot(str(tmp_path / "scan.png"))
     assert (tmp_path / "scan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    scan = Sensitivity(1.0, (0.5,), {"a": (1.0,)}, {"a": 100})
+    with pytest.raises(ImportError, match=r"plot needs matplotlib: pip install 'pared\[report\]'"):
+        scan.plot(tmp_path / "scan.png")
+    assert not (tmp_path / "scan.png").exists()
 
 
 def test_allocation_takes_from_where_it_costs_least() -> None:

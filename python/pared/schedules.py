@@ -92,7 +92,11 @@ class _Ramp:
 
 @dataclass(frozen=True)
 class Linear(_Ramp):
-    """``s_i + (s_f - s_i) * p`` with ``p = (step - begin) / (end - begin)``."""
+    """``s_i + (s_f - s_i) * p`` with ``p = (step - begin) / (end - begin)``.
+
+    Nothing is pruned before step `begin`; `initial` (s_i) from it on; `final` (s_f) from step `end` on.
+    Sparsities are in [0, 1), steps >= 0; ``TypeError`` and ``ValueError`` name the argument.
+    """
 
     def _between(self, progress: float) -> float:
         return self.initial + (self.final - self.initial) * progress
@@ -102,7 +106,8 @@ class Linear(_Ramp):
 class Polynomial(_Ramp):
     """``s_f + (s_i - s_f) * (1 - p)**power``: fast at first, gentle near the end.
 
-    The cubic of Zhu and Gupta, "To prune, or not to prune" (arXiv 1710.01878), by default.
+    The cubic of Zhu and Gupta, "To prune, or not to prune" (arXiv 1710.01878), by default. `initial`,
+    `final`, `begin`, `end` and p as in `Linear`; `power` is above 0.
     """
 
     power: float = 3.0
@@ -123,6 +128,7 @@ class Exponential(_Ramp):
     """The density decays exponentially: ``1 - s = (1 - s_i) * ((1 - s_f) / (1 - s_i))**p``.
 
     Each step removes the same share of the weights that are left, as iterative magnitude pruning does.
+    `initial`, `final`, `begin`, `end` and p as in `Linear`.
     """
 
     def _between(self, progress: float) -> float:

@@ -91,6 +91,17 @@ def distillation_loss(
     ----------
     student, teacher : logits [n, classes]; no gradient reaches the teacher.
     labels : [n], int64; None leaves the second term out (and alpha at 1).
+    temperature : T, above 0.
+    alpha : share of the first term, 0 to 1.
+
+    Returns
+    -------
+    A scalar, of the student's dtype.
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument: other shapes, labels that are no classes, numbers out of
+        range.
     """
     t = check_positive("temperature", temperature)
     if check_number("alpha", alpha) > 1:
@@ -140,6 +151,14 @@ def feature_loss(
     ----------
     student, teacher : outputs of the same layers of both models, of equal shapes: a tensor, or one a layer
         (hidden states, or what forward hooks kept); no gradient reaches the teacher.
+
+    Returns
+    -------
+    A scalar, of the student's dtype.
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument and the layer: no tensor, another number of layers or shape.
     """
     students, teachers = _layers("student", student), _layers("teacher", teacher)
     if len(students) != len(teachers):
@@ -169,6 +188,11 @@ class SlimmingPenalty:
     """``strength * sum |gamma|`` over the BatchNorm layers: add it to the loss, then prune by "bn_scale".
 
     Liu et al., "Learning Efficient Convolutional Networks through Network Slimming" (arXiv 1708.06519).
+
+    Parameters
+    ----------
+    model : with BatchNorm layers that have scales; ``ValueError`` where there are none.
+    strength : above 0.
     """
 
     def __init__(self, model: nn.Module, strength: float = 1e-4) -> None:
@@ -213,6 +237,7 @@ class Proximal:
         self.targets, _ = collect(unwrap(model), include, exclude, 0, 0)
 
     def step(self) -> None:
+        """Shrink the weights by what the optimizer's learning rates are now."""
         rates = {id(p): float(g["lr"]) for g in self.optimizer.param_groups for p in g["params"]}
         with torch.no_grad():
             for target in self.targets:
@@ -234,7 +259,8 @@ class Proximal:
 class Movement:
     """``-sum over steps of g * w``: weights that training moves away from zero are important.
 
-    A criterion for `pared.Pruner` in fine-tuning: call `update` after each backward pass. Sanh, Wolf and
+    A criterion for `pared.Pruner` in fine-tuning, of the weights that `include` and `exclude` select as in
+    `pared.prune`: call `update` after each backward pass. Sanh, Wolf and
     Rush, "Movement Pruning: Adaptive Sparsity by Fine-Tuning" (arXiv 2005.07683).
 
     ::
@@ -328,6 +354,7 @@ class RigL:
         self._apply(self.masks)
 
     def step(self) -> None:
+        """Count a step of training; move weights where it is due, and hold the zeros of all others."""
         self.step_count += 1
         changed = self.masks
         if self.step_count % self.update_every == 0 and self.step_count < self.end:
@@ -369,7 +396,7 @@ def _top(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Round:
-    """One round of `prune_until`: `accepted` False was rolled back."""
+    """One round of `prune_until`: its sparsity and the metric then; `accepted` False was rolled back."""
 
     sparsity: float
     metric: float
@@ -423,6 +450,8 @@ def prune_until(
     retrain : ``(model, pruner)``; trains, and calls ``pruner.step()`` after each step so that zeros stay.
         None: nothing is trained.
     start : sparsity of the first round. `rate` : share of the remaining weights that each later one removes.
+    rounds : at most so many.
+    optimizer : as in `pared.Pruner`: its state for pruned weights is zeroed.
     rewind : a state_dict of an early checkpoint: after each pruning the survivors go back to it. Frankle and
         Carbin, "The Lottery Ticket Hypothesis" (arXiv 1803.03635).
     options : pattern, importance, scope, data, loss_fn, include, exclude, ... of `pared.Pruner`.
@@ -430,6 +459,11 @@ def prune_until(
     Returns
     -------
     UntilReport
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument; a metric that is no finite number. The model is then at the
+        last state that kept the bound.
     """
     module = unwrap(model)
     drop, rate = check_number("max_drop", max_drop), check_positive("rate", rate)
@@ -541,10 +575,15 @@ class Sensitivity:
         return out.getvalue().rstrip()
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """One line a layer, metric against ratio, as an image; needs matplotlib."""
+        """One line a layer, metric against ratio, as an image; needs matplotlib (``pip install
+        'pared[report]'``), and raises ``ImportError`` where it is not installed.
+        """
         check_path("path", path)
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as e:
+            raise ImportError("plot needs matplotlib: pip install 'pared[report]'") from e
 
         figure = Figure(figsize=(8, 5), layout="constrained")
         canvas = FigureCanvasAgg(figure)
@@ -574,8 +613,18 @@ def sensitivity(
 
     Parameters
     ----------
+    model : not changed when it is over, whether it ends well or not.
     evaluate : ``model -> float``, higher is better.
+    ratios : ascending, each in [0, 1).
     importance, include, exclude, options : as in `pared.prune`.
+
+    Returns
+    -------
+    Sensitivity : the metric for each layer and ratio; ``print`` it, ``plot`` it, or give it to `allocate`.
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument; a metric that is no finite number.
     """
     module = unwrap(model)
     check_callable("evaluate", evaluate, "(model) -> number")
@@ -604,7 +653,20 @@ def allocate(scan: Sensitivity, sparsity: float) -> dict[str, float]:
     predicts.
 
     Greedy: again and again the step to a layer's next ratio that costs least metric per removed weight.
-    Losses of single layers are taken to add up. Returns ratios by tensor name, 0 for layers that stay.
+    Losses of single layers are taken to add up.
+
+    Parameters
+    ----------
+    scan : what `sensitivity` gave.
+    sparsity : share of the weights of all scanned layers, in [0, 1).
+
+    Returns
+    -------
+    Ratios by tensor name, 0 for layers that stay: a mapping that `pared.prune` takes.
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument; more than the largest ratio of the scan gives.
     """
     if not isinstance(scan, Sensitivity):
         raise TypeError(f"scan: expected what sensitivity gives, got {type(scan).__name__}")

@@ -500,8 +500,9 @@ class MutualInformation(BuiltIn):
     """``I(binned activation; label)``, plug-in estimate with Miller and Madow's bias correction, in nats.
 
     For units, of the activation (the mean over positions). With ``single=True`` for each weight of a Linear
-    layer, of its contribution ``w * x``. Labels are a batch's last item or its key "labels"; `labels` is a
-    callable that takes them from a batch otherwise. All units of a layer share the bins.
+    layer, of its contribution ``w * x``. Labels, of `classes` classes from 0 on, are a batch's last item or
+    its key "labels"; `labels` is a callable that takes them from a batch otherwise. All units of a layer
+    share the bins.
     """
 
     name = "mutual_information"

@@ -73,6 +73,7 @@ class PruneReport:
     layers : one `LayerReport` a pruned tensor, in registration order.
     dense : ``(name, reason)`` of prunable tensors that were left as they are.
     parameters : number of parameters of the whole model, each counted once.
+    notes : what was unusual, a line each.
     choices : of pattern "auto": what each layer got, and why.
     """
 

@@ -60,13 +60,18 @@ def equalize(model: nn.Module, *, iterations: int = 10) -> list[tuple[str, str]]
     second: both ranges become ``sqrt(r1_i r2_i)``. Pairs are taken from nn.Sequential containers, through
     ReLU, LeakyReLU, pooling and flattening; batch normalisation has to be folded into its layer first.
 
+    Parameters
+    ----------
+    model : with finite weights.
+    iterations : passes over all pairs; a layer between two others needs some to come to rest.
+
     Returns
     -------
     Names of the pairs.
 
     Raises
     ------
-    ValueError : there is no such pair.
+    TypeError, ValueError : naming the argument; there is no such pair. Nothing has changed then.
     """
     module = unwrap(model)
     iterations = check_count("iterations", iterations, "iterations", 0)
@@ -128,6 +133,11 @@ def smooth(
     Returns
     -------
     Names of the norms that were smoothed.
+
+    Raises
+    ------
+    TypeError, ValueError : naming the argument; no LayerNorm that Linear layers alone read, data without a
+        batch or with values that are not finite. Nothing has changed then.
     """
     module = unwrap(model)
     if check_number("alpha", alpha) > 1:

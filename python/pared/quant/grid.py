@@ -42,7 +42,13 @@ def steps(bits: int, symmetric: bool) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Grid:
-    """Scales and zero points, broadcast against the values; `bits`, `symmetric` say which codes there are."""
+    """Scales and zero points: ``x ~ scale * (q - zero)``.
+
+    Attributes
+    ----------
+    scale, zero : float tensors that broadcast against the values.
+    bits, symmetric : which codes there are.
+    """
 
     scale: torch.Tensor
     zero: torch.Tensor

@@ -54,6 +54,11 @@ def prepare_qat(
     """Round the weights at every forward pass while training goes on; gradients reach the full-precision
     weights.
 
+    Parameters
+    ----------
+    model, include, exclude : which weights, as in `pared.prune`.
+    bits : of all of them, 2 to 16; symmetric, a scale a row.
+
     Returns
     -------
     Names of the tensors. `finish_qat` makes the rounded weights permanent.
@@ -77,7 +82,20 @@ def prepare_qat(
 
 
 def finish_qat(model: nn.Module) -> list[str]:
-    """Replace the fake quantisation by the rounded weights; returns the tensors' names."""
+    """Replace the fake quantisation by the rounded weights.
+
+    Parameters
+    ----------
+    model : that `prepare_qat` has prepared.
+
+    Returns
+    -------
+    Names of the tensors.
+
+    Raises
+    ------
+    ValueError : there is no fake quantisation in it.
+    """
     done = []
     for name, module in unwrap(model).named_modules():
         if not parametrize.is_parametrized(module):

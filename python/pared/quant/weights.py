@@ -42,9 +42,21 @@ _AS_FAST = 1.02
 
 
 def quantized(module: nn.Module, parameter: str | None = None) -> QuantizedWeight | None:
-    """What `pared.quantize` left on a layer; None where it has not been.
+    """What `pared.quantize` left on a layer.
 
-    `parameter`: which of its weights, for a layer with several, as nn.MultiheadAttention with `kdim` is.
+    Parameters
+    ----------
+    module : the layer.
+    parameter : which of its weights, for a layer with several, as nn.MultiheadAttention with `kdim` is.
+
+    Returns
+    -------
+    Bits, scales and zero points; None where the layer has not been quantized, and for several weights
+    without `parameter`.
+
+    Raises
+    ------
+    TypeError, ValueError : not a module; no such attribute.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch module, got {module!r:.60}")
@@ -105,8 +117,17 @@ def put_records(model: nn.Module, kept: Item) -> None:
 def int8_weight(layer: nn.Linear) -> Int8:
     """The packed int8 weight of a quantised Linear layer: its own codes and scales, nothing is rounded again.
 
+    Parameters
+    ----------
+    layer : an ``nn.Linear`` of [out, in] after `pared.quantize`.
+
+    Returns
+    -------
+    The weight, [out, in], for `pared.ops.linear`; with the layer's static activation grid where it has one.
+
     Raises
     ------
+    TypeError : not an ``nn.Linear``.
     ValueError : the layer is not on a symmetric grid of at most 8 bits with one scale a row.
     """
     if not isinstance(layer, nn.Linear):
@@ -559,6 +580,14 @@ def simulate(model: nn.Module) -> Iterator[None]:
 
     Static inputs by their grid; others by token, symmetrically, by the token's own largest magnitude (of a
     convolution's input, by the sample's).
+
+    Parameters
+    ----------
+    model : with layers that `pared.quantize` has put on grids of at most 8 bits; others are left alone.
+
+    Raises
+    ------
+    TypeError : not a module.
     """
     handles = []
 
