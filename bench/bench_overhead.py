@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pared.nn import Conv2d, Linear
+from pared.nn._chains import bind_chains
 from pared.ops import linear
 from pared.ops._library import conv2d_op, linear_op
 
@@ -56,6 +57,23 @@ def test_linear(versus: Any, benchmark: Any, capsys: Any, threads: int, activati
         "dispatched": lambda: linear_op(x, fast.packed, fast.bias, 16, activation or ""),
     }
     report(versus, benchmark, capsys, f"{name} 16x16, 1 token", calls)
+
+
+def test_chain(versus: Any, benchmark: Any, capsys: Any, threads: int) -> None:
+    """Two layers in one call, as `pared.accelerate` leaves them; and without what says when they may."""
+    plain = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).eval()
+    fast, free, apart = (nn.Sequential(*(Linear.from_module(m) for m in plain)) for _ in range(3))
+    for model in (fast, free):
+        model[0].hand_to(model[1])
+    bind_chains(fast)
+    x = torch.randn(1, 16)
+    calls = {
+        "nn.Sequential": lambda: plain(x),
+        "pared": lambda: fast(x),
+        "always in one call": lambda: free(x),
+        "one by one": lambda: apart(x),
+    }
+    report(versus, benchmark, capsys, "nn.Sequential of two nn.Linear 16x16, 1 token", calls)
 
 
 def test_conv2d(versus: Any, benchmark: Any, capsys: Any, threads: int) -> None:

@@ -21,6 +21,7 @@ from pared.nn.linear import Linear, calls
 
 __all__ = ["bind_chains", "unbind_chains"]
 
+# Of each chain its first layer, and all its modules: children of the module by name, others by path.
 _CHAINS = "_pared_chains"
 
 
@@ -31,8 +32,20 @@ class _Around:
         plain: Any = super()
         if is_compiling():  # layers compute for themselves there
             return plain._call_impl(*args, **kwargs)
-        outer = calls.heads
-        calls.heads = outer + _heads(self)
+        inside = self.__dict__
+        outer = heads = calls.heads
+        # With a forward of its own that somebody has set since, anything may happen between layers. A slice
+        # of an nn.Sequential has its class and no chains.
+        if "forward" not in inside and _CHAINS in inside:
+            children = inside["_modules"]
+            for head, near, far in inside[_CHAINS]:
+                for name, module in near:
+                    if children.get(name) is not module:
+                        break
+                else:
+                    if not far or _in_place(self, far):
+                        heads = (*heads, head)
+        calls.heads = heads
         try:
             return plain._call_impl(*args, **kwargs)
         finally:
@@ -51,15 +64,6 @@ def _made(make: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
     module = make(*args)
     object.__setattr__(module, "__class__", subclass(_Around, type(module)))
     return module
-
-
-def _heads(around: Any) -> tuple[Linear, ...]:
-    """The first layers of the chains whose modules are where they were."""
-    inside = vars(around)
-    if "forward" in inside:  # somebody has set one of its own: anything may happen between layers
-        return ()
-    # A slice of an nn.Sequential has its class and no chains.
-    return tuple([head for head, places in inside.get(_CHAINS, ()) if _in_place(around, places)])
 
 
 def _in_place(around: Any, places: Sequence[tuple[Path, nn.Module]]) -> bool:
@@ -81,8 +85,10 @@ def bind_chains(model: nn.Module) -> None:
         around = at(model, tuple(paths[0][:depth]))
         if not isinstance(around, _Around):
             object.__setattr__(around, "__class__", subclass(_Around, type(around)))
-        places = [(tuple(path[depth:]), m) for path, m in zip(paths, head._chained, strict=True)]
-        vars(around).setdefault(_CHAINS, []).append((head, places))
+        places = [(path[depth:], m) for path, m in zip(paths, head._chained, strict=True)]
+        near = [(path[0], m) for path, m in places if len(path) == 1]
+        far = [(tuple(path), m) for path, m in places if len(path) > 1]
+        vars(around).setdefault(_CHAINS, []).append((head, near, far))
         head._refer("_bound", True)
 
 
@@ -90,6 +96,6 @@ def unbind_chains(model: nn.Module) -> None:
     """Take `bind_chains` back."""
     for module in model.modules():
         if isinstance(module, _Around):
-            for head, _ in vars(module).pop(_CHAINS, ()):
+            for head, *_ in vars(module).pop(_CHAINS, ()):
                 head._refer("_bound", False)
             object.__setattr__(module, "__class__", class_below(_Around, type(module)))
