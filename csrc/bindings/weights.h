@@ -8,6 +8,7 @@
 
 #include "bindings/array.h"
 #include "bindings/names.h"
+#include "core/huge_pages.h"
 #include "formats/csr.h"
 #include "formats/int8.h"
 #include "kernels/types.h"
@@ -31,7 +32,7 @@ DenseView dense_view(const Array& a, ConvShape& conv, int64_t groups);
 // write(uint8_t*) without the GIL.
 template <class Write>
 py::array_t<uint8_t> packed_array(const PackedHeader& header, const Write& write) {
-  void* p = std::aligned_alloc(64, header.bytes);
+  void* p = allocate_in_huge_pages(header.bytes);
   if (!p) throw std::bad_alloc();
   py::capsule owner(p, [](void* q) { std::free(q); });
   {
