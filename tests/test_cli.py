@@ -140,6 +140,20 @@ def test_a_bad_argument_is_one_line_and_exit_code_2(run: Run, args: list[str], s
     assert says in err
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_place_that_cannot_be_written_is_said_before_the_work(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    file = tmp_path / "out.json"
+    if there:
+        file.write_text("")
+    closed = file if there else tmp_path  # permissions would not stop root
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != closed)
+    code, out, err = run("bench", "--json", str(file))
+    assert (code, out) == (2, "")
+    assert f"'--json': expected a file that can be written, got {file}" in err
+
+
 def test_a_model_whose_packages_are_missing_says_what_to_install(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,6 +119,8 @@ def _json_path(path: Path | None) -> Path | None:
     # Minutes of work come before the file is written: a wrong path has to be said now.
     if path is not None and not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"expected a file in a folder that exists, got {path}")
+    if path is not None and not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise typer.BadParameter(f"expected a file that can be written, got {path}")
     return path
 
 
