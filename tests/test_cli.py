@@ -148,10 +148,22 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(
     if there:
         file.write_text("")
     closed = file if there else tmp_path  # permissions would not stop root
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != closed)
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK or Path(path) != closed)
     code, out, err = run("bench", "--json", str(file))
     assert (code, out) == (2, "")
     assert f"'--json': expected a file that can be written, got {file}" in err
+
+
+def test_what_was_measured_is_shown_where_the_file_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, text: str) -> int:
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    case = ("--shape", "8,8,8", "--sparsity", "0.9", "--threads", "1")
+    code, out, err = run("bench", *case, "--seconds", "0.01", "--json", "out.json")
+    assert code == 1
+    assert "8 x 8, 8" in out
+    assert err == "pared: error: [Errno 28] No space left on device: 'out.json'\n"
 
 
 def test_a_model_whose_packages_are_missing_says_what_to_install(

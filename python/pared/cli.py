@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +17,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import pared
 from pared import _core, _cuda
@@ -124,8 +125,14 @@ def _json_path(path: Path | None) -> Path | None:
     return path
 
 
-def _write_json(path: Path, data: object) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n")
+def _finish(console: Console, shown: Sequence[Any], path: Path | None, data: object) -> None:
+    """Write the numbers, where a file is named, and print the tables: also where the file fails."""
+    try:
+        if path is not None:
+            path.write_text(json.dumps(data, indent=2) + "\n")
+    finally:
+        for part in shown:
+            console.print(part)
 
 
 _Json = Annotated[
@@ -170,13 +177,12 @@ def demo(
     line = _machine_line()
     console.print(line, highlight=False)
     found = run(Settings(console, quick=quick, verbose=verbose), list(dict.fromkeys(chosen)))
-    if json_file is not None:
-        _write_json(json_file, results.to_json(found, machine()))
     baseline = (
         f"{line}\nDense is eager torch (MKL and oneDNN) in float32 on the same threads; "
         "speed-ups are against its fastest layout."
     )
-    console.print(results.table(found, baseline))
+    shown = [results.table(found, baseline)]
+    _finish(console, shown, json_file, results.to_json(found, machine()))
 
 
 @app.command()
@@ -266,20 +272,18 @@ def bench(
             torch.set_num_threads(n)
             found += _bench.measure(name, case, zeros, limit, rounds, cold, peers)
             advance()
-    if json_file is not None:
-        _write_json(json_file, {"machine": machine(), "results": [_bench.to_json(r) for r in found]})
-    for name, n in itertools.product(chosen, counts):
-        rows = [r for r in found if (r.threads, r.suite) == (n, name)]
-        if not rows:
-            continue
-        console.print(_bench.peers_table(rows) if peers else _bench.table(rows))
-    console.print(_machine_line(), highlight=False)
-    console.print(
+    keys = itertools.product(chosen, counts)
+    groups = ([r for r in found if (r.suite, r.threads) == key] for key in keys)
+    shown: list[Any] = [_bench.peers_table(g) if peers else _bench.table(g) for g in groups if g]
+    shown.append(Text(_machine_line()))
+    shown.append(
         "Medians; the baseline and every sparsity of a case take turns, round by round. Limit: what this "
         "machine's measured rates allow."
     )
     if peers and (absent := _peers.missing()):
-        console.print(f"Left out, because they are not installed: {', '.join(absent)}.", highlight=False)
+        shown.append(Text(f"Left out, because they are not installed: {', '.join(absent)}."))
+    results = [_bench.to_json(r) for r in found]
+    _finish(console, shown, json_file, {"machine": machine(), "results": results})
 
 
 def _require(*packages: str) -> None:
