@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from pared import nn, ops
 from pared.ops._formats import FORMATS
 
 # A process of its own, without torch: the kernel counts its resident memory, whoever asked for it.
@@ -117,15 +120,34 @@ def wants_huge_pages(address: int) -> bool:
     raise AssertionError(f"no mapping holds {address:#x}")
 
 
-@pytest.mark.skipif(
+huge_pages = pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages to ask for"
 )
+
+
+def check_huge_pages(address: int, size: int) -> None:
+    assert size >= HUGE_PAGE
+    assert address % HUGE_PAGE == 0
+    assert wants_huge_pages(address)
+    assert wants_huge_pages(address + size // HUGE_PAGE * HUGE_PAGE - 1)
+
+
+@huge_pages
 @pytest.mark.parametrize("name", HERE)
 def test_large_weights_lie_in_huge_pages(name: str, rng: np.random.Generator) -> None:
     """Few tokens with weights from memory run 1.1 to 1.5 times as fast so."""
     w = rng.standard_normal((3072, 2048)).astype(np.float32)
     packed = FORMATS[name].weight.from_dense(w).packed
-    assert packed.nbytes >= HUGE_PAGE
-    assert packed.ctypes.data % HUGE_PAGE == 0
-    assert wants_huge_pages(packed.ctypes.data)
-    assert wants_huge_pages(packed.ctypes.data + packed.nbytes // HUGE_PAGE * HUGE_PAGE - 1)
+    check_huge_pages(packed.ctypes.data, packed.nbytes)
+
+
+@huge_pages
+def test_so_do_copies_and_what_is_loaded(rng: np.random.Generator) -> None:
+    w = rng.standard_normal((1024, 1024)).astype(np.float32)
+    for given in (w, torch.from_numpy(w)):
+        copied = copy.deepcopy(ops.Dense.from_dense(given)).packed
+        check_huge_pages(torch.as_tensor(copied).data_ptr(), copied.nbytes)
+    one, other = (nn.Linear(ops.Dense.from_dense(torch.from_numpy(v))) for v in (w, 2 * w))
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(one.packed, other.packed)
+    check_huge_pages(one.packed.data_ptr(), one.packed.nbytes)

@@ -1,4 +1,5 @@
 // What can be done with a packed weight of any format.
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -68,6 +69,16 @@ void register_packed(py::module_& m) {
       },
       py::arg("packed"));
 
+  m.def(
+      "packed_copy",
+      [](py::handle packed) {
+        const Array a = parse_array(packed, "packed");
+        const uint8_t* data = packed_bytes(a);
+        const auto bytes = static_cast<size_t>(a.size());
+        return packed_array(bytes, [&](uint8_t* out) { std::copy_n(data, bytes, out); });
+      },
+      py::arg("packed"),
+      "A copy of a packed weight, aligned whether or not `packed` is, and in huge pages where it is large.");
   m.def(
       "packed_validate",
       [](py::handle packed) {

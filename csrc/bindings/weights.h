@@ -28,18 +28,23 @@ CsrPacked packed_csr(const Array& a);
 // also gives `conv`. The dtype is the caller's to check.
 DenseView dense_view(const Array& a, ConvShape& conv, int64_t groups);
 
-// A numpy uint8 array of the size that `header` says, 64-byte aligned as packed weights are, filled by
-// write(uint8_t*) without the GIL.
+// A numpy uint8 array of `bytes` bytes, aligned and placed as packed weights are, filled by write(uint8_t*)
+// without the GIL.
 template <class Write>
-py::array_t<uint8_t> packed_array(const PackedHeader& header, const Write& write) {
-  void* p = allocate_in_huge_pages(header.bytes);
+py::array_t<uint8_t> packed_array(size_t bytes, const Write& write) {
+  void* p = allocate_in_huge_pages(bytes);
   if (!p) throw std::bad_alloc();
   py::capsule owner(p, [](void* q) { std::free(q); });
   {
     py::gil_scoped_release unlocked;
     write(static_cast<uint8_t*>(p));
   }
-  return py::array_t<uint8_t>(static_cast<py::ssize_t>(header.bytes), static_cast<uint8_t*>(p), owner);
+  return py::array_t<uint8_t>(static_cast<py::ssize_t>(bytes), static_cast<uint8_t*>(p), owner);
+}
+// Of the size that `header` says.
+template <class Write>
+py::array_t<uint8_t> packed_array(const PackedHeader& header, const Write& write) {
+  return packed_array(static_cast<size_t>(header.bytes), write);
 }
 
 // How an int8 operation's input becomes bytes: None (dynamic), or (scale, zero, low, high) with the last

@@ -24,8 +24,8 @@ inline void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-// `bytes` of memory, a multiple of 64 and aligned to it, for std::free; null where there is none. What fills
-// huge pages begins with one and asks for them.
+// Memory of `bytes` bytes and more, aligned to 64, for std::free; null where there is none. What fills huge
+// pages begins with one and asks for them.
 inline void* allocate_in_huge_pages(size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (bytes >= kHugePage) {
@@ -35,7 +35,7 @@ inline void* allocate_in_huge_pages(size_t bytes) {
     return data;
   }
 #endif
-  return std::aligned_alloc(64, bytes);
+  return std::aligned_alloc(64, bytes < 64 ? 64 : (bytes + 63) / 64 * 64);
 }
 
 }  // namespace pared

@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import Self
 
+from pared import _core
 from pared.ops._device import DeviceWeight
 from pared.ops._formats import FORMATS, Format
 from pared.ops._library import aligned
@@ -360,7 +361,7 @@ class PackedModule(nn.Module):
         known = _replaced.get(old)  # type: ignore[no-untyped-call]
         if known is not None and torch.equal(known, packed):
             return known  # type: ignore[no-any-return]
-        new = packed.detach().clone(memory_format=torch.contiguous_format)
+        new = torch.from_numpy(_core.packed_copy(packed.detach().contiguous()))
         weight = FORMATS[self.format].weight(new)
         mine = self.packed_weight()
         if weight.shape != mine.shape or weight.groups != mine.groups:

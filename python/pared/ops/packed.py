@@ -52,12 +52,12 @@ class PackedWeight:
     @classmethod
     def _copied(cls: type[W], packed: Array) -> W:
         """From a copy of a packed buffer that need not be aligned; the copy is."""
-        if is_torch(packed):
-            return cls(packed.clone())
-        room = np.empty(packed.nbytes + 63, np.uint8)
-        start = -room.ctypes.data % 64
-        room[start : start + packed.nbytes] = packed
-        return cls(room[start : start + packed.nbytes])
+        copy = _core.packed_copy(packed)
+        if not is_torch(packed):
+            return cls(copy)
+        import torch
+
+        return cls(torch.from_numpy(copy))
 
     # numpy aligns neither a deep copy nor what it unpickles to 64 bytes.
     def __deepcopy__(self: W, memo: dict[int, Any]) -> W:
