@@ -1,8 +1,9 @@
-"""Whole transformers with 80 % zeros in blocks of 1x4, in 8 bits, against every engine at hand.
+"""Whole transformers against every engine at hand: encoders with 80 % zeros in blocks of 1x4, in 8 bits, and
+a step of text generation with unstructured zeros.
 
 BERT-base with random weights, one sequence of 128 tokens; all-MiniLM-L6-v2 with its own, eight sequences of
 128 tokens and one of 16. Peers run the dense model: eager torch, torch's and torchao's int8, ONNX Runtime,
-OpenVINO.
+OpenVINO. A Llama of 98 million random weights reads them all for each token, from memory.
 
 What is left when the Linear layers cost nothing bounds any of it: attention, normalisations, GELU where it is
 not fused, embeddings, which stay torch's own. "no Linear" measures it, with layers that return zeros.
@@ -126,6 +127,81 @@ def test_encoder(versus: Any, name: str, threads: int) -> None:
         f"{best}; error {error:.3f}; Linear is {linear / t.median('torch float32'):.0%} of torch's time, "
         f"with none of it the model were {t.speedup('no Linear', 'torch float32').value:.1f} times as fast"
     )
+
+
+class Decoder(nn.Module):
+    """Logits of a step. Without a cache of keys, which one token does not have: time is in the weights."""
+
+    def __init__(self, llama: nn.Module) -> None:
+        super().__init__()
+        self.llama = llama
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        # Transformers looks for borders between texts where there is no mask, with what ONNX does not have.
+        logits: torch.Tensor = self.llama(input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits
+
+
+def llama() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=8000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=7,
+        num_attention_heads=16,
+    )
+    return Decoder(transformers.LlamaForCausalLM(config)).eval()
+
+
+@THREADS
+@pytest.mark.parametrize("zeros", [0.5, pytest.param(0.8, marks=pytest.mark.full)])
+@torch.inference_mode(False)
+def test_generation(versus: Any, zeros: float, threads: int) -> None:
+    model = llama()
+    pared.prune(model, zeros, scope="layer", exclude="*lm_head")
+    inputs: Inputs = (torch.randint(0, 1000, (1, 1)), torch.ones(1, 1, dtype=torch.long))
+    half = copy.deepcopy(model).bfloat16()
+    fast = pared.accelerate(model, inputs, precision="int8")
+    exact, exact_half = pared.accelerate(model, inputs), pared.accelerate(half, inputs)
+    calls: dict[str, Callable[[], Any]] = {
+        "torch float32": lambda: model(*inputs),
+        "torch bfloat16": lambda: half(*inputs),
+        "pared": lambda: fast(*inputs),
+        "pared float32": lambda: exact(*inputs),
+        "pared bfloat16": lambda: exact_half(*inputs),
+        **whole_models(model, inputs, threads),
+    }
+    with torch.no_grad():
+        expected = calls["torch float32"]()
+        error = float((fast(*inputs) - expected).abs().max() / expected.abs().max())
+        assert error <= 0.1, f"8 bits change the outputs by {error:.3f}"
+        cell = f"{100 * zeros:.0f} %"
+        t = versus(
+            calls,
+            suite="one step of a Llama, int8",
+            case="98 M weights, 1 token",
+            cell=cell,
+            rivals=("torch float32",),
+            facts={"tokens": 1, "sparsity": zeros, "dtype": "int8", "error": error},
+            budget=4.0,
+            min_rounds=5,
+        )
+    best = {
+        mine: min((n for n in calls if kind in n and "pared" not in n), key=t.median)
+        for mine, kind in (
+            ("pared", "int8"),
+            ("pared float32", "float32"),
+            ("pared bfloat16", "bfloat16"),
+        )
+    }
+    print(
+        f"\nLlama, {cell} zeros, {threads} thread{'s' if threads > 1 else ''}, error {error:.3f}; ms a token:"
+    )
+    for mine, rival in best.items():
+        gain = t.speedup(mine, rival).value
+        print(f"  {mine} {1e3 * t.median(mine):.2f}, {gain:.2f} times {rival} ({1e3 * t.median(rival):.2f})")
 
 
 @THREADS

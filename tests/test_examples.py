@@ -24,6 +24,7 @@ HERE = {
         ["--shorten", "100", "--size", "32", "--batch", "2"],
         ["half way the schedule asks for 76.25%", "step 10: 50.00% zeros", "80.00% zeros in ", "model "],
     ),
+    "llama_generate.py": (["--quick"], ["50.00%", "tokens/s", "24 of 24 tokens are the same"]),
     "lstm.py": (["--quick"], ["no kernel accelerates LSTM", "80.00%", "of the tags right"]),
     "mlp_l1_8bit.py": (["--quick"], ["zeros in the first layer", "8 bits: accuracy", "times as fast"]),
     "prune_cnn.py": (["--quick"], ["by_weight: accuracy", "by_node: accuracy", "by_layer: accuracy"]),
