@@ -61,6 +61,12 @@ def fresh_compiler() -> Iterator[None]:
         dynamo.reset()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def shared_loops() -> None:
+    """Threads are what some tests are about: beside other processes loops would go on alone."""
+    _core.set_parallel_backoff(False)
+
+
 @pytest.fixture(autouse=True)
 def same_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test finds the same machine, and nothing timed before it: timers are replaced within tests."""

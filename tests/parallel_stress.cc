@@ -1,6 +1,7 @@
 // Stress for core/parallel.cc on the std::thread pool. tests/test_parallel.py compiles it with the thread
 // sanitizer and without, and with -DPLANTED_RACE to see the sanitizer find what it is there to find.
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <numeric>
@@ -8,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/backoff.h"
 #include "core/parallel.h"
 
 using pared::parallel_for;
@@ -87,6 +89,85 @@ void many_callers() {
   for (auto& t : callers) t.join();
 }
 
+// The rules, without a clock: nanoseconds go in.
+void backoff_rules() {
+  constexpr int64_t ms = 1'000'000;
+  pared::Backoff b;
+  b.shared(10 * ms, 40 * ms);  // unequal shares
+  b.shared(0, ms / 5);         // a thread that wakes up
+  EXPECT(!b.alone() && b.owed() == 0);
+  b.shared(ms, 14 * ms + ms / 5);
+  EXPECT(b.alone() && b.owed() == 10 * ms);
+  b.alone(8 * ms, 4);  // four threads would have saved 6
+  EXPECT(b.owed() == 4 * ms);
+  b.alone(8 * ms, 4);
+  EXPECT(!b.alone() && b.owed() == 0);
+  // Losses that follow count twice, and none more than half a second.
+  for (int i = 0; i < 3; ++i) {
+    b.shared(0, ms + ms / 5);
+    EXPECT(b.owed() == 2 * ms);
+    b.alone(4 * ms, 2);
+    b.shared(ms, ms);
+    EXPECT(!b.alone());
+  }
+  b.shared(0, 400 * ms);
+  EXPECT(b.owed() == 500 * ms);
+  b.alone(1000 * ms, 2);
+  // After 20 ms without one they count once again.
+  for (int i = 0; i < 20; ++i) b.shared(ms, ms);
+  b.shared(0, ms + ms / 5);
+  EXPECT(b.owed() == ms);
+  b.set(false);
+  EXPECT(!b.alone());
+  b.shared(0, 100 * ms);
+  EXPECT(!b.alone());
+  b.set(true);
+  b.shared(0, ms + ms / 5);
+  EXPECT(b.owed() == ms);
+}
+
+// A loop whose other threads come late to their end: asleep, as one that the system does not run. Whether
+// another thread came.
+bool shared_loop() {
+  const auto caller = std::this_thread::get_id();
+  std::atomic<bool> came{false};
+  int64_t ranges = 0;
+  parallel_for(0, 4, 1, [&](int64_t, int64_t) {
+    if (std::this_thread::get_id() != caller) {
+      came = true;
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+      return;
+    }
+    ++ranges;
+    // Not before there is somebody to wait for; alone there is one range.
+    for (int i = 0; i < 20 && !came; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  });
+  EXPECT(came || ranges >= 1);
+  return came;
+}
+
+void backing_off() {
+  pared::set_parallel_backoff(true);
+  while (!shared_loop()) {
+  }
+  EXPECT(pared::parallel_owed() > 0.01);
+  // Alone, until sharing would have saved as much: three quarters of 20 ms each time.
+  int loops = 0;
+  for (; pared::parallel_owed() > 0; ++loops) {
+    EXPECT(loops < 100);
+    EXPECT(!shared_loop());
+  }
+  EXPECT(loops >= 1);
+  while (!shared_loop()) {
+  }
+  EXPECT(pared::parallel_owed() > 0.01);
+  pared::set_parallel_backoff(false);
+  EXPECT(pared::parallel_owed() == 0);
+  while (!shared_loop()) {
+  }
+  EXPECT(pared::parallel_owed() == 0);
+}
+
 #ifdef PLANTED_RACE
 // Two threads write when both are here: on a busy machine one alone may do all ranges, which is no race. They
 // wait for each other in relaxed order, which orders nothing else.
@@ -108,6 +189,9 @@ int main() {
   return planted();
 #endif
   EXPECT(pared::num_threads() == 4);
+  backoff_rules();
+  backing_off();
+  pared::set_parallel_backoff(false);  // what follows is about loops that are shared
   sizes();
   short_loops();
   nesting();

@@ -34,6 +34,8 @@ void register_info(py::module_& m) {
   m.def("take_dispatched", &take_dispatched);
   m.def("num_threads", &num_threads);
   m.def("parallel_backend", [] { return std::string(parallel_backend()); });
+  m.def("set_parallel_backoff", &set_parallel_backoff, py::arg("on"));
+  m.def("parallel_owed", &parallel_owed);
   m.def("cpu_brand", &cpu_brand);
 }
 

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/stat.h>
+#include <time.h>
 #if defined(__APPLE__)
 #include <mach-o/dyld.h>
 #else
@@ -12,6 +13,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
@@ -19,6 +21,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "core/backoff.h"
 #include "core/check.h"
 
 namespace pared {
@@ -26,11 +29,41 @@ namespace {
 
 thread_local bool t_in_region = false;
 
+using Clock = std::chrono::steady_clock;
+
+int64_t nanoseconds(Clock::duration d) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(d).count();
+}
+
+// Processor time of the calling thread, in ns. A system call: asked for where a loop took long, and once a
+// millisecond.
+int64_t processor_time() {
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return int64_t{1'000'000'000} * t.tv_sec + t.tv_nsec;
+}
+
+constexpr auto kLong = std::chrono::milliseconds(1);
+
+// The processor time that a thread has used since not much more than a millisecond before its loop.
+struct Used {
+  Clock::time_point when{};
+  int64_t at = 0;
+  void renew(Clock::time_point now) {
+    if (now - when <= kLong) return;
+    when = now;
+    at = processor_time();
+  }
+};
+thread_local Used t_used;
+
+Backoff g_backoff;
+
 // One call of parallel_for. Runs ranges on whichever threads bring them and keeps the first exception: none
 // may leave through a worker's stack or through torch's C interface.
 class Loop {
  public:
-  explicit Loop(RangeFn fn) : fn_(fn) {}
+  explicit Loop(RangeFn fn) : fn_(fn), caller_(&t_in_region), begin_(Clock::now()) { t_used.renew(begin_); }
 
   void operator()(int64_t begin, int64_t end) noexcept {
     if (failed_.load(std::memory_order_relaxed)) return;
@@ -44,15 +77,23 @@ class Loop {
       failed_.store(true, std::memory_order_relaxed);
     }
     t_in_region = outer;
+    if (&t_in_region != caller_) return;
+    const auto now = Clock::now();
+    own_ = nanoseconds(now - begin_);
+    if (now - begin_ > kLong) own_ = std::min(own_, processor_time() - t_used.at);
   }
 
-  // To be called once every range has returned.
-  void rethrow() const {
+  // To be called once every range has returned, by the thread that made the loop.
+  void finish() const {
+    g_backoff.shared(own_, nanoseconds(Clock::now() - begin_));
     if (error_) std::rethrow_exception(error_);
   }
 
  private:
   RangeFn fn_;
+  const bool* const caller_;  // a variable of the thread stands for it
+  const Clock::time_point begin_;
+  int64_t own_ = 0;  // what the caller worked, in ns: without the time in which it could not run
   std::atomic<bool> failed_{false};
   std::mutex mutex_;
   std::exception_ptr error_;
@@ -262,20 +303,30 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, RangeFn fn) {
   if (end - begin <= grain || t_in_region) return fn(begin, end);
 
   const TorchPool* torch = torch_pool();
+  const int64_t threads = torch ? torch_threads(*torch) : own_threads();
+  if (threads == 1) return fn(begin, end);
+  if (g_backoff.alone()) {
+    const auto start = Clock::now();
+    fn(begin, end);
+    g_backoff.alone(nanoseconds(Clock::now() - start), threads);
+    return;
+  }
   Loop loop(fn);
   if (torch && !g_torch_pool_lost.load(std::memory_order_relaxed)) {
     const auto body = [](int64_t b, int64_t e, void* ctx) { (*static_cast<Loop*>(ctx))(b, e); };
     const int32_t status = torch->parallel_for(begin, end, grain, body, &loop);
-    loop.rethrow();
+    loop.finish();
     if (status != 0) throw std::runtime_error("torch_parallel_for failed");
     return;
   }
-  const int64_t threads = torch ? torch_threads(*torch) : own_threads();
-  if (threads == 1) return fn(begin, end);
   const int64_t per_thread = (end - begin + threads - 1) / threads;
   own_pool().run(begin, end, std::max(grain, per_thread), loop);
-  loop.rethrow();
+  loop.finish();
 }
+
+void set_parallel_backoff(bool on) { g_backoff.set(on); }
+
+double parallel_owed() { return 1e-9 * static_cast<double>(g_backoff.owed()); }
 
 const char* parallel_backend() {
   return torch_pool() && !g_torch_pool_lost.load(std::memory_order_relaxed) ? "torch" : "std::thread";

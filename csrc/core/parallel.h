@@ -37,7 +37,14 @@ int own_threads();
 // Calls fn on disjoint ranges that cover [begin, end), each of at least `grain` items (the last may be
 // shorter). Runs serially when there is one thread, one grain of work, or when nested. When fn throws, the
 // ranges not yet begun may be left out, and the first exception reaches the caller after the last range.
+//
+// Where threads had to be waited for because other processes kept them from running, loops run serially until
+// that has been made up for.
 void parallel_for(int64_t begin, int64_t end, int64_t grain, RangeFn fn);
+
+// Whether parallel_for may do so (it may at first), and the seconds it has still to make up for.
+void set_parallel_backoff(bool on);
+double parallel_owed();
 
 // The items that one part of a parallel_items call takes, one by one.
 class Items {
