@@ -21,6 +21,7 @@ import numpy as np
 import pared
 from pared import _core, ops
 
+_core.set_parallel_backoff(False)
 rng = np.random.default_rng(0)
 w = rng.standard_normal((256, 512)).astype(np.float32)
 w[rng.random(w.shape) < 0.8] = 0

@@ -289,6 +289,7 @@ sys.modules["torch"] = None
 sys.path.insert(0, sys.argv[1])
 import test_threads
 
+test_threads._core.set_parallel_backoff(False)
 calls = {name: make() for name, make in test_threads.SHARED.items()}
 calls["a small one"] = test_threads.WORK["linear CSR"]()[0]
 for name, call in calls.items():

@@ -23,7 +23,8 @@ _ACCUMULATORS = 64 * 1024  # of one pass over the rows
 _MOST_VECTORS = 8  # of a tile
 _BATCH = 16  # tokens that share an expanded vector
 _TOKENS = 6  # of the dense int8 micro-kernel
-_BLOCK_BYTES, _BLOCK_TOKENS, _INT4_TOKENS = 192 * 1024, 192, 96  # of quantized tokens
+# Of quantized tokens: bytes of a block, where a weight is read and where it is expanded for each; tokens.
+_BLOCK_BYTES, _EXPANDED_BLOCK_BYTES, _BLOCK_TOKENS, _INT4_TOKENS = 192 * 1024, 512 * 1024, 192, 96
 # Elements from which a convolution's K blocks are deeper, and the units of one where they are strips
 # (csrc/formats/csr.cc).
 _DEEP = 1 << 20
@@ -253,8 +254,8 @@ def _bitmap(w: Work, n: int, threads: int) -> Terms:
     )
 
 
-def _blocks_of_tokens(w: Work, n: int) -> int:
-    return _ceil(n, min(max(_BLOCK_BYTES // max(64, w.cols), _TOKENS), _BLOCK_TOKENS))
+def _blocks_of_tokens(w: Work, n: int, nbytes: int = _BLOCK_BYTES) -> int:
+    return _ceil(n, min(max(nbytes // max(64, w.cols), _TOKENS), _BLOCK_TOKENS))
 
 
 def _int8(w: Work, n: int, threads: int) -> Terms:
@@ -288,7 +289,7 @@ def _bitmap8_few(w: Work, n: int, threads: int) -> Terms:
 
 def _bitmap8_many(w: Work, n: int, threads: int) -> Terms:
     vectors = _ceil(w.rows, _GROUP) * _ceil(w.cols, 4)
-    blocks = _blocks_of_tokens(w, n)
+    blocks = _blocks_of_tokens(w, n, _EXPANDED_BLOCK_BYTES)
     parts = _threads(vectors * (4 * blocks + n) / 5, _EXPAND_WORK, threads)
     c = _Rates(parts)
     return (
