@@ -77,6 +77,14 @@ def without_linear(model: nn.Module) -> nn.Module:
     return empty
 
 
+def checked_error(calls: dict[str, Callable[[], Any]]) -> float:
+    """How far 8 bits are from float32, of the largest output."""
+    expected = calls["torch float32"]()
+    error = float((calls["pared"]() - expected).abs().max() / expected.abs().max())
+    assert error <= 0.1, f"8 bits change the outputs by {error:.3f}"
+    return error
+
+
 MODELS = {
     "BERT-base, 1 x 128 tokens": (bert_base, 1, 128),
     "MiniLM-L6, 8 x 128 tokens": (minilm, 8, 128),
@@ -106,9 +114,7 @@ def test_encoder(versus: Any, name: str, threads: int) -> None:
         **whole_models(model, inputs, threads),
     }
     with torch.no_grad():
-        expected = calls["torch float32"]()
-        error = float((fast(*inputs) - expected).abs().max() / expected.abs().max())
-        assert error <= 0.1, f"8 bits change the outputs by {error:.3f}"
+        error = checked_error(calls)
         t = versus(
             calls,
             suite=SUITE,
@@ -174,9 +180,7 @@ def test_generation(versus: Any, zeros: float, threads: int) -> None:
         **whole_models(model, inputs, threads),
     }
     with torch.no_grad():
-        expected = calls["torch float32"]()
-        error = float((fast(*inputs) - expected).abs().max() / expected.abs().max())
-        assert error <= 0.1, f"8 bits change the outputs by {error:.3f}"
+        error = checked_error(calls)
         cell = f"{100 * zeros:.0f} %"
         t = versus(
             calls,

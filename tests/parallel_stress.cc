@@ -161,6 +161,20 @@ void backing_off() {
   while (!shared_loop()) {
   }
   EXPECT(pared::parallel_owed() > 0.01);
+  // So it is where the caller is the one that does not run.
+  pared::set_parallel_backoff(false);
+  pared::set_parallel_backoff(true);
+  const auto caller = std::this_thread::get_id();
+  std::atomic<bool> begun{false};
+  parallel_for(0, 4, 1, [&](int64_t, int64_t) {
+    if (std::this_thread::get_id() != caller) {
+      while (!begun) std::this_thread::yield();  // or there would be nothing left for it
+      return;
+    }
+    begun = true;
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  });
+  EXPECT(pared::parallel_owed() > 0.01);
   pared::set_parallel_backoff(false);
   EXPECT(pared::parallel_owed() == 0);
   while (!shared_loop()) {
@@ -172,13 +186,15 @@ void backing_off() {
 // Two threads write when both are here: on a busy machine one alone may do all ranges, which is no race. They
 // wait for each other in relaxed order, which orders nothing else.
 int planted() {
-  std::atomic<int> here{0};
   int64_t sum = 0;
-  parallel_for(0, 4, 1, [&](int64_t b, int64_t e) {
-    here.fetch_add(1, std::memory_order_relaxed);
-    while (here.load(std::memory_order_relaxed) < 2) std::this_thread::yield();
-    for (int64_t j = b; j < e; ++j) sum += j;
-  });
+  for (int i = 0; i < 20; ++i) {  // the sanitizer may miss two writes at the very same moment
+    std::atomic<int> here{0};
+    parallel_for(0, 4, 1, [&](int64_t b, int64_t e) {
+      here.fetch_add(1, std::memory_order_relaxed);
+      while (here.load(std::memory_order_relaxed) < 2) std::this_thread::yield();
+      for (int64_t j = b; j < e; ++j) sum += j;
+    });
+  }
   std::printf("%lld\n", static_cast<long long>(sum));
   return 0;
 }
@@ -186,6 +202,7 @@ int planted() {
 
 int main() {
 #ifdef PLANTED_RACE
+  pared::set_parallel_backoff(false);
   return planted();
 #endif
   EXPECT(pared::num_threads() == 4);
