@@ -62,9 +62,13 @@ GOOD = {
     "decode_kernelI13__nv_bfloat16": ["HMMA.16816.F32.BF16 R4", "UBLKCP.S.G [UR4]"],
     "block_sparse_wgmma_kernelI": ["HGMMA.64x128x16.F32.BF16 R24", "@P0 UTMALDG.2D [UR8]"],
     "block_sparse_kernelI": ["HMMA.16816.F32 R4", "LDSM.16.M88.4 R8", "LDGSTS.E.BYPASS.128 [R3]"],
-    "csr_gather_kernelIfLi1E": ["LDG.E.128.CONSTANT R4", "IDP.2A.LO.U16.U8 R3, R2"],
-    "csr_gather_kernelI6__halfLi8E": ["LDG.E.64.CONSTANT R4", "IDP.2A.LO.U16.U8 R3, R2"],
-    "csr_panel_kernelIfLi4E": ["LDS.64 R4, [R2]", "LDGSTS.E.BYPASS.128 [R3]"],
+    "csr_gather_kernelIfLi1ELb0E": ["LDG.E.128.CONSTANT R4", "IDP.2A.LO.U16.U8 R3, R2"],
+    "csr_gather_kernelI6__halfLi8ELb1E": [
+        "LDG.E.64.CONSTANT R4",
+        "IDP.2A.LO.U16.U8 R3, R2",
+        "IDP.4A.U8.U8 R3, R2",
+    ],
+    "csr_panel_kernelIfLi4ELb0E": ["LDS.64 R4, [R2]", "LDGSTS.E.BYPASS.128 [R3]"],
     "quantize_rows_kernelIfLb1E": ["LDG.E.128.CONSTANT R4"],
     "select_count_kernelI6__half": [
         "LDG.E.NA.128.CONSTANT R4",
@@ -108,8 +112,13 @@ def test_what_is_right_passes(check_sass):
             "got fence drop barrier ticket fence drop barrier",
         ),
         ("select_ties_kernel", [*FENCED[:4], FENCED[6], *FENCED[4:6]], "ticket barrier fence drop"),
-        ("csr_gather_kernelIfLi1E", ["LDG.E.128.CONSTANT R4"], r"no IDP\.2A"),
-        ("csr_panel_kernelIfLi4E", ["LDS R4, [R2]", "LDGSTS.E.BYPASS.128 [R3]"], r"no LDS\.64"),
+        ("csr_gather_kernelIfLi1ELb0E", ["LDG.E.128.CONSTANT R4"], r"no IDP\.2A"),
+        (
+            "csr_gather_kernelI6__halfLi8ELb1E",
+            ["LDG.E.64.CONSTANT R4", "IDP.2A.LO.U16.U8 R3, R2"],
+            r"no IDP\.4A",
+        ),
+        ("csr_panel_kernelIfLi4ELb0E", ["LDS R4, [R2]", "LDGSTS.E.BYPASS.128 [R3]"], r"no LDS\.64"),
     ],
 )
 def test_what_is_wrong_is_named(check_sass, kernel, instructions, says):

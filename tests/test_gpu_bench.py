@@ -440,7 +440,7 @@ def test_smoke_finds_a_wrong_kernel(monkeypatch, capfd):
     assert out.count("PASS") == len(names + others), out
     monkeypatch.setattr(smoke, "gemm_s8", lambda a, b: gemm_s8(a.roll(1, 0), b))
     honest = DeviceCSR.from_dense
-    monkeypatch.setattr(DeviceCSR, "from_dense", lambda w: honest(w * 1.001))
+    monkeypatch.setattr(DeviceCSR, "from_dense", lambda w, **way: honest(w * 1.001, **way))
     smoke.work(machine, names)
     out = capfd.readouterr().out
     assert "PASS\ttopk" in out

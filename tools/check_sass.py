@@ -45,6 +45,7 @@ EXPECTED = [
     Expect("csr_gather_kernelIf", (LOAD, r"IDP\.2A\.LO")),
     Expect("csr_gather_kernelI(6__half|13__nv_bf)", (r"LDG\.E\.64", r"IDP\.2A\.LO")),
     Expect("csr_panel_kernelI", (r"LDS\.64", COPY)),
+    Expect("csr_(gather|panel)_kernelI.*Lb1E", (r"IDP\.4A",)),
     Expect("quantize_rows_kernelI.*Lb1E", (LOAD,)),
     Expect("select_count_kernelI6__half", (LOAD, r"HSET2\.GE", r"ATOMS\.POPC\.INC")),
     Expect("select_count_kernelI13__nv_bf", (r"HSET2\.BF16_V2\.GE",), 90),

@@ -39,7 +39,7 @@ def linear(
     w = torch.randn(outputs, inputs, **kind).to(dtype)
     w[torch.rand(outputs, inputs, **kind) < zeros] = 0
     dense = [w, w.clone()]  # hundreds would not fit, and one exceeds the L2
-    quick = copies_of(DeviceCSR.from_dense(w), copies)
+    quick = copies_of(DeviceCSR.from_dense(w).tuned(tokens), copies)
     s = w.to_sparse_csr()
 
     def theirs() -> torch.Tensor:

@@ -24,7 +24,7 @@ def cases(machine: Machine) -> Iterator[Callable[[], Case]]:
             yield partial(linear, machine, "bitmap", outputs, inputs, zeros, 1, one)
             yield partial(linear, machine, "bitmap", outputs, inputs, zeros, 16, sixteen)
         # With one token the fewest instructions win from some share of zeros on: what `accelerate` finds out.
-        for zeros in (0.9,) if machine.dry else (0.8, 0.9):
+        for zeros in (0.9,) if machine.dry else (0.7, 0.8, 0.9):
             yield partial(linear, machine, "csr", outputs, inputs, zeros, 1, BITMAP[zeros][0])
         yield partial(linear, machine, "bitmap8", outputs, inputs, 0.5, 1, 2.6)
         for tokens in (1, 16):
@@ -58,6 +58,9 @@ def linear(
         )  # what faster_format did not take
         others = copies_of(DecodeWeight.from_dense(w, format=other), copies)
         calls[other] = lambda i: pared.ops.linear(x, others[i])
+    if isinstance(first, DeviceCSR):
+        wide = copies_of(DeviceCSR.from_dense(w, near=False), copies)
+        calls["wide columns"] = lambda i: pared.ops.linear(x, wide[i])
     ws = [w, *(w.clone() for _ in range(copies - 1))]
     rivals: dict[str, Callable[[int], object]] = {
         "cuBLAS bf16": lambda i: torch.nn.functional.linear(x, ws[i])

@@ -217,14 +217,16 @@ def _blocks(machine: Machine, at: Place) -> Iterator[tuple[str, Check]]:
 
 
 def _csr(machine: Machine, at: Place) -> Iterator[tuple[str, Check]]:
-    def product(dtype: torch.dtype, tokens: int, few: int) -> None:
+    def product(dtype: torch.dtype, tokens: int, few: int, near: bool) -> None:
         w = _random(machine, 200, 600, dtype=dtype, zeros=0.9)
         x = _random(machine, tokens, 600, dtype=dtype)
-        _close(DeviceCSR.from_dense(w).linear(x, few=few), x, w)
+        _close(DeviceCSR.from_dense(w, near=near).linear(x, few=few), x, w)
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for tokens, few, kind in ((3, 16, "gathers"), (8, 16, "gathers for 8"), (70, 0, "panels")):
-            yield f"csr {str(dtype)[6:]}, {kind}", partial(product, dtype, tokens, few)
+            for near in (False, True):
+                way = ", near columns" if near else ""
+                yield f"csr {str(dtype)[6:]}, {kind}{way}", partial(product, dtype, tokens, few, near)
 
 
 def _conv(machine: Machine) -> None:

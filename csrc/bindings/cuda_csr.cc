@@ -16,21 +16,24 @@ namespace py = pybind11;
 namespace pared {
 namespace {
 
-// values, columns, starts, dtype, block columns, outputs, cols, items, item count, order
-using CsrTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, std::string, int, int64_t, int64_t, uintptr_t,
-                            int64_t, uintptr_t>;
+// values, columns, starts, dtype, near, block columns, outputs, cols, items, item count, order
+using CsrTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, std::string, bool, int, int64_t, int64_t,
+                            uintptr_t, int64_t, uintptr_t>;
 
 cuda::CsrWeight weight(const CsrTuple& t) {
-  const auto& [values, columns, starts, dtype, block_cols, outputs, cols, items, item_count, order] = t;
+  const auto& [values, columns, starts, dtype, near, block_cols, outputs, cols, items, item_count, order] = t;
   PARED_CHECK(values % 16 == 0 && columns % 8 == 0, "w: expected memory aligned to 16 and 8 bytes");
-  PARED_CHECK(block_cols >= 1 && block_cols < cuda::kCsrIndexSlots && outputs >= 0 && cols >= 0,
-              "w: expected positive sizes");
+  PARED_CHECK(
+      block_cols >= 1 && cuda::csr_slots(block_cols) <= cuda::kCsrMostSlots && outputs >= 0 && cols >= 0,
+      "w: expected positive sizes");
   PARED_CHECK(outputs < (int64_t{1} << 31), "w: expected fewer than 2^31 outputs, got ", outputs);
   return {reinterpret_cast<const void*>(values),
-          reinterpret_cast<const uint16_t*>(columns),
+          reinterpret_cast<const void*>(columns),
           reinterpret_cast<const uint32_t*>(starts),
           parse_float_dtype(dtype),
+          near,
           block_cols,
+          cuda::csr_slots(block_cols),
           static_cast<int32_t>(cuda::csr_blocks(cols, block_cols)),
           cuda::csr_index_blocks(block_cols),
           outputs,
@@ -48,6 +51,8 @@ void register_cuda_csr(py::module_& m) {
   m.attr("CSR_WARPS") = cuda::kCsrWarps;
   m.attr("CSR_GATHER_SUMS") = cuda::kCsrGatherSums;
   m.attr("CSR_INDEX_SLOTS") = cuda::kCsrIndexSlots;
+  m.attr("CSR_REACH") = cuda::kCsrReach;
+  m.attr("CSR_LAST_REACH") = cuda::kCsrLastReach;
   m.def("csr_block_cols", &cuda::csr_block_cols, py::arg("cols"), py::arg("shared_limit"));
   m.def(
       "plan_csr",

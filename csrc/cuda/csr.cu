@@ -55,47 +55,68 @@ __device__ __forceinline__ void load_activations(float (&x)[kCount], uint32_t ad
   }
 }
 
-struct Columns {
-  uint2 columns;
+// Where the four entries of one four have their activations: `at`, in slots of kBytes behind slot 0 of the
+// index range. A product of bytes and a sum are one instruction.
+struct WideColumns {
+  uint2 words;
 
-  __device__ __forceinline__ unsigned two(int i) const { return i < 2 ? columns.x : columns.y; }
-  // Where slot i is behind slot 0, of kBytes each, in one instruction.
   template <int kBytes>
-  __device__ __forceinline__ uint32_t address(int i, uint32_t slot_0) const {
-    static_assert(kBytes < 256);
-    return __dp2a_lo(two(i), i % 2 ? kBytes * 256u : kBytes * 1u, slot_0);
-  }
-  // Times kCsrSlotBytes, which a byte does not hold.
-  __device__ __forceinline__ uint32_t slot_byte(int i) const {
-    static_assert(kCsrSlotBytes == 1 << 8);
-    return __byte_perm(two(i), 0, i % 2 ? 0x4324 : 0x4104);
+  __device__ __forceinline__ void addresses(uint32_t (&at)[kCsrFour], uint32_t slot_0) const {
+#pragma unroll
+    for (int i = 0; i < kCsrFour; ++i) {
+      const unsigned two = i < 2 ? words.x : words.y;
+      if constexpr (kBytes < 256) at[i] = __dp2a_lo(two, i % 2 ? kBytes * 256u : kBytes * 1u, slot_0);
+      else at[i] = slot_0 + __byte_perm(two, 0, i % 2 ? 0x4324 : 0x4104);  // times 256, which no byte holds
+    }
   }
 };
+struct NearColumns {
+  uint32_t word;
+
+  template <int kBytes>
+  __device__ __forceinline__ void addresses(uint32_t (&at)[kCsrFour], uint32_t slot_0) const {
+    if constexpr (kBytes < 256) {
+      static_assert(8 * kBytes < 256);
+      constexpr uint32_t kOne = kBytes;
+      const uint32_t steps = word & 0x1f1f0000u, last = (word >> 5) & 0x07070000u;
+      at[0] = __dp2a_lo(word, kOne, slot_0);
+      at[1] = __dp4a(steps, kOne << 16, at[0]);
+      at[2] = __dp4a(steps, kOne << 24, at[1]);
+      at[3] = __dp4a(last, kOne << 16 | kOne << 27, at[2]);
+    } else {
+      static_assert(kBytes == 256);
+      const uint32_t twice = (word << 1) & 0x3e3e0000u, last = word & 0xe0e00000u;  // 32 times its threes
+      at[0] = slot_0 + __byte_perm(word, 0, 0x4104);
+      at[1] = __dp4a(twice, 128u << 16, at[0]);
+      at[2] = __dp4a(twice, 128u << 24, at[1]);
+      at[3] = __dp4a(last, 8u << 16 | 64u << 24, at[2]);
+    }
+  }
+};
+
 // Four of a row's entries, as they come from memory.
-template <class V>
-struct Entries : Columns {
-  uint2 values;
+template <class V, bool kNear>
+struct Entries {
+  std::conditional_t<kNear, NearColumns, WideColumns> columns;
+  std::conditional_t<sizeof(V) == 4, uint4, uint2> values;
 
   __device__ __forceinline__ float value(int i) const {
-    const unsigned two = i < 2 ? values.x : values.y;
-    return i % 2 ? high<V>(two) : low<V>(two);
-  }
-};
-template <>
-struct Entries<float> : Columns {
-  uint4 values;
-
-  __device__ __forceinline__ float value(int i) const {
-    return __uint_as_float(i == 0 ? values.x : i == 1 ? values.y : i == 2 ? values.z : values.w);
+    if constexpr (sizeof(V) == 4) {
+      return __uint_as_float(i == 0 ? values.x : i == 1 ? values.y : i == 2 ? values.z : values.w);
+    } else {
+      const unsigned two = i < 2 ? values.x : values.y;
+      return i % 2 ? high<V>(two) : low<V>(two);
+    }
   }
 };
 
-template <class V>
-__device__ __forceinline__ Entries<V> load_entries(const CsrWeight& w, uint32_t four) {
-  using Words = decltype(Entries<V>::values);
-  Entries<V> e;
-  e.columns = __ldg(reinterpret_cast<const uint2*>(w.columns) + four);
-  e.values = __ldg(static_cast<const Words*>(w.values) + four);
+template <class V, bool kNear>
+__device__ __forceinline__ Entries<V, kNear> load_entries(const CsrWeight& w, uint32_t four) {
+  using E = Entries<V, kNear>;
+  E e;
+  if constexpr (kNear) e.columns.word = __ldg(static_cast<const uint32_t*>(w.columns) + four);
+  else e.columns.words = __ldg(static_cast<const uint2*>(w.columns) + four);
+  e.values = __ldg(static_cast<const decltype(E::values)*>(w.values) + four);
   return e;
 }
 
@@ -109,20 +130,22 @@ __device__ __forceinline__ V finish(const CsrProduct& p, float sum, int64_t row)
 // Memory answers after a microsecond: what saturates it is 40 KB and more that are asked for at a time on
 // each multiprocessor, of which two blocks of threads share one.
 constexpr int kLoadsAhead = 8;  // of activations, a thread
-template <class V>
-constexpr int kFoursAhead = sizeof(V) == 2 ? 4 : 2;  // of entries, a lane: 64 bytes or 48
+// Fours that a lane asks for at a time: 48 to 96 bytes. Sums of more tokens need the registers.
+template <class V, int kTokens, bool kNear>
+constexpr int kFoursAhead =
+    sizeof(V) == 4 ? (kNear && kTokens <= 2 ? 4 : 2) : (kNear && kTokens <= 4 ? 8 : 4);
 
 // Tokens of a slot that one load takes. The others are in a plane of their own: of slots of 32 bytes, a load
 // could want only every other 16.
 template <class V, int kTokens>
 constexpr int kTogether = kTokens * sizeof(V) > 16 ? 16 / sizeof(V) : kTokens;
 
-// The panel of K blocks [b0, b1): [planes][slots][kTogether], planes `plane` elements apart, zeros in each
-// block's last slot and for tokens beyond.
+// The panel of K blocks [b0, b1): [planes][slots][kTogether], planes `plane` elements apart, zeros for tokens
+// beyond and in the slots of zeros.
 template <class V, int kTokens>
 __device__ __forceinline__ void load_panel(V* panel, int plane, const CsrProduct& p, int64_t first_token,
                                            int b0, int b1) {
-  const int block_cols = p.w.block_cols, slots = block_cols + 1;
+  const int block_cols = p.w.block_cols, slots = p.w.slots;
   const auto* x = static_cast<const V*>(p.x);
   using Part = Pack<V, kTogether<V, kTokens>>;
   constexpr int kAhead = kLoadsAhead / kTokens;  // blocks whose loads are under way together
@@ -131,8 +154,9 @@ __device__ __forceinline__ void load_panel(V* panel, int plane, const CsrProduct
       Pack<V, kTokens> out[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
-        const int64_t column = int64_t{first + u} * block_cols + k;
-        const bool real = k < block_cols && first + u < b1 && column < p.w.cols;
+        const int64_t column = int64_t{first + u} * block_cols + (k - k / kCsrRun);
+        const bool zeros = k % kCsrRun == kCsrReach || k == slots - 1;
+        const bool real = !zeros && first + u < b1 && column < p.w.cols;
 #pragma unroll
         for (int t = 0; t < kTokens; ++t)
           out[u].at[t] = real && first_token + t < p.tokens ? x[(first_token + t) * p.x_stride + column]
@@ -150,32 +174,33 @@ __device__ __forceinline__ void load_panel(V* panel, int plane, const CsrProduct
 }
 
 // slot_0: where slot 0 would be in the first plane; `plane` in bytes.
-template <class V, int kTokens>
-__device__ __forceinline__ void gather(float (&sums)[kTokens], const Entries<V>& e, uint32_t slot_0,
+template <class V, int kTokens, bool kNear>
+__device__ __forceinline__ void gather(float (&sums)[kTokens], const Entries<V, kNear>& e, uint32_t slot_0,
                                        uint32_t plane) {
   constexpr int kPart = kTogether<V, kTokens>;
+  uint32_t at[kCsrFour];
+  e.columns.template addresses<kPart* static_cast<int>(sizeof(V))>(at, slot_0);
 #pragma unroll
   for (int i = 0; i < kCsrFour; ++i) {
     const float v = e.value(i);
-    const uint32_t at = e.template address<kPart* static_cast<int>(sizeof(V))>(i, slot_0);
 #pragma unroll
     for (int part = 0; part < kTokens; part += kPart) {
       float x[kPart];
-      load_activations<V>(x, at + static_cast<uint32_t>(part / kPart) * plane);
+      load_activations<V>(x, at[i] + static_cast<uint32_t>(part / kPart) * plane);
 #pragma unroll
       for (int t = 0; t < kPart; ++t) sums[part + t] = __fmaf_rn(v, x[t], sums[part + t]);
     }
   }
 }
 
-template <class V, int kTokens>
+template <class V, int kTokens, bool kNear>
 __global__ void __launch_bounds__(kCsrThreads, 2) csr_gather_kernel(const CsrProduct p, const int chunk) {
   PARED_DYNAMIC_SHARED(shared);
   PARED_SHARED(float[kCsrGatherSums * kTokens], totals);
   V* panel = reinterpret_cast<V*>(shared);
   const int64_t first_token = int64_t{blockIdx.y} * kTokens;
-  constexpr int kAhead = kFoursAhead<V>;
-  const int block_cols = p.w.block_cols, slots = block_cols + 1;
+  constexpr int kAhead = kFoursAhead<V, kTokens, kNear>;
+  const int slots = p.w.slots;
   const int blocks = p.w.blocks, range = p.w.range_blocks;
   const int plane = chunk * slots * kTogether<V, kTokens>;
   int loaded = -1;
@@ -214,17 +239,17 @@ __global__ void __launch_bounds__(kCsrThreads, 2) csr_gather_kernel(const CsrPro
         float sums[kTokens] = {};
         const uint32_t end = fours.y, step = static_cast<uint32_t>(item.lanes);
         for (uint32_t e = fours.x + static_cast<uint32_t>(lane); e < end; e += kAhead * step) {
-          Entries<V> entries[kAhead];
+          Entries<V, kNear> entries[kAhead];
           bool inside[kAhead];
 #pragma unroll
           for (int i = 0; i < kAhead; ++i) {
             inside[i] = end - e > static_cast<uint32_t>(i) * step;
-            if (inside[i]) entries[i] = load_entries<V>(p.w, e + static_cast<uint32_t>(i) * step);
+            if (inside[i]) entries[i] = load_entries<V, kNear>(p.w, e + static_cast<uint32_t>(i) * step);
           }
 #pragma unroll
           for (int i = 0; i < kAhead; ++i)
             if (inside[i])
-              gather<V, kTokens>(sums, entries[i], slot_0, static_cast<uint32_t>(plane) * sizeof(V));
+              gather<V, kTokens, kNear>(sums, entries[i], slot_0, static_cast<uint32_t>(plane) * sizeof(V));
         }
         fours = next;
 #pragma unroll
@@ -282,18 +307,20 @@ __global__ void __launch_bounds__(kTurnThreads) csr_turn_kernel(const CsrProduct
   }
 }
 
-// Copies K block b into a stage: its columns' slots; the slot behind them is the kernel's.
+// Copies K block b into a stage: its columns' slots; those of zeros are the kernel's.
 __device__ __forceinline__ void copy_panel(unsigned char* stage, const CsrProduct& p, int64_t tile, int b) {
   constexpr int kChunks = kCsrSlotBytes / 16;
   const int64_t first = int64_t{b} * p.w.block_cols, left = p.w.cols - first;
   const int columns = left < p.w.block_cols ? static_cast<int>(left) : p.w.block_cols;
   const unsigned char* in = p.workspace + (tile * p.w.cols + first) * kCsrSlotBytes;
-  for (int i = static_cast<int>(threadIdx.x); i < columns * kChunks; i += kCsrThreads)
-    ptx::copy_async<16>(stage + i * 16, in + int64_t{i} * 16);
+  for (int i = static_cast<int>(threadIdx.x); i < columns * kChunks; i += kCsrThreads) {
+    const int zeros = i / (kCsrReach * kChunks);  // slots of zeros before
+    ptx::copy_async<16>(stage + (i + zeros * kChunks) * 16, in + int64_t{i} * 16);
+  }
 }
 
 // kRows rows a warp, all tokens of a tile: 256 bytes of x a lane pair of words.
-template <class V, int kRows>
+template <class V, int kRows, bool kNear>
 __global__ void __launch_bounds__(kCsrThreads, 1) csr_panel_kernel(const CsrProduct p) {
   PARED_DYNAMIC_SHARED(shared);
   constexpr int kTokens = kCsrSlotBytes / sizeof(V), kMine = kTokens / 32;  // tokens of a tile, of a lane
@@ -302,8 +329,8 @@ __global__ void __launch_bounds__(kCsrThreads, 1) csr_panel_kernel(const CsrProd
   static_assert(kRows % kRowsOfGroup == 0 && kRows <= 32);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = ptx::lane();
   const int64_t token_tile = blockIdx.x, first_row = int64_t{blockIdx.y} * kTile;
-  const int block_cols = p.w.block_cols, blocks = p.w.blocks, range = p.w.range_blocks;
-  const int stage_bytes = (block_cols + 1) * kCsrSlotBytes;
+  const int slots = p.w.slots, blocks = p.w.blocks, range = p.w.range_blocks;
+  const int stage_bytes = slots * kCsrSlotBytes;
 
   // Lane i looks after row i of the warp: which one it is, and where its blocks begin.
   int64_t row = -1;
@@ -316,10 +343,12 @@ __global__ void __launch_bounds__(kCsrThreads, 1) csr_panel_kernel(const CsrProd
   uint32_t begin = row < 0 ? 0 : __ldg(starts), end = row < 0 || blocks == 0 ? begin : __ldg(starts + 1);
 
   // The slots of zeros: the same in all blocks.
-  for (int i = static_cast<int>(threadIdx.x); i < kCsrStages * kCsrSlotBytes / 4; i += kCsrThreads) {
-    const int stage = i / (kCsrSlotBytes / 4), word = i % (kCsrSlotBytes / 4);
-    if (stage < blocks)
-      *reinterpret_cast<uint32_t*>(shared + stage * stage_bytes + block_cols * kCsrSlotBytes + 4 * word) = 0;
+  constexpr int kSlotWords = kCsrSlotBytes / 4;
+  const int runs = (slots + kCsrRun - 1) / kCsrRun;
+  for (int i = static_cast<int>(threadIdx.x); i < runs * kSlotWords; i += kCsrThreads) {
+    const int run_end = (i / kSlotWords + 1) * kCsrRun, slot = (run_end < slots ? run_end : slots) - 1;
+    for (int stage = 0; stage < kCsrStages && stage < blocks; ++stage)
+      reinterpret_cast<uint32_t*>(shared + stage * stage_bytes)[slot * kSlotWords + i % kSlotWords] = 0;
   }
 
   float sums[kRows][kMine] = {};
@@ -333,20 +362,22 @@ __global__ void __launch_bounds__(kCsrThreads, 1) csr_panel_kernel(const CsrProd
     __syncthreads();
     const uint32_t base = ptx::shared_address(shared) +
                           static_cast<uint32_t>((b % kCsrStages - b % range) * stage_bytes + lane * 8);
-    Entries<V> ahead = load_entries<V>(p.w, __shfl_sync(0xffffffffu, begin, 0));
+    Entries<V, kNear> ahead = load_entries<V, kNear>(p.w, __shfl_sync(0xffffffffu, begin, 0));
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       uint32_t e = __shfl_sync(0xffffffffu, begin, r);
       const uint32_t last = __shfl_sync(0xffffffffu, end, r);
-      Entries<V> now = ahead;
-      if (r + 1 < kRows) ahead = load_entries<V>(p.w, __shfl_sync(0xffffffffu, begin, r + 1));
+      Entries<V, kNear> now = ahead;
+      if (r + 1 < kRows) ahead = load_entries<V, kNear>(p.w, __shfl_sync(0xffffffffu, begin, r + 1));
       while (e < last) {
-        Entries<V> following = now;
-        if (++e < last) following = load_entries<V>(p.w, e);
+        Entries<V, kNear> following = now;
+        if (++e < last) following = load_entries<V, kNear>(p.w, e);
+        uint32_t at[kCsrFour];
+        now.columns.template addresses<kCsrSlotBytes>(at, base);
 #pragma unroll
         for (int i = 0; i < kCsrFour; ++i) {
           float x[kMine];
-          load_activations<V>(x, base + now.slot_byte(i));
+          load_activations<V>(x, at[i]);
           const float v = now.value(i);
 #pragma unroll
           for (int t = 0; t < kMine; ++t) sums[r][t] = __fmaf_rn(v, x[t], sums[r][t]);
@@ -382,21 +413,24 @@ __global__ void __launch_bounds__(kCsrThreads, 1) csr_panel_kernel(const CsrProd
   }
 }
 
-template <class V>
+template <class V, bool kNear>
 void launch_gather(const CsrProduct& p, const CsrPlan& plan, cudaStream_t stream) {
   PARED_CHECK(plan.token_tiles <= 65535, "x: expected at most ", int64_t{65535} * plan.tokens,
               " tokens in passes of few, got ", p.tokens);
   const LaunchPlan at{dim3(static_cast<unsigned>(plan.grid), static_cast<unsigned>(plan.token_tiles)),
                       kCsrThreads, static_cast<size_t>(plan.shared_bytes)};
+  const auto run = [&](const char* name, auto kernel) {
+    launch(name, kernel, at, stream, p, plan.chunk_blocks);
+  };
   switch (plan.tokens) {
-    case 1: return launch("csr_gather_1", csr_gather_kernel<V, 1>, at, stream, p, plan.chunk_blocks);
-    case 2: return launch("csr_gather_2", csr_gather_kernel<V, 2>, at, stream, p, plan.chunk_blocks);
-    case 4: return launch("csr_gather_4", csr_gather_kernel<V, 4>, at, stream, p, plan.chunk_blocks);
-    default: return launch("csr_gather_8", csr_gather_kernel<V, 8>, at, stream, p, plan.chunk_blocks);
+    case 1: return run(kNear ? "csr_gather_near_1" : "csr_gather_1", csr_gather_kernel<V, 1, kNear>);
+    case 2: return run(kNear ? "csr_gather_near_2" : "csr_gather_2", csr_gather_kernel<V, 2, kNear>);
+    case 4: return run(kNear ? "csr_gather_near_4" : "csr_gather_4", csr_gather_kernel<V, 4, kNear>);
+    default: return run(kNear ? "csr_gather_near_8" : "csr_gather_8", csr_gather_kernel<V, 8, kNear>);
   }
 }
 
-template <class V>
+template <class V, bool kNear>
 void launch_panel(const CsrProduct& p, const CsrPlan& plan, cudaStream_t stream) {
   const int64_t across = csr_up(p.w.cols, kTurnCols);
   PARED_CHECK(across <= 65535 && plan.row_tiles <= 65535 && plan.token_tiles < (int64_t{1} << 31),
@@ -408,17 +442,23 @@ void launch_panel(const CsrProduct& p, const CsrPlan& plan, cudaStream_t stream)
            p);
   const LaunchPlan at{dim3(tiles, static_cast<unsigned>(plan.row_tiles)), kCsrThreads,
                       static_cast<size_t>(plan.shared_bytes)};
+  const auto run = [&](const char* name, auto kernel) { launch(name, kernel, at, stream, p); };
   switch (plan.rows) {
-    case 64: return launch("csr_panel_64", csr_panel_kernel<V, 4>, at, stream, p);
-    case 128: return launch("csr_panel_128", csr_panel_kernel<V, 8>, at, stream, p);
-    default: return launch("csr_panel_256", csr_panel_kernel<V, 16>, at, stream, p);
+    case 64: return run(kNear ? "csr_panel_near_64" : "csr_panel_64", csr_panel_kernel<V, 4, kNear>);
+    case 128: return run(kNear ? "csr_panel_near_128" : "csr_panel_128", csr_panel_kernel<V, 8, kNear>);
+    default: return run(kNear ? "csr_panel_near_256" : "csr_panel_256", csr_panel_kernel<V, 16, kNear>);
   }
 }
 
+template <class V, bool kNear>
+void launch_product(const CsrProduct& p, const CsrPlan& plan, cudaStream_t stream) {
+  if (plan.panel) launch_panel<V, kNear>(p, plan, stream);
+  else launch_gather<V, kNear>(p, plan, stream);
+}
 template <class V>
 void launch_product(const CsrProduct& p, const CsrPlan& plan, cudaStream_t stream) {
-  if (plan.panel) launch_panel<V>(p, plan, stream);
-  else launch_gather<V>(p, plan, stream);
+  if (p.w.near) launch_product<V, true>(p, plan, stream);
+  else launch_product<V, false>(p, plan, stream);
 }
 
 }  // namespace

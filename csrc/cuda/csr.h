@@ -19,11 +19,13 @@ struct CsrItem {
 };
 
 struct CsrWeight {
-  const void* values;       // 16-byte aligned; csr_plan.h says how these three lie
-  const uint16_t* columns;  // 8-byte aligned
-  const uint32_t* starts;   // [outputs * blocks + 1]
+  const void* values;      // 16-byte aligned; csr_plan.h says how these three lie
+  const void* columns;     // 8-byte aligned
+  const uint32_t* starts;  // [outputs * blocks + 1]
   DType dtype;
+  bool near;  // the way of the columns
   int32_t block_cols;
+  int32_t slots;                 // of a block
   int32_t blocks, range_blocks;  // of a row; of an index range
   int64_t outputs, cols;
   const CsrItem* items;  // cover all rows

@@ -2,16 +2,20 @@
 // C++, tested on machines without a GPU.
 //
 // The reduction is cut into blocks of `block_cols` columns, so that a panel of activations, a block's columns
-// by some tokens, fits into shared memory. Behind the columns of a block the panel has one more slot, which
-// holds zeros. A row is stored block by block, the entries of a block padded to fours with zeros that point
-// to that slot (so that padding never meets an activation, which may be infinite):
+// by some tokens, fits into shared memory. A panel has a slot for each column, and slots that hold zeros: one
+// behind every 31 columns, one behind the last. A row is stored block by block, the entries of a block in
+// fours, filled up with zeros that point to a slot of zeros (so that padding never meets an activation, which
+// may be infinite):
 //
 //   starts[row * blocks + b], in fours: where block b of a row begins; the next one is its end;
-//   values  [fours][4], columns [fours][4]: uint16, slot within an index range, kCsrIndexSlots slots that
-//     begin at a block.
-//
-// The entries of a block are in any order; one in which value j of eight consecutive fours asks for eight
-// different slots modulo 8 has fewest bank conflicts.
+//   values [fours][4];
+//   columns, in one of two ways. Slots count within an index range, kCsrIndexSlots slots that begin at a
+//   block.
+//     wide: [fours][4] uint16, slots in any order; one in which value j of eight consecutive fours asks for
+//       eight different slots modulo 8 has fewest bank conflicts.
+//     near: [fours] uint32. Bits 0-15: the slot of the first of four. Each of the others is so many slots
+//       behind the one before: up to kCsrReach in bits 16-20 and 24-28, up to kCsrLastReach in bits 21-23
+//       (its low three) and 29-31. A slot of zeros is never beyond reach, so that a four may end early.
 //
 // One more four of zeros lies behind the last, so that kernels may load ahead.
 #pragma once
@@ -23,9 +27,12 @@ namespace pared::cuda {
 
 inline constexpr int kCsrFour = 4;
 inline constexpr int kCsrIndexSlots = 65536;
-inline constexpr int kCsrSlotBytes = 256;  // of a panel of many tokens
-inline constexpr int kCsrStages = 2;       // panels of many tokens in shared memory
-inline constexpr int kCsrGroup = 64;       // rows whose order within the panel product balances its warps
+inline constexpr int kCsrReach = 31, kCsrLastReach = 63;
+inline constexpr int kCsrRun = kCsrReach + 1;  // slots, of which the last holds zeros
+inline constexpr int kCsrMostSlots = 512;      // of a panel
+inline constexpr int kCsrSlotBytes = 256;      // of a panel of many tokens
+inline constexpr int kCsrStages = 2;           // panels of many tokens in shared memory
+inline constexpr int kCsrGroup = 64;           // rows whose order within the panel product balances its warps
 inline constexpr int kCsrThreads = 512, kCsrWarps = kCsrThreads / 32;
 inline constexpr int kCsrGatherTokens = 8;   // at most, of one pass
 inline constexpr int kCsrGatherSums = 128;   // of an item: rows times warps that share one
@@ -33,13 +40,18 @@ inline constexpr int64_t kCsrStatic = 5120;  // bytes of static shared memory at
 
 constexpr int64_t csr_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Slots of a panel of so many columns.
+constexpr int csr_slots(int block_cols) {
+  return static_cast<int>(block_cols + csr_up(block_cols, kCsrReach));
+}
 // Columns of a block, so that two panels of many tokens fit.
 inline int csr_block_cols(int64_t cols, int64_t shared_limit) {
-  const int64_t fit = (shared_limit - kCsrStatic) / (kCsrStages * kCsrSlotBytes) - 1;
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({fit, 511, cols})));
+  const int64_t slots =
+      std::min<int64_t>((shared_limit - kCsrStatic) / (kCsrStages * kCsrSlotBytes), kCsrMostSlots);
+  return static_cast<int>(std::max<int64_t>(1, std::min(slots - csr_up(slots, kCsrRun), cols)));
 }
 constexpr int64_t csr_blocks(int64_t cols, int block_cols) { return csr_up(cols, block_cols); }
-constexpr int csr_index_blocks(int block_cols) { return kCsrIndexSlots / (block_cols + 1); }
+constexpr int csr_index_blocks(int block_cols) { return kCsrIndexSlots / csr_slots(block_cols); }
 
 struct CsrPlan {
   bool panel;  // lanes over tokens; else lanes over non-zeros
@@ -69,7 +81,7 @@ inline CsrPlan plan_csr_product(int64_t tokens, int64_t outputs, int64_t cols, i
     p.tokens = 1;
     while (p.tokens < tokens && p.tokens < kCsrGatherTokens) p.tokens *= 2;
     p.token_tiles = csr_up(tokens, p.tokens);
-    const int64_t slot = int64_t{p.tokens} * item_bytes, block = (block_cols + 1) * slot;
+    const int64_t slot = int64_t{p.tokens} * item_bytes, block = csr_slots(block_cols) * slot;
     // Two blocks of threads a multiprocessor, where one K block at least fits then.
     const int64_t half = (shared_limit - 1024) / 2 - kCsrStatic;
     p.chunk_blocks = static_cast<int>(std::clamp<int64_t>(half / block, 1, std::max<int64_t>(1, blocks)));
@@ -89,7 +101,7 @@ inline CsrPlan plan_csr_product(int64_t tokens, int64_t outputs, int64_t cols, i
   p.row_tiles = csr_up(outputs, p.rows);
   const int64_t stages = std::min<int64_t>(kCsrStages, std::max<int64_t>(1, blocks));
   p.shared_bytes =
-      std::max<int64_t>(stages * (block_cols + 1) * kCsrSlotBytes, int64_t{p.rows} * (p.tokens + 1) * 4);
+      std::max<int64_t>(stages * csr_slots(block_cols) * kCsrSlotBytes, int64_t{p.rows} * (p.tokens + 1) * 4);
   p.workspace_bytes = p.token_tiles * cols * kCsrSlotBytes;
   return p;
 }

@@ -19,17 +19,21 @@ FOUR = 4  # entries that are loaded together
 GROUP, WARPS = 64, 16  # rows whose order balances warps; warps of a block of threads
 THREADS = 32 * WARPS
 INDEX_SLOTS = 1 << 16
+REACH, LAST_REACH = 31, 63  # slots that the first two and the last step of a near four span
 BANKS = 8  # of 16 bytes in shared memory: the activations of a column at eight tokens of 16 bits
 SUMS = 128  # rows times warps that share one, of an item
 ITEMS_PER_MULTIPROCESSOR = 4
 MOST_FOURS = (1 << 32) - (1 << 14)  # kernels count them in 32 bits, and some steps ahead
+# Bytes of a column's activations, and tokens, between which near columns cost more in bank conflicts of the
+# product of few tokens than they save in bytes: by the conflicts counted in the emulator, not by measurement.
+NEAR_BYTES, GATHER_TOKENS = 8, 32
 
 
-def work_items(row_fours: NDArray[np.int64], multiprocessors: int) -> NDArray[np.int32]:
+def work_items(row_fours: NDArray[np.int64], multiprocessors: int, ahead: int = 4) -> NDArray[np.int32]:
     """Items ``(first row, end, lanes of a row)`` for rows of so many fours, the heaviest first.
 
-    Items hold whole consecutive rows of about equal work. A row costs at least one step of a few lanes, so
-    that many empty rows are work as well.
+    A lane loads `ahead` fours together. Items hold whole consecutive rows of about equal work. A row costs
+    at least one step of a few lanes, so that many empty rows are work as well.
     """
     n = row_fours.size
     if n == 0:
@@ -51,9 +55,8 @@ def work_items(row_fours: NDArray[np.int64], multiprocessors: int) -> NDArray[np
     sums = np.concatenate([[0], np.cumsum(row_fours)])
     work = sums[last] - sums[first]
     rows = last - first
-    # Lanes take four fours each of an average row, which are loaded together, as long as all threads have a
-    # row.
-    wanted = np.maximum(work / np.maximum(1, rows) / 4, THREADS / np.maximum(1, rows) / 2)
+    # Lanes take `ahead` fours each of an average row, as long as all threads have a row.
+    wanted = np.maximum(work / np.maximum(1, rows) / ahead, THREADS / np.maximum(1, rows) / 2)
     lanes = 2 ** np.clip(np.ceil(np.log2(np.maximum(wanted, 1))), 2, np.log2(THREADS)).astype(np.int64)
     # Sums of a row that several warps share take a place each.
     while (too_many := rows * np.maximum(1, lanes // 32) > SUMS).any():
@@ -127,6 +130,66 @@ def _places(segment: torch.Tensor, bank: torch.Tensor, starts: torch.Tensor) -> 
     return to
 
 
+def _slots(block_cols: int) -> int:
+    """Of a panel of so many columns; csr_plan.h says why they are more."""
+    return block_cols + -(-block_cols // REACH)
+
+
+def _near_words(slot: torch.Tensor, first: torch.Tensor, slots: int) -> torch.Tensor:
+    """Near columns, [fours] int32.
+
+    Parameters
+    ----------
+    slot : [fours, 4], within the block, -1 where a four has no more entries; they get the next slot of zeros
+        here.
+    first : [fours], slot 0 of the block in its range.
+    """
+    import torch
+
+    for j in range(1, FOUR):
+        zeros = (slot[:, j - 1] | REACH).clamp(max=slots - 1)
+        slot[:, j] = torch.where(slot[:, j] < 0, zeros, slot[:, j])
+    a, b, c = slot.diff(dim=1).unbind(1)
+    word = slot[:, 0] + first | a << 16 | (c & 7) << 21 | b << 24 | c >> 3 << 29
+    return word.to(torch.int32)
+
+
+def _near_positions(segment: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    """The position, 0 to 3, of each entry in its four, where fours are filled one after the other and end
+    where the next entry is beyond reach.
+
+    Parameters
+    ----------
+    segment, slot : [n], int64, of each entry, ordered by segment, then slot.
+
+    Returns
+    -------
+    [n], int64; a segment begins with 0.
+    """
+    import torch
+
+    # An entry turns the position of the one before into its own: a map of four states, two bits each. All
+    # prefixes of the maps' compositions, in as many steps as the longest segment's length has bits.
+    step = slot.diff(prepend=slot[:1])
+    maps = torch.zeros_like(step, dtype=torch.uint8)
+    for position, reach in enumerate((REACH, REACH, LAST_REACH)):
+        maps |= (step <= reach).to(torch.uint8) * (position + 1 << 2 * position)
+    begins = torch.ones_like(segment, dtype=torch.bool)
+    begins[1:] = segment[1:] != segment[:-1]
+    maps[begins] = 0
+    longest = int(torch.bincount(torch.cumsum(begins, 0)).max()) if segment.numel() else 0
+    distance = 1
+    while distance < longest:
+        earlier, later = maps[:-distance], maps[distance:]
+        both = torch.zeros_like(later)
+        for position in range(FOUR):
+            between = earlier >> 2 * position & 3
+            both |= (later >> 2 * between & 3) << 2 * position
+        maps = torch.cat([maps[:distance], both])
+        distance *= 2
+    return (maps & 3).long()
+
+
 @dataclass(frozen=True)
 class DeviceCSR(KernelWeight):
     """An unstructured sparse weight in a device's memory; csrc/cuda/csr_plan.h has the layout.
@@ -134,9 +197,10 @@ class DeviceCSR(KernelWeight):
     Attributes
     ----------
     values : [fours + 1, 4], float32, float16 or bfloat16.
-    columns : [fours + 1, 4], slots as int16 (uint16 in the kernels).
+    columns : wide: [fours + 1, 4], int16; near: [fours + 1], int32 (unsigned in the kernels).
     starts : [out * blocks + 1], int32 (uint32), in fours.
     items, order : who does what; see `work_items`, `row_order`.
+    near : which way the columns are kept.
     block_cols : columns of a block.
     shape : (out, in).
     nnz : non-zeros.
@@ -147,6 +211,7 @@ class DeviceCSR(KernelWeight):
     starts: torch.Tensor
     items: torch.Tensor
     order: torch.Tensor
+    near: bool
     block_cols: int
     shape: tuple[int, int]
     nnz: int
@@ -159,6 +224,7 @@ class DeviceCSR(KernelWeight):
         values: torch.Tensor,
         shape: tuple[int, int],
         *,
+        near: bool | None = None,
         place: Place | None = None,
     ) -> DeviceCSR:
         """Pack entries ordered by row, then column, on their device.
@@ -168,20 +234,28 @@ class DeviceCSR(KernelWeight):
         rows, cols : [n], int64.
         values : [n], float32, float16 or bfloat16.
         shape : (out, in).
+        near : which way to keep the columns; None for that of fewer bytes.
         place : the device; None for that of `values`.
         """
         import torch
 
         at = place or Place.of(values)
-        k, device = at.kernels, values.device
+        k, device, size = at.kernels, values.device, values.element_size()
         outputs, inputs = shape
         block_cols: int = k.csr_block_cols(max(1, inputs), k.shared_limit(at.device))
-        slots = block_cols + 1
+        slots = _slots(block_cols)
         blocks, per_range = -(-inputs // block_cols), INDEX_SLOTS // slots
         block = cols // block_cols
+        within = cols - block * block_cols
+        slot = within + within // REACH
         segment = rows * blocks + block
-        count = torch.bincount(segment, minlength=outputs * blocks)
-        fours = (count + FOUR - 1) // FOUR
+        fours = (torch.bincount(segment, minlength=outputs * blocks) + FOUR - 1) // FOUR
+        if near is not False:
+            position = _near_positions(segment, slot)
+            others = torch.bincount(segment[position == 0], minlength=outputs * blocks)
+            less = int(others.sum()) * (FOUR * size + 4) < int(fours.sum()) * (FOUR * size + 8)
+            near = less if near is None else near
+            fours = others if near else fours
         starts = torch.zeros(outputs * blocks + 1, dtype=torch.int64, device=device)
         torch.cumsum(fours, 0, out=starts[1:])
         total = int(starts[-1])
@@ -190,31 +264,39 @@ class DeviceCSR(KernelWeight):
         row_fours = (
             (starts[blocks::blocks] - starts[:-1:blocks]).cpu().numpy() if blocks else np.zeros(outputs)
         )
-        # Padding points to the slot of zeros behind its block's columns.
-        of_four = torch.repeat_interleave(torch.arange(outputs * blocks, device=device), fours)
-        pads = of_four % max(1, blocks) % per_range * slots + block_cols
-        slot = torch.full((total + 1, FOUR), block_cols, dtype=torch.int64, device=device)
-        slot[:total] = pads[:, None]
+        if near:
+            to = FOUR * (torch.cumsum(position == 0, 0) - 1) + position
+        else:
+            to = _places(segment, (block % per_range * slots + slot) % BANKS, starts)
         packed = torch.zeros((total + 1) * FOUR, dtype=values.dtype, device=device)
-        own = block % per_range * slots + cols - block * block_cols
-        to = _places(segment, own % BANKS, starts)
         packed[to] = values
-        slot.view(-1)[to] = own
+        # What no entry takes points to a slot of zeros: the block's last, or the next one.
+        of_four = torch.full((total + 1, FOUR), slots - 1, dtype=torch.int64, device=device)
+        if near:
+            of_four[:total] = -1
+        of_four.view(-1)[to] = slot
+        first = torch.zeros(total + 1, dtype=torch.int64, device=device)  # slot of the block, in its range
+        each = torch.arange(outputs * blocks, device=device) % max(1, blocks) % per_range * slots
+        first[:total] = torch.repeat_interleave(each, fours)
         numbers = row_fours.astype(np.int64)
+        items = work_items(numbers, k.multiprocessors(at.device), ahead=8 if near and size == 2 else 4)
         return cls(
             packed.view(-1, FOUR),
-            slot.to(torch.int16),
+            _near_words(of_four, first, slots) if near else (of_four + first[:, None]).to(torch.int16),
             starts.to(torch.int32),
-            torch.from_numpy(work_items(numbers, k.multiprocessors(at.device))).to(device),
+            torch.from_numpy(items).to(device),
             torch.from_numpy(row_order(numbers)).to(device),
+            bool(near),
             block_cols,
             (outputs, inputs),
             values.numel(),
         )
 
     @classmethod
-    def from_dense(cls, weight: torch.Tensor, *, place: Place | None = None) -> DeviceCSR:
-        """The non-zeros of a weight [out, in], on its device; -0.0 is a zero.
+    def from_dense(
+        cls, weight: torch.Tensor, *, near: bool | None = None, place: Place | None = None
+    ) -> DeviceCSR:
+        """The non-zeros of a weight [out, in], on its device; -0.0 is a zero. See `from_entries`.
 
         Raises
         ------
@@ -225,7 +307,8 @@ class DeviceCSR(KernelWeight):
             raise ValueError(f"weight: expected [out, in], got shape {list(weight.shape)}")
         w = weight.detach()
         rows, cols = (w != 0).nonzero(as_tuple=True)
-        return cls.from_entries(rows, cols, w[rows, cols], (w.shape[0], w.shape[1]), place=place)
+        shape = (w.shape[0], w.shape[1])
+        return cls.from_entries(rows, cols, w[rows, cols], shape, near=near, place=place)
 
     @classmethod
     def from_csr(cls, weight: torch.Tensor, *, place: Place | None = None) -> DeviceCSR:
@@ -259,21 +342,43 @@ class DeviceCSR(KernelWeight):
         total = self.shape[0] * self.shape[1]
         return 1.0 - self.nnz / total if total else 0.0
 
+    def _entries(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows, columns, values, of what is stored but the padding, in the order of rows and columns."""
+        import torch
+
+        inputs, slots = self.shape[1], _slots(self.block_cols)
+        blocks, per_range = -(-inputs // self.block_cols), INDEX_SLOTS // slots
+        if self.near:
+            word = self.columns[:-1].long().bitwise_and(0xFFFFFFFF)
+            last = (word >> 21 & 7) + (word >> 29 << 3)
+            slot = torch.stack([word & 0xFFFF, word >> 16 & 31, word >> 24 & 31, last], 1).cumsum(1)
+        else:
+            slot = self.columns[:-1].long().bitwise_and(0xFFFF)
+        fours = self.starts.long().bitwise_and(0xFFFFFFFF).diff()
+        segment = torch.repeat_interleave(torch.arange(fours.numel(), device=self.device), fours)[:, None]
+        block = segment % max(1, blocks)
+        slot = slot - block % per_range * slots
+        real = (slot % (REACH + 1) != REACH) & (slot != slots - 1)
+        rows = (segment // max(1, blocks)).expand_as(slot)[real]
+        cols = (block * self.block_cols + slot - slot // (REACH + 1))[real]
+        order = torch.argsort(rows * inputs + cols)
+        return rows[order], cols[order], self.values[:-1][real][order]
+
     def to_dense(self) -> torch.Tensor:
         """The weight [out, in]."""
         import torch
 
-        (outputs, inputs), slots = self.shape, self.block_cols + 1
-        blocks, per_range = -(-inputs // self.block_cols), INDEX_SLOTS // slots
-        out = torch.zeros(outputs, inputs, dtype=self.dtype, device=self.device)
-        fours = self.starts.long().bitwise_and(0xFFFFFFFF).diff()
-        segment = torch.repeat_interleave(torch.arange(fours.numel(), device=self.device), fours)[:, None]
-        slot = self.columns[:-1].long().bitwise_and(0xFFFF)
-        block = segment % max(1, blocks)
-        col = block * self.block_cols + slot - block % per_range * slots
-        real = slot % slots != self.block_cols
-        out[(segment // max(1, blocks)).expand_as(col)[real], col[real]] = self.values[:-1][real]
+        out = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        rows, cols, values = self._entries()
+        out[rows, cols] = values
         return out
+
+    def tuned(self, tokens: int) -> DeviceCSR:
+        """This weight, its columns kept the way that suits calls of so many tokens."""
+        many = tokens * self.values.element_size() > NEAR_BYTES and tokens <= GATHER_TOKENS
+        if not (self.near and many):
+            return self
+        return DeviceCSR.from_entries(*self._entries(), self.shape, near=False)
 
     def _like(self) -> torch.Tensor:
         return self.values
@@ -314,6 +419,7 @@ class DeviceCSR(KernelWeight):
                 self.columns.data_ptr(),
                 self.starts.data_ptr(),
                 dtype_name(self.dtype),
+                self.near,
                 self.block_cols,
                 outputs,
                 cols,

@@ -117,6 +117,15 @@ def test_choices(device, seconds, precision, dtype, want):
     fast(x)
 
 
+@pytest.mark.parametrize(("tokens", "near"), [(1, True), (4, False)])
+def test_columns_are_kept_the_way_that_suits_the_calls(device, tokens, near):
+    device(FAST)
+    net, x = model(torch.float32), torch.randn(tokens, 128)
+    fast = pared.accelerate(net, x, "float32", formats=["csr"], cache=False)
+    assert [m._on_device.near for m in fast if isinstance(m, pared.nn.PackedModule)] == [near] * 2
+    fast(x)
+
+
 def images(zeros=0.8, **options):
     torch.manual_seed(3)
     conv = nn.Conv2d(32, 48, 1, stride=2, **options)

@@ -27,6 +27,7 @@ PLAIN = ["turns_16_plain", "turns_2_diverged"]
 NO_CONFLICT = 1.03
 ALLOWED = {
     r"csr_gather_\d": 1.55,  # gathers from wherever a block's columns are, in the best order of them
+    r"csr_gather_near_\d": 1.8,  # and in their own
     # Lanes have up to 4 values each, in 32 words where half of them are there, 16 bits each; of pairs up to 4
     # words, here more than the format is for.
     "(decode|expand)_bitmap16": 1.1,

@@ -61,8 +61,9 @@ def weights(device):
     yield DeviceInt8.from_int8(pared.ops.Int8.from_parts(*parts), device), {}, dense
     yield DeviceBlocks.from_dense(half, (16, 16)), {}, dense
     yield DeviceBlocks.from_dense(eight, (16, 16), ones), {}, dense
-    yield DeviceCSR.from_dense(half), {"few": 8}, dense
-    yield DeviceCSR.from_dense(half), {"few": 0}, dense
+    for near in (False, True):
+        for few in (8, 0):
+            yield DeviceCSR.from_dense(half, near=near), {"few": few}, dense
 
 
 def test_rows_more_than_2_to_the_31_elements_apart(backend):
@@ -88,6 +89,6 @@ def test_sizes_that_are_not_counted(emulated):
         emulated.decode_expand((*nothing[:4], 1 << 23, 1 << 20, 512), 0, 0, 0, 0)
     with pytest.raises(ValueError, match=r"x: expected fewer than 2\^31 rows"):
         emulated.pad_rows(0, most, 1, 1, 1, 0, 16, 0, 0)
-    csr = (0, 0, 0, "float32", 32, most, 32, 0, 0, 0)
+    csr = (0, 0, 0, "float32", False, 32, most, 32, 0, 0, 0)
     with pytest.raises(ValueError, match=r"w: expected fewer than 2\^31 outputs"):
         emulated.csr_product(csr, 0, 1, 32, 0, "", 0, 32, 0, 0, -1, 0, 0)

@@ -71,8 +71,9 @@ def decode(rng, place, device, shape):
 
 def csr(rng, place, device, shape):
     dense = random_weight(rng, *shape).to(pick(rng, FLOATS))
-    few = pick(rng, [-1, 0, 8, 64])
-    return DeviceCSR.from_dense(dense.to(device), place=place), {"few": few}, dense.dtype, dense.double()
+    few, near = pick(rng, [-1, 0, 8, 64]), pick(rng, [None, False, True])
+    w = DeviceCSR.from_dense(dense.to(device), near=near, place=place)
+    return w, {"few": few}, dense.dtype, dense.double()
 
 
 def blocks(rng, place, device, shape):

@@ -1,5 +1,5 @@
-"""Unstructured sparse products on CUDA: every dtype and number of tokens, uneven and empty rows, padding that
-meets no infinity, work that is shared equally."""
+"""Unstructured sparse products on CUDA: every dtype, number of tokens and way of the columns, uneven and
+empty rows, padding that meets no infinity, work that is shared equally."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pared._cuda_weight import Place
 from pared.ops._device import DeviceWeight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+both_ways = pytest.mark.parametrize("near", [False, True])
 
 
 @pytest.fixture
@@ -57,8 +58,9 @@ def narrow_blocks(monkeypatch, place, cols):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block_cols", [None, 7])
-def test_products(backend, place, rng, monkeypatch, dtype, block_cols):
+@pytest.mark.parametrize("block_cols", [None, 7, 33])
+@both_ways
+def test_products(backend, place, rng, monkeypatch, dtype, block_cols, near):
     if block_cols:
         narrow_blocks(monkeypatch, place, block_cols)
     for m, n, k, density in [
@@ -67,9 +69,10 @@ def test_products(backend, place, rng, monkeypatch, dtype, block_cols):
         (3, 64, 33, 0.2),
         (8, 130, 90, 0.1),
         (19, 5, 47, 0.5),
+        (4, 20, 400, 0.02),
     ]:
         dense = random_weight(rng, (n, k), density, dtype)
-        w = DeviceCSR.from_dense(dense.to(backend.device))
+        w = DeviceCSR.from_dense(dense.to(backend.device), near=near)
         assert torch.equal(w.to_dense().cpu(), dense + 0.0)
         assert w.nnz == int((dense != 0).sum())
         x = torch.from_numpy(rng.standard_normal((m, k))).to(dtype)
@@ -82,49 +85,53 @@ def test_products(backend, place, rng, monkeypatch, dtype, block_cols):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numbers_of_tokens(backend, place, rng, dtype):
+@both_ways
+def test_numbers_of_tokens(backend, place, rng, dtype, near):
     dense = random_weight(rng, (70, 96), 0.3, dtype)
-    w = DeviceCSR.from_dense(dense.to(backend.device))
+    w = DeviceCSR.from_dense(dense.to(backend.device), near=near)
     for m in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 65, 129):
         x = torch.from_numpy(rng.standard_normal((m, 96))).to(dtype)
         assert_close(w.linear(x.to(backend.device)), x, dense)
 
 
 @pytest.mark.parametrize("rows", [64, 128, 256])
-def test_sizes_of_tiles(backend, place, rng, rows):
+@both_ways
+def test_sizes_of_tiles(backend, place, rng, rows, near):
     # The plan takes taller tiles as the multiprocessors have enough of them.
     n = {64: 100, 128: 257, 256: 700}[rows]
     dense = random_weight(rng, (n, 40), 0.2, torch.float16)
     plan = place.kernels.plan_csr(40, n, 40, 40, 2, 4, place.kernels.multiprocessors(0), 227 << 10, 0)
     if backend.device.type == "cpu":
         assert plan["rows"] == rows
-    w = DeviceCSR.from_dense(dense.to(backend.device))
+    w = DeviceCSR.from_dense(dense.to(backend.device), near=near)
     x = torch.from_numpy(rng.standard_normal((40, 40))).to(torch.float16)
     assert_close(w.linear(x.to(backend.device), few=0), x, dense)
 
 
-def test_many_inputs(backend, place, rng, monkeypatch):
+@both_ways
+def test_many_inputs(backend, place, rng, monkeypatch, near):
     # More slots than 16 bits count, so that columns start anew; activations of a few blocks at a time.
     k = 70_000
     dense = torch.zeros(5, k)
     cols = torch.from_numpy(rng.integers(0, k, (3, 40)))
     dense[1:4].scatter_(1, cols, torch.randn(3, 40))
     dense[0, -1] = dense[4, 0] = 2.0
-    w = DeviceCSR.from_dense(dense.to(backend.device))
+    w = DeviceCSR.from_dense(dense.to(backend.device), near=near)
     assert torch.equal(w.to_dense().cpu(), dense)
     x = torch.from_numpy(rng.standard_normal((2, k))).float()
     for few in (8, 0):
         assert_close(w.linear(x.to(backend.device), few=few), x, dense)
     narrow_blocks(monkeypatch, place, 5)
-    w = DeviceCSR.from_dense(dense[:, :60].to(backend.device))
+    w = DeviceCSR.from_dense(dense[:, :60].to(backend.device), near=near)
     assert_close(w.linear(x[:, :60].to(backend.device), few=0), x[:, :60], dense[:, :60])
 
 
-def test_rows_shared_by_several_warps(backend, place, rng):
+@both_ways
+def test_rows_shared_by_several_warps(backend, place, rng, near):
     dense = torch.zeros(40, 3000)
     dense[3] = torch.randn(3000)
     dense[30:, ::7] = torch.randn(10, 429)
-    w = DeviceCSR.from_dense(dense.to(backend.device))
+    w = DeviceCSR.from_dense(dense.to(backend.device), near=near)
     assert int(w.items[:, 2].max()) > 32
     x = torch.from_numpy(rng.standard_normal((3, 3000))).float()
     got = w.linear(x.to(backend.device))
@@ -133,11 +140,12 @@ def test_rows_shared_by_several_warps(backend, place, rng):
 
 
 @pytest.mark.parametrize("few", [8, 0])
-def test_zeros_meet_no_infinity(backend, place, rng, few):
+@both_ways
+def test_zeros_meet_no_infinity(backend, place, rng, few, near):
     dense = torch.zeros(3, 20)
     dense[0, [1, 5]] = 1.0
     dense[1, 2] = 3.0
-    w = DeviceCSR.from_dense(dense.to(backend.device))
+    w = DeviceCSR.from_dense(dense.to(backend.device), near=near)
     x = torch.ones(2, 20)
     x[0, [0, 3, 7, 19]] = float("inf")
     x[1, 2] = float("nan")
@@ -189,11 +197,79 @@ def test_views_and_leading_dimensions(backend, place, rng):
             assert_close(got.reshape(6, 40), x[..., first : first + 61].reshape(6, 61), dense)
 
 
+@both_ways
+@pytest.mark.parametrize("few", [8, 0])
+@pytest.mark.parametrize("block_cols", [None, 40])
+def test_fours_that_end_early_meet_no_infinity(backend, place, rng, monkeypatch, block_cols, few, near):
+    """One non-zero in every part of a row, between columns of infinities."""
+    if block_cols:
+        narrow_blocks(monkeypatch, place, block_cols)
+    for first in (0, 1, 29, 30, 31, 61, 62, 90):
+        dense = torch.zeros(4, 200)
+        for row, step in enumerate((32, 33, 64, 70)):
+            dense[row, first::step] = 1.0
+        w = DeviceCSR.from_dense(dense.to(backend.device), near=near)
+        x = torch.where((dense != 0).any(0), 1.0, float("inf")).expand(2, 200).contiguous()
+        got = w.linear(x.to(backend.device), few=few).cpu()
+        assert torch.equal(got, (dense != 0).sum(1).float().expand(2, 4))
+
+
+def near_positions(slots):
+    """Of one segment, an entry at a time."""
+    out = [0] * len(slots)
+    for i in range(1, len(slots)):
+        reach = (_cuda_sparse.REACH, _cuda_sparse.REACH, _cuda_sparse.LAST_REACH, -1)[out[i - 1]]
+        out[i] = out[i - 1] + 1 if slots[i] - slots[i - 1] <= reach else 0
+    return out
+
+
+steps = st.lists(st.sampled_from([1, 2, 30, 31, 32, 62, 63, 64, 200]), max_size=40)
+
+
+@given(st.lists(steps, max_size=6))
+@settings(deadline=None, max_examples=200)
+def test_positions_of_near_entries(segments):
+    slots = [np.cumsum(s).tolist() for s in segments]
+    segment = torch.tensor([i for i, s in enumerate(slots) for _ in s], dtype=torch.int64)
+    flat = torch.tensor([v for s in slots for v in s], dtype=torch.int64)
+    got = _cuda_sparse._near_positions(segment, flat)
+    assert got.tolist() == [p for s in slots for p in near_positions(s)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_way_of_fewer_bytes(emulated, rng, dtype):
+    place, size = Place(emulated, 0, 0), torch.finfo(dtype).bits // 8
+    for zeros, near, most in [(0.5, True, 3.1), (0.8, True, 3.15), (0.9, True, 3.4), (0.99, False, 6.0)]:
+        dense = torch.from_numpy(np.where(rng.random((64, 2000)) < zeros, 0, 1.0)).to(dtype)
+        w = DeviceCSR.from_dense(dense, place=place)
+        assert w.near is near
+        # 16-bit values; 32 bits are two bytes more.
+        assert w.values.nbytes + w.columns.nbytes <= (most + (size - 2) * most / 3) * w.nnz
+        other = DeviceCSR.from_dense(dense, near=not near, place=place)
+        assert w.nbytes < other.nbytes
+        assert torch.equal(other.to_dense(), dense)
+
+
+def test_ways_for_numbers_of_tokens(place, rng, backend):
+    dense = random_weight(rng, (30, 300), 0.3, torch.bfloat16)
+    w = DeviceCSR.from_dense(dense.to(backend.device))
+    assert w.near
+    for tokens, near in [(1, True), (4, True), (5, False), (32, False), (33, True), (2048, True)]:
+        tuned = w.tuned(tokens)
+        assert tuned.near is near
+        assert torch.equal(tuned.to_dense().cpu(), dense + 0.0)
+        x = torch.from_numpy(rng.standard_normal((min(tokens, 40), 300))).to(torch.bfloat16)
+        assert_close(tuned.linear(x.to(backend.device)), x, dense)
+    wide = DeviceCSR.from_dense(dense.float().to(backend.device), near=False)
+    assert wide.tuned(1) is wide
+    assert not DeviceCSR.from_dense(dense.float().to(backend.device)).tuned(4).near
+
+
 @pytest.mark.parametrize(("density", "most"), [(0.5, 1.4), (0.2, 1.65), (0.1, 1.85)])
 def test_neighbouring_lanes_want_different_banks(emulated, rng, density, most):
     # Ordered by column it is 2.5 turns. 1 would take as many columns of each bank in every block of a row.
     w = torch.from_numpy(rng.random((40, 3000)) < density).float()
-    packed = DeviceCSR.from_dense(w, place=Place(emulated, 0, 0))
+    packed = DeviceCSR.from_dense(w, near=False, place=Place(emulated, 0, 0))
     assert torch.equal(packed.to_dense(), w)
     starts = packed.starts[:: (packed.starts.numel() - 1) // 40].tolist()
     turns = loads = 0
@@ -250,7 +326,7 @@ def test_module(backend, place, rng):
 def test_a_wrong_product_is_seen(backend, place, rng):
     """The comparison of these tests: a column that is one off, and a row's last entry left out."""
     dense = random_weight(rng, (20, 30), 0.5, torch.float32)
-    w = DeviceCSR.from_dense(dense.to(backend.device))
+    w = DeviceCSR.from_dense(dense.to(backend.device), near=False)
     x = torch.from_numpy(rng.standard_normal((3, 30))).float()
     assert_close(w.linear(x.to(backend.device)), x, dense)
     for fault in (w.columns, w.values):
@@ -314,6 +390,8 @@ def test_constants_are_those_of_the_kernels(emulated):
         ("WARPS", _cuda_sparse.WARPS),
         ("GATHER_SUMS", _cuda_sparse.SUMS),
         ("INDEX_SLOTS", _cuda_sparse.INDEX_SLOTS),
+        ("REACH", _cuda_sparse.REACH),
+        ("LAST_REACH", _cuda_sparse.LAST_REACH),
     ]:
         assert getattr(emulated, f"CSR_{name}") == value
 
@@ -364,7 +442,7 @@ def test_bad_input(rng):
     with pytest.raises(ValueError, match=r"dtype: expected one that holds all values, got torch\.float16"):
         pared.ops.CSR.from_dense(dense * 1e6).to("cpu", torch.float16)
     empty = torch.zeros(1, dtype=torch.int32)
-    w = DeviceCSR(torch.zeros(1, 4), empty, empty, empty, empty, 32, (32, 32), 0)
+    w = DeviceCSR(torch.zeros(1, 4), empty, empty, empty, empty, False, 32, (32, 32), 0)
     for args, error, text in [
         ((x.half(),), TypeError, "x: expected dtype float32, got torch.float16"),
         ((x[:, :8],), ValueError, r"x: expected shape \[..., 32\], got \[2, 8\]"),
