@@ -33,8 +33,9 @@ LOAD = r"LDG\.E\.(NA\.)?128"
 EXPECTED = [
     Expect("int8_product_kernel", (r"IMMA\.16832\.S8\.S8", r"LDSM\.16\.M88\.4", COPY)),
     Expect("cutlass13device_kernel.*S32S8S8", (r"IGMMA\.64", r"UTMALDG\.3D", r"UTMASTG\.3D"), 90),
-    Expect("decode_kernelI6__half", (r"HMMA\.16816\.F32",)),
-    Expect("decode_kernelI13__nv_bfloat16", (r"HMMA\.16816\.F32\.BF16",)),
+    Expect("decode_kernelI6__half.*Lb0E", (r"HMMA\.16816\.F32",)),
+    Expect("decode_kernelI13__nv_bfloat16.*Lb0E", (r"HMMA\.16816\.F32\.BF16",)),
+    Expect("decode_kernelI.*Lb1E", (r"IMMA\.16832\.S8\.S8", r"SHF\.R\.W")),
     Expect("decode_kernel", (r"UBLKCP\.S\.G",), 90),
     # Selectors and addresses by products of bytes, on the units that multiply.
     Expect("decode_kernelI.*DecodeFormatE[01]E", (r"IDP\.4A", r"IDP\.2A\.LO", r"IDP\.2A\.HI")),

@@ -178,7 +178,7 @@ def _decode(machine: Machine, at: Place) -> Iterator[tuple[str, Check]]:
     yield "decode expand", expanded
     bulks = (True, False) if at.kernels.bulk_copies(at.device) else (False,)
     for format in formats:
-        for tokens in (1, 7, 16, 32):
+        for tokens in (1, 2, 7, 16, 32):
             for bulk in bulks:
                 kind = "bulk copies" if bulk else "cp.async"
                 yield f"decode {format}, {tokens} tokens, {kind}", partial(product, format, tokens, bulk)

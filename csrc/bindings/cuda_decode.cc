@@ -72,27 +72,33 @@ void register_cuda_decode(py::module_& m) {
   m.def("shared_limit", &cuda::shared_limit, py::arg("device"));
   m.def(
       "plan_decode",
-      [](int64_t tokens, int64_t outputs, int64_t cols, int64_t largest_block, int multiprocessors,
-         int64_t shared_limit) {
+      [](int64_t tokens, int64_t outputs, int64_t cols, int64_t largest_block, const std::string& format,
+         int multiprocessors, int64_t shared_limit) {
         require_tokens(tokens);
-        const cuda::DecodePlan p =
-            cuda::plan_decode(tokens, outputs, cols, largest_block, multiprocessors, shared_limit);
-        return py::make_tuple(p.tokens, p.block_rows, p.block_cols, p.splits, p.stages, p.shared_bytes,
-                              p.workspace_bytes);
+        const cuda::DecodePlan p = cuda::plan_decode(tokens, outputs, cols, largest_block,
+                                                     parse_format(format), multiprocessors, shared_limit);
+        py::dict d;
+        d["tokens"] = p.tokens;
+        d["block_rows"] = p.block_rows;
+        d["block_cols"] = p.block_cols;
+        d["splits"] = p.splits;
+        d["stages"] = p.stages;
+        d["digit_pitch"] = p.digit_pitch;
+        d["shared_bytes"] = p.shared_bytes;
+        d["workspace_bytes"] = p.workspace_bytes;
+        return d;
       },
-      py::arg("tokens"), py::arg("outputs"), py::arg("cols"), py::arg("largest_block"),
-      py::arg("multiprocessors"), py::arg("shared_limit"),
-      "(padded tokens, block rows, block columns, splits, stages, shared bytes, workspace bytes); no device "
-      "is touched.");
+      py::arg("tokens"), py::arg("outputs"), py::arg("cols"), py::arg("largest_block"), py::arg("format"),
+      py::arg("multiprocessors"), py::arg("shared_limit"), "What the host decides; no device is touched.");
   m.def(
       "decode_workspace",
-      [](int64_t tokens, int64_t outputs, int64_t cols, int64_t largest_block, int multiprocessors,
-         int64_t shared_limit) {
+      [](int64_t tokens, int64_t outputs, int64_t cols, int64_t largest_block, const std::string& format,
+         int multiprocessors, int64_t shared_limit) {
         PARED_CHECK(tokens >= 1, "tokens: expected at least 1, got ", tokens);
-        return cuda::decode_workspace_bytes(tokens, outputs, cols, largest_block, multiprocessors,
-                                            shared_limit);
+        return cuda::decode_workspace_bytes(tokens, outputs, cols, largest_block, parse_format(format),
+                                            multiprocessors, shared_limit);
       },
-      py::arg("tokens"), py::arg("outputs"), py::arg("cols"), py::arg("largest_block"),
+      py::arg("tokens"), py::arg("outputs"), py::arg("cols"), py::arg("largest_block"), py::arg("format"),
       py::arg("multiprocessors"), py::arg("shared_limit"),
       "Bytes for a product of any number of tokens; no device is touched.");
   m.def(
@@ -113,7 +119,7 @@ void register_cuda_decode(py::module_& m) {
                                     reinterpret_cast<uint8_t*>(workspace),
                                     bulk};
         const int64_t needed =
-            cuda::decode_workspace_bytes(tokens, p.w.outputs, p.w.cols, p.w.largest_block,
+            cuda::decode_workspace_bytes(tokens, p.w.outputs, p.w.cols, p.w.largest_block, p.w.format,
                                          cuda::multiprocessors(device), cuda::shared_limit(device));
         PARED_CHECK(workspace % 16 == 0 && workspace_bytes >= needed, "workspace: expected ", needed,
                     " aligned bytes, got ", workspace_bytes);

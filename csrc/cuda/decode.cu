@@ -1,5 +1,6 @@
 // Each warp streams its own blocks of the weight through shared memory, and expands them into the A operand
-// of mma.sync: outputs are the rows, tokens the columns. Warps meet only at the end, to add up their sums.
+// of mma.sync: outputs are the rows, tokens (or their digits) the columns. Warps meet only at the end, to add
+// up their sums.
 #include "core/check.h"
 #include "cuda/decode.h"
 #include "cuda/device.h"
@@ -131,24 +132,27 @@ struct BitmapBlock {
   __device__ explicit BitmapBlock(const unsigned char* stage)
       : masks(reinterpret_cast<const uint4*>(stage)[ptx::lane()]), stage(stage) {}
 
-  __device__ __forceinline__ void expand(int r, uint32_t (&a)[kFragments][4]) const {
-    const uint32_t mask = r == 0 ? masks.x : r == 1 ? masks.y : r == 2 ? masks.z : masks.w;
+  __device__ __forceinline__ uint32_t mask_of(int r) const {
+    return r == 0 ? masks.x : r == 1 ? masks.y : r == 2 ? masks.z : masks.w;
+  }
+
+  // Where the lane's values begin in each part of each fragment of row r: addresses in shared memory.
+  __device__ __forceinline__ void find(int r, uint32_t (&at)[kParts][kFragments]) const {
     // The lane's non-zeros in each part of each fragment, fragments a byte each. A nibble of the mask is the
     // lower or upper values of a fragment's four pairs.
-    const uint32_t ones = mask - (mask >> 1 & 0x55555555u);
+    const uint32_t mask = mask_of(r), ones = mask - (mask >> 1 & 0x55555555u);
     uint32_t own[kParts];
     own[0] = ones & 0x33333333u;
     if constexpr (kParts == 2) own[1] = ones >> 2 & 0x33333333u;
     else own[0] += ones >> 2 & 0x33333333u;
     const uint32_t values = ptx::shared_address(stage) + kDecodeHeaderBytes<kItem>;
-    uint32_t at[kParts][kFragments];
     const Starts starts = reinterpret_cast<const Starts*>(stage + kDecodeMaskBytes)[r];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       own[part] += own[part] >> 8;
       own[part] = (own[part] & 0x000f000fu) | (own[part] << 4 & 0x0f000f00u);
-      // Where the lane's values begin in each: a scan over the lanes. Up to lane 30 no sum exceeds 248; the
-      // last lane's inclusive one may carry, and loses the carry again.
+      // A scan over the lanes. Up to lane 30 no sum exceeds 248; the last lane's inclusive one may carry, and
+      // loses the carry again.
       const uint32_t before = scan(own[part]) - own[part];
 #pragma unroll
       for (int s = 0; s < kFragments; ++s) {
@@ -157,6 +161,12 @@ struct BitmapBlock {
         at[part][s] = __dp4a(before, kItem << (8 * s), at[part][s]);
       }
     }
+  }
+
+  __device__ __forceinline__ void expand(int r, uint32_t (&a)[kFragments][4]) const {
+    const uint32_t mask = mask_of(r);
+    uint32_t at[kParts][kFragments];
+    find(r, at);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       // Bytes 0 and 1: lower and upper value of pair n % 4 of fragment n / 4; 2 and 3: of fragment n / 4 + 2.
@@ -173,6 +183,44 @@ struct BitmapBlock {
         a[n / 4 + 2 * half][n % 4] = pair(ptx::permute(first, second, select));
         if ((n + 1) * kParts % 4) from = __dp4a(bits, unit << (16 * half), from);
       }
+    }
+  }
+
+  // As bytes, for m16n8k32: a[i] is fragments 2 i and 2 i + 1. Four bytes are selected from where they lie at
+  // a time: two registers' worth, of two rows.
+  __device__ __forceinline__ void expand_bytes(int r, uint32_t (&a)[kFragments / 2][4]) const {
+    static_assert(kItem == 1);
+    const uint32_t mask = mask_of(r);
+    uint32_t at[1][kFragments];
+    find(r, at);
+    // Value j of four is byte p of those that lie there, p the number of values before it, or one of those
+    // above, which are zero: selector 0x4444 and, for each value that is there, 0x110c << 4 j.
+    constexpr uint32_t kFirst = 0x10c0110c, kSecond = 0xc0000c00;
+#pragma unroll
+    for (int f = 0; f < 2; ++f) {
+      uint32_t four[2][2];  // of fragments f and f + 2
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const uint32_t first = mask >> (4 * f + 2 * j) & 0x01010101u,
+                       second = mask >> (4 * f + 2 * j + 1) & 0x01010101u;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t& from = at[0][f + 2 * half];
+          const uint32_t word = from & ~3u;
+          const uint32_t bytes = __funnelshift_r(ptx::load_shared<uint32_t>(word),
+                                                 ptx::load_shared<uint32_t>(word + 4), 8 * from);
+          const uint32_t select = half ? __dp2a_hi(kSecond, second, __dp2a_hi(kFirst, first, 0x4444u))
+                                       : __dp2a_lo(kSecond, second, __dp2a_lo(kFirst, first, 0x4444u));
+          four[half][j] = ptx::permute(bytes, 0, select);
+          if (j == 0)
+            from = __dp4a(second, 0x0101u << (16 * half), __dp4a(first, 0x0101u << (16 * half), from));
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int row = 0; row < 2; ++row)
+          a[half][2 * f + row] = ptx::permute(four[half][0], four[half][1], row ? 0x7632 : 0x5410);
     }
   }
 
@@ -278,6 +326,85 @@ __device__ __forceinline__ void load_activations(const DecodeProduct& p, int64_t
   for (int s = 0; s < kFragments; ++s) b[s][0] = words[2 * s], b[s][1] = words[2 * s + 1];
 }
 
+// One or two tokens of bytes: each activation is an integer of three signed digits of base 256, which are
+// columns of B of their own, so that the bytes of the weight are the tensor cores' operand as they are and
+// sums are exact. kMostDigits is a token's largest magnitude among the columns of a block of threads; the
+// others are off by half a unit of it at most, which a sum in float32 of products as large loses in two
+// steps.
+constexpr float kMostDigits = 4161400.0f;
+// Of a step, so that its inverse is finite.
+constexpr float kLeastOfToken = 0x1p-100f;
+
+template <class T>
+__device__ __forceinline__ float element(uint32_t two, int i) {
+  return static_cast<float>(bits_of<T>(static_cast<uint16_t>(two >> (16 * i))));
+}
+
+// Digits of the `columns` (a multiple of 64) activations from `first` on, [token][3][pitch], and the value of
+// the lowest one's unit; NaN for a token that holds NaN or infinity. `largest`: [kDecodeDigitTokens][warps].
+template <class T>
+__device__ void make_digits(unsigned char* digits, float* units, uint32_t* largest, const DecodeProduct& p,
+                            int pitch, int64_t first, int columns, bool wide) {
+  const int tokens = static_cast<int>(p.tokens);
+  uint32_t b[kFragments][2];
+  for (int token = 0; token < tokens; ++token) {
+    uint32_t most = 0;  // bits of magnitudes order as their values do, infinity and NaN above
+    for (int c = static_cast<int>(threadIdx.x) * 16; c < columns; c += kThreads * 16) {
+      load_activations<T>(p, token, first + c, wide, b);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const uint32_t magnitude = b[i / 4][i / 2 % 2] >> (16 * (i % 2)) & 0x7fffu;
+        most = magnitude > most ? magnitude : most;
+      }
+    }
+    for (int d = 16; d > 0; d /= 2) {
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, most, d);
+      most = other > most ? other : most;
+    }
+    if (ptx::lane() == 0) largest[token * kDecodeWarps + threadIdx.x / 32] = most;
+  }
+  __syncthreads();
+  for (int token = 0; token < tokens; ++token) {
+    uint32_t most = 0;
+    for (int w = 0; w < kDecodeWarps; ++w) {
+      const uint32_t other = largest[token * kDecodeWarps + w];
+      most = other > most ? other : most;
+    }
+    const float magnitude = element<T>(most, 0),
+                range = magnitude > kLeastOfToken ? magnitude : kLeastOfToken;
+    const bool finite = magnitude < __uint_as_float(0x7f800000u);
+    const float inverse = finite ? kMostDigits / range : 0.0f;
+    if (threadIdx.x == 0) units[token] = finite ? range / kMostDigits : __uint_as_float(0x7fc00000u);
+    for (int c = static_cast<int>(threadIdx.x) * 16; c < columns; c += kThreads * 16) {
+      load_activations<T>(p, token, first + c, wide, b);
+      uint32_t of[kDecodeDigits][4];
+#pragma unroll
+      for (int four = 0; four < 4; ++four) {
+        // 2^23 + 0x408080 + the number: its bytes are the digits, offset by 0x80, 0x80 and 0x40.
+        uint32_t q[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float x = finite ? element<T>(b[four][i / 2], i % 2) : 0.0f;
+          q[i] = __float_as_uint(__fmaf_rn(x, inverse, 8388608.0f + 0x408080));
+        }
+#pragma unroll
+        for (int digit = 0; digit < kDecodeDigits; ++digit) {
+          const uint32_t pick = 0x40u + 0x11u * digit;
+          const uint32_t bytes =
+              ptx::permute(ptx::permute(q[0], q[1], pick), ptx::permute(q[2], q[3], pick), 0x5410);
+          of[digit][four] = (digit == 2 ? (bytes | 0x80808080u) - 0x40404040u : bytes) ^ 0x80808080u;
+        }
+      }
+#pragma unroll
+      for (int digit = 0; digit < kDecodeDigits; ++digit) {
+        const uint4 words = make_uint4(of[digit][0], of[digit][1], of[digit][2], of[digit][3]);
+        *reinterpret_cast<uint4*>(digits + (token * kDecodeDigits + digit) * pitch + c) = words;
+      }
+    }
+  }
+  __syncthreads();
+}
+
 // Where the sum of a token and an output lies among those of a block row, [tokens][kDecodeBlock]: lanes of an
 // mma's sums are two tokens apart, and so 16 banks of 32 by their outputs alone.
 __device__ __forceinline__ int sum_at(int token, int output) {
@@ -305,11 +432,13 @@ __device__ bool reduce_splits(const DecodePlan& plan, Ticket launch, uint8_t* wo
   return true;
 }
 
-template <class T, DecodeFormat kFormat, int kTiles>  // kTiles: of 8 tokens
+template <class T, DecodeFormat kFormat, int kTiles, bool kDigits>  // kTiles: of 8 tokens
 __global__ void __launch_bounds__(kThreads, kTiles == 4 ? kDecodeResidentMany : kDecodeResident)
     decode_kernel(const DecodeProduct p, const DecodePlan plan, const Ticket number) {
   PARED_DYNAMIC_SHARED(shared);
   PARED_SHARED(uint64_t[kDecodeWarps * kMaxStages], barriers);
+  PARED_SHARED(float[kDecodeDigitTokens], units);
+  using Sum = std::conditional_t<kDigits, int32_t, float>;
   const int warp = static_cast<int>(threadIdx.x) / 32, g = ptx::lane() / 4, t = ptx::lane() % 4;
   Ring ring{shared + warp * plan.stages * plan.stage_bytes, barriers + warp * kMaxStages, plan.stage_bytes,
             plan.stages, p.bulk && ptx::kBulkCopies};
@@ -344,23 +473,43 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? kDecodeResidentMany : 
   ring.at = ring.parity = 0;
 
   const bool wide = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.x_stride % 8 == 0;
-  float sums[kFragments][kTiles][4] = {};
+  [[maybe_unused]] unsigned char* const digits = shared + kDecodeWarps * plan.stages * plan.stage_bytes;
+  if constexpr (kDigits) {
+    PARED_SHARED(uint32_t[kDecodeDigitTokens * kDecodeWarps], largest);
+    make_digits<T>(digits, units, largest, p, plan.digit_pitch, (begin - warp) * kDecodeBlock,
+                   static_cast<int>(end - (begin - warp)) * kDecodeBlock, wide);
+  }
+  Sum sums[kFragments][kTiles][4] = {};
   int64_t column = begin * kDecodeBlock + 16 * t;
   for (int i = 0; i < mine; ++i) {
     uint32_t b[kTiles][kFragments][2];
+    if constexpr (kDigits) {
+      const int at_digits = g * plan.digit_pitch + (warp + i * kDecodeWarps) * kDecodeBlock + 16 * t;
+      const uint4 four = g < kDecodeDigits * p.tokens ? *reinterpret_cast<const uint4*>(digits + at_digits)
+                                                      : make_uint4(0, 0, 0, 0);
+      b[0][0][0] = four.x, b[0][0][1] = four.y, b[0][1][0] = four.z, b[0][1][1] = four.w;
+    } else {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) load_activations<T>(p, n * 8 + g, column, wide, b[n]);
-    column += kDecodeWarps * kDecodeBlock;
+      for (int n = 0; n < kTiles; ++n) load_activations<T>(p, n * 8 + g, column, wide, b[n]);
+      column += kDecodeWarps * kDecodeBlock;
+    }
     ring.wait();
     const typename BlockOf<T, kFormat>::type block(ring.stage());
 #pragma unroll
     for (int r = 0; r < kFragments; ++r) {
-      uint32_t a[kFragments][4];
-      block.expand(r, a);
+      if constexpr (kDigits) {
+        uint32_t a[kFragments / 2][4];
+        block.expand_bytes(r, a);
 #pragma unroll
-      for (int s = 0; s < kFragments; ++s)
+        for (int s = 0; s < kFragments / 2; ++s) ptx::mma_s8(sums[r][0], a[s], b[0][s]);
+      } else {
+        uint32_t a[kFragments][4];
+        block.expand(r, a);
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) mma(sums[r][n], a[s], b[n][s], T{});
+        for (int s = 0; s < kFragments; ++s)
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) mma(sums[r][n], a[s], b[n][s], T{});
+      }
     }
     __syncwarp();  // all lanes have read the stage
     issue();
@@ -368,7 +517,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? kDecodeResidentMany : 
   }
   if (!ring.bulk) ptx::copy_wait<0>();
   __syncthreads();  // the stages are read: their memory takes the sums of each warp
-  auto* staged = reinterpret_cast<float*>(shared);
+  auto* found = reinterpret_cast<Sum*>(shared);
   constexpr int kCount = kDecodeBlock * kTiles * 8;
 #pragma unroll
   for (int r = 0; r < kFragments; ++r)
@@ -376,22 +525,40 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? kDecodeResidentMany : 
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        staged[warp * kCount + sum_at(n * 8 + 2 * t + i % 2, r * 16 + g + i / 2 * 8)] = sums[r][n][i];
+        found[warp * kCount + sum_at(n * 8 + 2 * t + i % 2, r * 16 + g + i / 2 * 8)] = sums[r][n][i];
   __syncthreads();
   for (int i = static_cast<int>(threadIdx.x); i < kCount; i += kThreads) {
-    float sum = staged[i];
+    Sum sum = found[i];
 #pragma unroll
-    for (int w = 1; w < kDecodeWarps; ++w) sum += staged[w * kCount + i];
-    staged[i] = sum;
+    for (int w = 1; w < kDecodeWarps; ++w) sum += found[w * kCount + i];
+    found[i] = sum;
   }
   __syncthreads();
+  auto* staged = reinterpret_cast<float*>(shared);
+  if constexpr (kDigits) {  // of an output by one thread: its sums take the place of the digits'
+    for (int o = static_cast<int>(threadIdx.x); o < kDecodeBlock; o += kThreads) {
+      float y[kDecodeDigitTokens] = {};
+#pragma unroll
+      for (int token = 0; token < kDecodeDigitTokens; ++token)
+        if (token < p.tokens) {
+#pragma unroll
+          for (int digit = kDecodeDigits - 1; digit >= 0; --digit)
+            y[token] = __fmaf_rn(y[token], 256.0f,
+                                 static_cast<float>(found[sum_at(token * kDecodeDigits + digit, o)]));
+          y[token] = __fmul_rn(y[token], units[token]);
+        }
+#pragma unroll
+      for (int token = 0; token < kDecodeDigitTokens; ++token) staged[sum_at(token, o)] = y[token];
+    }
+    __syncthreads();
+  }
   if (plan.splits > 1 && !reduce_splits(plan, number, p.workspace, staged)) return;
   for (int i = static_cast<int>(threadIdx.x); i < kCount; i += kThreads) {
     const int token = i / kDecodeBlock, column = i % kDecodeBlock;
     const int64_t output = int64_t{blockIdx.x} * kDecodeBlock + column;
     if (token >= p.tokens || output >= p.w.outputs) continue;
     float y = staged[sum_at(token, column)];
-    if constexpr (!kOf16Bits<kFormat>) y *= kByteScale<T>;
+    if constexpr (!kOf16Bits<kFormat> && !kDigits) y *= kByteScale<T>;
     if (p.scales) y = __fmul_rn(y, p.scales[output]);
     if (p.bias) y = __fadd_rn(y, p.bias[output]);
     static_cast<T*>(p.y)[token * p.y_stride + output] = narrow<T>(activate(y, p.activation));
@@ -452,10 +619,12 @@ void launch_decode(const DecodeProduct& p, const DecodePlan& plan, cudaStream_t 
   const LaunchPlan at{dim3(static_cast<unsigned>(plan.block_rows), static_cast<unsigned>(plan.splits)),
                       kThreads, static_cast<size_t>(plan.shared_bytes)};
   const auto start = [&](auto kernel) { launch(name, kernel, at, stream, p, plan, launch_number()); };
+  if constexpr (kFormat == DecodeFormat::bitmap8)
+    if (plan.digit_pitch) return start(decode_kernel<T, kFormat, 1, true>);
   switch (plan.tokens) {
-    case 8: return start(decode_kernel<T, kFormat, 1>);
-    case 16: return start(decode_kernel<T, kFormat, 2>);
-    default: return start(decode_kernel<T, kFormat, 4>);
+    case 8: return start(decode_kernel<T, kFormat, 1, false>);
+    case 16: return start(decode_kernel<T, kFormat, 2, false>);
+    default: return start(decode_kernel<T, kFormat, 4, false>);
   }
 }
 
@@ -467,7 +636,8 @@ void launch_decode(const DecodeProduct& p, const DecodePlan& plan, cudaStream_t 
     case DecodeFormat::pairs16:
       return launch_decode<T, DecodeFormat::pairs16>(p, plan, stream, "decode_pairs16");
     case DecodeFormat::bitmap8:
-      return launch_decode<T, DecodeFormat::bitmap8>(p, plan, stream, "decode_bitmap8");
+      return launch_decode<T, DecodeFormat::bitmap8>(
+          p, plan, stream, plan.digit_pitch ? "decode_bitmap8_digits" : "decode_bitmap8");
     default: return launch_decode<T, DecodeFormat::dense8>(p, plan, stream, "decode_dense8");
   }
 }
@@ -503,7 +673,7 @@ void decode_product(const DecodeProduct& p, int device, cudaStream_t stream) {
     some.tokens = std::min<int64_t>(kDecodeMaxTokens, p.tokens - first);
     some.x = static_cast<const uint16_t*>(p.x) + first * p.x_stride;
     some.y = static_cast<uint16_t*>(p.y) + first * p.y_stride;
-    const DecodePlan plan = plan_decode(some.tokens, p.w.outputs, p.w.cols, p.w.largest_block,
+    const DecodePlan plan = plan_decode(some.tokens, p.w.outputs, p.w.cols, p.w.largest_block, p.w.format,
                                         multiprocessors(device), shared_limit(device));
     if (p.w.dtype == DType::f16) launch_decode<__half>(some, plan, stream);
     else launch_decode<__nv_bfloat16>(some, plan, stream);

@@ -47,6 +47,8 @@ inline constexpr int kDecodePairHeaderBytes = kDecodePairMaskBytes + kDecodeStar
 inline constexpr int kDecodeWarps = 4;
 inline constexpr int kDecodeMaxStages = 4;
 inline constexpr int kDecodeMaxTokens = 32;
+// Of bitmap8 so few tokens go to the tensor cores as integers, each activation in so many digits of 8 bits.
+inline constexpr int kDecodeDigitTokens = 2, kDecodeDigits = 3;
 // Blocks of threads that share a multiprocessor where shared memory admits them; more than 16 tokens: fewer.
 inline constexpr int kDecodeResident = 4, kDecodeResidentMany = 2;
 inline constexpr int64_t kDecodeStaticShared = 2048;  // at most, alignment included
@@ -57,16 +59,17 @@ struct DecodePlan {
   int32_t splits;       // blocks of threads that share a row of blocks
   int32_t stages;       // copies in flight a warp: 2 to 4
   int32_t stage_bytes;  // of one: the largest block
+  int32_t digit_pitch;  // bytes between digits of one activation in shared memory; 0: it goes as a float
   int64_t shared_bytes;
   int64_t counters_bytes, workspace_bytes;  // counters first
 };
 
-// Of shared memory for a block; expansion reads a value behind the last.
-constexpr int64_t decode_stage_bytes(int64_t largest_block) { return (largest_block + 2 + 127) / 128 * 128; }
+// Of shared memory for a block; expansion reads a value or two words behind the last.
+constexpr int64_t decode_stage_bytes(int64_t largest_block) { return (largest_block + 8 + 127) / 128 * 128; }
 
 // 1 <= tokens <= kDecodeMaxTokens; largest_block in bytes; shared_limit: of a block of threads.
 inline DecodePlan plan_decode(int64_t tokens, int64_t outputs, int64_t cols, int64_t largest_block,
-                              int multiprocessors, int64_t shared_limit) {
+                              DecodeFormat format, int multiprocessors, int64_t shared_limit) {
   const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   DecodePlan p{};
   p.tokens = tokens <= 8 ? 8 : tokens <= 16 ? 16 : 32;
@@ -74,8 +77,9 @@ inline DecodePlan plan_decode(int64_t tokens, int64_t outputs, int64_t cols, int
   p.block_cols = up(cols, kDecodeBlock);
   p.stage_bytes = static_cast<int32_t>(decode_stage_bytes(largest_block));
   const int64_t sums = int64_t{kDecodeWarps} * kDecodeBlock * p.tokens * 4;
+  int64_t digit_bytes = 0;
   const auto shared = [&](int stages) {
-    return std::max<int64_t>(int64_t{stages} * kDecodeWarps * p.stage_bytes, sums);
+    return std::max<int64_t>(int64_t{stages} * kDecodeWarps * p.stage_bytes + digit_bytes, sums);
   };
   // Warps hide each other's latencies, so many resident ones come first, then deep pipelines: two stages of
   // so many warps are more than the 40 to 64 KB a multiprocessor that saturate memory.
@@ -83,15 +87,29 @@ inline DecodePlan plan_decode(int64_t tokens, int64_t outputs, int64_t cols, int
   const auto resident = [&](int stages) {
     return std::min(wanted, (shared_limit + 1024) / (shared(stages) + kDecodeStaticShared));
   };
-  p.stages = 2;
-  for (int stages = 3; stages <= kDecodeMaxStages; ++stages)
-    if (resident(stages) == resident(2)) p.stages = stages;
-  p.shared_bytes = shared(p.stages);
+  const auto deepen = [&] {
+    p.stages = 2;
+    for (int stages = 3; stages <= kDecodeMaxStages; ++stages)
+      if (resident(stages) == resident(2)) p.stages = stages;
+    p.shared_bytes = shared(p.stages);
+  };
+  deepen();
   // All blocks of threads are resident at once, where there are so few rows; each warp should have a few
   // blocks of the weight, or filling the pipeline is all it does.
   const int64_t places = std::max<int64_t>(1, resident(p.stages)) * multiprocessors;
   p.splits = static_cast<int32_t>(std::clamp<int64_t>(
       std::min(places / std::max<int64_t>(1, p.block_rows), p.block_cols / (2 * kDecodeWarps)), 1, 64));
+  // The digits of a part's activations: three of four blocks of threads have to stay resident.
+  if (format == DecodeFormat::bitmap8 && tokens <= kDecodeDigitTokens && p.block_cols > 0) {
+    const int64_t columns = up(p.block_cols, p.splits) * kDecodeBlock;
+    const int64_t pitch =
+        columns + (columns % 128 ? 0 : 64);  // of rows of 64 bytes two together touch all banks
+    digit_bytes = tokens * kDecodeDigits * pitch;
+    if (4 * resident(2) >= 3 * wanted) {
+      p.digit_pitch = static_cast<int32_t>(pitch);
+      deepen();
+    }
+  }
   if (p.splits > 1) {
     p.counters_bytes = up(p.block_rows * kTicketBytes, 16) * 16;
     p.workspace_bytes = p.counters_bytes + p.block_rows * p.splits * kDecodeBlock * p.tokens * 4;
@@ -102,9 +120,9 @@ inline DecodePlan plan_decode(int64_t tokens, int64_t outputs, int64_t cols, int
 // Bytes for a product of any number of tokens, whose launches take kDecodeMaxTokens each and the rest: the
 // rest may have the more splits, and so need more.
 inline int64_t decode_workspace_bytes(int64_t tokens, int64_t outputs, int64_t cols, int64_t largest_block,
-                                      int multiprocessors, int64_t shared_limit) {
+                                      DecodeFormat format, int multiprocessors, int64_t shared_limit) {
   const auto bytes = [&](int64_t some) {
-    return some ? plan_decode(some, outputs, cols, largest_block, multiprocessors, shared_limit)
+    return some ? plan_decode(some, outputs, cols, largest_block, format, multiprocessors, shared_limit)
                       .workspace_bytes
                 : 0;
   };

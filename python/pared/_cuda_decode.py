@@ -160,6 +160,7 @@ class DecodeWeight(KernelWeight):
             outputs,
             cols,
             self.largest,
+            self.format,
             at.kernels.multiprocessors(at.device),
             at.kernels.shared_limit(at.device),
         )

@@ -108,10 +108,22 @@ _DecodeWeight = tuple[int, int, str, str, int, int, int]
 def bulk_copies(device: int) -> bool: ...
 def shared_limit(device: int) -> int: ...
 def plan_decode(
-    tokens: int, outputs: int, cols: int, largest_block: int, multiprocessors: int, shared_limit: int
-) -> tuple[int, int, int, int, int, int, int]: ...
+    tokens: int,
+    outputs: int,
+    cols: int,
+    largest_block: int,
+    format: str,
+    multiprocessors: int,
+    shared_limit: int,
+) -> dict[str, int]: ...
 def decode_workspace(
-    tokens: int, outputs: int, cols: int, largest_block: int, multiprocessors: int, shared_limit: int
+    tokens: int,
+    outputs: int,
+    cols: int,
+    largest_block: int,
+    format: str,
+    multiprocessors: int,
+    shared_limit: int,
 ) -> int: ...
 def decode_product(
     w: _DecodeWeight,

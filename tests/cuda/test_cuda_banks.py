@@ -39,7 +39,7 @@ ALLOWED = {
 CHECKS = (
     r"topk_mask (float32, 50%|bfloat16, 0%).*|topk|topk_mask of rows|block_mask|gemm_s8|"
     r"int8 mma.sync (16|128)x128 float32|decode expand|"
-    r"decode \w+, (7 tokens, cp.async|16 tokens, bulk copies)|"
+    r"decode \w+, (7 tokens, cp.async|16 tokens, bulk copies)|decode bitmap8, [12] tokens, .*|"
     r"blocks of 16 bits, (16|64), .*|blocks of 8 bits, 128, .*|csr (float32|bfloat16), .*"
 )
 

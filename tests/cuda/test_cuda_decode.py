@@ -33,11 +33,18 @@ def random_weight(rng, shape, density, format, dtype, device):
     return packed, q.double() * scales.double()[:, None]
 
 
-def assert_close(got, x, w, bias=None):
-    """Within the output's rounding, and that of sums of `in` products in float32."""
+# Of a token's largest magnitude: half a unit of its activations as integers (csrc/cuda/decode.cu).
+DIGITS = 0.5 / 4161400
+
+
+def assert_close(got, x, w, bias=None, digits=False):
+    """Within the output's rounding, and that of sums of `in` products in float32; where activations were
+    `digits`, within theirs."""
     exact = x.double() @ w.T + (0 if bias is None else bias.double())
     magnitude = x.double().abs() @ w.abs().T + (0 if bias is None else bias.double().abs())
     eps = torch.finfo(got.dtype).eps / 2 * exact.abs() + (x.shape[-1] + 4) * 2.0**-23 * magnitude
+    if digits:
+        eps = eps + DIGITS * x.double().abs().amax(-1, keepdim=True) * w.abs().sum(1)
     assert bool(((got.cpu().double() - exact).abs() <= eps + torch.finfo(got.dtype).tiny).all())
 
 
@@ -65,13 +72,10 @@ def test_products(backend, place, rng, format, dtype, m, n, k, density):
             continue
         got = w.linear(x.to(backend.device), place=place, bulk=bulk)
         assert got.dtype == dtype
-        assert_close(got, x, dense)
-        assert_close(
-            w.linear(x.to(backend.device), bias.to(backend.device), place=place, bulk=bulk),
-            x,
-            dense,
-            bias,
-        )
+        digits = format == "bitmap8" and m <= 2
+        assert_close(got, x, dense, digits=digits)
+        biased = w.linear(x.to(backend.device), bias.to(backend.device), place=place, bulk=bulk)
+        assert_close(biased, x, dense, bias, digits)
 
 
 def test_every_count_of_tokens(backend, place, rng):
@@ -91,7 +95,9 @@ def test_the_tokens_beyond_whole_launches_are_split_where_the_others_are_not(bac
     w, dense = random_weight(rng, (64 * (2 * sms - 1), 1024), 0.05, "pairs16", torch.float16, backend.device)
     x = torch.from_numpy(rng.standard_normal((tokens, 1024))).to(torch.float16)
     whole, rest = (
-        backend.module.plan_decode(t, *w.shape, w.largest, sms, backend.module.shared_limit(0))[-1]
+        backend.module.plan_decode(t, *w.shape, w.largest, w.format, sms, backend.module.shared_limit(0))[
+            "workspace_bytes"
+        ]
         for t in (32, tokens - 32)
     )
     assert rest > whole == 0
@@ -102,24 +108,80 @@ def test_48_kb_of_dynamic_shared_memory_and_the_static_besides(backend, place, r
     dense = torch.zeros(64, 64, dtype=torch.bfloat16)
     dense.view(-1)[:1200] = 1
     w = DecodeWeight.from_dense(dense.to(backend.device), format="bitmap16")
-    shared = backend.module.plan_decode(1, 64, 64, w.largest, 132, 227 << 10)[5]
-    assert shared == 48 << 10
+    plan = backend.module.plan_decode(1, 64, 64, w.largest, w.format, 132, 227 << 10)
+    assert plan["shared_bytes"] == 48 << 10
     x = torch.from_numpy(rng.standard_normal((1, 64))).to(torch.bfloat16)
     assert_close(w.linear(x.to(backend.device), place=place), x, dense.double())
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3])
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_long_reduction_is_split_in_a_fixed_order(backend, place, rng, format):
+def test_a_long_reduction_is_split_in_a_fixed_order(backend, place, rng, format, tokens):
     w, dense = random_weight(rng, (70, 64 * 33 + 5), 0.4, format, torch.float16, backend.device)
-    x = torch.from_numpy(rng.standard_normal((3, dense.shape[1]))).to(torch.float16)
+    x = torch.from_numpy(rng.standard_normal((tokens, dense.shape[1]))).to(torch.float16)
     sms = backend.module.multiprocessors(0)
-    *_, splits, _, _, workspace = backend.module.plan_decode(3, *w.shape, w.largest, sms, 232448)
-    assert splits > 1
-    assert workspace > 0
+    plan = backend.module.plan_decode(tokens, *w.shape, w.largest, format, sms, 232448)
+    assert plan["splits"] > 1
+    assert plan["workspace_bytes"] > 0
+    assert bool(plan["digit_pitch"]) == (format == "bitmap8" and tokens < 3)
     first = w.linear(x.to(backend.device), place=place)
-    assert_close(first, x, dense)
+    assert_close(first, x, dense, digits=bool(plan["digit_pitch"]))
     for _ in range(3):
         assert torch.equal(w.linear(x.to(backend.device), place=place), first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_as_integers(backend, place, rng, dtype):
+    """Magnitudes that differ by far, in one token and between two; all equal; zeros; too small to be one."""
+    k = 64 * 20 + 3
+    w, dense = random_weight(rng, (70, k), 0.4, "bitmap8", dtype, backend.device)
+    x = torch.from_numpy(rng.standard_normal((2, k))).to(dtype)
+    for change in (
+        lambda t: t,
+        lambda t: (t * 2.0**-10).index_fill(1, torch.tensor([5, k - 1]), 30.0),
+        lambda t: t.index_fill(0, torch.tensor([1]), 3.0) * torch.tensor([[1e-3], [-1.0]]).to(dtype),
+        lambda t: t.sign() * torch.finfo(dtype).max / 2**20,
+        lambda t: t.index_fill(0, torch.tensor([0]), 0.0),
+        lambda t: t * (2.0**-14 if dtype == torch.float16 else 2.0**-110),
+    ):
+        these = change(x)
+        for tokens in (these[:1], these[1:], these):
+            got = w.linear(tokens.to(backend.device), place=place)
+            exact = tokens.double() @ dense.T
+            bound = torch.finfo(dtype).eps / 2 * exact.abs() + 2.0**-22 * (
+                tokens.double().abs() @ dense.abs().T
+            )
+            largest = tokens.double().abs().amax(1, keepdim=True).clamp(min=2.0**-100)
+            bound += DIGITS * largest * dense.abs().sum(1) + torch.finfo(dtype).smallest_normal
+            assert bool(((got.cpu().double() - exact).abs() <= bound).all())
+
+
+def test_the_largest_of_a_long_token(backend, place, rng):
+    """Among columns that no other row of blocks shares, wherever it is."""
+    sms, k = backend.module.multiprocessors(0), 64 * 66
+    n = 64 * (2 * sms + 1)
+    w, dense = random_weight(rng, (n, k), 0.01, "bitmap8", torch.float16, backend.device)
+    plan = backend.module.plan_decode(1, n, k, w.largest, w.format, sms, backend.module.shared_limit(0))
+    assert plan["splits"] == 1
+    assert plan["digit_pitch"]
+    for column in (0, 700, 1500, 1700, k - 1):
+        x = torch.from_numpy(rng.standard_normal((1, k))).to(torch.float16)
+        x[0, column] = 100.0
+        assert_close(w.linear(x.to(backend.device), place=place), x, dense, digits=True)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_token_of_integers_that_holds_no_number(backend, place, rng, value):
+    k = 64 * 20
+    w, dense = random_weight(rng, (70, k), 0.4, "bitmap8", torch.bfloat16, backend.device)
+    x = torch.from_numpy(rng.standard_normal((2, k))).to(torch.bfloat16)
+    for token in (0, 1):
+        for column in (0, 77, k - 1):
+            bad = x.clone()
+            bad[token, column] = value
+            got = w.linear(bad.to(backend.device), place=place).cpu()
+            assert bool(torch.isnan(got[token]).all())
+            assert_close(got[1 - token], x[1 - token], dense, digits=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -295,25 +357,36 @@ def test_bad_input(rng):
 
 
 def test_plans(emulated):
-    for tokens in (1, 8, 9, 16, 17, 32):
-        for outputs in (1, 64, 4096, 12800, 28672):
-            for cols in (0, 1, 64, 8192, 65536):
-                for largest in (512, 4608, 8704):
-                    for sms, limit in ((1, 99 << 10), (108, 163 << 10), (132, 227 << 10)):
-                        padded, rows, across, splits, stages, shared, workspace = emulated.plan_decode(
-                            tokens, outputs, cols, largest, sms, limit
-                        )
-                        assert tokens <= padded <= max(8, 2 * tokens)
-                        assert (rows - 1) * 64 < outputs <= rows * 64
-                        assert (across - 1) * 64 < cols <= across * 64
-                        assert 1 <= splits <= max(1, across // 8)
-                        assert stages in (2, 3, 4)
-                        assert max(stages * 4 * largest, 4 * 64 * padded * 4) <= shared <= limit - 2048
-                        assert (workspace > 0) == (splits > 1)
-                        for times in (0, 2):
-                            all_bytes = emulated.decode_workspace(
-                                32 * times + tokens, outputs, cols, largest, sms, limit
-                            )
-                            most = emulated.plan_decode(32, outputs, cols, largest, sms, limit)[-1]
-                            assert all_bytes == max(workspace, most if times else 0)
-    assert emulated.plan_decode(1, 8192, 8192, 4608, 132, 227 << 10)[3] >= 2
+    for format in ("bitmap16", "bitmap8"):
+        for tokens in (1, 2, 3, 8, 9, 16, 17, 32):
+            for outputs in (1, 64, 4096, 12800, 28672):
+                for cols in (0, 1, 64, 8192, 65536):
+                    for largest in (512, 4608, 8704):
+                        for sms, limit in ((1, 99 << 10), (108, 163 << 10), (132, 227 << 10)):
+                            p = emulated.plan_decode(tokens, outputs, cols, largest, format, sms, limit)
+                            assert tokens <= p["tokens"] <= max(8, 2 * tokens)
+                            rows, across = p["block_rows"], p["block_cols"]
+                            assert (rows - 1) * 64 < outputs <= rows * 64
+                            assert (across - 1) * 64 < cols <= across * 64
+                            assert 1 <= p["splits"] <= max(1, across // 8)
+                            assert p["stages"] in (2, 3, 4)
+                            part = 64 * -(-across // p["splits"])  # columns
+                            pitch = p["digit_pitch"]
+                            assert pitch in {0, part, part + 64}
+                            assert pitch == 0 or (format == "bitmap8" and tokens <= 2 and pitch % 128 == 64)
+                            least = p["stages"] * 4 * largest + 3 * tokens * pitch
+                            sums = 4 * 64 * p["tokens"] * 4
+                            assert max(least, sums) <= p["shared_bytes"] <= limit - 2048
+                            assert (p["workspace_bytes"] > 0) == (p["splits"] > 1)
+                            for times in (0, 2):
+                                all_bytes = emulated.decode_workspace(
+                                    32 * times + tokens, outputs, cols, largest, format, sms, limit
+                                )
+                                most = emulated.plan_decode(32, outputs, cols, largest, format, sms, limit)
+                                whole = most["workspace_bytes"] if times else 0
+                                assert all_bytes == max(p["workspace_bytes"], whole)
+    for outputs, cols in [(8192, 8192), (28672, 8192), (8192, 28672)]:
+        p = emulated.plan_decode(1, outputs, cols, 2600, "bitmap8", 132, 227 << 10)
+        assert p["digit_pitch"]
+        assert 3 * (p["shared_bytes"] + 2048) <= 228 << 10  # three blocks of threads a multiprocessor
+    assert emulated.plan_decode(1, 8192, 8192, 4608, "bitmap16", 132, 227 << 10)["splits"] >= 2

@@ -307,7 +307,9 @@ class Bitmap8(QuantizedWeight):
 
     For any number of tokens: few read the weight once and expand it in registers; many expand it tile by
     tile in the cache, for the kernels of `Int8`. The outputs are those of `Int8`, to the bit. See
-    `QuantizedWeight` for the numbers.
+    `QuantizedWeight` for the numbers. A CUDA device takes the input as it comes, in 16 bits; one or two
+    tokens at a time as integers of 22 bits below their largest magnitude, where one that holds NaN or
+    infinity gives NaN.
     """
 
     __slots__ = ()
@@ -321,7 +323,7 @@ class Bitmap8(QuantizedWeight):
 def _few_tokens(
     w: QuantizedWeight, device: Any, dtype: Any, format: Literal["bitmap8", "dense8"]
 ) -> DeviceWeight:
-    """The weight for a device's kernels that read it once and do not quantize their input."""
+    """The weight for a device's kernels that read it once and do not round their input to 8 bits."""
     import torch
 
     from pared._cuda_decode import DecodeWeight
