@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import pared
 from bench.gpu.measure import Case, Machine
+from pared._cuda_sparse import DeviceCSR
 from pared.ops._device import DeviceWeight
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
@@ -59,6 +60,7 @@ def stack(machine: Machine, zeros: float, tokens: int) -> Case:
     dense: list[list[Linear]] = []
     quick: list[list[Linear]] = []
     packed: list[DeviceWeight] = []
+    rows = tokens == 1 and zeros >= 0.8  # what `accelerate` is to find out: where `CSR` is the faster format
     for _ in range(sizes.blocks):
         ws = []
         for outputs, inputs in sizes.shapes():
@@ -66,7 +68,7 @@ def stack(machine: Machine, zeros: float, tokens: int) -> Case:
             mask = pared.ops.topk_mask(w, round(w.numel() * (1 - zeros)))
             # The size keeps what passes through the blocks near 1.
             ws.append(w * mask * (inputs * (1 - zeros)) ** -0.5)
-        mine = [pared.ops.Bitmap.from_device(w) for w in ws]
+        mine = [DeviceCSR.from_dense(w) if rows else pared.ops.Bitmap.from_device(w) for w in ws]
         packed += mine
         dense.append([partial(functional.linear, weight=w) for w in ws])
         quick.append([w.linear for w in mine])
