@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import itertools
 import math
 import threading
@@ -24,7 +25,7 @@ import pared._accelerate as acc
 from pared._fusion import activation_of
 from pared._inputs import compare, examples, tolerance
 from pared._timing import interleave
-from pared.nn import Conv2d, FoldedBatchNorm2d, Fused, Linear, PackedModule
+from pared.nn import Conv1d, Conv2d, FoldedBatchNorm2d, Fused, Linear, PackedModule
 
 
 @pytest.fixture(autouse=True)
@@ -929,6 +930,56 @@ def test_convolutions(fused_wins: None) -> None:
     assert equal_states(plain, model)
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), fast(x))
+
+
+class Sequences(nn.Module):
+    """A residual block over sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.body = nn.Sequential(
+            nn.Conv1d(8, 16, 5, padding=2, bias=False),
+            nn.GELU(),
+            nn.Conv1d(16, 16, 3, groups=2, padding="same"),
+        )
+        self.down = nn.Conv1d(16, 8, 1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body[1](self.body[0](x))
+        return self.down(y + self.body[2](y))
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_convolutions_over_sequences(fused_wins: None, precision: str) -> None:
+    model = Sequences()
+    pared.prune(model, 0.7)
+    x = torch.randn(3, 8, 21)
+    fast = pared.accelerate(model, [x, x[0]], precision, 0.2 if precision == "int8" else None, min_speedup=0)
+    assert layers(fast, Conv1d) == ["body.0", "body.2", "down"]
+    assert layers(fast, Fused) == ["body.1"]
+    close = {"atol": 1e-5, "rtol": 1e-5} if precision == "float32" else {"atol": 0.05, "rtol": 0.0}
+    for shape in ((3, 8, 21), (8, 21), (1, 8, 6)):
+        rows = torch.randn(shape)
+        torch.testing.assert_close(fast(rows), model.eval()(rows).detach(), **close)
+    rows = {row.name: row for row in pared.report(fast).layers}
+    assert rows["body.2"].shape == [16, 8, 3]
+    assert rows["body.0"].error <= rows["body.0"].bound
+    plain = pared.restore(fast)
+    assert repr(plain) == repr(model)
+    if precision == "float32":
+        assert equal_states(plain, model)
+    file = io.BytesIO()
+    pared.save(fast, file)
+    file.seek(0)
+    with torch.device("meta"):
+        target = Sequences()
+    loaded = pared.load(file, target)
+    assert repr(loaded) == repr(fast)
+    assert torch.equal(loaded(x), fast(x))
+    exported = torch.export.export(fast, (x,)).module()
+    for traced in (torch.compile(fast, fullgraph=True, backend="aot_eager"), exported):
+        torch.testing.assert_close(traced(x), fast(x))
 
 
 def test_bert() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pared
-from pared.nn import RULES, Conv2d, DenseWeightError, Linear
+from pared.nn import RULES, Conv1d, Conv2d, DenseWeightError, Linear
 from pared.nn._base import pack
 
 ACTIVATIONS = {
@@ -419,7 +419,7 @@ CONVS: list[dict[str, Any]] = [
 
 
 def check_conv(
-    layer: nn.Conv2d, module: nn.Module, x: torch.Tensor, activation: str | None = None
+    layer: nn.Module, module: nn.Module, x: torch.Tensor, activation: str | None = None
 ) -> torch.Tensor:
     exact, size = copy.deepcopy(layer).double(), copy.deepcopy(layer).double()
     with torch.no_grad():
@@ -509,6 +509,79 @@ def test_conv_repr_attributes_and_errors() -> None:
     other = Conv2d.from_module(sparse_conv(3, 12, 3, groups=1))
     with pytest.raises(RuntimeError, match="in 2 group"):
         module.load_state_dict(other.state_dict())
+
+
+# ---- Conv1d
+
+
+CONVS_1D: list[dict[str, Any]] = [
+    {},
+    {"padding": 2},
+    {"stride": 2, "padding": 1},
+    {"dilation": 2, "padding": "same"},
+    {"kernel_size": 1},
+    {"kernel_size": 4, "padding": "same"},
+    {"groups": 2, "padding": "valid", "bias": False},
+    {"groups": 6},
+    {"padding": 2, "padding_mode": "reflect"},
+    {"padding": 1, "padding_mode": "circular"},
+    {"padding": "same", "padding_mode": "replicate"},
+]
+
+
+def sparse_conv1d(**options: Any) -> nn.Conv1d:
+    torch.manual_seed(8)
+    layer = nn.Conv1d(6, 12, options.pop("kernel_size", 3), **options).requires_grad_(False)
+    layer.weight[torch.rand_like(layer.weight) < 0.6] = 0
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@pytest.mark.parametrize("options", CONVS_1D, ids=str)
+def test_conv1d_equals_torch(isa: str, options: dict[str, Any]) -> None:
+    layer = sparse_conv1d(**options)
+    x = torch.randn(2, 6, 37, generator=torch.Generator().manual_seed(3))
+    for format in ("csr", "bsr", "dense"):
+        module = Conv1d.from_module(layer, format=format, activation="relu")
+        for rows in (x, x.transpose(1, 2).contiguous().transpose(1, 2), x[:, :, ::2], x[0], x.half(), x[:0]):
+            check_conv(layer, module, rows, "relu")
+        plain = module.to_module()
+        assert torch.equal(plain.weight, layer.weight)
+        assert repr(plain) == repr(layer)
+        assert torch.equal(copy.deepcopy(module)(x), module(x))
+        assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
+    quantized = Conv1d.from_module(layer, format="int8")
+    with torch.no_grad():
+        expected = layer(x)
+    assert float((quantized(x) - expected).abs().max()) < 0.03 * float(expected.abs().max())
+    assert quantized.stored()["weight"].shape == layer.weight.shape
+
+
+def test_conv1d_attributes_and_errors() -> None:
+    layer = sparse_conv1d(stride=2, padding=1, groups=2)
+    module = Conv1d.from_module(layer)
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+    for name in (*names, "padding_mode"):
+        assert getattr(module, name) == getattr(layer, name)
+    assert module.weight.shape == layer.weight.shape
+    assert "6, 12, kernel_size=(3,), stride=(2,), padding=(1,), groups=2, bias=True" in repr(module)
+    weight = pack("csr", layer.weight, 2)
+    assert torch.equal(Conv1d(weight, layer.bias, 2, 1)(torch.ones(6, 9)), module(torch.ones(6, 9)))
+    with pytest.raises(RuntimeError, match=r"pared\.nn\.Conv1d: expected an input that needs no gradient"):
+        module(torch.randn(1, 6, 5, requires_grad=True))
+    for bad in (torch.randn(5), torch.randn(1, 5, 9), torch.randn(1, 6, 9, 9), torch.randn(6, 9).to_sparse()):
+        with pytest.raises(ValueError, match=r"x: expected a strided tensor \[N, 6, L\] or \[6, L\], got"):
+            module(bad)
+    with pytest.raises(TypeError, match="x: expected a torch tensor, got NoneType"):
+        module(None)
+    with pytest.raises(TypeError, match=r"stride: expected an int, got \(1, 2\)"):
+        Conv1d(weight, stride=(1, 2))
+    with pytest.raises(ValueError, match="padding: expected an integer of at least 0"):
+        Conv1d(weight, padding=-1)
+    with pytest.raises(ValueError, match=r"weight \[out, in/groups, 1, taps\], got shape \[4, 4, 3, 3\]"):
+        Conv1d(pack("csr", torch.zeros(4, 4, 3, 3)))
+    with pytest.raises(TypeError, match=r"module: expected nn\.Conv1d, got Conv2d"):
+        Conv1d.from_module(nn.Conv2d(1, 1, 1))
 
 
 # ---- layers that hand their panel over

@@ -70,10 +70,11 @@ def test_layers_without_a_choice() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "4x1", "1x4", "4x4"])
-@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d, nn.Conv2d])
 def test_planned_facts_are_those_of_pruned_weights(pattern: str, kind: type[nn.Module]) -> None:
     torch.manual_seed(3)
-    module: nn.Module = nn.Linear(256, 192) if kind is nn.Linear else nn.Conv2d(32, 64, 3)
+    sizes = {nn.Linear: (256, 192), nn.Conv1d: (64, 96, 5), nn.Conv2d: (32, 64, 3)}
+    module: nn.Module = kind(*sizes[kind])
     pared.prune(module, 0.8, pattern=pattern)
     real = facts_of(module.weight)
     layer = Layer(kind, tuple(module.weight.shape), 1, 4, {1: 1})

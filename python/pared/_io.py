@@ -45,7 +45,7 @@ from pared._surgery import adopt_hooks, check_whole, copy_model, module_names, r
 from pared.nn import RULES, FoldedBatchNorm2d, Fused, Linear, MaxPool2d, PackedModule, ResidualBlock
 from pared.nn._around import guard
 from pared.nn._attention import attend, attending
-from pared.nn._base import ACTIVATIONS
+from pared.nn._base import ACTIVATIONS, as_images
 from pared.nn._encoder import encoding, fuse_layer
 from pared.nn._fold import can_fold
 from pared.nn._foreign import hides_weights
@@ -758,7 +758,7 @@ def _quantized(target: _Target) -> PackedWeight | None:
     q, scale = target.module.weight, target.module.weight_scale
     packed = kind.from_stored(
         target.shape,
-        cast(torch.Tensor, q).detach().numpy(),
+        as_images(cast(torch.Tensor, q).detach()).numpy(),
         cast(torch.Tensor, scale).detach().numpy(),
         str(target.dtype).removeprefix("torch."),
         None if fixed is None else (fixed[0], int(fixed[1]), int(fixed[2]), int(fixed[3])),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from pared.nn._base import as_images
 from pared.ops._estimate import Facts, Work, estimate
 from pared.ops._formats import FORMATS
 
@@ -20,8 +21,8 @@ _WITHIN = 2.3
 
 
 def facts_of(weight: Tensor, groups: int = 1) -> Facts:
-    """What the packed forms of a weight depend on; ``[out, in]`` or ``[out, in/groups, kh, kw]``."""
-    w = weight.detach()
+    """What the packed forms of a weight depend on; ``[out, in]`` or ``[out, in/groups, (kh,) kw]``."""
+    w = as_images(weight.detach())
     convolution = w.ndim == 4
     used = (w.permute(0, 2, 3, 1).reshape(-1, w.shape[1]) if convolution else w) != 0
     taps = w.shape[2] * w.shape[3] if convolution else 0

@@ -21,6 +21,7 @@ from pared._surgery import copy_model
 from pared._timing import Timings, interleave
 from pared._timing_cuda import Clock, EventClock, copies_beyond, sample_rounds
 from pared.nn import PackedModule
+from pared.nn._base import as_images
 from pared.ops._device import DeviceWeight
 from pared.ops._estimate import Facts
 from pared.ops._formats import FORMATS
@@ -165,7 +166,8 @@ class Cuda(Target):
         """All of them, there being no model of times for a GPU, but blocks where the weight has none, 2:4
         where it does not follow that, and convolutions that are no products of pixels."""
         weight = cast(Tensor, layer.weight)
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+            weight = as_images(weight)
             pads = (0, 0) if isinstance(layer.padding, str) else layer.padding
             try:
                 check_geometry(tuple(weight.shape), layer.groups, pads)

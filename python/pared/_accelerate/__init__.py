@@ -64,8 +64,8 @@ def accelerate(
 ) -> nn.Module:
     """A copy of the model that runs packed kernels in every layer where they are measurably faster.
 
-    Runs the example inputs, and times each ``nn.Linear`` and ``nn.Conv2d`` (dense, and the two or three
-    packed formats that are estimated to be the fastest) on the shapes that it really gets, in interleaved
+    Runs the example inputs, and times each ``nn.Linear``, ``nn.Conv1d`` and ``nn.Conv2d`` (dense, and the two
+    or three packed formats that are estimated to be the fastest) on the shapes that it really gets, in interleaved
     rounds. What is faster by `min_speedup` is kept; a following activation is fused where the model allows
     it. Then the whole model is compared with the original, outputs and time: where the outputs differ by more
     than allowed, or the model is not faster, layers go back to dense. nn.MultiheadAttention and transformers'

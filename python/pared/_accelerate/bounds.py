@@ -73,7 +73,8 @@ def _rounding(c: Candidate, plain: nn.Module, magnitude: nn.Module, x: Tensor, p
     """How far a layer's outputs may move with weights and inputs on grids: per output, half a step of each
     weight times its input's magnitude, and of each input (a scale a token, or an image) times its weight's.
     """
-    weight = cast(Tensor, plain.weight).abs().flatten(1)
+    weights = cast(Tensor, plain.weight)
+    weight = weights.abs().flatten(1)
     step = weight.amax(1) / (254 if c.foreign is None else math.inf)
     depth, u = weight.shape[1], x.abs()
     if isinstance(plain, nn.Linear):
@@ -85,12 +86,13 @@ def _rounding(c: Candidate, plain: nn.Module, magnitude: nn.Module, x: Tensor, p
             return grouped
         linear: Tensor = half * weight.sum(1) + step * u.sum(-1, keepdim=True) + depth * half * step
         return linear
-    half = u.amax((-3, -2, -1), keepdim=True) / 254
+    places = weights.ndim - 2
+    half = u.amax(tuple(range(-1 - places, 0)), keepdim=True) / 254
     ones = copy_model(magnitude)
     cast(Tensor, ones.weight).fill_(1)
     if ones.bias is not None:
         cast(Tensor, ones.bias).zero_()
-    total, step = (t.reshape(-1, 1, 1) for t in (weight.sum(1), step))
+    total, step = (t.reshape(-1, *[1] * places) for t in (weight.sum(1), step))
     rounding: Tensor = half * total + step * ones.forward(u) + depth * half * step
     return rounding
 

@@ -267,9 +267,11 @@ def _positions(c: Candidate) -> dict[int, int]:
     """Output positions of a call -> calls with so many."""
     found: dict[int, int] = {}
     for s, count in c.calls.items():
-        if isinstance(c.plain, nn.Conv2d):
-            image = [-(-size // step) for size, step in zip(s.shape[-2:], c.plain.stride, strict=True)]
-            n = math.prod(image) * (s.shape[0] if len(s.shape) == 4 else 1)
+        if isinstance(c.plain, (nn.Conv1d, nn.Conv2d)):
+            strides = c.plain.stride
+            sizes = s.shape[-len(strides) :]
+            image = [-(-size // step) for size, step in zip(sizes, strides, strict=True)]
+            n = math.prod(image) * (s.shape[0] if len(s.shape) == len(strides) + 2 else 1)
         else:
             n = math.prod(s.shape[:-1])
         found[n] = found.get(n, 0) + count

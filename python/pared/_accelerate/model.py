@@ -20,7 +20,7 @@ from pared._surgery import module_names, replace, shared_copy
 from pared._target import Target
 from pared.nn import DenseWeightError, FoldedBatchNorm2d, Fused, PackedModule
 from pared.nn._foreign import foreign
-from pared.pruning.linears import AS_PLAIN, as_plain, open_layers, plain_kind
+from pared.pruning.linears import AS_PLAIN, PLAIN, as_plain, open_layers, plain_kind
 
 # Of the largest output, where max_error is not given: what 8 bits may change.
 BUDGET = {"int8": 0.1, "auto": 0.02}
@@ -55,7 +55,7 @@ def open_model(plain: nn.Module, inputs: list[Example], reference: list[Any]) ->
         worst = compare_all(model, inputs, reference)
     except Exception as e:  # a model's code may ask for anything that the module has
         return Opened(plain, plain, notes=[f"{note}the model raises {type(e).__name__}: {e}"])
-    layers = [m for m in model.modules() if type(m) in (nn.Linear, nn.Conv2d)]
+    layers = [m for m in model.modules() if type(m) in PLAIN]
     depths = [cast(Tensor, m.weight)[0].numel() for m in layers]
     allowed = tolerance(len(depths), max(depths), worst.eps)
     if not worst.relative <= allowed:
@@ -65,7 +65,7 @@ def open_model(plain: nn.Module, inputs: list[Example], reference: list[Any]) ->
 
 
 def _alike(model: nn.Module, inputs: list[Example]) -> list[str]:
-    """Names of subclasses' modules that compute what nn.Linear or nn.Conv2d do, whenever they are called."""
+    """Names of subclasses' modules that compute what the layer of torch does, whenever they are called."""
     calls: dict[int, bool] = {}  # id of a module -> whether it did in all calls
 
     def compare_call(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from pared.nn._base import DenseWeightError, PackedModule
 from pared.nn._fold import FoldedBatchNorm2d
 from pared.nn._fused import Fused
-from pared.nn.conv import Conv2d
+from pared.nn.conv import Conv1d, Conv2d
 from pared.nn.linear import Linear
 from pared.nn.pool import MaxPool2d
 from pared.nn.residual import ResidualBlock
@@ -35,17 +35,21 @@ class Rule:
             raise ValueError(f"formats: expected a tuple of {', '.join(FORMATS)}, got {self.formats!r}")
 
 
+_CONVOLUTION = ("csr", "bsr", "dense", "int8", "bsr8")
+
 # By exact type: a subclass may compute something else (see `pared.pruning.linears.plain_kind`).
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: Rule(
         Linear,
         ("csr", "2:4", "bsr", "dense", "bitmap", "bitmap+csr", "int8", "int8wo", "bitmap8", "bsr8", "int4"),
     ),
-    nn.Conv2d: Rule(Conv2d, ("csr", "bsr", "dense", "int8", "bsr8")),
+    nn.Conv1d: Rule(Conv1d, _CONVOLUTION),
+    nn.Conv2d: Rule(Conv2d, _CONVOLUTION),
 }
 
 __all__ = [
     "RULES",
+    "Conv1d",
     "Conv2d",
     "DenseWeightError",
     "FoldedBatchNorm2d",

@@ -387,7 +387,7 @@ def quantized_parts(
     activation_zero: int,
     activation_dtype: str,
 ) -> tuple[Int8, Tensor | None, str | None]:
-    """``(weight, bias, activation)`` of a quantized layer; `kind` is ``"Linear"`` or ``"Conv2d"``."""
+    """``(weight, bias, activation)`` of a quantized layer; `kind` is the name of torch's float layer."""
     name = type(module).__name__
     if not isinstance(module, nn.Module) or not hasattr(module, "weight"):
         raise TypeError(f"module: expected a quantized {kind}, got {name}")
@@ -416,8 +416,14 @@ def format_name(weight: PackedWeight) -> str:
     raise TypeError(f"weight: expected a packed weight ({', '.join(FORMATS)}), got {type(weight).__name__}")
 
 
+def as_images(weight: Tensor) -> Tensor:
+    """The weight [out, in / groups, taps] of an ``nn.Conv1d`` as that of a convolution over images of height
+    1; any other as it is."""
+    return weight.unsqueeze(2) if weight.ndim == 3 else weight
+
+
 def pack(format: str, weight: Tensor, groups: int = 1, record: Any = None) -> PackedWeight:
-    """Pack a dense weight into the named format.
+    """Pack a dense weight into the named format; `as_images` where it is of one dimension.
 
     `record` is what `pared.quantize` left on the layer, or None: a quantized format takes its integers and
     scales over where the weight still lies on their grid.
@@ -430,7 +436,8 @@ def pack(format: str, weight: Tensor, groups: int = 1, record: Any = None) -> Pa
         if taken is not None:
             return cls(torch.from_numpy(taken.packed))
     # A tensor from here on: modules that share it share one object, which deepcopy and pickle keep shared.
-    return cls(torch.from_numpy(cls.from_dense(weight.detach().contiguous(), groups=groups).packed))
+    dense = as_images(weight.detach()).contiguous()
+    return cls(torch.from_numpy(cls.from_dense(dense, groups=groups).packed))
 
 
 def off_grid(bits: int) -> float:
@@ -472,6 +479,7 @@ __all__ = [
     "Format",
     "PackedModule",
     "WeightStandIn",
+    "as_images",
     "format_name",
     "pack",
     "quantized_parts",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pared.nn._base import PackedModule
-from pared.nn.conv import Conv2d
+from pared.nn.conv import Conv1d, Conv2d
 from pared.nn.linear import Linear
 
 __all__ = ["Foreign", "foreign", "foreign_bytes", "hides_weights"]
@@ -15,6 +15,7 @@ __all__ = ["Foreign", "foreign", "foreign_bytes", "hides_weights"]
 _OURS: dict[str, type[PackedModule]] = {
     "Linear": Linear,
     "LinearReLU": Linear,
+    "Conv1d": Conv1d,
     "Conv2d": Conv2d,
     "ConvReLU2d": Conv2d,
 }
@@ -22,7 +23,7 @@ _OURS: dict[str, type[PackedModule]] = {
 
 @dataclass(frozen=True)
 class Foreign:
-    """A Linear or Conv2d layer that another tool quantised.
+    """A Linear layer or a convolution that another tool quantised.
 
     Attributes
     ----------
@@ -44,7 +45,9 @@ def _tool(module: nn.Module) -> str | None:
     cls = type(module)
     if cls.__name__ in _OURS and cls.__module__.startswith("torch.ao.nn.") and ".quantized" in cls.__module__:
         return "torch.ao"
-    if cls in (nn.Linear, nn.Conv2d) and type(module._parameters["weight"]).__module__.startswith("torchao"):
+    if cls not in (nn.Linear, nn.Conv1d, nn.Conv2d) or "weight" not in module._parameters:
+        return None  # the older torch.nn.utils.weight_norm computes the weight
+    if type(module._parameters["weight"]).__module__.startswith("torchao"):
         return "torchao"
     return None
 

@@ -43,7 +43,7 @@ class Layer:
 
     Attributes
     ----------
-    kind : nn.Linear or nn.Conv2d.
+    kind : nn.Linear, nn.Conv1d or nn.Conv2d.
     shape : of the weight.
     groups : of a convolution.
     item_bytes : of a weight as the model has it.
@@ -78,7 +78,7 @@ class PatternChoice:
 def planned_facts(layer: Layer, pattern: Pattern, sparsity: float) -> Facts:
     """What a weight will be like that is pruned with a block pattern, zeros falling where they may."""
     rows, depth = layer.shape[0], layer.shape[1]
-    taps = math.prod(layer.shape[2:]) if layer.kind is nn.Conv2d else 0
+    taps = math.prod(layer.shape[2:]) if len(layer.shape) > 2 else 0
     cells = math.prod(layer.shape)
 
     def occupied(r: int, c: int) -> int:
@@ -95,7 +95,7 @@ def planned_facts(layer: Layer, pattern: Pattern, sparsity: float) -> Facts:
         occupied(1, 4),
         occupied(4, 4),
         taps,
-        layer.shape[2] if layer.kind is nn.Conv2d else 0,
+        {2: 0, 3: 1, 4: layer.shape[-2]}[len(layer.shape)],
         layer.item_bytes,
     )
 
@@ -263,8 +263,13 @@ def layers(
             if not ok:
                 continue
 
-            def count(module: nn.Module, inputs: Any, output: Any, seen: dict[int, int] = seen) -> None:
-                channels = output.shape[-3] if isinstance(module, nn.Conv2d) else output.shape[-1]
+            def count(
+                module: nn.Module,
+                inputs: Any,
+                output: Any,
+                seen: dict[int, int] = seen,
+                channels: int = target.tensor.shape[0],
+            ) -> None:
                 n = output.numel() // max(1, channels)
                 seen[n] = seen.get(n, 0) + 1
 

@@ -5,8 +5,8 @@ Conv1D keeps its weight as [in, out]. Masks work on both as they are. Kernels an
 channels work on Linear layers, and this makes them so, with the same outputs. `pared.accelerate` opens such
 layers itself (`open_layers`) and `pared.restore` closes them again (`close_layers`).
 
-A subclass of nn.Linear or nn.Conv2d with a forward of its own (transformers' FalconLinear) may compute what
-they do: `accelerate` compares its outputs, and makes it one of them (`as_plain`).
+A subclass of nn.Linear, nn.Conv1d or nn.Conv2d with a forward of its own (transformers' FalconLinear) may
+compute what they do: `accelerate` compares its outputs, and makes it one of them (`as_plain`).
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ __all__ = [
     "plain_kind",
 ]
 
+# The layers that kernels take.
+PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
 # What is opened as a subclass of a torch layer, by how it is named in a report.
 AS_PLAIN = " as nn."
 
@@ -195,12 +197,11 @@ class Encoder(nn.TransformerEncoder):
         return torch.where(kept.unsqueeze(-1), y, empty if self.norm is None else self.norm(empty))
 
 
-def plain_kind(module: nn.Module) -> type[nn.Linear] | type[nn.Conv2d] | None:
-    """nn.Linear or nn.Conv2d for a module of a subclass that holds no more than they do: whether it computes
-    what they do its outputs tell. None for everything else.
+def plain_kind(module: nn.Module) -> type[nn.Module] | None:
+    """nn.Linear, nn.Conv1d or nn.Conv2d for a module of a subclass that holds no more than they do: whether
+    it computes what they do its outputs tell. None for everything else.
     """
-    kinds: tuple[type[nn.Linear], type[nn.Conv2d]] = (nn.Linear, nn.Conv2d)
-    for kind in kinds:
+    for kind in PLAIN:
         if isinstance(module, kind) and base_type(module) is not kind:
             same = module._parameters.keys() == {"weight", "bias"} and not (
                 module._buffers or module._modules
@@ -338,7 +339,7 @@ def open_layers(
 
 def close_layers(model: nn.Module, opened: Mapping[str, str]) -> nn.Module:
     """Put back the modules that `open_layers` opened, with the weights as they are now; in place. What was of
-    a subclass of nn.Linear or nn.Conv2d stays one of them.
+    a subclass of nn.Linear, nn.Conv1d or nn.Conv2d stays one of them.
 
     Parameters
     ----------
