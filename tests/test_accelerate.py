@@ -495,12 +495,55 @@ def test_fake_sparsity() -> None:
     assert parametrize.is_parametrized(model[0])
 
 
+class Halved(nn.Module):
+    """A parametrisation of the user's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
 def test_other_parametrisations_are_kept() -> None:
     model = mlp()
-    model[0] = nn.utils.parametrizations.weight_norm(nn.Linear(16, 32))
+    parametrize.register_parametrization(model[0], "weight", Halved())
     fast = convert(model, torch.randn(3, 16))
     assert layers(fast) == ["2", "4"]
     assert "unknown parametrisation" in row(fast, "0").reason
+
+
+def parametrised(kind: str) -> nn.Sequential:
+    torch.manual_seed(4)
+    module = nn.utils if kind.startswith("older") else nn.utils.parametrizations
+    wrap: Any = getattr(module, kind.removeprefix("older "))
+    return nn.Sequential(wrap(nn.Linear(16, 16)), nn.ReLU(), wrap(nn.Conv1d(4, 8, 3))).eval()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "kind", ["weight_norm", "spectral_norm", "orthogonal", "older weight_norm", "older spectral_norm"]
+)
+def test_computed_weights_are_constants(kind: str) -> None:
+    model, x = parametrised(kind), torch.randn(3, 4, 16)
+    with torch.no_grad():
+        expected = model(x)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    fast = convert(model, x)
+    assert layers(fast) == ["0", "2"]
+    torch.testing.assert_close(fast(x), expected, atol=1e-5, rtol=1e-5)
+    # The user's model computes its weights as before.
+    assert {name: t.tolist() for name, t in model.state_dict().items()} == {
+        name: t.tolist() for name, t in before.items()
+    }
+    plain = pared.restore(fast)
+    assert sorted(plain.state_dict()) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    assert all(type(p) is nn.Parameter and p.requires_grad for p in plain.parameters())
+    torch.testing.assert_close(plain(x), expected, atol=1e-5, rtol=1e-5)
+    for device in ("cpu", "meta"):
+        file = io.BytesIO()
+        pared.save(fast, file)
+        file.seek(0)
+        with torch.device("cpu" if kind == "orthogonal" else device):  # orthogonal cannot be made on meta
+            target = parametrised(kind)
+        assert torch.equal(pared.load(file, target.to(device))(x), fast(x))
 
 
 # -- fusion

@@ -126,7 +126,8 @@ ACTIVATIONS = {
     "activation_dtype": WORD,
 }
 SQUARE = [ops.CSR.from_dense(np.ascontiguousarray(W.T)), ops.CSR.from_dense(W)]
-LINEAR, CONV = (ops.CSR.from_dense(torch.from_numpy(w)) for w in (W, FILTERS))
+LINEAR, CONV, ROWS = (ops.CSR.from_dense(torch.from_numpy(w)) for w in (W, FILTERS, FILTERS[:, :, :1].copy()))
+STEP = Values({k: v for k, v in INTEGER.values.items() if k != "a list"})  # nn.Conv1d keeps a sequence of one
 
 BLOCK = nn.Sequential(pared.nn.Conv2d(CONV, padding=1), nn.ReLU())
 
@@ -239,6 +240,24 @@ CALLS: dict[str, Call] = {
             "activation": OPTIONAL_WORD,
         },
     ),
+    "nn.Conv1d": Call(
+        pared.nn.Conv1d,
+        {"weight": ROWS},
+        {
+            "weight": OBJECT,
+            "bias": Array(BIAS, optional=True, casts=True, torch_only=True),
+            "stride": STEP,
+            "padding": STEP,
+            "dilation": STEP,
+            "padding_mode": WORD,
+            "activation": OPTIONAL_WORD,
+        },
+    ),
+    "nn.Conv1d.forward": Call(
+        lambda input: pared.nn.Conv1d(ROWS)(input),
+        {"input": torch.from_numpy(IMAGES[:, :, 0].copy())},
+        {"input": Array(IMAGES[:, :, 0].copy(), torch_only=True)},
+    ),
     "nn.Linear.forward": Call(
         lambda input: pared.nn.Linear(LINEAR)(input),
         {"input": torch.from_numpy(X)},
@@ -336,9 +355,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch.ao's are deprecated
     QUANTIZED = {
         "Linear": torch.ao.nn.quantized.Linear(12, 8),
+        "Conv1d": torch.ao.nn.quantized.Conv1d(4, 8, 3),
         "Conv2d": torch.ao.nn.quantized.Conv2d(4, 8, 3),
     }
-for _name, _module in (("Linear", nn.Linear(12, 8)), ("Conv2d", nn.Conv2d(4, 8, 3))):
+FLOAT = {"Linear": nn.Linear(12, 8), "Conv1d": nn.Conv1d(4, 8, 3), "Conv2d": nn.Conv2d(4, 8, 3)}
+for _name, _module in FLOAT.items():
     _class = getattr(pared.nn, _name)
     CALLS[f"nn.{_name}.from_module"] = Call(
         _class.from_module,

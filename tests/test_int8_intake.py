@@ -14,7 +14,7 @@ from torch import nn
 
 import pared
 from pared import _core, ops
-from pared.nn import Conv2d, Linear
+from pared.nn import Conv1d, Conv2d, Linear
 
 ENGINES = [e for e in ("onednn", "x86", "fbgemm") if e in torch.backends.quantized.supported_engines]
 
@@ -132,6 +132,30 @@ def test_a_static_convolution_of_torch(engine: str, relu: bool, groups: int) -> 
     off = ops.Int8.from_torch(theirs, activation_scale=1 / 127, activation_zero=56)
     wrong = ops.conv2d(x.dequantize(), off, plain.bias.detach(), 2, 1, 1, groups, layer.activation)
     assert not ((wrong - want).abs() <= slack).all()  # the zero point of the padding and of every input
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_static_convolution_over_sequences(engine: str, relu: bool) -> None:
+    torch.manual_seed(0)
+    kind = torch.ao.nn.intrinsic.quantized.ConvReLU1d if relu else torch.ao.nn.quantized.Conv1d
+    theirs = kind(24, 18, 3, stride=2, padding=1)
+    w, bias = torch.randn(18, 24, 3) / 8, torch.randn(18)
+    qw = torch.quantize_per_tensor(w, float(w.abs().max()) / 127, 0, torch.qint8)
+    theirs.set_weight_bias(qw, bias)
+    theirs.scale, theirs.zero_point = 0.04, 0 if relu else 128
+    x = torch.quantize_per_tensor(torch.rand(2, 24, 21) - 0.45, 1 / 127, 57, torch.quint8)
+    layer = Conv1d.from_quantized(theirs, activation_scale=1 / 127, activation_zero=57)
+    assert layer.activation == ("relu" if relu else None)
+    assert np.array_equal(layer.packed_weight().to_quantized()[0][:, :, 0], qw.int_repr().numpy())
+    plain = layer.to_module()
+    assert isinstance(plain, nn.Conv1d)
+    torch.testing.assert_close(plain.weight.detach(), qw.dequantize())
+    want = theirs(x).dequantize()
+    assert want.abs().max() < 0.04 * 127  # not saturated
+    slack = 0.02 + float(qw.q_scale()) / 127 + 1e-5  # fbgemm rounds the bias to its accumulator's grid too
+    assert ((layer(x.dequantize()) - want).abs() <= slack).all()
 
 
 def test_a_convolution_with_scales_by_hand() -> None:

@@ -574,7 +574,7 @@ def test_conv1d_attributes_and_errors() -> None:
             module(bad)
     with pytest.raises(TypeError, match="x: expected a torch tensor, got NoneType"):
         module(None)
-    with pytest.raises(TypeError, match=r"stride: expected an int, got \(1, 2\)"):
+    with pytest.raises(TypeError, match="stride: expected an integer, got tuple"):
         Conv1d(weight, stride=(1, 2))
     with pytest.raises(ValueError, match="padding: expected an integer of at least 0"):
         Conv1d(weight, padding=-1)

@@ -153,6 +153,31 @@ def test_sweep_updates_each_row_for_the_best_given_what_is_settled(pattern: str)
     torch.testing.assert_close(best, constrained(w0, h, mask), rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_wide_systems_are_solved_by_any_number_of_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    w, h = problem(5, 300, samples=900)
+    mask = torch.rand(5, 300, generator=torch.Generator().manual_seed(2)) > 0.4
+    torch.testing.assert_close(obs.least_squares(w, h, mask), constrained(w, h, mask), rtol=1e-6, atol=1e-7)
+    # Without Cholesky factors: symmetric, but not positive.
+    signs = torch.diag(torch.where(torch.arange(300) % 2 == 0, 1.0, -1.0).double()).expand(3, -1, -1).clone()
+    right = torch.randn(3, 300, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    torch.testing.assert_close(obs.solve(signs, right), signs @ right)
+
+
+def test_obc_takes_wide_layers_with_several_threads() -> None:
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(260, 4)), torch.randn(400, 260)
+    with torch.no_grad():
+        before = model(x)
+    magnitude = copy.deepcopy(model)
+    pared.prune(model, 0.3, importance="obc", data=[x])
+    pared.prune(magnitude, 0.3)
+    with torch.no_grad():
+        assert (model(x) - before).norm() < 0.8 * (magnitude(x) - before).norm()
+
+
 def test_the_score_of_a_block_is_the_loss_of_removing_it() -> None:
     w, h = problem(5, 12)
     units = [(0, 4), (4, 8), (8, 12)]

@@ -40,7 +40,7 @@ from pared._format import (
 from pared._fusion import activation_of, between, leads_to
 from pared._report import _ATTRIBUTE, Report
 from pared._residual import residual_block
-from pared._sparsity import bake
+from pared._sparsity import bake, bake_constants
 from pared._surgery import adopt_hooks, check_whole, copy_model, module_names, replace
 from pared.nn import RULES, FoldedBatchNorm2d, Fused, Linear, MaxPool2d, PackedModule, ResidualBlock
 from pared.nn._around import guard
@@ -141,6 +141,7 @@ def load(path: Path, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> 
         module = _architecture(model)
         if about.layers or about.report:
             bake(module)  # accelerate has applied the masks that pruning attached
+            bake_constants(module)
         module = _open(module, about.report.opened if about.report else {})
         layers = _match_layers(module, about, reader.tensors)
         slots = _slots(module)

@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 __all__ = [
     "bake",
+    "bake_constants",
     "base_type",
     "effective_weight",
     "masked_names",
@@ -153,6 +156,33 @@ def bake(module: nn.Module, *, recurse: bool = True) -> list[str]:
         else:
             _detach_torch_mask(owner, name)
     return [f"{prefix}.{name}" if prefix else name for prefix, _, name, _ in found]
+
+
+def bake_constants(model: nn.Module) -> None:
+    """Make the tensors that torch's ``weight_norm`` and ``spectral_norm``, both of their kinds, and
+    ``orthogonal`` compute plain parameters, in place: in eval mode they are the same in every call.
+
+    On the meta device the shapes alone are right, as everywhere there.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
+        if not parametrize.is_parametrized(module):
+            continue
+        for name, chain in list(module.parametrizations.items()):  # type: ignore[operator,union-attr]
+            if any(type(p).__module__ != parametrizations.__name__ for p in chain):
+                continue
+            # orthogonal looks at values, of which a meta tensor has none.
+            plain = chain.original if chain.is_tensor and chain.original.is_meta else getattr(module, name)
+            trained = any(p.requires_grad for p in chain.parameters(recurse=False))
+            constant = nn.Parameter(plain.detach().clone(), trained)
+            parametrize.remove_parametrizations(module, name, leave_parametrized=not chain.is_tensor)
+            module._parameters[name] = constant
 
 
 def _unknown(module: nn.Module, name: str, what: str) -> str:

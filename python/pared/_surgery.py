@@ -114,7 +114,8 @@ def restore(model: nn.Module) -> nn.Module:
 
     Weights are dense, zeros included, in their original dtype (biases too); fused activations are modules
     again; tied parameters are tied; the keys of the state dict are those of the model that was accelerated,
-    with pruning masks baked in. Denormal weights come back as zeros.
+    with pruning masks, and the weights that torch's weight_norm, spectral_norm and orthogonal compute, baked
+    in. Denormal weights come back as zeros.
 
     Parameters
     ----------

@@ -28,7 +28,7 @@ from pared._errors import check_choice, check_flag, check_number, check_path
 from pared._inputs import examples, first_run, forked_random
 from pared._report import _ATTRIBUTE, Report
 from pared._size import disk_bytes, memory_bytes
-from pared._sparsity import bake
+from pared._sparsity import bake, bake_constants
 from pared._surgery import copy_model, tied_parameters
 from pared._target import Target, target_of
 from pared._timing import watched
@@ -65,11 +65,12 @@ def accelerate(
     """A copy of the model that runs packed kernels in every layer where they are measurably faster.
 
     Runs the example inputs, and times each ``nn.Linear``, ``nn.Conv1d`` and ``nn.Conv2d`` (dense, and the two
-    or three packed formats that are estimated to be the fastest) on the shapes that it really gets, in interleaved
-    rounds. What is faster by `min_speedup` is kept; a following activation is fused where the model allows
-    it. Then the whole model is compared with the original, outputs and time: where the outputs differ by more
-    than allowed, or the model is not faster, layers go back to dense. nn.MultiheadAttention and transformers'
-    Conv1D are tried as the Linear layers that they are made of. ``print(pared.report(fast))`` says what
+    or three packed formats that are estimated to be the fastest) on the shapes that it really gets, in
+    interleaved rounds. What is faster by `min_speedup` is kept; a following activation is fused where the
+    model allows it. Then the whole model is compared with the original, outputs and time: where the outputs
+    differ by more than allowed, or the model is not faster, layers go back to dense. nn.MultiheadAttention
+    and transformers' Conv1D are tried as the Linear layers that they are made of; weights that torch's
+    weight_norm, spectral_norm or orthogonal compute are constants. ``print(pared.report(fast))`` says what
     was done and why, ``rich.print(pared.report(fast).candidates())`` what it was chosen from.
 
     Parameters
@@ -134,6 +135,7 @@ def accelerate(
         advance("running the example inputs", 0.0)
         reference = [first_run(dense, e) for e in inputs]
         bake(dense)
+        bake_constants(dense)
         opened = open_model(dense, inputs, reference)
         candidates = find_candidates(opened.model, precision)
         record_calls(opened.model, inputs, candidates, fuse)
@@ -211,6 +213,7 @@ def layer_seconds(
         dense = copy_model(model).eval()
         reference = [first_run(dense, e) for e in inputs]
         bake(dense)
+        bake_constants(dense)
         opened = open_model(dense, inputs, reference)
         candidates = find_candidates(opened.model, precision)
         record_calls(opened.model, inputs, candidates, fuse=True)

@@ -17,6 +17,7 @@ _OURS: dict[str, type[PackedModule]] = {
     "LinearReLU": Linear,
     "Conv1d": Conv1d,
     "Conv2d": Conv2d,
+    "ConvReLU1d": Conv1d,
     "ConvReLU2d": Conv2d,
 }
 

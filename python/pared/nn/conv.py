@@ -297,7 +297,8 @@ class Conv2d(PackedModule):
 
 class Conv1d(Conv2d):
     """``activation(conv1d(x, W) + bias)`` with a packed weight W [out_channels, in_channels / groups, 1,
-    taps]: a sequence is an image of height 1.
+    taps]: a sequence is an image of height 1. Called with [N, C, L] or [C, L], it gives [N, out, Lo] or
+    [out, Lo].
 
     Build it with `from_module`, or from a packed weight.
 
@@ -342,16 +343,6 @@ class Conv1d(Conv2d):
         tensors = super().stored()
         return {**tensors, "weight": tensors["weight"].reshape(self.weight_shape)}
 
-    def forward(self, input: Tensor) -> Tensor:
-        """`input` [N, C, L] or [C, L] to [N, out, Lo] or [out, Lo], in the input's dtype.
-
-        Raises
-        ------
-        RuntimeError : grad mode is on and the input, or the bias, requires a gradient.
-        TypeError, ValueError : dtype, device or shape of the input.
-        """
-        return self._compute(input, None, self._act)
-
     def _compute(self, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         if not hasattr(type(input), "__torch_function__"):
             raise TypeError(f"x: expected a torch tensor, got {type(input).__name__}")
@@ -360,13 +351,15 @@ class Conv1d(Conv2d):
         ):
             c, got = self.in_channels, f"shape {list(input.shape)} in layout {input.layout}"
             raise ValueError(f"x: expected a strided tensor [N, {c}, L] or [{c}, L], got {got}")
+        try:
+            image = input.unsqueeze(-2)
+        except RuntimeError as e:  # of a storage that was freed
+            raise TypeError(f"x: expected a tensor with memory of its own, got a Tensor without ({e})") from e
         rows = None if residual is None else residual.unsqueeze(-2)
-        return super()._compute(input.unsqueeze(-2), rows, activation).squeeze(-2)
+        return super()._compute(image, rows, activation).squeeze(-2)
 
 
 def _single(value: int | Sequence[int], name: str, least: int) -> int:
     """An int, or a sequence of one, as nn.Conv1d keeps it. Raises ``TypeError`` or ``ValueError``."""
-    one = value[0] if isinstance(value, Sequence) and len(value) == 1 else value
-    if isinstance(one, bool) or not isinstance(one, int):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
+    one = value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
     return integer(one, name, least, 2**31 - 1)

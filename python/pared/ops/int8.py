@@ -193,10 +193,11 @@ class QuantizedWeight(IntegerWeight):
 
         Parameters
         ----------
-        source : a ``torch.ao.nn.quantized`` Linear or Conv2d (also with its fused ReLU, which is the caller's
-            to apply), a ``torch.ao.nn.quantized.dynamic`` Linear, an ``nn.Linear`` or ``nn.Conv2d`` whose
-            weight is torchao's ``Int8Tensor``, or such a weight: qint8 with one scale a tensor or an output
-            and zero points of 0; ``Int8Tensor`` with one scale an output.
+        source : a ``torch.ao.nn.quantized`` Linear, Conv1d or Conv2d (also with its fused ReLU, which is the
+            caller's to apply), a ``torch.ao.nn.quantized.dynamic`` Linear, an ``nn.Linear`` or ``nn.Conv2d``
+            whose weight is torchao's ``Int8Tensor``, or such a weight: qint8 with one scale a tensor or an
+            output and zero points of 0; ``Int8Tensor`` with one scale an output. Of a Conv1d comes the weight
+            [out, in/groups, 1, taps].
         groups : of a convolution's bare weight; a module has its own.
         activation_scale, activation_zero, activation_dtype : of the tensors that a static layer is called
             with, as torch's quint8 has them; None to quantize inputs by token, as dynamic layers do.
@@ -211,6 +212,7 @@ class QuantizedWeight(IntegerWeight):
         TypeError, ValueError : a weight of another kind, with zero points, or with scales of groups.
         """
         q, scales, dtype = _torch_weight(source)
+        q = q[:, :, None] if q.ndim == 3 else q  # a sequence is an image of height 1
         return cls.from_quantized(
             q,
             scales,

@@ -14,6 +14,7 @@ from pared.pruning.calibration import SAMPLE_GRADIENT, Observer, accumulator
 from pared.pruning.distributed import Processes
 from pared.pruning.importance import BuiltIn, Statistics
 from pared.pruning.masks import Blocks
+from pared.pruning.obs import solve
 from pared.pruning.patterns import Pattern
 from pared.pruning.targets import Target
 
@@ -138,7 +139,7 @@ class InverseFisher:
             gone = p.to(torch.float64)
             wide = inverse.to(torch.float64)
             system = wide * gone.unsqueeze(1) * gone.unsqueeze(2) + torch.diag_embed(1.0 - gone)
-            price = torch.linalg.solve(system, (w.to(torch.float64) * gone).unsqueeze(2)) * gone.unsqueeze(2)
+            price = solve(system, (w.to(torch.float64) * gone).unsqueeze(2)) * gone.unsqueeze(2)
             moved = w - (wide @ price).squeeze(2)
             new.append(torch.where(p, 0.0, moved).to(w.dtype))
         return torch.cat(new) if new else self.weight.clone()
