@@ -22,6 +22,7 @@ from torch.nn.utils import prune as torch_prune
 
 import pared
 import pared._accelerate as acc
+from pared._accelerate import choose
 from pared._fusion import activation_of
 from pared._inputs import compare, examples, tolerance
 from pared._timing import interleave
@@ -1005,6 +1006,10 @@ def test_convolutions_over_sequences(fused_wins: None, precision: str) -> None:
     for shape in ((3, 8, 21), (8, 21), (1, 8, 6)):
         rows = torch.randn(shape)
         torch.testing.assert_close(fast(rows), model.eval()(rows).detach(), **close)
+    # What is estimated: output positions of all sequences, at 3 x 21 and at 21.
+    candidates = acc.find_candidates(model, precision)
+    acc.record_calls(model, [*examples([x, x[0]])], candidates, fuse=True)
+    assert choose._positions({c.name: c for c in candidates}["down"]) == {33: 1, 11: 1}
     rows = {row.name: row for row in pared.report(fast).layers}
     assert rows["body.2"].shape == [16, 8, 3]
     assert rows["body.0"].error <= rows["body.0"].bound

@@ -557,6 +557,16 @@ def test_conv1d_equals_torch(isa: str, options: dict[str, Any]) -> None:
     assert quantized.stored()["weight"].shape == layer.weight.shape
 
 
+def test_conv1d_adds_a_residual() -> None:
+    layer = sparse_conv1d(padding=1)
+    module = Conv1d.from_module(layer)
+    x, residual = torch.randn(2, 6, 9), torch.randn(2, 12, 9)
+    with torch.no_grad():
+        expected = (layer(x) + residual).relu()
+    for other in (residual, residual.transpose(1, 2).contiguous().transpose(1, 2), residual.double().float()):
+        torch.testing.assert_close(module._compute(x, other, "relu"), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_conv1d_attributes_and_errors() -> None:
     layer = sparse_conv1d(stride=2, padding=1, groups=2)
     module = Conv1d.from_module(layer)

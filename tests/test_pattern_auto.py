@@ -79,7 +79,7 @@ def test_planned_facts_are_those_of_pruned_weights(pattern: str, kind: type[nn.M
     real = facts_of(module.weight)
     layer = Layer(kind, tuple(module.weight.shape), 1, 4, {1: 1})
     planned = planned_facts(layer, parse_pattern(pattern), 0.8)
-    for name in ("rows", "cols", "cells", "taps"):
+    for name in ("rows", "cols", "cells", "taps", "kernel_rows"):
         assert getattr(planned, name) == getattr(real, name)
     for name in ("nnz", "quads", "words", "word_quads"):
         # Where they fall is chance: a few standard deviations.

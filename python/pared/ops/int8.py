@@ -352,7 +352,7 @@ def _torch_weight(source: Any) -> tuple[Any, Any, str]:
     w: Any = getattr(source, "weight", source)
     if callable(w) and not isinstance(w, torch.Tensor):  # torch.ao's modules have a method
         w = w()
-    if not isinstance(w, torch.Tensor) or w.ndim not in (2, 4):
+    if not isinstance(w, torch.Tensor) or w.ndim not in (2, 3, 4):
         raise TypeError(f"source: expected a quantized layer or weight, got {type(source).__name__}")
     if w.is_quantized:
         per_tensor = w.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric)
