@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pared import nn, ops
+from pared import _core, nn, ops
 from pared.ops._formats import FORMATS
 
 # A process of its own, without torch: the kernel counts its resident memory, whoever asked for it.
@@ -107,16 +111,18 @@ def test_a_copy_would_be_noticed() -> None:
 HUGE_PAGE = 2 << 20
 
 
-def wants_huge_pages(address: int) -> bool:
-    """Whether the mapping that `address` is in was advised so."""
-    inside = False
+def mapping(address: int) -> tuple[bool, int]:
+    """Whether the mapping that `address` is in was advised to have huge pages, and its resident bytes."""
+    inside, resident = False, 0
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name, *rest = line.split()
         if not name.endswith(":"):
             first, end = (int(bound, 16) for bound in name.split("-"))
             inside = first <= address < end
+        elif inside and name == "Rss:":
+            resident = int(rest[0]) << 10
         elif inside and name == "VmFlags:":
-            return "hg" in rest
+            return "hg" in rest, resident
     raise AssertionError(f"no mapping holds {address:#x}")
 
 
@@ -125,29 +131,97 @@ huge_pages = pytest.mark.skipif(
 )
 
 
-def check_huge_pages(address: int, size: int) -> None:
-    assert size >= HUGE_PAGE
-    assert address % HUGE_PAGE == 0
-    assert wants_huge_pages(address)
-    assert wants_huge_pages(address + size // HUGE_PAGE * HUGE_PAGE - 1)
+def address(packed: object) -> int:
+    return torch.as_tensor(packed).data_ptr()
+
+
+def check_huge_pages(packed: object) -> None:
+    begin, size = address(packed), torch.as_tensor(packed).nbytes
+    assert size >= 128 << 10
+    assert begin % 64 == 0
+    assert mapping(begin)[0]
+    # What is so large that it has a mapping of its own ends in smaller pages.
+    end = begin + size if size <= 32 << 20 else (begin + size) // HUGE_PAGE * HUGE_PAGE
+    assert mapping(end - 1)[0]
 
 
 @huge_pages
+@pytest.mark.parametrize("shape", [(3072, 2048), (512, 1024), (64, 40000)], ids=str)
 @pytest.mark.parametrize("name", HERE)
-def test_large_weights_lie_in_huge_pages(name: str, rng: np.random.Generator) -> None:
+def test_weights_lie_in_huge_pages(name: str, shape: tuple[int, int], rng: np.random.Generator) -> None:
     """Few tokens with weights from memory run 1.1 to 1.5 times as fast so."""
-    w = rng.standard_normal((3072, 2048)).astype(np.float32)
-    packed = FORMATS[name].weight.from_dense(w).packed
-    check_huge_pages(packed.ctypes.data, packed.nbytes)
+    w = rng.standard_normal(shape).astype(np.float32)
+    check_huge_pages(FORMATS[name].weight.from_dense(w).packed)
 
 
 @huge_pages
 def test_so_do_copies_and_what_is_loaded(rng: np.random.Generator) -> None:
     w = rng.standard_normal((1024, 1024)).astype(np.float32)
     for given in (w, torch.from_numpy(w)):
-        copied = copy.deepcopy(ops.Dense.from_dense(given)).packed
-        check_huge_pages(torch.as_tensor(copied).data_ptr(), copied.nbytes)
+        check_huge_pages(copy.deepcopy(ops.Dense.from_dense(given)).packed)
     one, other = (nn.Linear(ops.Dense.from_dense(torch.from_numpy(v))) for v in (w, 2 * w))
     one.load_state_dict(other.state_dict())
     assert torch.equal(one.packed, other.packed)
-    check_huge_pages(one.packed.data_ptr(), one.packed.nbytes)
+    check_huge_pages(one.packed)
+
+
+@huge_pages
+def test_weights_share_pages_and_give_them_back(rng: np.random.Generator) -> None:
+    """Layers smaller than a huge page lie behind each other; one that goes leaves no hole for good."""
+    packed = ops.Int8.from_dense(rng.standard_normal((768, 768)).astype(np.float32)).packed
+    many = [_core.packed_copy(packed) for _ in range(40)]  # 24 MB: they find no old gap
+    begins = sorted(address(p) for p in many)
+    behind = [b - a for a, b in itertools.pairwise(begins)]
+    assert statistics.median(behind) == packed.nbytes  # no padding to pages
+    first, middle = begins[0], address(many[20])
+    _, before = mapping(middle)
+    for p in many[10:30]:
+        assert np.array_equal(p, packed)
+    del many[10:30], p
+    _, after = mapping(middle)
+    assert before - after >= 20 * packed.nbytes - 2 * HUGE_PAGE
+    again = _core.packed_copy(packed)
+    assert first <= address(again) <= begins[-1]
+    assert np.array_equal(again, packed)
+    assert all(np.array_equal(p, packed) for p in many)
+
+
+@huge_pages
+def test_weights_that_come_and_go_keep_to_their_own(rng: np.random.Generator) -> None:
+    """Gaps that meet become one, and no weight is where another one is."""
+    rows = [8, 64, 500, 1000, 2000]
+    packed = {n: ops.Int8.from_dense(rng.standard_normal((n, 1024)).astype(np.float32)).packed for n in rows}
+    held: list[tuple[int, np.ndarray]] = []
+    for _ in range(2000):
+        if len(held) > 30 or (held and rng.random() < 0.45):
+            n, p = held.pop(int(rng.integers(len(held))))
+            assert np.array_equal(p, packed[n])
+        else:
+            n = int(rng.choice(rows))
+            held.append((n, _core.packed_copy(packed[n])))
+    spans = sorted((address(p), address(p) + p.nbytes) for _, p in held)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+    assert all(np.array_equal(p, packed[n]) for n, p in held)
+
+
+def test_threads_and_children_get_memory_for_weights(rng: np.random.Generator) -> None:
+    packed = ops.Int8.from_dense(rng.standard_normal((512, 512)).astype(np.float32)).packed
+
+    def work(count: int) -> bool:
+        held = [_core.packed_copy(packed) for _ in range(5)]
+        for i in range(count):
+            held[i % 5] = _core.packed_copy(packed)
+        return all(np.array_equal(p, packed) for p in held)
+
+    with ThreadPoolExecutor(4) as pool:
+        busy = [pool.submit(work, 300) for _ in range(4)]
+        children = []
+        for _ in range(8):  # while threads allocate
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python's, of threads that a child does not have
+                child = os.fork()
+            if child == 0:
+                os._exit(0 if work(20) else 1)
+            children.append(child)
+        assert all(b.result() for b in busy)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8

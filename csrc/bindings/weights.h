@@ -3,12 +3,11 @@
 
 #include <pybind11/numpy.h>
 
-#include <cstdlib>
 #include <string>
 
 #include "bindings/array.h"
 #include "bindings/names.h"
-#include "core/huge_pages.h"
+#include "core/weight_memory.h"
 #include "formats/csr.h"
 #include "formats/int8.h"
 #include "kernels/types.h"
@@ -32,9 +31,9 @@ DenseView dense_view(const Array& a, ConvShape& conv, int64_t groups);
 // without the GIL.
 template <class Write>
 py::array_t<uint8_t> packed_array(size_t bytes, const Write& write) {
-  void* p = allocate_in_huge_pages(bytes);
+  void* p = allocate_weight(bytes);
   if (!p) throw std::bad_alloc();
-  py::capsule owner(p, [](void* q) { std::free(q); });
+  py::capsule owner(p, [](void* q) { free_weight(q); });
   {
     py::gil_scoped_release unlocked;
     write(static_cast<uint8_t*>(p));
