@@ -26,11 +26,17 @@ namespace {
 
 constexpr int64_t kBlockBytes = 192 * 1024;  // of quantized tokens
 constexpr int64_t kMaxBlockTokens = 192;
+constexpr int64_t kAccStride = kGemmPanels * kInt8Panel;
 constexpr int64_t kBlockUnits = kGemmUnits;  // at most: 64 outputs by 768, 48 KB
 // Below this many multiply-adds (5 us) a second thread does not pay.
 constexpr int64_t kMinWorkPerThread = 1 << 21;
 // Fewer tokens than this wait for the weights: reading those takes as long as the products of so many.
 constexpr int64_t kFewTokens = 4;
+// So many tokens wait for the weights alone, which AVX-512's tiles then read panel by panel, one stream from
+// end to end; up to six read two panels side by side and fetch the next two. In longer rows of more than one
+// token four panels stay side by side, as they do for more tokens: x would not stay in L1 beside a panel.
+// (AVX2's tiles read one panel after the other anyway, and Arm's were not measured.)
+constexpr int64_t kOneStream = 3, kShortUnits = 512;
 // From here on threads share the tokens, so that each quantizes its own alone.
 constexpr int64_t kMinTokensPerThread = 32;
 
@@ -41,20 +47,61 @@ struct Product {
   int64_t panels, units, panel_bytes;
 };
 
+// Unit range of K block b of `blocks`.
+struct Units {
+  int64_t first, count;
+};
+Units units_of(const Product& w, int64_t b, int64_t blocks) {
+  const int64_t first = w.units * b / blocks;
+  return {first, w.units * (b + 1) / blocks - first};
+}
+
+// run_product for up to kGemmTokens tokens, panel by panel, or two side by side.
+template <class Done>
+void run_panels(const Product& w, gemm_u8s8::Fn* const* table, const uint8_t* x, int64_t x_stride,
+                int64_t tokens, int64_t p0, int64_t p1, int64_t blocks, int32_t* acc, const Done& done) {
+  const int64_t width = tokens <= kOneStream ? 1 : 2;
+  for (int64_t p = p0; p < p1; p += kGemmPanels) {
+    const int64_t some = std::min<int64_t>(kGemmPanels, p1 - p);
+    for (int64_t i = 0; i < some; i += width) {
+      const int64_t n = std::min(width, some - i);
+      const int8_t* panel = w.weights + (p + i) * w.panel_bytes;
+      const bool next_panels = p + i + width + n <= w.panels;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const Units k = units_of(w, b, blocks);
+        GemmArgs args{x + k.first * kInt8Unit,
+                      x_stride,
+                      panel + k.first * kGemmLine,
+                      w.panel_bytes,
+                      static_cast<int32_t>(k.count),
+                      acc + i * kInt8Panel,
+                      kAccStride,
+                      k.first > 0};
+        if (width > 1 && (b + 1 < blocks || next_panels))
+          args.ahead = {b + 1 < blocks ? args.w + k.count * kGemmLine : panel + width * w.panel_bytes,
+                        w.panel_bytes, kGemmLine, static_cast<int32_t>(n)};
+        table[(tokens - 1) * kGemmPanels + n - 1](args);
+      }
+    }
+    done(0, tokens, p, static_cast<int>(some), acc, kAccStride);
+  }
+}
+
 // Sums of `tokens` rows of bytes with panels [p0, p1); done(token, tokens, panel, panels, acc, stride) takes
 // each tile.
 template <class Done>
 void run_product(const Product& w, gemm_u8s8::Fn* const* table, const uint8_t* x, int64_t x_stride,
                  int64_t tokens, int64_t p0, int64_t p1, int32_t* acc, const Done& done) {
-  constexpr int64_t acc_stride = kGemmPanels * kInt8Panel;
   const int64_t groups = (tokens + kGemmTokens - 1) / kGemmTokens;
   const int64_t blocks = std::max<int64_t>((w.units + kBlockUnits - 1) / kBlockUnits, 1);
+  if (groups == 1 && (tokens == 1 || w.units <= kShortUnits) && isa_contains(active_isa(), Isa::avx512))
+    return run_panels(w, table, x, x_stride, tokens, p0, p1, blocks, acc, done);
   // Block i of those that follow each other from p0 on; also beyond p1, for another thread may have finished
   // its panels before this one, which then goes on there.
   const auto block = [&](int64_t i) {
-    const int64_t p = p0 + i / blocks * kGemmPanels, b = i % blocks, k = w.units * b / blocks;
-    return GemmBlock{p, std::min<int64_t>(kGemmPanels, (p < p1 ? p1 : w.panels) - p), k,
-                     w.units * (b + 1) / blocks - k};
+    const int64_t p = p0 + i / blocks * kGemmPanels;
+    const Units k = units_of(w, i % blocks, blocks);
+    return GemmBlock{p, std::min<int64_t>(kGemmPanels, (p < p1 ? p1 : w.panels) - p), k.first, k.count};
   };
   GemmBlock next = block(0);
   for (int64_t i = 1; next.panel < p1; ++i) {
@@ -64,18 +111,18 @@ void run_product(const Product& w, gemm_u8s8::Fn* const* table, const uint8_t* x
     for (int64_t g = 0; g < groups; ++g) {
       // Groups of nearly equal size: one token alone after a full group would wait out latencies.
       const int64_t t0 = tokens * g / groups, t1 = tokens * (g + 1) / groups;
-      int32_t* to = acc + t0 * acc_stride;
+      int32_t* to = acc + t0 * kAccStride;
       GemmArgs args{x + t0 * x_stride + now.k * kInt8Unit,
                     x_stride,
                     w.weights + now.panel * w.panel_bytes + now.k * kGemmLine,
                     w.panel_bytes,
                     static_cast<int32_t>(now.units),
                     to,
-                    acc_stride,
+                    kAccStride,
                     now.k > 0};
       args.ahead = gemm_ahead(w.weights, w.panel_bytes, next, g, groups, now);
       table[(t1 - t0 - 1) * kGemmPanels + now.panels - 1](args);
-      if (last) done(t0, t1 - t0, now.panel, static_cast<int>(now.panels), to, acc_stride);
+      if (last) done(t0, t1 - t0, now.panel, static_cast<int>(now.panels), to, kAccStride);
     }
   }
 }

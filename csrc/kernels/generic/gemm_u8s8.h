@@ -316,15 +316,29 @@ struct VnniDot {
 };
 #endif
 
-// A tile that fits the registers. With one token, two sums take turns: a chain a panel would wait out the
-// latency of the multiply-add. FETCH lines are fetched beside each unit: a prefetch takes a slot that the
+// Keeps weights in their register: compilers would load them again for each token.
+template <class W>
+PARED_INLINE void keep(W&) {}
+#if defined(__AVX512VNNI__)
+PARED_INLINE void keep(__m512i& w) { __asm__("" : "+v"(w)); }
+#endif
+
+// Sums of an output that take turns where a tile has few: its chains would wait out the latency of the
+// multiply-add. As many as the level's registers hold.
+template <class D>
+constexpr int sums_in_turn(int tokens, int panels) {
+  const int chains = tokens * panels, room = D::tokens * D::panels;
+  return chains <= 2 && 4 * chains <= room ? 4 : chains <= 4 && 2 * chains <= room ? 2 : 1;
+}
+
+// A tile that fits the registers. FETCH lines are fetched beside each unit: a prefetch takes a slot that the
 // products leave idle, where many behind each other would hold them up.
 template <class D, int TOKENS, int PANELS, int FETCH>
 PARED_INLINE void gemm_tile_fetching(const GemmArgs& args, int token, int panel) {
-  constexpr int U = TOKENS == 1 && D::tokens > 1 ? 2 : 1;
+  constexpr int U = sums_in_turn<D>(TOKENS, PANELS);
   const GemmArgs a = args;  // what it stores to might be its arguments, for all that the compiler knows
   typename D::Acc sum[U][TOKENS][PANELS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int u = 0; u < U; ++u)
 #pragma GCC unroll 8
     for (int m = 0; m < TOKENS; ++m)
@@ -338,8 +352,10 @@ PARED_INLINE void gemm_tile_fetching(const GemmArgs& args, int token, int panel)
     const auto step = [&](int i, int u) __attribute__((always_inline)) {
       typename D::W weights[PANELS];
 #pragma GCC unroll 4
-      for (int v = 0; v < PANELS; ++v)
+      for (int v = 0; v < PANELS; ++v) {
         weights[v] = D::weights(w + v * a.w_stride + static_cast<int64_t>(i) * kVector);
+        if constexpr (TOKENS > 1) keep(weights[v]);
+      }
 #pragma GCC unroll 4
       for (int v = 0; v < FETCH; ++v) __builtin_prefetch(ahead + v * a.ahead.stride, 0, 2);
       if (FETCH > 0) ahead += a.ahead.step;
@@ -352,15 +368,17 @@ PARED_INLINE void gemm_tile_fetching(const GemmArgs& args, int token, int panel)
     };
     int i = 0;
     for (; i + U <= a.units; i += U)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int u = 0; u < U; ++u) step(i + u, u);
-    if (U > 1 && i < a.units) step(i, 0);
+    if constexpr (U > 1)
+      for (; i < a.units; ++i) step(i, 0);
   }
 #pragma GCC unroll 8
   for (int m = 0; m < TOKENS; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < PANELS; ++v) {
-      if (U > 1) D::add(sum[0][m][v], sum[U - 1][m][v]);
+#pragma GCC unroll 4
+      for (int u = 1; u < U; ++u) D::add(sum[0][m][v], sum[u][m][v]);
       D::store(a.acc + (token + m) * a.acc_stride + (panel + v) * kInt8Panel, sum[0][m][v], a.accumulate);
     }
 }
