@@ -194,8 +194,8 @@ class GroupProduct {
     const uintptr_t from_places =
         reinterpret_cast<uintptr_t>(w_.offsets + start[b]) - reinterpret_cast<uintptr_t>(offsets);
     kernel_({runs, w_.values + static_cast<int64_t>(start[b]) * h.entry_rows, offsets, x, acc,
-             (rows(g) + h.entry_rows - 1) / h.entry_rows, start[b] > start[0], scale_, ahead * sizeof(T),
-             ahead * sizeof(uint16_t) + from_places, spare_});
+             (rows(g) + h.entry_rows - 1) / h.entry_rows, start[b] > start[0], scale_,
+             ahead * sizeof(T) * h.entry_rows, ahead * sizeof(uint16_t) + from_places, spare_});
   }
 
   // After the last block: rows of a group without any entry have had no sum.

@@ -47,6 +47,11 @@ PARED_INLINE int64_t quad_panel_runs(const PanelArgs<typename S::Element>& args,
   const char* panel = reinterpret_cast<const char*>(args.panel + FIRST * S::width);
   T* acc[RUNS];
   int64_t next[RUNS];
+  // In step with the entries, those that come next: the quads of the next row group, which lie elsewhere. Zen
+  // 4, weights from memory, up to 32 tokens: 0.56 to 0.75 of the time of 4x1 blocks, 0.63 to 0.80 of 4x4 in 8
+  // bits.
+  uintptr_t ahead_values = reinterpret_cast<uintptr_t>(args.values + 4 * at) + args.values_ahead;
+  uintptr_t ahead_offsets = reinterpret_cast<uintptr_t>(args.offsets + at) + args.offsets_ahead;
   V sum[RUNS][4][N + 1];  // the last is not used: N may be zero
   SideSums<S, SIDE> side[RUNS];
   LeftOut<S> left_out[RUNS];
@@ -86,6 +91,13 @@ PARED_INLINE int64_t quad_panel_runs(const PanelArgs<typename S::Element>& args,
     side[i].add(values, x + N * S::width);
   };
   for (int left = common; left > 0; --left) {
+    if constexpr (FIRST == 0) {
+      __builtin_prefetch(reinterpret_cast<const void*>(ahead_values));
+      // A line lasts so many entries; asking for it with each costs 3 to 10 % from cache.
+      if (left % (32 / RUNS) == 0) __builtin_prefetch(reinterpret_cast<const void*>(ahead_offsets));
+      ahead_values += RUNS * 4 * sizeof(T);
+      ahead_offsets += RUNS * sizeof(uint16_t);
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < RUNS; ++i) add(i);
   }
