@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from bench import compare, plots, table  # noqa: E402
+from bench import bandwidth, compare, plots, table  # noqa: E402
 
 
 def row(case: str, cell: str, value: float, spread: float = 0.02, **more: Any) -> dict[str, Any]:
@@ -155,3 +156,20 @@ def test_a_cell_that_falls_short_says_by_how_much_and_why(share: float, below: s
 
 def test_every_reason_is_of_a_suite_with_goals() -> None:
     assert table.REASONS.keys() <= table.GOALS.keys()
+
+
+def test_bandwidth_has_a_share_for_each_number_of_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        args = "--warm --shapes 512x512 320x768 --formats int8 csr --threads 1 --budget 0.01"
+        assert bandwidth.main(args.split()) == 0
+    finally:
+        torch.set_num_threads(threads)
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert [line[1].strip() for line in lines] == ["int8", "csr"]
+    for *_, first, second, _ in lines:
+        for cell in (first, second):
+            found = [int(share) for share in cell.split()]
+            assert len(found) == len(bandwidth.TOKENS)
+            assert all(share >= 0 for share in found)
+            assert any(share > 0 for share in found)

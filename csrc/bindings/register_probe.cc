@@ -20,16 +20,17 @@ MachineProbe parse_probe(const std::string& name) {
 void register_probe(py::module_& m) {
   m.def(
       "machine_probe",
-      [](const std::string& probe, int64_t bytes, int64_t repeats, int threads) {
+      [](const std::string& probe, int64_t bytes, int64_t repeats, int threads, bool huge_pages) {
         const MachineProbe which = parse_probe(probe);
         MachineProbeResult r;
         {
           py::gil_scoped_release unlocked;
-          r = run_machine_probe(which, bytes, repeats, threads);
+          r = run_machine_probe(which, bytes, repeats, threads, huge_pages);
         }
         return py::make_tuple(r.seconds, r.elements, r.done);
       },
-      py::arg("probe"), py::arg("bytes"), py::arg("repeats"), py::arg("threads") = 1);
+      py::arg("probe"), py::arg("bytes"), py::arg("repeats"), py::arg("threads") = 1,
+      py::arg("huge_pages") = false);
   m.def(
       "clock_probe",
       [](int64_t steps) {

@@ -3,11 +3,15 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
 #include "core/aligned.h"
 #include "core/check.h"
+#include "core/huge_pages.h"
 #include "kernels/registry.h"
 
 namespace pared {
@@ -17,18 +21,23 @@ constexpr int64_t kStepFloats = 128;  // eight AVX-512 vectors: a whole number o
 
 }  // namespace
 
-MachineProbeResult run_machine_probe(MachineProbe probe, int64_t bytes, int64_t repeats, int threads) {
+MachineProbeResult run_machine_probe(MachineProbe probe, int64_t bytes, int64_t repeats, int threads,
+                                     bool huge_pages) {
   PARED_CHECK(bytes >= 1 && bytes <= (int64_t{1} << 40), "bytes: expected 1 to 2^40, got ", bytes);
   PARED_CHECK(repeats >= 1, "repeats: expected at least 1, got ", repeats);
   PARED_CHECK(threads >= 1 && threads <= 1024, "threads: expected 1 to 1024, got ", threads);
   const auto run = kernel_for<machine_probe>(active_isa()).fn;
   const int64_t floats = round_up(static_cast<size_t>(bytes), kStepFloats * sizeof(float)) / sizeof(float);
-  std::vector<Scratch> memory(threads);
+  std::vector<std::unique_ptr<float, decltype(&std::free)>> memory;
   std::vector<float> done(threads);
-  for (Scratch& m : memory) std::fill_n(m.get<float>(floats), floats, 1.0f);
-  const auto work = [&](int t, int64_t times) {
-    run({probe, memory[t].get<float>(floats), floats, times, &done[t]});
-  };
+  for (int t = 0; t < threads; ++t) {
+    const size_t size = floats * sizeof(float);
+    void* data = huge_pages ? allocate_in_huge_pages(size) : std::aligned_alloc(kCacheLine, size);
+    if (!data) throw std::bad_alloc();
+    memory.emplace_back(static_cast<float*>(data), &std::free);
+    std::fill_n(memory[t].get(), floats, 1.0f);
+  }
+  const auto work = [&](int t, int64_t times) { run({probe, memory[t].get(), floats, times, &done[t]}); };
   using Clock = std::chrono::steady_clock;
   std::vector<Clock::time_point> begin(threads), end(threads);
   std::atomic<int> ready{0};

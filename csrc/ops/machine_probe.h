@@ -13,8 +13,10 @@ struct MachineProbeResult {
   double done;      // steps of eight vectors that each thread reports; exact while below 2^24
 };
 
-// `bytes` a thread, rounded up to a multiple of 512. Throws ValueError on sizes below one.
-MachineProbeResult run_machine_probe(MachineProbe probe, int64_t bytes, int64_t repeats, int threads);
+// `bytes` a thread, rounded up to a multiple of 512; in huge pages, as weights are, if asked for. Throws
+// ValueError on sizes below one.
+MachineProbeResult run_machine_probe(MachineProbe probe, int64_t bytes, int64_t repeats, int threads,
+                                     bool huge_pages = false);
 
 struct ClockProbeResult {
   double seconds;

@@ -13,9 +13,9 @@ WIDTH = {"scalar": 1, "avx2": 8, "avxvnni": 8, "neon": 4, "neondot": 4, "neoni8m
 @pytest.mark.parametrize("threads", [1, 2])
 def test_every_step_is_carried_out(isa, probe, threads):
     kernel_isa = isa if isa in WIDTH else "avx512"
-    for size, repeats in ((1, 1), (512, 3), (4096, 7), (40000, 5)):
+    for size, repeats in ((1, 1), (512, 3), (4096, 7), (40000, 5), (2_100_000, 1)):
         floats = (size + 511) // 512 * 128
-        seconds, elements, done = _core.machine_probe(probe, size, repeats, threads)
+        seconds, elements, done = _core.machine_probe(probe, size, repeats, threads, size > 4096)
         assert seconds > 0
         assert elements == floats * repeats * threads
         assert done == floats * repeats / (8 * WIDTH.get(kernel_isa, 16))
