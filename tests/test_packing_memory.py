@@ -188,7 +188,7 @@ def test_weights_share_pages_and_give_them_back(rng: np.random.Generator) -> Non
 
 @huge_pages
 def test_weights_that_come_and_go_keep_to_their_own(rng: np.random.Generator) -> None:
-    """Gaps that meet become one, and no weight is where another one is."""
+    """No weight is where another one is."""
     rows = [8, 64, 500, 1000, 2000]
     packed = {n: ops.Int8.from_dense(rng.standard_normal((n, 1024)).astype(np.float32)).packed for n in rows}
     held: list[tuple[int, np.ndarray]] = []
@@ -202,6 +202,30 @@ def test_weights_that_come_and_go_keep_to_their_own(rng: np.random.Generator) ->
     spans = sorted((address(p), address(p) + p.nbytes) for _, p in held)
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
     assert all(np.array_equal(p, packed[n]) for n, p in held)
+
+
+# A process of its own: no weight was there before.
+GAPS = """
+import numpy as np
+from pared import _core, ops
+
+def packed(rows):
+    return ops.Int8.from_dense(np.ones((rows, 768), np.float32)).packed
+
+small = packed(768)
+many = [_core.packed_copy(small) for _ in range(40)]
+first, end = many[10].ctypes.data, many[30].ctypes.data
+order = [*range(10, 30, 2), *range(29, 10, -2)]  # next to none, then between two
+for i in order:
+    many[i] = None
+large = packed(15 * 768)
+assert first <= large.ctypes.data and large.ctypes.data + large.nbytes <= end
+"""
+
+
+@huge_pages
+def test_gaps_that_meet_become_one() -> None:
+    subprocess.run([sys.executable, "-c", GAPS], check=True, timeout=120)
 
 
 def test_threads_and_children_get_memory_for_weights(rng: np.random.Generator) -> None:
