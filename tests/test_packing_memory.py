@@ -7,11 +7,10 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -228,24 +227,17 @@ def test_gaps_that_meet_become_one() -> None:
     subprocess.run([sys.executable, "-c", GAPS], check=True, timeout=120)
 
 
-def test_threads_and_children_get_memory_for_weights(rng: np.random.Generator) -> None:
-    packed = ops.Int8.from_dense(rng.standard_normal((512, 512)).astype(np.float32)).packed
-
-    def work(count: int) -> bool:
-        held = [_core.packed_copy(packed) for _ in range(5)]
-        for i in range(count):
-            held[i % 5] = _core.packed_copy(packed)
-        return all(np.array_equal(p, packed) for p in held)
-
-    with ThreadPoolExecutor(4) as pool:
-        busy = [pool.submit(work, 300) for _ in range(4)]
-        children = []
-        for _ in range(8):  # while threads allocate
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Python's, of threads that a child does not have
-                child = os.fork()
-            if child == 0:
-                os._exit(0 if work(20) else 1)
-            children.append(child)
-        assert all(b.result() for b in busy)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
+@pytest.mark.parametrize("sanitizer", [True, False], ids=["thread sanitizer", "forks"])
+def test_threads_and_children_get_memory_for_weights(tmp_path: Path, sanitizer: bool) -> None:
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler here")
+    root = Path(__file__).parents[1]
+    binary = tmp_path / "stress"
+    sources = [root / "tests" / "weight_memory_stress.cc", root / "csrc" / "core" / "weight_memory.cc"]
+    command = [compiler, "-std=c++17", "-O1", "-g", "-I", root / "csrc", *sources]
+    subprocess.run([*command, *["-fsanitize=thread"] * sanitizer, "-o", binary, "-pthread"], check=True)
+    forks = [] if sanitizer else ["forks"]
+    run = subprocess.run([binary, *forks], capture_output=True, text=True, check=False, timeout=60)
+    assert run.returncode == 0, run.stderr + run.stdout
+    assert run.stdout == "ok\n"
