@@ -109,17 +109,13 @@ class Arena {
   std::map<uintptr_t, Chunk> chunks_;
 };
 
-// Leaked on purpose: weights may outlive static destructors.
-Arena& arena() {
-  static Arena& all = *[] {
-    auto* made = new Arena;
-    // A child must not inherit a mutex that a thread which it does not have holds.
-    pthread_atfork([] { arena().mutex().lock(); }, [] { arena().mutex().unlock(); },
-                   [] { arena().mutex().unlock(); });
-    return made;
-  }();
-  return all;
-}
+// Leaked on purpose: weights may outlive static destructors. Made when the library is loaded: a process that
+// forks while another thread makes it would leave its child waiting for that thread.
+Arena& g_arena = *new Arena;
+
+// A child must not inherit a mutex that a thread which it does not have holds.
+[[maybe_unused]] const int g_at_fork = pthread_atfork(
+    [] { g_arena.mutex().lock(); }, [] { g_arena.mutex().unlock(); }, [] { g_arena.mutex().unlock(); });
 
 #endif
 
@@ -129,7 +125,7 @@ void* allocate_weight(size_t bytes) {
 #if defined(PARED_SHARED_PAGES)
   if (bytes >= kSmallestWeight && bytes <= Arena::kLargest) {
     try {
-      if (void* data = arena().allocate(bytes)) return data;
+      if (void* data = g_arena.allocate(bytes)) return data;
     } catch (const std::bad_alloc&) {
       return nullptr;
     }
@@ -140,7 +136,7 @@ void* allocate_weight(size_t bytes) {
 
 void free_weight(void* data) {
 #if defined(PARED_SHARED_PAGES)
-  if (arena().free(data)) return;
+  if (g_arena.free(data)) return;
 #endif
   std::free(data);
 }
