@@ -72,7 +72,7 @@ def set_times(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[str, PackedMod
 
     monkeypatch.setattr(acc.timing, "time_layer", time_layer)
     monkeypatch.setattr(acc.timing, "time_hand_over", lambda layers, calls: 0.0)
-    monkeypatch.setattr(acc.timing, "time_sharing", lambda layers, calls: 0.0)
+    monkeypatch.setattr(acc.timing, "time_sharing", lambda *_: 0.0)
     monkeypatch.setattr(acc.timing, "time_block", lambda *rest: (0.0, 1.0))
     race = FakeTimings(dense=1.0, pared=0.5)
     monkeypatch.setattr("pared._target.interleave", lambda calls, **kwargs: race)

@@ -25,7 +25,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acc.timing, "LAYER_SECONDS", 0.0)
     monkeypatch.setattr(acc.timing, "MODEL_SECONDS", 0.0)
     monkeypatch.setattr(acc.timing, "time_hand_over", lambda layers, calls: 0.0)
-    monkeypatch.setattr(acc.timing, "time_sharing", lambda layers, calls: 0.0)
+    monkeypatch.setattr(acc.timing, "time_sharing", lambda *_: 0.0)
 
 
 def plain_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -26,7 +26,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acc.timing, "LAYER_SECONDS", 0.0)
     monkeypatch.setattr(acc.timing, "MODEL_SECONDS", 0.0)
     monkeypatch.setattr(acc.timing, "time_hand_over", lambda layers, calls: 0.0)
-    monkeypatch.setattr(acc.timing, "time_sharing", lambda layers, calls: 0.0)
+    monkeypatch.setattr(acc.timing, "time_sharing", lambda *_: 0.0)
 
 
 def fastest(*formats: str) -> Any:

@@ -17,6 +17,7 @@ import pared
 from pared import _accelerate as acc
 from pared import _core
 from pared._choices import Timed
+from pared._target import Target
 from pared.nn import Linear
 from pared.ops import BSR, CSR, Bitmap8, BSRInt8, Dense, Int8, PackedWeight
 
@@ -234,7 +235,7 @@ class Attention(nn.Module):
 
 @pytest.fixture
 def shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acc.timing, "time_sharing", lambda layers, calls: 1.5)
+    monkeypatch.setattr(acc.timing, "time_sharing", lambda *_: 1.5)
     monkeypatch.setattr(acc.timing, "time_hand_over", lambda layers, calls: 0.0)
     times = {"median": (0.5, 2.0), "p95": (0.5, 1.0)}
     monkeypatch.setattr(acc.timing, "time_models", lambda *models: Timed("model", 1.0, times))
@@ -285,13 +286,14 @@ def test_other_inputs_in_the_example_share_less(shares: None) -> None:
 
 
 def test_no_sharing_without_a_gain(shares: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acc.timing, "time_sharing", lambda layers, calls: 1.0)
+    monkeypatch.setattr(acc.timing, "time_sharing", lambda *_: 1.0)
     fast: Any = convert(Attention().eval(), torch.randn(2, 9, 64))
     assert fast.q._sharers == ()
 
 
 def test_the_gain_is_really_timed() -> None:
     layers = projections()
-    gain = acc.timing.time_sharing(layers, {acc.layers.Signature((4, 64), (64, 1), torch.float32): 2})
+    calls = {acc.layers.Signature((4, 64), (64, 1), torch.float32): 2}
+    gain = acc.timing.time_sharing(layers, calls, Target())
     assert gain > 0
     assert layers[0]._sharers == ()

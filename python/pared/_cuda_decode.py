@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pared import _cuda
 from pared._cuda_weight import KernelWeight, Place, address, dtype_name, require_device, workspace
+from pared.ops._device import DeviceWeight
 
 if TYPE_CHECKING:
     import torch
@@ -129,6 +132,39 @@ class DecodeWeight(KernelWeight):
         out = torch.empty(self.shape, dtype=self.dtype, device=self.blocks.device)
         at.kernels.decode_expand(self._operand(), address(self.scales), out.data_ptr(), at.device, at.stream)
         return out
+
+    def joins(self, other: DeviceWeight) -> bool:
+        """Block rows do not mix outputs of two weights."""
+        return (
+            isinstance(other, DecodeWeight)
+            and (other.format, other.dtype, other.shape[1]) == (self.format, self.dtype, self.shape[1])
+            and other.blocks.device == self.blocks.device
+            and self.shape[0] % BLOCK == 0
+        )
+
+    def join(self, *others: DeviceWeight) -> tuple[DeviceWeight, list[DeviceWeight]]:
+        import torch
+
+        weights = [self, *(cast(DecodeWeight, w) for w in others)]
+        offsets = [w.offsets.long() & 0xFFFFFFFF for w in weights]
+        starts = [0, *accumulate(int(o[-1]) for o in offsets)]
+        blocks = torch.cat([w.blocks for w in weights])
+        moved = [o + start for o, start in zip(offsets, starts, strict=False)]
+        whole = torch.cat([o[:-1] for o in moved] + [moved[-1][-1:]]).to(torch.int32)
+        scales = None if self.scales is None else torch.cat([cast("torch.Tensor", w.scales) for w in weights])
+        rows = [0, *accumulate(w.shape[0] for w in weights)]
+        parts: list[DeviceWeight] = [
+            dataclasses.replace(
+                w,
+                blocks=blocks[16 * starts[i] : 16 * starts[i + 1]],
+                scales=None if scales is None else scales[rows[i] : rows[i + 1]],
+            )
+            for i, w in enumerate(weights)
+        ]
+        shape = (rows[-1], self.shape[1])
+        largest, few = max(w.largest for w in weights), min(w.few_tokens for w in weights)
+        joint = DecodeWeight(blocks, whole, self.format, self.dtype, shape, largest, scales, few)
+        return joint, parts
 
     def _like(self) -> torch.Tensor:
         return self.blocks

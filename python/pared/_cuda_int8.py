@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pared._cuda_weight import (
     KernelWeight,
@@ -14,6 +14,7 @@ from pared._cuda_weight import (
     require_device,
     workspace,
 )
+from pared.ops._device import DeviceWeight
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +71,27 @@ class DeviceInt8(KernelWeight):
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self.q.shape[0], self.cols
+
+    def joins(self, other: DeviceWeight) -> bool:
+        return (
+            isinstance(other, DeviceInt8)
+            and (other.activations, other.cols) == (self.activations, self.cols)
+            and other.q.device == self.q.device
+        )
+
+    def join(self, *others: DeviceWeight) -> tuple[DeviceWeight, list[DeviceWeight]]:
+        import torch
+
+        weights = [self, *(cast(DeviceInt8, w) for w in others)]
+        sizes = [w.q.shape[0] for w in weights]
+        q, scales = torch.cat([w.q for w in weights]), torch.cat([w.scales for w in weights])
+        correction = None
+        if self.correction is not None:  # by the zero point, which they share
+            correction = torch.cat([cast("torch.Tensor", w.correction) for w in weights])
+        corrections = [None] * len(sizes) if correction is None else torch.split(correction, sizes)
+        parts = zip(torch.split(q, sizes), torch.split(scales, sizes), corrections, strict=True)
+        whole = DeviceInt8(q, scales, correction, self.activations, self.cols)
+        return whole, [DeviceInt8(*p, self.activations, self.cols) for p in parts]
 
     def _input_dtypes(self) -> tuple[torch.dtype, ...]:
         return float_dtypes()

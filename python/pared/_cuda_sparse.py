@@ -3,13 +3,15 @@ before a kernel runs."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pared._cuda_weight import KernelWeight, Place, address, dtype_name, float_dtypes, workspace
+from pared.ops._device import DeviceWeight
 
 if TYPE_CHECKING:
     import torch
@@ -348,13 +350,15 @@ class DeviceCSR(KernelWeight):
 
         inputs, slots = self.shape[1], _slots(self.block_cols)
         blocks, per_range = -(-inputs // self.block_cols), INDEX_SLOTS // slots
+        starts = self.starts.long().bitwise_and(0xFFFFFFFF)
+        mine = slice(int(starts[0]), int(starts[-1]))  # others are a part of the same memory after a `join`
         if self.near:
-            word = self.columns[:-1].long().bitwise_and(0xFFFFFFFF)
+            word = self.columns[mine].long().bitwise_and(0xFFFFFFFF)
             last = (word >> 21 & 7) + (word >> 29 << 3)
             slot = torch.stack([word & 0xFFFF, word >> 16 & 31, word >> 24 & 31, last], 1).cumsum(1)
         else:
-            slot = self.columns[:-1].long().bitwise_and(0xFFFF)
-        fours = self.starts.long().bitwise_and(0xFFFFFFFF).diff()
+            slot = self.columns[mine].long().bitwise_and(0xFFFF)
+        fours = starts.diff()
         segment = torch.repeat_interleave(torch.arange(fours.numel(), device=self.device), fours)[:, None]
         block = segment % max(1, blocks)
         slot = slot - block % per_range * slots
@@ -362,7 +366,7 @@ class DeviceCSR(KernelWeight):
         rows = (segment // max(1, blocks)).expand_as(slot)[real]
         cols = (block * self.block_cols + slot - slot // (REACH + 1))[real]
         order = torch.argsort(rows * inputs + cols)
-        return rows[order], cols[order], self.values[:-1][real][order]
+        return rows[order], cols[order], self.values[mine][real][order]
 
     def to_dense(self) -> torch.Tensor:
         """The weight [out, in]."""
@@ -379,6 +383,30 @@ class DeviceCSR(KernelWeight):
         if not (self.near and many):
             return self
         return DeviceCSR.from_entries(*self._entries(), self.shape, near=False)
+
+    def joins(self, other: DeviceWeight) -> bool:
+        return (
+            isinstance(other, DeviceCSR)
+            and (other.dtype, other.shape[1], other.near, other.block_cols)
+            == (self.dtype, self.shape[1], self.near, self.block_cols)
+            and other.values.device == self.values.device
+        )
+
+    def join(self, *others: DeviceWeight) -> tuple[DeviceWeight, list[DeviceWeight]]:
+        import torch
+
+        weights = [self, *(cast(DeviceCSR, w) for w in others)]
+        entries = [w._entries() for w in weights]
+        ends = np.cumsum([w.shape[0] for w in weights]).tolist()
+        rows = torch.cat([e[0] + end - w.shape[0] for e, end, w in zip(entries, ends, weights, strict=True)])
+        cols, values = (torch.cat([e[i] for e in entries]) for i in (1, 2))
+        whole = DeviceCSR.from_entries(rows, cols, values, (ends[-1], self.shape[1]), near=self.near)
+        blocks = -(-self.shape[1] // self.block_cols)
+        parts: list[DeviceWeight] = []
+        for w, end in zip(weights, ends, strict=True):
+            starts = whole.starts[(end - w.shape[0]) * blocks : end * blocks + 1]
+            parts.append(dataclasses.replace(w, values=whole.values, columns=whole.columns, starts=starts))
+        return whole, parts
 
     def _like(self) -> torch.Tensor:
         return self.values

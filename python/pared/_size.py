@@ -24,8 +24,11 @@ def memory_bytes(model: nn.Module) -> int:
             if t.layout == torch.strided:
                 s = t.untyped_storage()
                 storages[s.data_ptr()] = s.nbytes()
-    on_device = sum(m._on_device.nbytes for m in moved if m._on_device is not None)
-    return sum(storages.values()) + on_device + sum(foreign_bytes(m) for m in model.modules())
+    for m in moved:
+        for t in m._device_tensors:
+            s = t.untyped_storage()
+            storages[s.data_ptr()] = s.nbytes()
+    return sum(storages.values()) + sum(foreign_bytes(m) for m in model.modules())
 
 
 class Counter:

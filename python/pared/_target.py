@@ -20,7 +20,7 @@ from pared._select import Shortlist, shortlist
 from pared._surgery import copy_model
 from pared._timing import Timings, interleave
 from pared._timing_cuda import Clock, EventClock, copies_beyond, sample_rounds
-from pared.nn import PackedModule
+from pared.nn import Linear, PackedModule
 from pared.nn._base import as_images
 from pared.ops._device import DeviceWeight
 from pared.ops._estimate import Facts
@@ -103,6 +103,10 @@ class Target:
     def time(self, calls: Mapping[str, Callable[[], object]], **bounds: Any) -> Timings:
         """Time calls on the host's clock; see `pared._timing.interleave`."""
         return interleave(calls, **bounds)
+
+    def computes_together(self, a: Linear, b: Linear) -> bool:
+        """Whether `a` computes `b` as well, where both get the same input (`Linear.share_with`)."""
+        return _core.shares_inputs(a.packed, b.packed)
 
     def time_layers(self, calls: Mapping[str, LayerCall], seconds: float) -> Timings:
         """Time variants of a layer against each other."""
@@ -222,6 +226,16 @@ class Cuda(Target):
         with self._current():
             samplers = {n: self.clock.prepare(turn(c), max(8, len(c)), True) for n, c in calls.items()}
             return sample_rounds(samplers, _ROUNDS)
+
+    def computes_together(self, a: Linear, b: Linear) -> bool:
+        weights = a._on_device, b._on_device
+        if a.activation != b.activation or weights[0] is None or weights[1] is None:
+            return False
+        return weights[0].joins(weights[1])
+
+    def time(self, calls: Mapping[str, Callable[[], object]], **bounds: Any) -> Timings:
+        """Time calls as graphs."""
+        return self._sample({n: [c] for n, c in calls.items()})
 
     def time_layers(self, calls: Mapping[str, LayerCall], seconds: float) -> Timings:
         copies: dict[str, list[LayerCall]] = {}

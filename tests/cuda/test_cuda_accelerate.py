@@ -117,6 +117,56 @@ def test_choices(device, seconds, precision, dtype, want):
     fast(x)
 
 
+class Projections(nn.Module):
+    """Three of one input, and one of what comes out."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.o = (nn.Linear(64, 64) for _ in range(4))
+        for m in (self.q, self.k, self.v, self.o):
+            m.weight.data *= torch.rand(64, 64) < 0.2
+
+    def forward(self, x):
+        return self.o(torch.tanh(self.q(x)) * self.k(x) + self.v(x))
+
+
+@pytest.mark.parametrize("gain", [1.5, 1.0, None])
+def test_projections_of_one_token_are_one_launch(device, emulated, monkeypatch, tmp_path, gain):
+    device(FAST)
+    if gain is not None:
+        monkeypatch.setattr(acc.timing, "time_sharing", lambda *_: gain)
+    net, x = Projections().bfloat16().eval(), torch.randn(1, 64).bfloat16()
+    fast = pared.accelerate(net, x, formats=["bitmap"], cache=False)
+    together = gain == 1.5  # None: the device's clock, for which a launch costs nothing
+    assert fast.q._sharers == ((fast.k, fast.v) if together else ())
+    emulated.take_launched()
+    y = fast(x)
+    assert sum(emulated.take_launched().values()) == (2 if together else 4)
+    eps = torch.finfo(x.dtype).eps
+    assert torch.allclose(y.float(), net(x).float(), atol=4 * eps, rtol=4 * eps)
+    rows = {row.name: row.reason for row in pared.report(fast).layers}
+    assert ("computes k, v too: 1.50x" in rows["q"]) is together
+    assert rows["v"].endswith("; computed with q") is together
+    memory = pared.report(fast).memory_after
+    if gain == 1.0:
+        monkeypatch.setattr(acc.timing, "time_sharing", lambda *_: 2.0)
+        again = pared.accelerate(net, x, formats=["bitmap"], cache=False)
+        assert pared.report(again).memory_after <= memory + 256
+    # In a file, and from there to the device.
+    pared.save(fast, tmp_path / "model.pared")
+    loaded = pared.load(tmp_path / "model.pared", Projections().bfloat16())
+    assert torch.allclose(loaded(x).float(), net(x).float(), atol=4 * eps, rtol=4 * eps)
+    for m in (loaded.q, loaded.k, loaded.v, loaded.o):
+        assert m._on_device is None
+        m._hold(m.packed_weight().to("cpu", torch.bfloat16))
+    emulated.take_launched()
+    y = loaded(x)
+    assert sum(emulated.take_launched().values()) == (2 if together else 4)
+    assert torch.allclose(y.float(), net(x).float(), atol=4 * eps, rtol=4 * eps)
+    assert torch.equal(pared.restore(fast).k.weight, net.k.weight)
+
+
 @pytest.mark.parametrize(("tokens", "near"), [(1, True), (4, False)])
 def test_columns_are_kept_the_way_that_suits_the_calls(device, tokens, near):
     device(FAST)

@@ -172,13 +172,15 @@ def accelerate(
         )
         if fuse and target.kind == "cpu":
             hand_over(fast, inputs, reference, candidates, report, timed)
-            share(fast, inputs, reference, candidates, report, timed)
+            share(fast, inputs, reference, candidates, report, timed, target)
             attends = attend_all(fast, inputs, reference, candidates, report, min_speedup, timed)
             encodes = encode_all(fast, inputs, reference, candidates, report, timed)
             fast, pools = pool_all(fast, inputs, report, min_speedup, timed)
             fast, adds = add_residuals(fast, inputs, reference, candidates, report, timed)
             if attends or encodes or pools or adds:
                 note_times(timing.time_models(dense, fast, inputs, report, target), report)
+        elif fuse:
+            share(fast, inputs, reference, candidates, report, timed, target)
         timed.save()
         report.layers = [c.row for c in candidates]
         report.notes += [*notes, *opened.notes, *without_kernel(opened.model)]

@@ -69,12 +69,11 @@ def time_hand_over(layers: list[Linear], calls: dict[Signature, int]) -> float:
     def handed(x: Tensor) -> object:
         return linear_chain(x, weights, biases, activations)
 
-    return _gain(calls, apart, handed)
+    return _gain(calls, apart, handed, Target())
 
 
-def time_sharing(layers: list[Linear], calls: dict[Signature, int]) -> float:
+def time_sharing(layers: list[Linear], calls: dict[Signature, int], target: Target) -> float:
     """How many times faster layers are that share their input, over all the calls of the first."""
-
     twins = [copy.copy(m) for m in layers]
     twins[0].share_with(*twins[1:])
 
@@ -82,14 +81,17 @@ def time_sharing(layers: list[Linear], calls: dict[Signature, int]) -> float:
         for layer in these:
             layer(x)
 
-    return _gain(calls, partial(run, layers), partial(run, twins))
+    return _gain(calls, partial(run, layers), partial(run, twins), target)
 
 
 def _gain(
-    calls: dict[Signature, int], apart: Callable[[Tensor], object], together: Callable[[Tensor], object]
+    calls: dict[Signature, int],
+    apart: Callable[[Tensor], object],
+    together: Callable[[Tensor], object],
+    target: Target,
 ) -> float:
     """How many times faster one way is than the other, over all the calls."""
-    first, second = _both_ways(calls, apart, together)
+    first, second = _both_ways(calls, apart, together, target)
     return first / second
 
 
@@ -97,13 +99,14 @@ def _both_ways(
     calls: Mapping[Signature, int],
     apart: Callable[[Tensor], object],
     together: Callable[[Tensor], object],
+    target: Target,
 ) -> tuple[float, float]:
     """Seconds of all the calls in one way, and in the other by what it gains, in the same rounds."""
     work: dict[str, Callable[[], object]] = {}
     for i, s in enumerate(calls):
         x = timing_input(s)
         work[f"apart {i}"], work[f"together {i}"] = partial(apart, x), partial(together, x)
-    t = Target().time(work, budget=LAYER_SECONDS, min_rounds=5, max_rounds=200, precision=0.01)
+    t = target.time(work, budget=LAYER_SECONDS, min_rounds=5, max_rounds=200, precision=0.01)
     first = [n * t.median(f"apart {i}") for i, n in enumerate(calls.values())]
     return sum(first), sum(s / t.gain(f"together {i}", f"apart {i}") for i, s in enumerate(first))
 
@@ -160,7 +163,7 @@ def time_block(
     """Seconds of all the calls of a module and of what may take its place, in the same rounds."""
     known = timed.get(key)
     if known is None:
-        theirs, mine = _both_ways(calls, plain, new)
+        theirs, mine = _both_ways(calls, plain, new, Target())
         known = Timed(type(plain).__name__, theirs, {"pared": (mine, 1.0)})
         timed.put(key, known)
     return known.before, known.variants["pared"][0]

@@ -8,13 +8,13 @@ from typing import Any, cast
 
 from torch import nn
 
-from pared import _core
 from pared._accelerate import timing
 from pared._accelerate.layers import Candidate
 from pared._choices import Choices, Timed
 from pared._fusion import between
 from pared._inputs import Difference, Example, compare_all
 from pared._report import Report
+from pared._target import Target
 from pared.nn import Linear
 from pared.ops.chain import chain_of
 
@@ -107,8 +107,10 @@ def share(
     candidates: list[Candidate],
     report: Report,
     timed: Choices,
+    target: Target,
 ) -> None:
-    """Pack or quantize an input once for all the layers that take it, where that is measurably faster."""
+    """Compute layers that take the same input together, where that is measurably faster: the input is packed
+    or quantized once, or one launch reads all the weights."""
     groups: dict[tuple[int, ...], list[list[Candidate]]] = {}
     for c in candidates:
         m = c.chosen
@@ -117,7 +119,7 @@ def share(
             continue
         alike = groups.setdefault(tuple(c.inputs), [])
         for group in alike:
-            if _core.shares_inputs(cast(Linear, group[0].chosen).packed, cast(Linear, m).packed):
+            if target.computes_together(cast(Linear, group[-1].chosen), cast(Linear, m)):
                 group.append(c)
                 break
         else:
@@ -128,7 +130,7 @@ def share(
         first = group[0]
         layers = [cast(Linear, c.chosen) for c in group]
         key = timed.key(shared=_chain_key(layers, first, timed))
-        gain = _known_gain(first, key, timed, partial(timing.time_sharing, layers, first.calls))
+        gain = _known_gain(first, key, timed, partial(timing.time_sharing, layers, first.calls, target))
         if gain < TOGETHER:
             continue
         layers[0].share_with(*layers[1:])

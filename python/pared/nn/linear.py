@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from typing_extensions import Self
 
-from pared import _core
+from pared import _core, _cuda
 from pared.nn._base import PackedModule, pack, quantized_parts
+from pared.nn._joint import Joint
+from pared.ops._device import DeviceWeight
 from pared.ops._formats import FORMATS
 from pared.ops._library import foldable, grad_error, linear_device_op, linear_op
 from pared.ops.chain import chain_of
@@ -64,6 +66,9 @@ class Linear(PackedModule):
     # one that does so for this layer.
     _sharers: tuple[Linear, ...] = ()
     _shares_of: Linear | None = None
+    # Whether they are packed alike, so that the CPU computes them together; their weights on a device as one.
+    _packed_alike = False
+    _joint: Joint | None = None
 
     def __init__(
         self, weight: PackedWeight, bias: Tensor | None = None, activation: str | None = None
@@ -131,6 +136,11 @@ class Linear(PackedModule):
         if is_compiling() or type(x) is not Tensor or _mode_depth() or _tracing():
             return self._traced(x)
         if self._on_device is not None:
+            joint = self._joint
+            if joint is not None and x is input and x.numel() == self.in_features and not x.is_inference():
+                layers = (self, *self._sharers)
+                if joint.holds(layers):
+                    return self._share_on_device(x, joint, layers)
             return self._on_device.linear(foldable(x), buffers["bias"], self.activation)
         if x.layout is not _strided:
             raise TypeError(f"x: expected a strided (dense) tensor, got layout {x.layout}")
@@ -141,7 +151,7 @@ class Linear(PackedModule):
             x = foldable(x)
         if self._handed and self._leads():
             return self._chain(x)
-        if self._sharers and x is input and not x.is_inference():
+        if self._packed_alike and x is input and not x.is_inference():
             return self._share(x)
         return _core.linear(x, buffers["packed"], bias, self.activation)  # type: ignore[no-any-return]
 
@@ -181,31 +191,64 @@ class Linear(PackedModule):
     def share_with(self, *others: Linear) -> None:
         """Compute these layers as well, from the same input, which is then packed or quantized once.
 
-        Formats that do: CSR, BSR and Dense (where their tiles are the same), Int8, Bitmap8, BSRInt8; weights
-        of one format, or of the first three, go together.
+        Formats that do on the CPU: CSR, BSR and Dense (where their tiles are the same), Int8, Bitmap8,
+        BSRInt8; weights of one format, or of the first three, go together, and the results are the same bits.
+        On a CUDA device: CSR, Int8, Bitmap, Bitmap8 and Int8WeightOnly, of one format and with the same
+        activation (the last three: with a multiple of 64 outputs, but for the last layer), where the input is
+        one token. Their weights become one there, which one launch reads, and each a part of its memory: do
+        that before a CUDA graph captures them.
 
         For a model in which they are called with the very tensor that this one was called with before, as the
         projections of an attention block are. They take what was computed for them when that tensor comes,
         unchanged; for any other input, for inference tensors (which do not tell whether they were changed)
-        and for tracers they compute as usual. The results are the same bits. No layers: take it back.
+        and for tracers they compute as usual. No layers: take it back.
 
         Raises
         ------
-        TypeError, ValueError : a layer whose weight does not share inputs with this one's.
+        TypeError, ValueError : a layer of other inputs, or whose weight is of another format and does not
+            share inputs with this one's.
         """
+        packed_alike = bool(others)
         for other in others:
             if not isinstance(other, Linear):
                 raise TypeError(f"others: expected Linear layers, got {type(other).__name__}")
             alone = other is not self and not (other._sharers or other._handed or other._fed_by)
             if not alone or self._handed or self._fed_by is not None:
                 raise ValueError(f"others: expected layers that go with no others, got {other}")
-            if not _core.shares_inputs(self.packed, other.packed):
+            alike = _core.shares_inputs(self.packed, other.packed)
+            if not alike and (self.format, self.in_features) != (other.format, other.in_features):
                 raise ValueError(f"others: expected layers of the same inputs, packed alike, got {other}")
+            packed_alike &= alike
         for other in self._sharers:
             other._refer("_shares_of", None)
         self._refer("_sharers", others)
+        self._refer("_packed_alike", packed_alike)
         for other in others:
             other._refer("_shares_of", self)
+        self._join()
+
+    def _hold(self, weight: DeviceWeight | None) -> None:
+        super()._hold(weight)
+        head = self if self._shares_of is None else self._shares_of
+        head._join()
+
+    def _join(self) -> None:
+        """Make the weights of the layers that share an input on a device one."""
+        layers = (self, *self._sharers)
+        joint = None
+        if self._sharers and all(m._shares_of is self for m in self._sharers):
+            if self._joint is not None and self._joint.holds(layers):
+                return
+            joint = Joint.of(layers)
+        self._refer("_joint", joint)
+        if joint is not None:
+            for m, part in zip(layers, joint.parts, strict=True):
+                super(Linear, m)._hold(part)
+
+    def _share_on_device(self, x: Tensor, joint: Joint, layers: tuple[Linear, ...]) -> Tensor:
+        outs = joint.linear(foldable(x), layers, self.activation)
+        self._leave(x, outs[1:], _cuda.place_of(x).stream)
+        return outs[0]
 
     def _share(self, x: Tensor) -> Tensor:
         layers = (self, *self._sharers)
@@ -217,19 +260,27 @@ class Linear(PackedModule):
             outs,
             [m._act for m in layers],
         )
-        mine = zip(self._sharers, outs[1:], strict=True)
-        x.__dict__[_SHARED] = {m: (x._version, m._buffers["packed"], m._buffers["bias"], y) for m, y in mine}
+        self._leave(x, outs[1:], None)
         return outs[0]
+
+    def _leave(self, x: Tensor, outs: Sequence[Tensor], stream: int | None) -> None:
+        """Leave with `x` what the layers that share it are going to ask for, on a device's stream."""
+        x.__dict__[_SHARED] = {
+            m: (x._version, stream, m._buffers["packed"], m._buffers["bias"], y)
+            for m, y in zip(self._sharers, outs, strict=True)
+        }
 
     def _take(self, x: Tensor, shared: dict[Linear, Any]) -> Tensor | None:
         """What was computed for this layer from `x`; None where `x`, or this layer, is no longer the same."""
-        version, packed, bias, y = shared.pop(self, (None, None, None, None))
+        version, stream, packed, bias, y = shared.pop(self, (None, None, None, None, None))
         if not shared:
             x.__dict__.pop(_SHARED, None)
         buffers = self._buffers
         if y is None or version != x._version or packed is not buffers["packed"]:
             return None
         if bias is not buffers["bias"] or _mode_depth() or _tracing():
+            return None
+        if stream is not None and stream != _cuda.place_of(x).stream:
             return None
         return y  # type: ignore[no-any-return]
 

@@ -47,6 +47,15 @@ class DeviceWeight:
         """See `pared.ops.linear`; `x` and `bias` are on the weight's device."""
         raise NotImplementedError
 
+    def joins(self, other: DeviceWeight) -> bool:
+        """Whether both have the same inputs and are of one kind, so that `join` takes them together."""
+        return False
+
+    def join(self, *others: DeviceWeight) -> tuple[DeviceWeight, list[DeviceWeight]]:
+        """Weights of which each `joins` the next as one, their outputs one behind the other; and each of them
+        as a part of its memory."""
+        raise NotImplementedError
+
     @property
     def device(self) -> torch.device:
         """Where it is."""
