@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import pared
 import pared._accelerate
 from pared.nn import PackedModule
 from pared.pruning import as_linears
-from pared.pruning.linears import Attention, Encoder, close_layers, open_layers
+from pared.pruning.linears import Attention, Encoder, Experts, close_layers, open_layers
 from pared.quant.weights import put_records, quantized, simulate, take_records
 
+PARTS = ("gate_up_proj", "down_proj")
 TOLERANCE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -290,6 +292,87 @@ def test_gpt2_as_linears_with_kernels_and_fewer_channels() -> None:
     )
 
 
+def mixture(kind: str) -> Any:
+    transformers = pytest.importorskip("transformers", minversion="5")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "intermediate_size": 24, "use_cache": False}
+    if kind == "Mixtral":
+        own = {"num_local_experts": 4}
+    else:
+        own = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+        own |= {"shared_expert_intermediate_size": 8} if kind == "Qwen2Moe" else {}
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes, **own))
+    for p in model.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "Qwen2Moe"])
+def test_experts_as_linears(kind: str) -> None:
+    model = mixture(kind)
+    tokens = torch.randint(0, 50, (2, 9))
+    with torch.no_grad():
+        want = model(tokens).last_hidden_state
+    opened: Any = as_linears(copy.deepcopy(model))
+    experts = opened.layers[0].mlp.experts
+    assert isinstance(experts, Experts)
+    assert [type(m) for m in experts.down_proj] == [nn.Linear] * 4
+    with torch.no_grad():
+        torch.testing.assert_close(opened(tokens).last_hidden_state, want, **TOLERANCE)
+        nobody = torch.zeros(0, 2, dtype=torch.int64)
+        assert experts(torch.zeros(0, 16), nobody, nobody.float()).shape == (0, 16)
+        exported = torch.export.export(opened, (tokens,), strict=False).module()
+        torch.testing.assert_close(exported(tokens).last_hidden_state, want, **TOLERANCE)
+    report = pared.prune(opened, 0.5)
+    assert sum(".experts." in layer.name for layer in report.layers) == 16
+    opened(tokens).last_hidden_state.sum().backward()
+    assert all(p.grad is not None for p in opened.layers[1].mlp.experts.parameters())
+
+
+def test_experts_are_opened_by_accelerate_and_come_back(known_times: None) -> None:
+    model = mixture("Mixtral")
+    tokens = torch.randint(0, 50, (2, 9))
+    with torch.no_grad():
+        model.layers[0].mlp.experts.down_proj[torch.rand(4, 16, 24) < 0.8] = 0  # whatever made these zeros
+        want = model(tokens).last_hidden_state
+    fast: Any = pared.accelerate(model, tokens, min_speedup=0)
+    assert {f"layers.{i}.mlp.experts.{p}.{e}" for i in (0, 1) for p in PARTS for e in range(4)} <= packed(
+        fast
+    )
+    assert pared.report(fast).opened["layers.0.mlp.experts"] == "MixtralExperts"
+    with torch.no_grad():
+        torch.testing.assert_close(fast(tokens).last_hidden_state, want, **TOLERANCE)
+        one = tokens[:1, :1]
+        torch.testing.assert_close(fast(one).last_hidden_state, model(one).last_hidden_state, **TOLERANCE)
+    plain: Any = pared.restore(fast)
+    assert repr(plain) == repr(model)
+    assert plain.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(plain.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
+    assert all(p.requires_grad for p in plain.layers[0].mlp.experts.parameters())
+    file = io.BytesIO()
+    pared.save(fast, file)
+    file.seek(0)
+    assert torch.equal(
+        pared.load(file, lambda: mixture("Mixtral"))(tokens).last_hidden_state, fast(tokens).last_hidden_state
+    )
+
+
+def test_experts_of_another_make_stay(known_times: None) -> None:
+    model = mixture("Mixtral")
+    experts: Any = model.layers[0].mlp.experts
+    model.config._experts_implementation = "eager"
+    experts.has_bias = True  # as GPT-OSS has them
+    fast = pared.accelerate(model, torch.randint(0, 50, (2, 9)), min_speedup=0)
+    assert pared.report(fast).opened.keys() == {"layers.1.mlp.experts"}
+    masked = mixture("Mixtral")
+    torch.nn.utils.prune.l1_unstructured(masked.layers[0].mlp.experts, "down_proj", 0.5)
+    with pytest.raises(ValueError, match=r"model: expected nn\.MultiheadAttention, or"):
+        as_linears(masked.layers[0].mlp)
+
+
 def test_gpt2_is_opened_by_accelerate_with_the_grids_of_quantize(known_times: None) -> None:
     model = gpt2()
     inputs = {"input_ids": torch.randint(0, 50, (2, 9))}
@@ -367,7 +450,10 @@ def test_a_wrong_projection_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: nn.Linear(3, 3), "expected nn.MultiheadAttention or transformers' Conv1D layers, got none"),
+        (
+            lambda: nn.Linear(3, 3),
+            "expected nn.MultiheadAttention, or transformers' Conv1D or experts, got none",
+        ),
         (
             lambda: nn.Sequential(attention(add_bias_kv=True)),
             "without bias_k and add_zero_attn, got one .* '0'",

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pared import callbacks, nn, ops, quant, schedules, training
+    from pared import callbacks, nn, ops, pruning, quant, schedules, training
     from pared._accelerate import accelerate
     from pared._compress import compress
     from pared._evaluate import evaluate
@@ -50,7 +50,7 @@ _LAZY: dict[str, str] = {
     "save": "pared._io",
     "search_budget": "pared._search",
 }
-_SUBMODULES = ("callbacks", "nn", "ops", "quant", "schedules", "training")
+_SUBMODULES = ("callbacks", "nn", "ops", "pruning", "quant", "schedules", "training")
 
 __all__ = [
     "FormatError",
@@ -70,6 +70,7 @@ __all__ = [
     "prune",
     "prune_channels",
     "prune_layers",
+    "pruning",
     "quant",
     "quantize",
     "report",

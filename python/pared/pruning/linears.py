@@ -1,9 +1,10 @@
-"""`as_linears`: attention and transformers' Conv1D as Linear layers, with the same outputs.
+"""`as_linears`: attention, and transformers' Conv1D and experts, as Linear layers, with the same outputs.
 
 nn.MultiheadAttention keeps three projections in one tensor and computes with it in functions; transformers'
-Conv1D keeps its weight as [in, out]. Masks work on both as they are. Kernels and the removal of heads and
-channels work on Linear layers, and this makes them so, with the same outputs. `pared.accelerate` opens such
-layers itself (`open_layers`) and `pared.restore` closes them again (`close_layers`).
+Conv1D keeps its weight as [in, out], and its mixtures of experts have one tensor for all of them. Masks work
+on the first two as they are. Kernels and the removal of heads and channels work on Linear layers, and this
+makes them so, with the same outputs. `pared.accelerate` opens such layers itself (`open_layers`) and
+`pared.restore` closes them again (`close_layers`).
 
 A subclass of nn.Linear, nn.Conv1d or nn.Conv2d with a forward of its own (transformers' FalconLinear) may
 compute what they do: `accelerate` compares its outputs, and makes it one of them (`as_plain`).
@@ -26,6 +27,7 @@ __all__ = [
     "AS_PLAIN",
     "Attention",
     "Encoder",
+    "Experts",
     "as_linears",
     "as_plain",
     "close_layers",
@@ -35,6 +37,8 @@ __all__ = [
 
 # The layers that kernels take.
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
+# The tensors of transformers' experts: [experts, 2 x inner, width] and [experts, width, inner].
+_EXPERTS = ("gate_up_proj", "down_proj")
 # What is opened as a subclass of a torch layer, by how it is named in a report.
 AS_PLAIN = " as nn."
 
@@ -197,6 +201,92 @@ class Encoder(nn.TransformerEncoder):
         return torch.where(kept.unsqueeze(-1), y, empty if self.norm is None else self.norm(empty))
 
 
+class Experts(nn.Module):
+    """Experts of a mixture, of any class of transformers that has them in two tensors, with Linear layers for
+    each: the same arguments and outputs.
+
+    A module becomes one in place, by its class: what else it has stays.
+
+    Attributes
+    ----------
+    gate_up_proj, down_proj : the layers of each expert.
+    """
+
+    gate_up_proj: nn.ModuleList
+    down_proj: nn.ModuleList
+    act_fn: nn.Module
+    _original: type[nn.Module]
+
+    @classmethod
+    def open(cls, module: nn.Module) -> None:
+        """Make `module` one of them, around copies of its weights."""
+        for name in _EXPERTS:
+            weight = cast(nn.Parameter, module._parameters.pop(name))
+            layers = nn.ModuleList()
+            for own in weight.detach():
+                layers.append(nn.Linear(own.shape[1], own.shape[0], bias=False, device="meta"))
+                layers[-1].weight = nn.Parameter(own.clone(), weight.requires_grad)
+            module.add_module(name, layers.train(module.training))
+        module.__class__, module._original = cls, type(module)  # type: ignore[assignment]
+
+    def close(self) -> None:
+        """The class that it had, around copies of the weights."""
+        for name in _EXPERTS:
+            weights = [cast(nn.Parameter, layer.weight) for layer in self.get_submodule(name).children()]
+            del self._modules[name]
+            stacked = torch.stack([w.detach() for w in weights])
+            self._parameters[name] = nn.Parameter(stacked, weights[0].requires_grad)
+        self.__class__ = self._original  # type: ignore[assignment]
+        del self._original
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[tokens, width] and, of each token, [tokens, k] experts and their weights: [tokens, width].
+
+        Each expert gets its own tokens. Where it is traced, which knows no sizes that values decide, it gets
+        all of them.
+        """
+        traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+        experts = range(len(self.down_proj))
+        y = torch.zeros_like(hidden_states)
+        if traced:
+            for i in experts:
+                share = (top_k_weights * (top_k_index == i)).sum(1, keepdim=True)
+                y = y + (self._expert(i, hidden_states) * share).to(y.dtype)
+            return y
+        for i in sorted({*top_k_index.flatten().tolist()}):
+            if i in experts:  # a router may give a number beyond them, for none
+                tokens, place = torch.where(top_k_index == i)
+                part = self._expert(i, hidden_states[tokens]) * top_k_weights[tokens, place, None]
+                y.index_add_(0, tokens, part.to(y.dtype))
+        return y
+
+    def _expert(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj[i](x).chunk(2, dim=-1)
+        y: torch.Tensor = self.down_proj[i](self.act_fn(gate) * up)
+        return y
+
+
+def _are_experts(module: nn.Module) -> bool:
+    """Whether it is a class of transformers with the experts that most of its models have: two tensors, the
+    gates before what they gate, and nothing else that computes."""
+    kind = base_type(module)
+    flags = {"has_gate": True, "is_concatenated": True, "has_bias": False, "is_transposed": False}
+    flags |= {"has_post_expert_norm": False, "_is_expert_parallel": False}
+    gate = getattr(kind, "_apply_gate", None)
+    return (
+        kind.__module__.startswith("transformers.")
+        and module._parameters.keys() == {*_EXPERTS}
+        # On a GPU transformers' grouped product asks the host for no sizes.
+        and all(p is not None and p.ndim == 3 and not p.is_cuda for p in module._parameters.values())
+        and module._modules.keys() == {"act_fn"}
+        and not module._buffers
+        and all(vars(module).get(name) is value for name, value in flags.items())
+        and getattr(gate, "__name__", "") == "_default_apply_gate"
+    )
+
+
 def plain_kind(module: nn.Module) -> type[nn.Module] | None:
     """nn.Linear, nn.Conv1d or nn.Conv2d for a module of a subclass that holds no more than they do: whether
     it computes what they do its outputs tell. None for everything else.
@@ -251,6 +341,8 @@ def _problem(old: nn.Module) -> str | None:
             return "attentions without bias_k and add_zero_attn, got one with them"
         same = old._qkv_same_embed_dim
         tensors = ["in_proj_weight"] if same else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    elif _are_experts(old):
+        tensors = [*_EXPERTS]
     if any(weight_format(old, t) != "plain" for t in tensors):
         return (
             "plain weights, got masks of another tool (make them permanent first, for example with "
@@ -267,7 +359,7 @@ def _closed(model: nn.Module) -> list[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         kind = base_type(module)
         conv1d = kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
-        if kind in (nn.MultiheadAttention, nn.TransformerEncoder) or conv1d:
+        if kind in (nn.MultiheadAttention, nn.TransformerEncoder) or conv1d or _are_experts(module):
             found.append((name, module))
     return sorted(found, key=lambda pair: isinstance(pair[1], nn.TransformerEncoder))
 
@@ -275,7 +367,7 @@ def _closed(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def open_layers(
     model: nn.Module, only: Collection[str] | None = None, *, skip: bool = False
 ) -> tuple[nn.Module, dict[str, str]]:
-    """Put Linear layers in the place of nn.MultiheadAttention and transformers' Conv1D, in place.
+    """Put Linear layers in the place of nn.MultiheadAttention and transformers' Conv1D and experts, in place.
 
     Parameters
     ----------
@@ -313,6 +405,8 @@ def open_layers(
             encoder = cast(Encoder, old)
             encoder._nests = bool(getattr(old, "use_nested_tensor", False))
             encoder.use_nested_tensor = False
+        elif _are_experts(old):
+            Experts.open(old)
         else:
             if isinstance(old, nn.MultiheadAttention):
                 new: nn.Module = Attention(old)
@@ -361,6 +455,9 @@ def close_layers(model: nn.Module, opened: Mapping[str, str]) -> nn.Module:
             old.use_nested_tensor = old._nests
             del old._nests
             continue
+        if isinstance(old, Experts):
+            old.close()
+            continue
         if isinstance(old, Attention):
             new: nn.Module = old.to_module()
         else:
@@ -372,12 +469,14 @@ def close_layers(model: nn.Module, opened: Mapping[str, str]) -> nn.Module:
 
 
 def as_linears(model: nn.Module) -> nn.Module:
-    """Replace nn.MultiheadAttention and transformers' Conv1D by modules that compute with Linear layers.
+    """Replace nn.MultiheadAttention and transformers' Conv1D and experts by modules that compute with Linear
+    layers.
 
-    In place, with the same outputs, so that `pared.prune_channels` removes whole heads and channels.
+    In place, with the same outputs, so that `pared.prune_channels` removes whole heads and channels, and that
+    `pared.prune` and `pared.quantize` see the experts of a mixture, of Mixtral for example.
     `pared.accelerate` does this by itself, and `pared.restore` takes it back. The state dict has other keys
-    (``q_proj.weight``, ...) and, for Conv1D, transposed weights: a model that is to load such a file
-    goes through this function first.
+    (``q_proj.weight``, ``gate_up_proj.0.weight``, ...) and, for Conv1D, transposed weights: a model that is
+    to load such a file goes through this function first.
 
     Parameters
     ----------
@@ -395,6 +494,6 @@ def as_linears(model: nn.Module) -> nn.Module:
     new, opened = open_layers(unwrap(model))
     if not opened:
         raise ValueError(
-            "model: expected nn.MultiheadAttention or transformers' Conv1D layers, got none of them"
+            "model: expected nn.MultiheadAttention, or transformers' Conv1D or experts, got none of them"
         )
     return new
