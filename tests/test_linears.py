@@ -360,6 +360,22 @@ def test_experts_are_opened_by_accelerate_and_come_back(known_times: None) -> No
     )
 
 
+def test_experts_that_no_example_reaches_get_kernels_too(known_times: None) -> None:
+    model = mixture("Mixtral")
+    token, tokens = torch.tensor([[7]]), torch.arange(40)[None]
+    fast = pared.accelerate(model, token, min_speedup=0)  # of four experts it reaches two
+    rows = {layer.name: layer for layer in pared.report(fast).layers}
+    reached = [rows[f"layers.0.mlp.experts.down_proj.{e}"].calls for e in range(4)]
+    assert sorted(reached) == [0, 0, 1, 1]
+    assert {f"layers.{i}.mlp.experts.{p}.{e}" for i in (0, 1) for p in PARTS for e in range(4)} <= packed(
+        fast
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fast(tokens).last_hidden_state, model(tokens).last_hidden_state, **TOLERANCE
+        )
+
+
 def test_experts_of_another_make_stay(known_times: None) -> None:
     model = mixture("Mixtral")
     experts: Any = model.layers[0].mlp.experts

@@ -216,6 +216,14 @@ def test_a_planted_leak_is_caught(tmp_path, code, message):
 # ---- Python
 
 
+def test_every_public_package_is_there_after_import_pared():
+    names = [path.parent.name for path in (ROOT / "python" / "pared").glob("[!_]*/__init__.py")]
+    assert {"nn", "ops", "pruning", "quant"} <= {*names}
+    for name in names:  # each alone: using one may import another
+        code = f"import pared; pared.{name}.__all__; raise SystemExit('{name}' not in pared.__all__)"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, name
+
+
 def test_importing_pared_does_not_import_torch():
     code = "import sys, pared, pared.ops; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from pared._target import Target
 from pared.nn import RULES, PackedModule
 from pared.nn._foreign import Foreign, foreign
 from pared.ops._formats import FORMATS
+from pared.pruning.linears import Experts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Activations recorded for the error check, in bytes over all layers; shapes beyond it are checked on random
@@ -257,6 +259,22 @@ def record_calls(model: nn.Module, inputs: list[Example], candidates: list[Candi
             c.successor = proposed.successor.name if proposed.successor else None
         c.row.calls = sum(c.calls.values())
         c.row.inputs = [list(s.shape) for s in c.calls]
+    _lend_calls(model, candidates)
+
+
+def _lend_calls(model: nn.Module, candidates: list[Candidate]) -> None:
+    """Experts that no example reaches are taken to be called as the busiest one is: which are reached depends
+    on values, and others will be."""
+    known = {id(c.module): c for c in candidates}
+    for module in model.modules():
+        if not isinstance(module, Experts):
+            continue
+        for layers in (module.gate_up_proj, module.down_proj):
+            mine = [known[id(layer)] for layer in layers if id(layer) in known]
+            busiest = max(mine, key=lambda c: sum(math.prod(s.shape) * n for s, n in c.calls.items()))
+            for c in mine:
+                if not c.calls and c.refused is None:
+                    c.calls, c.samples = dict(busiest.calls), busiest.samples
 
 
 def casts(x: Tensor, layer: nn.Module) -> bool:
