@@ -886,6 +886,18 @@ def test_report() -> None:
     assert "24x16" in console.export_text()
 
 
+@pytest.mark.parametrize(("scope", "said"), [("global", True), ("layer", False)])
+def test_the_report_names_layers_that_one_threshold_takes_most_of(scope: str, said: bool) -> None:
+    model = seeded(nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        model.get_parameter("1.weight").mul_(0.5)
+    report = pared.prune(model, 0.8, scope=scope)
+    text = " ".join(str(report).replace("│", " ").split())
+    assert ("less than a tenth of the average share was kept of 1.weight:" in text) is said
+    # What was zero before is nobody's loss.
+    assert "average share" not in str(pared.prune(model, 0.9, scope=scope))
+
+
 @pytest.mark.parametrize("first", ["import pared.pruning", "from pared import prune"])
 def test_pared_prune_is_the_function_whatever_is_imported_first(first: str) -> None:
     code = (

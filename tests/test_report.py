@@ -104,6 +104,15 @@ def test_table(report: Report) -> None:
     assert [layer.name for layer in report.converted] == ["a.0"]
 
 
+@pytest.mark.parametrize(("speedup", "said"), [(4.0, False), (0.84, True), (9.0, True)])
+def test_a_gain_that_is_not_that_of_the_medians_is_explained(
+    report: Report, speedup: float, said: bool
+) -> None:
+    text = " ".join(str(dataclasses.replace(report, speedup=speedup)).split())
+    assert f"(p95): {speedup:.2f}x" in text
+    assert (f"{speedup:.2f}x, the median of the rounds; of p50 4.00x, for rounds differ" in text) is said
+
+
 def block(i: int, **changes: object) -> LayerReport:
     row = LayerReport(f"layers.{i}.up", "Linear", [64, 32], 0.5 + 0.001 * i, "csr", before=1e-3, after=2e-4)
     row = dataclasses.replace(row, speedup=5.0, error=1e-6 * (7 - i), reason="5.00x faster than dense")

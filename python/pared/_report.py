@@ -225,6 +225,9 @@ class Report:
                 f"model: {_seconds(self.dense.p50)} -> {_seconds(self.fast.p50)} (p50), "
                 f"{_seconds(self.dense.p95)} -> {_seconds(self.fast.p95)} (p95): {self.speedup:.2f}x"
             )
+            of_medians = self.dense.p50 / self.fast.p50 if self.fast.p50 else self.speedup
+            if not 0.8 < of_medians / (self.speedup or 1.0) < 1.25:
+                lines[-1] += f", the median of the rounds; of p50 {of_medians:.2f}x, for rounds differ"
         lines.append(
             f"output error: {self.error:.1e} absolute, {self.relative_error:.1e} of the largest output "
             f"(allowed {self.tolerance:.1e})"

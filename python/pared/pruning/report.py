@@ -58,6 +58,10 @@ class LayerReport:
         return self.kept != self.before
 
 
+# Of the average share of weights that is kept: less of a layer, and the report says so.
+_FAINT = 0.1
+
+
 def _sparsity(nonzeros: int, total: int) -> float:
     return 1.0 - nonzeros / total if total else 0.0
 
@@ -170,6 +174,16 @@ class PruneReport:
 
     def _footnotes(self) -> list[str]:
         lines = list(self.notes)
+        if self.scope == "global":
+            least = _FAINT * (1.0 - self.sparsity)
+            faint = [x.name for x in self.layers if x.kept < least * x.weights and x.before >= x.weights / 2]
+            if faint:
+                more = f" and {len(faint) - 3} more" if len(faint) > 3 else ""
+                lines.append(
+                    f"less than a tenth of the average share was kept of {', '.join(faint[:3])}{more}: one "
+                    'threshold for all takes most where weights are small; scope="layer" or '
+                    'importance="lamp" treat layers alike'
+                )
         for why in dict.fromkeys((c.pattern, c.reason) for c in self.choices):
             names = [c.name for c in self.choices if (c.pattern, c.reason) == why]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
