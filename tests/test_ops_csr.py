@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from packed_check import HEADER, aligned_copy, checksum, header
 
 from pared import _core
-from pared.ops import CSR
+from pared.ops import BSR, CSR
 
 SIZES = [0, 1, 2, 15, 16, 17, 79, 80, 81, 97, 127, 128, 129, 239, 240, 241, 255, 256, 257, 512]
 
@@ -168,6 +168,14 @@ def test_torch_sparse(rng, dtype):
     c = CSR.from_torch(sparse)
     c.validate()
     assert torch.equal(CSR(torch.from_numpy(c.packed)).to_dense(), w)
+
+
+def test_scipy_matrices_of_another_dtype_are_refused_by_name(rng):
+    w = random_weight(rng, 16, 16, 0.5)
+    for pack, matrix in ((CSR, scipy.sparse.csr_array(w)), (BSR, scipy.sparse.bsr_array(w))):
+        for dtype in (np.float64, np.int32):
+            with pytest.raises(TypeError, match=r"matrix: expected dtype float32 or float16, got .*\.astype"):
+                pack.from_scipy(matrix.astype(dtype))
 
 
 def test_one_packing_whatever_the_source(rng):

@@ -40,6 +40,14 @@ def integer(x: object, name: str, least: int = -(2**63), most: int = 2**63 - 1) 
     return value
 
 
+def check_scipy_dtype(matrix: Any) -> None:
+    """Raise ``TypeError`` for values that are not packed as they are: scipy's own default is float64."""
+    if matrix.dtype not in (np.float32, np.float16):
+        raise TypeError(
+            f"matrix: expected dtype float32 or float16, got {matrix.dtype}; call .astype(numpy.float32)"
+        )
+
+
 def number(x: object, name: str) -> float:
     """`x` as a float. Raises ``TypeError`` unless it is a real number."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from pared._types import Array
+from pared.ops._arrays import check_scipy_dtype
 from pared.ops._device import DeviceWeight, device_of
 from pared.ops._panel import PanelWeight
 
@@ -64,6 +65,7 @@ class BSR(PanelWeight):
         """Pack a scipy ``bsr_array`` or ``bsr_matrix``, with its block size."""
         if getattr(matrix, "format", None) != "bsr":
             raise TypeError(f"matrix: expected a scipy BSR matrix, got {type(matrix).__name__}")
+        check_scipy_dtype(matrix)
         rows, columns = matrix.blocksize
         return cls.from_dense(matrix.toarray(), block=(int(rows), int(columns)))
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pared import _core
+from pared.ops._arrays import check_scipy_dtype
 from pared.ops._device import DeviceWeight, device_of
 from pared.ops._panel import PanelWeight
 
@@ -26,6 +27,7 @@ class CSR(PanelWeight):
         """Pack a two-dimensional scipy sparse matrix or array (any format; duplicates are summed)."""
         if not hasattr(matrix, "tocsr") or len(matrix.shape) != 2:
             raise TypeError(f"matrix: expected a two-dimensional scipy matrix, got {type(matrix).__name__}")
+        check_scipy_dtype(matrix)
         m = matrix.tocsr()
         if m is matrix and not m.has_canonical_format:
             m = m.copy()
