@@ -9,8 +9,7 @@
 //
 //   starts[row * blocks + b], in fours: where block b of a row begins; the next one is its end;
 //   values [fours][4];
-//   columns, in one of two ways. Slots count within an index range, kCsrIndexSlots slots that begin at a
-//   block.
+//   columns, in one of two ways, as slots within an index range: kCsrIndexSlots of them, from a block on.
 //     wide: [fours][4] uint16, slots in any order; one in which value j of eight consecutive fours asks for
 //       eight different slots modulo 8 has fewest bank conflicts.
 //     near: [fours] uint32. Bits 0-15: the slot of the first of four. Each of the others is so many slots
