@@ -11,6 +11,7 @@ from torch import nn
 
 import pared
 from pared._cuda_weight import Place
+from pared._size import memory_bytes
 from pared._target import LayerCall
 from pared.nn import Linear
 
@@ -105,8 +106,10 @@ def test_one_launch_for_one_token(backend, format, first, activation):
 @every_format
 def test_one_copy_of_the_weights(backend, format):
     these = move(layers(format), backend)
-    each = sum(m._on_device.nbytes for m in these)
+    each, model = sum(m._on_device.nbytes for m in these), nn.ModuleList(these)
+    before = memory_bytes(model)
     these[0].share_with(*these[1:])
+    assert memory_bytes(model) <= before + 256
     joint = these[0]._joint.weight
     assert joint.nbytes <= each + 256
     pointers = {t.untyped_storage().data_ptr() for t in joint.parts()[1]}
